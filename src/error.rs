@@ -1,0 +1,287 @@
+//! Everything that can go wrong, and what to do about it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::key::Key;
+
+/// The result of an operation on a lock.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation on a lock failed.
+///
+/// That somebody else holds a lock is never an error: the `try_` methods answer it with `None`.
+/// After an error from an acquire nothing is held. Every message names the key, and says what to do;
+/// what the database or the driver said is the [`source`](std::error::Error::source).
+///
+/// # Examples
+///
+/// ```
+/// use pglock::{Error, Lock};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// # let pool = pglock_testkit::pool().await;
+/// pool.close().await;
+/// let error = Lock::new(&pool, "nightly-report").acquire().await.unwrap_err();
+/// assert!(matches!(error, Error::Pool { .. }));
+/// assert!(error.to_string().contains("nightly-report"));
+/// assert!(!error.is_transient());
+/// # }
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Somebody cancelled the statement on the server: SQLSTATE 57014, by `pg_cancel_backend` or a
+    /// tool that calls it.
+    #[error(
+        "lock {key}: the statement was cancelled on the server, by an administrator or a tool; \
+         acquire again if the lock is still wanted"
+    )]
+    #[non_exhaustive]
+    Cancelled {
+        /// The key of the lock.
+        key: Key,
+        /// What the server said.
+        source: sqlx::Error,
+    },
+
+    /// No connection could be opened: the server is not there, or refuses the login.
+    #[error(
+        "lock {key}: cannot connect to the server; check its address, that it runs, and the login"
+    )]
+    #[non_exhaustive]
+    Connect {
+        /// The key of the lock.
+        key: Key,
+        /// What the driver or the server said.
+        source: sqlx::Error,
+    },
+
+    /// The server or the driver reported something that has no variant of its own.
+    #[error("lock {key}: the database failed the operation; its own message says why")]
+    #[non_exhaustive]
+    Database {
+        /// The key of the lock.
+        key: Key,
+        /// What the driver or the server said.
+        source: sqlx::Error,
+    },
+
+    /// Two sessions waited for each other, and the server picked this one to give way: SQLSTATE
+    /// 40P01.
+    #[error(
+        "lock {key}: deadlock, two sessions waited for each other; release what you hold, then \
+         acquire again, and everywhere in the same order"
+    )]
+    #[non_exhaustive]
+    Deadlock {
+        /// The key of the lock.
+        key: Key,
+        /// What the server said.
+        source: sqlx::Error,
+    },
+
+    /// The connection broke before the lock was granted.
+    #[error("lock {key}: the connection broke before the lock was granted; acquire again")]
+    #[non_exhaustive]
+    Disconnected {
+        /// The key of the lock.
+        key: Key,
+        /// What the driver or the server said.
+        source: sqlx::Error,
+    },
+
+    /// The session ended while a guard lived: the lock is gone, and somebody else may have it.
+    #[error(
+        "lock {key}: lost while it was held, somebody else may have it; stop what it protects, \
+         then acquire again"
+    )]
+    #[non_exhaustive]
+    Lost {
+        /// The key of the lock.
+        key: Key,
+        /// How it was lost.
+        #[source]
+        reason: Loss,
+    },
+
+    /// The options contradict each other, or the database.
+    #[error("lock {key}: {reason}")]
+    #[non_exhaustive]
+    Options {
+        /// The key of the lock.
+        key: Key,
+        /// Which option, and what it may be.
+        reason: String,
+    },
+
+    /// The server's lock table is full: SQLSTATE 53200.
+    #[error(
+        "lock {key}: the server's lock table is full; hold fewer locks, or raise \
+         max_locks_per_transaction or max_connections"
+    )]
+    #[non_exhaustive]
+    OutOfLocks {
+        /// The key of the lock.
+        key: Key,
+        /// What the server said.
+        source: sqlx::Error,
+    },
+
+    /// The pool lent no connection, so the lock was never asked for.
+    #[error("lock {key}: {}", PoolAdvice(source))]
+    #[non_exhaustive]
+    Pool {
+        /// The key of the lock.
+        key: Key,
+        /// What the pool said.
+        source: sqlx::Error,
+    },
+
+    /// The server is a hot standby, whose locks exclude nobody on the primary.
+    #[error(
+        "lock {key}: the server is a hot standby, whose advisory locks exclude nobody elsewhere; \
+         connect the pool to the primary"
+    )]
+    #[non_exhaustive]
+    Standby {
+        /// The key of the lock.
+        key: Key,
+    },
+}
+
+/// How a held lock was lost.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::{Error, Lock, Loss};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let mut lock = Lock::new(&pool, "nightly-report");
+/// let guard = lock.acquire().await?;
+/// lock.close().await?;
+///
+/// let error = guard.release().await.unwrap_err();
+/// assert!(matches!(error, Error::Lost { reason: Loss::Closed, .. }));
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Loss {
+    /// The handle was closed: [`Lock::close`](crate::Lock::close).
+    #[error("the handle was closed while the guard lived")]
+    Closed,
+    /// The session's connection broke, or the server ended it.
+    #[error("the session's connection broke")]
+    Disconnected(#[source] Arc<sqlx::Error>),
+    /// The server said that the session does not hold the lock: something else unlocked it.
+    #[error("the server says that the session does not hold the lock: something else unlocked it")]
+    NotHeld,
+}
+
+/// What went wrong with the pool, told from the two waits that must never look alike.
+struct PoolAdvice<'e>(&'e sqlx::Error);
+
+impl Error {
+    /// Returns the key of the lock that the error is about.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Key, Lock};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// # pool.close().await;
+    /// let error = Lock::new(&pool, "invoice-17").acquire().await.unwrap_err();
+    /// assert_eq!(error.key(), &Key::from("invoice-17"));
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn key(&self) -> &Key {
+        match self {
+            Self::Cancelled { key, .. }
+            | Self::Connect { key, .. }
+            | Self::Database { key, .. }
+            | Self::Deadlock { key, .. }
+            | Self::Disconnected { key, .. }
+            | Self::Lost { key, .. }
+            | Self::Options { key, .. }
+            | Self::OutOfLocks { key, .. }
+            | Self::Pool { key, .. }
+            | Self::Standby { key } => key,
+        }
+    }
+
+    /// Returns whether the same call may well succeed if it is made again.
+    ///
+    /// True where the reason passes by itself: a deadlock, a broken connection, a lost lock, a
+    /// cancelled statement, a full lock table, a busy pool, a server that is starting. False where
+    /// somebody has to change something: a closed pool, a wrong password, a standby, bad options.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Lock, LockOptions};
+    /// use std::time::Duration;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let error = LockOptions::new().wait_slice(Duration::ZERO).lock(&pool, 1).unwrap_err();
+    /// assert!(!error.is_transient());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Cancelled { .. }
+            | Self::Deadlock { .. }
+            | Self::Disconnected { .. }
+            | Self::Lost { .. }
+            | Self::OutOfLocks { .. } => true,
+            Self::Pool { source, .. } => matches!(source, sqlx::Error::PoolTimedOut),
+            Self::Connect { source, .. } | Self::Database { source, .. } => {
+                // Connection exceptions, insufficient resources, and a server that starts or stops:
+                // https://www.postgresql.org/docs/current/errcodes-appendix.html
+                let passes = |code: String| ["08", "53", "57P"].iter().any(|c| code.starts_with(c));
+                matches!(source, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)
+                    || sqlstate(source).is_some_and(passes)
+            }
+            Self::Options { .. } | Self::Standby { .. } => false,
+        }
+    }
+
+    /// Sorts what the driver said of a statement that should have acquired the lock.
+    pub(crate) fn acquiring(key: &Key, source: sqlx::Error) -> Self {
+        let key = key.clone();
+        match sqlstate(&source).as_deref() {
+            Some("40P01") => Self::Deadlock { key, source },
+            Some("53200") => Self::OutOfLocks { key, source },
+            Some("57014") => Self::Cancelled { key, source },
+            // The server ended the session: shutdown, crash, terminated, idle for too long.
+            Some("57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04") => {
+                Self::Disconnected { key, source }
+            }
+            None if matches!(source, sqlx::Error::Io(_)) => Self::Disconnected { key, source },
+            Some(_) | None => Self::Database { key, source },
+        }
+    }
+}
+
+impl fmt::Display for PoolAdvice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if matches!(self.0, sqlx::Error::PoolClosed) {
+            "the pool is closed; acquire before it is closed"
+        } else {
+            "it was the pool that timed out, not the lock: all its connections are in use; raise \
+             max_connections, or hold and await fewer locks at once"
+        })
+    }
+}
+
+/// The five characters by which the server classifies its error.
+pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
+    Some(error.as_database_error()?.code()?.into_owned())
+}

@@ -1,0 +1,237 @@
+//! Proof of holding: a lock is held for as long as its guard lives.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::key::Key;
+use crate::mode::Mode;
+use crate::session::lend::SessionConnection;
+use crate::session::{Release, Session};
+
+/// One share in a lock that a session holds: what both guards are made of.
+pub(crate) struct Held {
+    session: Arc<Session>,
+    key: Key,
+    mode: Mode,
+    released: bool,
+}
+
+impl Held {
+    pub(crate) fn new(session: Arc<Session>, key: Key, mode: Mode) -> Self {
+        Self { session, key, mode, released: false }
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    /// Starts the release, once. The only path by which a guard lets go.
+    fn start_release(&mut self) -> Option<Release> {
+        if self.released {
+            return None;
+        }
+        self.released = true;
+        Some(Arc::clone(&self.session).release(&self.key, self.mode))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Detach: nobody is left to wait for the answer.
+        drop(self.start_release());
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held")
+            .field("key", &self.key)
+            .field("mode", &self.mode)
+            .field("backend_pid", &self.session.backend_pid())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The two guards differ in name only, so that a signature can demand one of them.
+macro_rules! guard {
+    ($(#[$docs:meta])* $Guard:ident, $acquire:literal) => {
+        $(#[$docs])*
+        #[must_use = "if unused, the lock is released at once"]
+        #[clippy::has_significant_drop]
+        pub struct $Guard {
+            held: Held,
+        }
+
+        impl $Guard {
+            pub(crate) fn new(held: Held) -> Self {
+                Self { held }
+            }
+
+            /// Returns the key of the lock.
+            ///
+            /// # Examples
+            ///
+            /// ```
+            /// # use pglock::{Key, Lock};
+            /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+            /// # let pool = pglock_testkit::pool().await;
+            #[doc = concat!("let guard = Lock::new(&pool, \"invoice-17\").", $acquire, "().await?;")]
+            /// assert_eq!(guard.key(), &Key::from("invoice-17"));
+            /// # Ok(()) }
+            /// ```
+            #[must_use]
+            pub fn key(&self) -> &Key {
+                &self.held.key
+            }
+
+            /// Returns the process id of the server's backend whose session holds the lock.
+            ///
+            /// That is the `pid` of `pg_stat_activity` and `pg_locks`.
+            ///
+            /// # Examples
+            ///
+            /// ```
+            /// # use pglock::Lock;
+            /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+            /// # let pool = pglock_testkit::pool().await;
+            #[doc = concat!("let guard = Lock::new(&pool, \"invoice-17\").", $acquire, "().await?;")]
+            /// println!("held by backend {}", guard.backend_pid());
+            /// # Ok(()) }
+            /// ```
+            #[must_use]
+            pub fn backend_pid(&self) -> i32 {
+                self.held.session.backend_pid()
+            }
+
+            /// Releases this guard's share of the lock, and waits for the server's answer.
+            ///
+            /// The same path as dropping the guard, awaited: use it to learn whether the lock was
+            /// held to the end. One statement if this was the last guard of its handle, else none.
+            ///
+            /// # Cancel safety
+            ///
+            /// Cancel safe: the release is under way before the first await, and dropping the future
+            /// only gives up waiting for its result.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::Lost`](crate::Error::Lost) if the session did not hold the lock any more:
+            /// its connection broke, or something else unlocked it. Somebody else may have held the
+            /// lock since.
+            ///
+            /// # Examples
+            ///
+            /// ```
+            /// # use pglock::Lock;
+            /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+            /// # let pool = pglock_testkit::pool().await;
+            #[doc = concat!("let guard = Lock::new(&pool, \"invoice-17\").", $acquire, "().await?;")]
+            /// guard.release().await?;
+            /// # Ok(()) }
+            /// ```
+            pub async fn release(mut self) -> Result<()> {
+                match self.held.start_release() {
+                    Some(release) => release.done(&self.held.key).await,
+                    None => Ok(()),
+                }
+            }
+
+            /// Lends the connection of the session that holds the lock.
+            ///
+            /// What is written through it can't outlive the lock. Waits while the connection is lent
+            /// by another guard of the same handle. Sends nothing to the server.
+            ///
+            /// The pool's `before_acquire` hook may not have run on it; `after_connect` has.
+            ///
+            /// # Cancel safety
+            ///
+            /// Cancel safe: dropping the future lends nothing.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::Lost`](crate::Error::Lost) if the session has ended.
+            ///
+            /// # Examples
+            ///
+            /// ```
+            /// # use pglock::Lock;
+            /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+            /// # let pool = pglock_testkit::pool().await;
+            /// # sqlx::raw_sql("CREATE TABLE entry (amount int)").execute(&pool).await?;
+            #[doc = concat!("let guard = Lock::new(&pool, \"ledger\").", $acquire, "().await?;")]
+            /// let mut connection = guard.connection().await?;
+            /// sqlx::query("INSERT INTO entry VALUES (100)").execute(&mut *connection).await?;
+            /// # Ok(()) }
+            /// ```
+            pub async fn connection(&self) -> Result<SessionConnection<'_>> {
+                self.held.session.lend(&self.held.key).await
+            }
+        }
+
+        impl fmt::Debug for $Guard {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_struct(stringify!($Guard))
+                    .field("key", &self.held.key)
+                    .field("backend_pid", &self.held.session.backend_pid())
+                    .finish_non_exhaustive()
+            }
+        }
+    };
+}
+
+guard! {
+    /// An exclusive lock that is held. Dropping it releases the lock.
+    ///
+    /// # Drop
+    ///
+    /// Starts the release and returns at once; mostly the unlock is on its way to the server by
+    /// then. To wait for the server's answer, use [`release`](Self::release). A guard may be dropped
+    /// anywhere: on a thread without a runtime, after the runtime is gone, during a panic. The
+    /// connection goes back to the pool when the server has confirmed the unlock, and is closed
+    /// otherwise.
+    ///
+    /// If the process dies, the server releases the lock as soon as it sees the connection closed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Lock;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut lock = Lock::new(&pool, "nightly-report");
+    /// {
+    ///     let _guard = lock.acquire().await?;
+    ///     // Nobody else runs this, on any machine.
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ExclusiveGuard, "acquire"
+}
+
+guard! {
+    /// A shared lock that is held. Dropping it releases the lock.
+    ///
+    /// Others may hold the same lock shared at the same time; nobody holds it exclusively.
+    ///
+    /// # Drop
+    ///
+    /// As for [`ExclusiveGuard`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Lock;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut lock = Lock::new(&pool, "app-config");
+    /// let mut other = lock.clone();
+    ///
+    /// let _reader = lock.acquire_shared().await?;
+    /// let _another = other.acquire_shared().await?;
+    /// # Ok(()) }
+    /// ```
+    SharedGuard, "acquire_shared"
+}

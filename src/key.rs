@@ -1,0 +1,206 @@
+//! What is locked: a number, a pair of numbers, or a name.
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
+
+/// What is locked.
+///
+/// PostgreSQL knows two kinds of key, which never clash with each other: one `bigint`, and a pair of
+/// `int`. A name is hashed to a `bigint`, and the key remembers it, so that errors and logs can show
+/// it. Two keys are equal when the server would take them for the same lock, whatever their names.
+///
+/// Keys belong to a database: the same key in two databases of one server is two locks.
+///
+/// | made from | on the server | the same as |
+/// |---|---|---|
+/// | `i64`, `i32` | that `bigint` | `pg_advisory_lock(42)` |
+/// | `(i32, i32)` | that pair of `int` | `pg_advisory_lock(1, 2)` |
+/// | `&str`, `String` | its hash, a `bigint` | sqlx: `PgAdvisoryLock::new("name")` |
+/// | [`Key::fnv1a`] | its hash, a `bigint` | Go: FNV-1a 64 as `int64`, go-pglock's recipe |
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Key;
+///
+/// assert_eq!(Key::from(42).to_string(), "42");
+/// assert_eq!(Key::from((1, 2)).to_string(), "(1, 2)");
+///
+/// let report = Key::from("nightly-report");
+/// assert_eq!(report.name(), Some("nightly-report"));
+/// assert_eq!(report.to_string(), "\"nightly-report\" (-2086366926513440834)");
+/// ```
+#[derive(Clone)]
+pub struct Key {
+    id: KeyId,
+    name: Option<Arc<str>>,
+}
+
+/// A key as the server knows it.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub(crate) enum KeyId {
+    BigInt(i64),
+    IntPair(i32, i32),
+}
+
+impl Key {
+    /// Hashes a name with 64-bit FNV-1a, as Go services that use go-pglock do.
+    ///
+    /// The hash is the one of Go's `hash/fnv` (`fnv.New64a`), converted to `int64`. Use it to share
+    /// locks with such a service; between Rust services a plain name is the better hash.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Key;
+    ///
+    /// // `fnv.New64a` of "foobar" is 0x85944171f73967e8.
+    /// assert_eq!(Key::fnv1a("foobar"), Key::from(0x8594_4171_f739_67e8_u64.cast_signed()));
+    /// ```
+    pub fn fnv1a(name: impl Into<String>) -> Self {
+        // Offset basis and prime: http://www.isthe.com/chongo/tech/comp/fnv/, section "Parameters".
+        const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+
+        let name = name.into();
+        let hash = name
+            .bytes()
+            .fold(OFFSET_BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME));
+        Self { id: KeyId::BigInt(hash.cast_signed()), name: Some(name.into()) }
+    }
+
+    /// Returns the name that the key was made from.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Key;
+    ///
+    /// assert_eq!(Key::from("invoice-17").name(), Some("invoice-17"));
+    /// assert_eq!(Key::from(17).name(), None);
+    /// ```
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    pub(crate) fn id(&self) -> KeyId {
+        self.id
+    }
+}
+
+impl From<&Self> for Key {
+    fn from(key: &Self) -> Self {
+        key.clone()
+    }
+}
+
+impl From<i64> for Key {
+    fn from(number: i64) -> Self {
+        Self { id: KeyId::BigInt(number), name: None }
+    }
+}
+
+impl From<i32> for Key {
+    /// The same key as the `i64` of that value.
+    fn from(number: i32) -> Self {
+        Self::from(i64::from(number))
+    }
+}
+
+impl From<(i32, i32)> for Key {
+    fn from((first, second): (i32, i32)) -> Self {
+        Self { id: KeyId::IntPair(first, second), name: None }
+    }
+}
+
+impl From<String> for Key {
+    /// Hashes the name exactly as sqlx's [`PgAdvisoryLock::new`] does, so both exclude each other.
+    fn from(name: String) -> Self {
+        Self { name: Some(Arc::from(name.as_str())), ..Self::from(PgAdvisoryLock::new(name).key()) }
+    }
+}
+
+impl From<&str> for Key {
+    /// Hashes the name exactly as sqlx's [`PgAdvisoryLock::new`] does, so both exclude each other.
+    fn from(name: &str) -> Self {
+        Self::from(name.to_owned())
+    }
+}
+
+impl From<&String> for Key {
+    /// Hashes the name exactly as sqlx's [`PgAdvisoryLock::new`] does, so both exclude each other.
+    fn from(name: &String) -> Self {
+        Self::from(name.clone())
+    }
+}
+
+impl From<PgAdvisoryLockKey> for Key {
+    fn from(key: PgAdvisoryLockKey) -> Self {
+        Self::from(&key)
+    }
+}
+
+impl From<&PgAdvisoryLockKey> for Key {
+    #[expect(
+        clippy::panic,
+        reason = "sqlx marks its enum as open, but PostgreSQL has just these two kinds of key"
+    )]
+    fn from(key: &PgAdvisoryLockKey) -> Self {
+        match key {
+            PgAdvisoryLockKey::BigInt(number) => Self::from(*number),
+            PgAdvisoryLockKey::IntPair(first, second) => Self::from((*first, *second)),
+            unknown => panic!("BUG: PostgreSQL has no advisory lock key like {unknown:?}"),
+        }
+    }
+}
+
+impl From<&Key> for PgAdvisoryLockKey {
+    fn from(key: &Key) -> Self {
+        match key.id {
+            KeyId::BigInt(number) => Self::BigInt(number),
+            KeyId::IntPair(first, second) => Self::IntPair(first, second),
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.name, self.id) {
+            (Some(name), KeyId::BigInt(number)) => write!(f, "{name:?} ({number})"),
+            (_, id) => write!(f, "{id}"),
+        }
+    }
+}
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BigInt(number) => write!(f, "{number}"),
+            Self::IntPair(first, second) => write!(f, "({first}, {second})"),
+        }
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({self})")
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.id.hash(state);
+    }
+}

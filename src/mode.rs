@@ -1,0 +1,35 @@
+//! How a lock is held: exclusively or shared.
+
+use std::fmt;
+
+/// How a lock is held.
+///
+/// An exclusive lock excludes everybody else; shared locks admit each other and exclude exclusive
+/// ones. These are PostgreSQL's own words, and the only two modes that its [advisory locks] have.
+///
+/// [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Mode;
+///
+/// assert_eq!(Mode::Exclusive.to_string(), "exclusive");
+/// ```
+#[expect(clippy::exhaustive_enums, reason = "PostgreSQL advisory locks have exactly two modes")]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Mode {
+    /// One holder, nobody else.
+    Exclusive,
+    /// Any number of holders, none of them exclusive.
+    Shared,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Exclusive => "exclusive",
+            Self::Shared => "shared",
+        })
+    }
+}

@@ -1,0 +1,245 @@
+//! One connection, and the guards that depend on it.
+//!
+//! A session is opened by an acquire and ends with its last guard. What the guards hold is counted
+//! in the [`ledger`], under a lock of its own that is never held across an await; the connection is
+//! under an async mutex, whose queue puts the statements in order. Who has the connection at every
+//! await:
+//!
+//! | while | owner | if dropped |
+//! |---|---|---|
+//! | it is asked for, tried, waited for | [`Pending`](pending::Pending) | what was sent is undone on a task, see there |
+//! | guards live and nobody uses it | the session itself | the socket is closed |
+//! | the application uses it | [`SessionConnection`] | it is tidied on a task |
+//! | a lock is given up | the task of [`Session::release`] | the socket is closed |
+//!
+//! Tasks run on the runtime of the acquire, and their first step at once, so that an unlock is on its
+//! way even if that runtime is not driven any more.
+
+pub(crate) mod conn;
+pub(crate) mod ledger;
+pub(crate) mod lend;
+pub(crate) mod pending;
+pub(crate) mod recover;
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use tokio::runtime::Handle;
+use tokio::sync::OwnedMutexGuard;
+use tokio::task::JoinHandle;
+
+use crate::error::{Error, Loss, Result};
+use crate::key::{Key, KeyId};
+use crate::mode::Mode;
+use crate::sql;
+use conn::{Conn, enter};
+use ledger::{Join, Leave, Ledger, Modes};
+
+/// How long a statement may take that never waits for a lock. After that the connection is given up.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// One connection, and the guards that depend on it.
+#[derive(Debug)]
+pub(crate) struct Session {
+    // Empty once the session has ended.
+    conn: Arc<tokio::sync::Mutex<Option<Conn>>>,
+    ledger: Mutex<Ledger>,
+    backend: OnceLock<Backend>,
+    pool: PgPool,
+    runtime: Handle,
+}
+
+/// The server's process for the session.
+#[derive(Clone, Copy, Debug)]
+struct Backend {
+    pid: i32,
+    known_since: Instant,
+}
+
+/// The connection, for the exclusive use of who has this.
+pub(crate) type ConnGuard = OwnedMutexGuard<Option<Conn>>;
+
+impl Session {
+    /// A session that takes over `conn` for a pending acquire.
+    fn open(pool: &PgPool, conn: Conn, runtime: Handle) -> Arc<Self> {
+        Arc::new(Self {
+            conn: Arc::new(tokio::sync::Mutex::new(Some(conn))),
+            ledger: Mutex::new(Ledger::opening()),
+            backend: OnceLock::new(),
+            pool: pool.clone(),
+            runtime,
+        })
+    }
+
+    pub(crate) fn join(&self, key: &Key, mode: Mode) -> Join {
+        self.ledger().join(key.id(), mode)
+    }
+
+    /// Waits until the connection of an ended session has gone, and its locks with it.
+    pub(crate) async fn ended(&self) {
+        // Whoever ends the session is in the mutex's queue already.
+        drop(self.conn.lock().await);
+    }
+
+    pub(crate) fn backend_pid(&self) -> i32 {
+        self.backend.get().map_or(0, |backend| backend.pid)
+    }
+
+    pub(crate) fn loss(&self) -> Option<Loss> {
+        self.ledger().loss()
+    }
+
+    /// Gives up one guard's share. Only if that changes what the server knows, a task tells it.
+    pub(crate) fn release(self: Arc<Self>, key: &Key, mode: Mode) -> Release {
+        let leave = self.ledger().leave(key.id(), mode);
+        let what = match leave {
+            Leave::Keep => return Release::Done(Ok(())),
+            Leave::Lost(reason) => {
+                return Release::Done(Err(Error::Lost { key: key.clone(), reason }));
+            }
+            Leave::Downgrade => LetGo::Downgrade(key.id()),
+            Leave::End(modes) | Leave::Unlock(modes) => LetGo::Unlock(vec![(key.id(), modes)]),
+        };
+        let runtime = self.runtime.clone();
+        let key = key.clone();
+        Release::Running(start(&runtime, async move {
+            self.let_go(what).await.map_err(|reason| Error::Lost { key, reason })
+        }))
+    }
+
+    /// Ends the session under its guards, which are told that it is lost.
+    pub(crate) fn close(self: Arc<Self>) -> JoinHandle<Result<(), Loss>> {
+        let locks = self.ledger().lose(Loss::Closed);
+        let runtime = self.runtime.clone();
+        start(&runtime, async move { self.let_go(LetGo::Unlock(locks)).await })
+    }
+
+    /// Tells the server, and puts the connection back into the pool if nothing needs it any more.
+    ///
+    /// The pool gets it only when the server has confirmed that every lock was held and is free now.
+    async fn let_go(self: Arc<Self>, what: LetGo) -> Result<(), Loss> {
+        let mut slot = Arc::clone(&self.conn).lock_owned().await;
+        let Some(conn) = slot.as_mut() else {
+            // Closed while this was queued: then this lock was given up too.
+            return match self.loss() {
+                None | Some(Loss::Closed) => Ok(()),
+                Some(loss @ (Loss::Disconnected(_) | Loss::NotHeld)) => Err(loss),
+            };
+        };
+        let answer = within(DEADLINE, async {
+            self.tidy(conn).await?;
+            match &what {
+                LetGo::Downgrade(key) => sql::downgrade(conn, *key).await,
+                LetGo::Unlock(locks) if locks.is_empty() => Ok(true),
+                LetGo::Unlock(locks) => sql::unlock(conn, locks).await,
+            }
+        });
+        match answer.await {
+            Ok(true) => {
+                tracing::trace!(backend_pid = self.backend_pid(), ?what, "released");
+                self.end_if_unused(slot);
+                Ok(())
+            }
+            Ok(false) => Err(self.discard(slot, Loss::NotHeld)),
+            Err(error) => Err(self.discard(slot, Loss::Disconnected(Arc::new(error)))),
+        }
+    }
+
+    /// Returns the connection to the pool if nothing needs it: the good end of a session.
+    fn end_if_unused(&self, mut slot: ConnGuard) {
+        if self.ledger().is_unused()
+            && let Some(conn) = slot.take()
+        {
+            conn.give_back();
+        }
+    }
+
+    /// Closes the connection, which the pool must not have: the bad end of a session.
+    fn discard(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
+        let locks = self.ledger().lose(loss.clone());
+        drop(slot.take());
+        tracing::warn!(
+            backend_pid = self.backend_pid(),
+            locks = locks.len(),
+            reason = &loss as &dyn std::error::Error,
+            "closed a lock session instead of returning it to the pool"
+        );
+        loss
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a release tells the server.
+#[derive(Debug)]
+enum LetGo {
+    Downgrade(KeyId),
+    Unlock(Vec<(KeyId, Modes)>),
+}
+
+/// A release that is done, or on its way.
+#[derive(Debug)]
+pub(crate) enum Release {
+    Done(Result<()>),
+    Running(JoinHandle<Result<()>>),
+}
+
+impl Release {
+    /// Waits for the server's answer. Dropping this does not stop the release.
+    pub(crate) async fn done(self, key: &Key) -> Result<()> {
+        match self {
+            Self::Done(result) => result,
+            Self::Running(task) => task.await.unwrap_or_else(|error| {
+                // The runtime is going down; the connection was closed with its tasks.
+                let error = Arc::new(sqlx::Error::Io(io::Error::other(error)));
+                Err(Error::Lost { key: key.clone(), reason: Loss::Disconnected(error) })
+            }),
+        }
+    }
+}
+
+/// Runs a future as a task, and its first step here and now.
+///
+/// A task waits for its runtime to get round to it; a runtime that nobody drives never does (a
+/// current-thread one between two calls of `block_on`). Mostly the first step writes the statement
+/// to the socket, and the server does the rest.
+pub(crate) fn start<T: Send + 'static>(
+    runtime: &Handle,
+    future: impl Future<Output = T> + Send + 'static,
+) -> JoinHandle<T> {
+    let mut future = Box::pin(future);
+    let first = enter(runtime, || {
+        let mut context = Context::from_waker(Waker::noop());
+        future.as_mut().poll(&mut context)
+    });
+    match first {
+        Poll::Ready(output) => runtime.spawn(std::future::ready(output)),
+        Poll::Pending => runtime.spawn(future),
+    }
+}
+
+/// Like `tokio::time::timeout`, but makes no timer in the first poll: where the runtime is gone, a
+/// timer panics, while the socket says so with an error.
+pub(crate) async fn within<T>(
+    limit: Duration,
+    future: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
+    let mut future = pin!(future);
+    if let Poll::Ready(output) = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
+        return output;
+    }
+    tokio::task::yield_now().await;
+    tokio::time::timeout(limit, future).await.unwrap_or_else(|_| {
+        Err(sqlx::Error::Io(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("the server did not answer within {limit:?}"),
+        )))
+    })
+}

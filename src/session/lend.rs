@@ -1,0 +1,122 @@
+//! The session's own connection, lent to the application.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use sqlx::PgConnection;
+use tokio::sync::OwnedMappedMutexGuard;
+
+use super::conn::Conn;
+use super::{Session, start, within};
+use crate::error::{Error, Loss, Result};
+use crate::key::Key;
+
+/// The connection of the session that holds the lock, lent by a guard.
+///
+/// What is written through it can't outlive the lock: when the session ends, the server frees the
+/// lock and rolls back the open transaction in one.
+///
+/// Dereferences to sqlx's [`PgConnection`]: pass `&mut *connection` where an executor is wanted.
+///
+/// # Drop
+///
+/// Gives the connection back to the session. A transaction that is still open is rolled back, and a
+/// query whose future was dropped is cancelled after half a second, both on a task. Settings changed
+/// with `SET` stay, as on any pooled connection.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Lock;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let pool = pglock_testkit::pool().await;
+/// let guard = Lock::new(&pool, "ledger").acquire().await?;
+/// let mut connection = guard.connection().await?;
+/// let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *connection).await?;
+/// assert_eq!(pid, guard.backend_pid());
+/// # Ok(()) }
+/// ```
+#[must_use = "a connection that is not used was lent for nothing"]
+#[clippy::has_significant_drop]
+pub struct SessionConnection<'g> {
+    session: Arc<Session>,
+    // Invariant: `Some` until dropped.
+    conn: Option<OwnedMappedMutexGuard<Option<Conn>, Conn>>,
+    guard: PhantomData<&'g ()>,
+}
+
+const TAKEN: &str = "BUG: the connection is used after it was given back";
+
+impl Session {
+    /// Lends the connection; waits while it is lent to somebody else or used for a statement of ours.
+    pub(crate) async fn lend<'g>(self: &Arc<Self>, key: &Key) -> Result<SessionConnection<'g>> {
+        let lost = |reason| Error::Lost { key: key.clone(), reason };
+        let mut slot = Arc::clone(&self.conn).lock_owned().await;
+        if let Some(reason) = self.loss() {
+            return Err(lost(reason));
+        }
+        if let Some(conn) = slot.as_mut() {
+            if let Err(error) = within(super::DEADLINE, self.tidy(conn)).await {
+                return Err(lost(self.discard(slot, Loss::Disconnected(Arc::new(error)))));
+            }
+            conn.lent = true;
+        }
+        match OwnedMappedMutexGuard::try_map(
+            tokio::sync::OwnedMutexGuard::map(slot, |slot| slot),
+            Option::as_mut,
+        ) {
+            Ok(conn) => Ok(SessionConnection {
+                session: Arc::clone(self),
+                conn: Some(conn),
+                guard: PhantomData,
+            }),
+            // Only an ended session is empty, and a guard is proof that this one was not released.
+            Err(_) => Err(lost(self.loss().unwrap_or(Loss::NotHeld))),
+        }
+    }
+
+    /// Tidies the connection that was lent, so that it keeps nothing open while the guard lives on.
+    async fn take_back(self: Arc<Self>) {
+        let mut slot = Arc::clone(&self.conn).lock_owned().await;
+        let Some(conn) = slot.as_mut() else { return };
+        if let Err(error) = within(super::DEADLINE, self.tidy(conn)).await {
+            self.discard(slot, Loss::Disconnected(Arc::new(error)));
+        }
+    }
+}
+
+impl Drop for SessionConnection<'_> {
+    fn drop(&mut self) {
+        drop(self.conn.take());
+        let session = Arc::clone(&self.session);
+        // Detach: nobody is left to wait for it.
+        drop(start(&self.session.runtime, session.take_back()));
+    }
+}
+
+#[expect(clippy::expect_used, reason = "the field is only empty in Drop")]
+impl Deref for SessionConnection<'_> {
+    type Target = PgConnection;
+
+    fn deref(&self) -> &PgConnection {
+        self.conn.as_deref().expect(TAKEN)
+    }
+}
+
+#[expect(clippy::expect_used, reason = "the field is only empty in Drop")]
+impl DerefMut for SessionConnection<'_> {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        self.conn.as_deref_mut().expect(TAKEN)
+    }
+}
+
+impl fmt::Debug for SessionConnection<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SessionConnection")
+            .field("backend_pid", &self.session.backend_pid())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,167 @@
+//! A server's directory, and the cluster in it: copied from a template, or made by `initdb`.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{env, io, process};
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use sha2::{Digest, Sha256};
+
+use crate::account::{Account, run};
+use crate::find::Installation;
+
+/// A socket's path may have 103 bytes on macOS and 107 on Linux.
+const LONGEST_DIR: usize = 103 - "/.s.PGSQL.65535".len();
+
+/// Makes the directory that a server and its socket live in.
+pub(crate) fn make_dir(account: &Account) -> Result<PathBuf, String> {
+    let fallback = PathBuf::from("/tmp");
+    let mut reasons = Vec::new();
+    for base in [env::temp_dir(), fallback] {
+        match make_dir_in(&base, account) {
+            Ok(dir) => return Ok(dir),
+            Err(reason) => reasons.push(format!("{}: {reason}", base.display())),
+        }
+    }
+    Err(format!("no place for the server's directory ({})", reasons.join("; ")))
+}
+
+fn make_dir_in(base: &Path, account: &Account) -> Result<PathBuf, String> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+
+    let dir = loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let dir = base.join(format!("pglock-{}-{number}", process::id()));
+        if dir.as_os_str().len() > LONGEST_DIR {
+            return Err("too long a path for a unix socket".to_owned());
+        }
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => break dir,
+            // Left by another process with our number, perhaps in another container.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    };
+    let mut enter = account.command("/bin/sh");
+    enter.args(["-c", "cd \"$0\""]).arg(&dir);
+    let made = account.own(&dir).map_err(|error| error.to_string());
+    made.and_then(|()| run(&mut enter)).inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+    Ok(dir)
+}
+
+/// A cluster fresh from `initdb`, kept to be copied.
+#[derive(Debug)]
+pub(crate) struct Template<'a> {
+    installation: &'a Installation,
+    account: &'a Account,
+    path: PathBuf,
+}
+
+impl<'a> Template<'a> {
+    /// The template in `base`, where the servers' directories are.
+    pub(crate) fn of(installation: &'a Installation, account: &'a Account, base: &Path) -> Self {
+        let Installation { bin, version, major } = installation;
+        let hash = Sha256::digest(format!("{version} {}", bin.display()));
+        let hash = BASE64_URL_SAFE_NO_PAD.encode(hash.get(..6).unwrap_or_default());
+        let name = format!("pglock-template-{}-{major}-{hash}", account.uid());
+        Self { installation, account, path: base.join(name) }
+    }
+
+    /// Makes a cluster in `data` by copying; false if there is nothing fit to copy.
+    pub(crate) fn copy_to(&self, data: &Path) -> bool {
+        if !self.is_sound() {
+            return false;
+        }
+        let copied = self.copy(&self.path, data).is_ok();
+        if !copied {
+            drop(fs::remove_dir_all(data));
+        }
+        copied
+    }
+
+    /// Makes a cluster in `data` with `initdb`, and keeps a copy of it for the next server.
+    pub(crate) fn initdb(&self, data: &Path) -> Result<(), String> {
+        let mut initdb = self.account.command(self.installation.bin.join("initdb"));
+        initdb.args(["--no-sync", "--username=postgres", "--auth=trust"]);
+        // Small segments: there is less to copy.
+        initdb.args(["--encoding=UTF8", "--locale=C", "--wal-segsize=1", "-D"]).arg(data);
+        run(&mut initdb)?;
+
+        if !self.is_sound() {
+            self.remove();
+            // Beside the data, where the watchdog cleans up, and then at once under its name. Only
+            // the speed of the next start depends on it.
+            let copy = data.with_file_name("template");
+            if self.copy(data, &copy).is_err() || fs::rename(&copy, &self.path).is_err() {
+                drop(fs::remove_dir_all(&copy));
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a template that no server starts from.
+    pub(crate) fn remove(&self) {
+        drop(fs::remove_dir_all(&self.path));
+    }
+
+    fn copy(&self, from: &Path, to: &Path) -> Result<String, String> {
+        run(self.account.command("cp").arg("-a").arg(from).arg(to))
+    }
+
+    /// Temporary directories are shared and tidied: trust only what is ours, private and whole.
+    fn is_sound(&self) -> bool {
+        let Ok(found) = fs::symlink_metadata(&self.path) else { return false };
+        let version = fs::read_to_string(self.path.join("PG_VERSION")).unwrap_or_default();
+        found.is_dir()
+            && found.uid() == self.account.uid()
+            && found.mode().trailing_zeros() >= 6
+            && version.trim() == self.installation.major.to_string()
+            && self.path.join("global/pg_control").is_file()
+    }
+}
+
+/// Writes one of the cluster's settings files.
+pub(crate) fn write_settings(account: &Account, path: &Path, content: &str) -> Result<(), String> {
+    let written = fs::write(path, content)
+        .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o600)))
+        .and_then(|()| account.own(path));
+    written.map_err(|error| format!("cannot write {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::find::Search;
+
+    #[test]
+    fn only_a_template_that_is_whole_private_and_ours_is_copied() {
+        let account = Account::for_server().unwrap();
+        let installation = Search::from_env(account).run().unwrap();
+        let base = make_dir(&account).unwrap();
+        let template = Template::of(&installation, &account, &base);
+        let (fresh, copied) = (base.join("fresh"), base.join("copied"));
+        assert!(!template.copy_to(&copied));
+
+        template.initdb(&fresh).unwrap();
+        assert!(template.copy_to(&copied));
+        let found = fs::metadata(&copied).unwrap();
+        assert_eq!((found.uid(), found.mode() & 0o777), (account.uid(), 0o700));
+        assert!(copied.join("global/pg_control").is_file());
+
+        fs::set_permissions(&template.path, Permissions::from_mode(0o770)).unwrap();
+        assert!(!template.is_sound());
+        fs::set_permissions(&template.path, Permissions::from_mode(0o700)).unwrap();
+        assert!(template.is_sound());
+
+        // What a cleaner of temporary files may do.
+        fs::remove_file(template.path.join("global/pg_control")).unwrap();
+        assert!(!template.is_sound());
+        fs::remove_dir_all(&fresh).unwrap();
+        template.initdb(&fresh).unwrap();
+        assert!(template.is_sound());
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

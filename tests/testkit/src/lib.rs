@@ -1,0 +1,41 @@
+//! Finds or starts a real PostgreSQL server, for the tests, examples and benches of `pglock`.
+//!
+//! [`pool`] is all that an example needs. A test takes a [`TestDb`], a database of its own, so
+//! that tests run side by side with the same keys. A test that breaks the server takes a
+//! [`Server`] of its own: it can be stopped, killed, paused and started again.
+//!
+//! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server
+//! is started for the process, from the binaries found on this machine; it goes away with the
+//! process, even if that is killed. As root it runs under an unprivileged account.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `DATABASE_URL` | make databases on this server; start none |
+//! | `PGLOCK_PG_BIN` | a directory with `initdb` and `postgres` to start |
+//! | `PGLOCK_PG_VERSION` | start this major version (12 to 18), fetched with `npm` |
+
+#![expect(
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    clippy::must_use_candidate,
+    clippy::panic,
+    reason = "in a test, what cannot go on panics, and the message says why"
+)]
+
+mod db;
+mod locks;
+mod cancel;
+mod server;
+mod options;
+mod data;
+mod watchdog;
+mod process;
+mod account;
+mod find;
+mod npm;
+
+pub use crate::cancel::{cancel_after, eventually};
+pub use crate::db::{TestDb, pool};
+pub use crate::locks::{AdvisoryLock, advisory_locks};
+pub use crate::options::ServerOptions;
+pub use crate::server::{Server, Shutdown};

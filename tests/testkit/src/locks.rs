@@ -1,0 +1,43 @@
+//! What PostgreSQL says about advisory locks, for assertions.
+
+use sqlx::PgConnection;
+use sqlx::Row;
+
+/// A row of `pg_locks`: an advisory lock held or waited for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[expect(clippy::exhaustive_structs, reason = "tests compare whole rows")]
+pub struct AdvisoryLock {
+    /// The server process of the session.
+    pub pid: i32,
+    /// The first `int` of a pair, or the upper half of a `bigint`.
+    pub classid: i64,
+    /// The second `int` of a pair, or the lower half of a `bigint`.
+    pub objid: i64,
+    /// 1 for a `bigint`, 2 for a pair.
+    pub objsubid: i16,
+    /// `ExclusiveLock` or `ShareLock`.
+    pub mode: String,
+    /// True if held, false if waited for.
+    pub granted: bool,
+}
+
+/// The advisory locks of the database that `conn` is connected to, ordered by key.
+pub async fn advisory_locks(conn: &mut PgConnection) -> Vec<AdvisoryLock> {
+    let rows = sqlx::query(
+        "SELECT coalesce(pid, 0), classid::int8, objid::int8, objsubid, mode, granted
+         FROM pg_locks
+         WHERE locktype = 'advisory'
+           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+         ORDER BY classid, objid, objsubid, granted DESC, pid, mode",
+    );
+    let rows = rows.fetch_all(conn).await.expect("pg_locks is readable");
+    let lock = |row: &sqlx::postgres::PgRow| AdvisoryLock {
+        pid: row.get(0),
+        classid: row.get(1),
+        objid: row.get(2),
+        objsubid: row.get(3),
+        mode: row.get(4),
+        granted: row.get(5),
+    };
+    rows.iter().map(lock).collect()
+}

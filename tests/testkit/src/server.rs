@@ -1,0 +1,337 @@
+//! One PostgreSQL server, started by us and gone with us.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
+
+use crate::account::Account;
+use crate::data::{Template, make_dir, write_settings};
+use crate::find::{Installation, Search};
+use crate::options::ServerOptions;
+use crate::process;
+use crate::watchdog::Watchdog;
+
+/// How a server is asked to stop.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(clippy::exhaustive_enums, reason = "PostgreSQL has exactly three ways to shut down")]
+pub enum Shutdown {
+    /// Disconnects everyone and closes down in order (SIGINT).
+    Fast,
+    /// Drops everything at once, as before a crash recovery (SIGQUIT).
+    Immediate,
+    /// Waits until the last client has gone (SIGTERM).
+    Smart,
+}
+
+/// One PostgreSQL server, started by us and gone with us.
+///
+/// It lives in a directory of its own, reached through a unix socket there. The superuser is
+/// `postgres`, without a password.
+///
+/// # Drop
+///
+/// Stops the server at once and removes its directory. The same happens, by way of a watchdog,
+/// when this process ends in any other manner, SIGKILL included.
+#[derive(Debug)]
+pub struct Server {
+    installation: Installation,
+    account: Account,
+    dir: PathBuf,
+    data: PathBuf,
+    port: u16,
+    listen: Option<String>,
+    running: Mutex<Running>,
+}
+
+/// What changes while a server is stopped and started.
+#[derive(Debug)]
+struct Running {
+    postmaster: Option<Child>,
+    watchdog: Watchdog,
+}
+
+impl Server {
+    /// The server of this process, started by the first call.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Result<Server, String>> = OnceLock::new();
+
+        match SHARED.get_or_init(|| Self::launch(&Self::options())) {
+            Ok(server) => server,
+            Err(reason) => panic!("{reason}"),
+        }
+    }
+
+    /// Starts a server for one test alone.
+    pub fn start() -> Self {
+        Self::options().start()
+    }
+
+    /// Starts a server that is not as usual.
+    pub fn options() -> ServerOptions {
+        ServerOptions::default()
+    }
+
+    /// How to connect to the database `postgres`, through the unix socket.
+    pub fn connect_options(&self) -> PgConnectOptions {
+        self.any_options().socket(self.socket_dir())
+    }
+
+    /// How to connect to the database `postgres` over TCP. Panics if the server does not listen.
+    pub fn tcp_options(&self) -> PgConnectOptions {
+        let listen = self.listen.as_deref().expect("the server was started without `.tcp()`");
+        let host = match listen {
+            "*" | "0.0.0.0" => "127.0.0.1",
+            address => address,
+        };
+        self.any_options().host(host)
+    }
+
+    fn any_options(&self) -> PgConnectOptions {
+        // Everything is set, whatever `PGHOST` and its like say.
+        PgConnectOptions::new_without_pgpass()
+            .host("localhost")
+            .port(self.port)
+            .username("postgres")
+            .password("")
+            .database("postgres")
+            .ssl_mode(PgSslMode::Disable)
+    }
+
+    /// The port, also without TCP: there it is a part of the socket's name.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The directory of the unix socket.
+    pub fn socket_dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The directory of the cluster.
+    pub fn data_dir(&self) -> &Path {
+        &self.data
+    }
+
+    /// The directory of the server's programs.
+    pub fn bin_dir(&self) -> &Path {
+        &self.installation.bin
+    }
+
+    /// The major version.
+    pub fn version(&self) -> u32 {
+        self.installation.major
+    }
+
+    /// The process that all others of this server are children of. Panics if it is not running.
+    pub fn postmaster_pid(&self) -> u32 {
+        self.running().pid()
+    }
+
+    /// Shuts down, and waits until the server is gone.
+    ///
+    /// Panics after a minute: a smart shutdown never ends while a client stays.
+    pub fn stop(&self, how: Shutdown) {
+        let signal = match how {
+            Shutdown::Fast => Signal::SIGINT,
+            Shutdown::Immediate => Signal::SIGQUIT,
+            Shutdown::Smart => Signal::SIGTERM,
+        };
+        let mut running = self.running();
+        process::signal(running.pid(), signal).expect("the postmaster takes signals");
+        process::wait_until("the server has shut down", || running.has_ended());
+    }
+
+    /// Crashes: kills the postmaster and all its children, and waits until they are gone.
+    pub fn kill(&self) {
+        let mut running = self.running();
+        let pid = running.pid();
+        // Standing still it has no further children.
+        process::stop(pid);
+        let children = process::children(pid);
+        for pid in children.iter().chain([&pid]) {
+            // A child that has ended meanwhile need not be killed.
+            drop(process::signal(*pid, Signal::SIGKILL));
+        }
+        process::wait_until("the server is killed", || {
+            running.has_ended() && children.iter().all(|child| process::is_gone(*child))
+        });
+    }
+
+    /// Starts again, in the same place; stops first (fast) if running. Waits until ready.
+    pub fn restart(&self) {
+        if self.running().postmaster.is_some() {
+            self.stop(Shutdown::Fast);
+        }
+        if let Err(reason) = self.run() {
+            panic!("{reason}");
+        }
+    }
+
+    /// Lets the postmaster and all its children stand still, as a machine that hangs.
+    pub fn pause(&self) {
+        let pid = self.running().pid();
+        process::stop(pid);
+        for child in process::children(pid) {
+            process::stop(child);
+        }
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) {
+        let pid = self.running().pid();
+        for pid in process::children(pid).into_iter().chain([pid]) {
+            // A child that was killed meanwhile need not go on.
+            drop(process::signal(pid, Signal::SIGCONT));
+        }
+    }
+
+    /// All that the server has logged so far.
+    pub fn log(&self) -> String {
+        self.log_since(0)
+    }
+
+    /// How long the log is: a mark for [`log_since`](Self::log_since).
+    pub fn log_len(&self) -> usize {
+        self.read_log().len()
+    }
+
+    /// What the server has logged since `mark`.
+    pub fn log_since(&self, mark: usize) -> String {
+        let log = self.read_log();
+        String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned()
+    }
+
+    fn read_log(&self) -> Vec<u8> {
+        fs::read(self.dir.join("log")).expect("the log is readable")
+    }
+
+    pub(crate) fn launch(options: &ServerOptions) -> Result<Self, String> {
+        let account = Account::for_server()?;
+        let installation = Search::from_env(account).run().map_err(|error| error.to_string())?;
+        let dir = make_dir(&account)?;
+        let watchdog = Watchdog::over(&dir).inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+        let mut server = Self {
+            installation,
+            account,
+            data: dir.join("data"),
+            dir,
+            port: 0,
+            listen: options.listen.clone(),
+            running: Mutex::new(Running { postmaster: None, watchdog }),
+        };
+        let mut tries = 5;
+        loop {
+            server.port = options.port()?;
+            tries -= 1;
+            match server.set_up(options) {
+                // Somebody was quicker to take the port.
+                Err(reason) if tries > 0 && reason.contains("Address already in use") => {
+                    drop(fs::remove_dir_all(&server.data));
+                    drop(fs::remove_file(server.dir.join("log")));
+                }
+                result => return result.map(|()| server),
+            }
+        }
+    }
+
+    /// Makes the cluster and runs the server for the first time.
+    fn set_up(&self, options: &ServerOptions) -> Result<(), String> {
+        let base = self.dir.parent().unwrap_or(&self.dir);
+        let template = Template::of(&self.installation, &self.account, base);
+        if template.copy_to(&self.data) {
+            if self.configure(options).and_then(|()| self.run()).is_ok() {
+                return Ok(());
+            }
+            // Was it the template? Then a fresh cluster starts.
+            template.remove();
+            drop(fs::remove_dir_all(&self.data));
+        }
+        template.initdb(&self.data)?;
+        self.configure(options)?;
+        self.run()
+    }
+
+    fn configure(&self, options: &ServerOptions) -> Result<(), String> {
+        let socket_dir = self.dir.to_str().ok_or("the temporary directory is not UTF-8")?;
+        let conf = self.data.join("postgresql.conf");
+        let mut text = fs::read_to_string(&conf).map_err(|error| error.to_string())?;
+        text.push_str(&options.postgresql_conf(socket_dir, self.port));
+        write_settings(&self.account, &conf, &text)?;
+        write_settings(&self.account, &self.data.join("pg_hba.conf"), &options.pg_hba_conf())
+    }
+
+    /// Runs the server until it is ready for clients.
+    fn run(&self) -> Result<(), String> {
+        let log = File::options().create(true).append(true).open(self.dir.join("log"));
+        let log = log.map_err(|error| format!("cannot write the log: {error}"))?;
+        let errors = log.try_clone().map_err(|error| format!("cannot write the log: {error}"))?;
+        let mut postgres = self.account.command(self.bin_dir().join("postgres"));
+        // In a process group of its own: Ctrl-C is not for it.
+        postgres.arg("-D").arg(&self.data).stdout(log).stderr(errors).process_group(0);
+
+        let mut running = self.running();
+        running.watchdog.tell("starting")?;
+        let child = postgres.spawn().map_err(|error| format!("postgres does not run: {error}"))?;
+        let pid = child.id();
+        running.postmaster = Some(child);
+        let start = Instant::now();
+        while !self.is_ready(pid) {
+            if running.has_ended() {
+                return Err(format!("the server does not start:\n{}", self.log()));
+            }
+            if start.elapsed() > Duration::from_mins(1) {
+                return Err(format!("the server is not ready after 60 s:\n{}", self.log()));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        running.watchdog.tell("started")
+    }
+
+    /// Whether the postmaster `pid` says in its file, on line 8, that it is ready.
+    fn is_ready(&self, pid: u32) -> bool {
+        let file = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
+        let mut lines = file.lines();
+        // After a crash, the file of the one before is still there.
+        lines.next() == Some(&pid.to_string()) && lines.nth(6).map(str::trim) == Some("ready")
+    }
+
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
+        running.watchdog.release();
+        if let Some(mut postmaster) = running.postmaster.take() {
+            // Gone already, unless somebody has killed the watchdog.
+            drop(postmaster.kill());
+            drop(postmaster.wait());
+        }
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}
+
+impl Running {
+    fn pid(&self) -> u32 {
+        self.postmaster.as_ref().expect("the server is running").id()
+    }
+
+    /// Whether the postmaster is gone; asks for its exit code if so.
+    fn has_ended(&mut self) -> bool {
+        let Some(postmaster) = &mut self.postmaster else { return true };
+        let ended = postmaster.try_wait().expect("a child can be waited for").is_some();
+        if ended {
+            self.postmaster = None;
+        }
+        ended
+    }
+}

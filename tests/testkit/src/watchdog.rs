@@ -1,0 +1,41 @@
+//! The watchdog: a shell that outlives us, to take the server down however we end.
+
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    /// Its standard input is a pipe closed on exec: our end, and no child's, keeps it open.
+    shell: Child,
+}
+
+impl Watchdog {
+    /// Watches over the server in `dir`, and over `dir` itself.
+    pub(crate) fn over(dir: &Path) -> Result<Self, String> {
+        let shell = Command::new("/bin/sh")
+            .args(["-c", include_str!("watchdog.sh"), "pglock-watchdog"])
+            .arg(dir)
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            // In a process group of its own: Ctrl-C is not for it.
+            .process_group(0)
+            .spawn();
+        Ok(Self { shell: shell.map_err(|error| format!("/bin/sh does not run: {error}"))? })
+    }
+
+    /// Tells the watchdog what a stop would find: `starting`, or `started`.
+    pub(crate) fn tell(&mut self, state: &str) -> Result<(), String> {
+        let pipe = self.shell.stdin.as_mut().expect("the pipe stays open until the end");
+        writeln!(pipe, "{state}").map_err(|error| format!("the watchdog is gone: {error}"))
+    }
+
+    /// Does now what would happen at our end, and waits for it.
+    pub(crate) fn release(&mut self) {
+        drop(self.shell.stdin.take());
+        drop(self.shell.wait());
+    }
+}

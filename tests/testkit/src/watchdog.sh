@@ -1,0 +1,75 @@
+# Waits until the owner of the server is gone, then takes the server down and its directory away.
+# Standard input is a pipe that the owner holds open. It says "starting" before a server is
+# started, and "started" after.
+
+dir=$1
+trap '' HUP INT TERM
+
+state=
+while read -r line; do state=$line; done
+
+pause() { sleep 0.02 2>/dev/null || sleep 1; }
+
+# The postmaster's pid, if it still is one: a pid in a stale file may be anybody's by now.
+postmaster() {
+    pid=
+    read -r pid 2>/dev/null <"$dir/data/postmaster.pid" || return 1
+    if [ -d /proc/self ]; then
+        command=$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline")
+    else
+        command=$(ps -o command= -p "$pid" 2>/dev/null)
+    fi
+    case $command in *"$dir/data"*) ;; *) return 1 ;; esac
+}
+
+children() {
+    if [ -d /proc/self ]; then
+        for stat in /proc/[0-9]*/stat; do
+            read -r child name status parent rest 2>/dev/null <"$stat" || continue
+            [ "$parent" = "$1" ] && echo "$child"
+        done
+    else
+        ps -A -o pid=,ppid= | while read -r child parent; do
+            [ "$parent" = "$1" ] && echo "$child"
+        done
+    fi
+}
+
+# A server about to start has no pid file yet.
+tries=0
+while [ "$state" = starting ] && ! postmaster && [ $tries -lt 100 ]; do
+    tries=$((tries + 1))
+    pause
+done 2>/dev/null
+
+if postmaster; then
+    server=$pid
+    backends=$(children "$server")
+    kill -QUIT "$server"
+    # Whoever was paused must wake up to hear of it.
+    kill -CONT "$server" $backends
+    tries=0
+    while [ $tries -lt 300 ] && postmaster; do
+        tries=$((tries + 1))
+        pause
+    done
+    if postmaster; then
+        kill -STOP "$server"
+        kill -KILL $(children "$server") "$server"
+    fi
+fi 2>/dev/null
+
+# What a killed server could not give back itself: line 7 ends with its shared memory's id.
+line=0
+while read -r _ id; do
+    line=$((line + 1))
+    [ $line = 7 ] && ipcrm -m "$id"
+done 2>/dev/null <"$dir/data/postmaster.pid"
+
+# Again, in case something was still writing.
+tries=0
+while [ -e "$dir" ] && [ $tries -lt 100 ]; do
+    rm -rf "$dir" 2>/dev/null && break
+    tries=$((tries + 1))
+    pause
+done

@@ -1,0 +1,152 @@
+//! However the owner of a server ends, nothing stays behind.
+
+#![expect(
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a failed unwrap is a failed test; the test run as a process answers by printing"
+)]
+
+use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+use std::{env, process};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use pglock_testkit::{Server, Shutdown};
+
+const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
+
+#[test]
+#[ignore = "is the owner: the other tests run it as a process to be killed"]
+fn owner() {
+    let server = Server::shared();
+    match env::var(SITUATION).as_deref() {
+        Ok("paused") => server.pause(),
+        Ok("killed") => server.kill(),
+        Ok("stopped") => server.stop(Shutdown::Fast),
+        Ok("restarted") => {
+            server.kill();
+            server.restart();
+        }
+        Ok("ends") | Err(_) => return,
+        _ => {}
+    }
+    // A child must not keep the watchdog's pipe open.
+    let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+    println!("\nchild {}", child.id());
+    child.wait().unwrap();
+}
+
+/// The owner as a process, with a temporary directory to look for remains in.
+struct Owner {
+    process: Child,
+    tmp: PathBuf,
+}
+
+impl Owner {
+    fn start(name: &str, situation: &str) -> Self {
+        let tmp = PathBuf::from(format!("/tmp/pglock-owner-{}-{name}", process::id()));
+        fs::create_dir(&tmp).unwrap();
+        // As /tmp is.
+        fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).unwrap();
+        let process = Command::new(env::current_exe().unwrap())
+            .args(["owner", "--exact", "--ignored", "--nocapture"])
+            .env("TMPDIR", &tmp)
+            .env(SITUATION, situation)
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        Self { process, tmp }
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.process.id().cast_signed())
+    }
+
+    /// Waits until the situation has come about; returns the child that the owner made.
+    fn ready(&mut self) -> Pid {
+        for line in BufReader::new(self.process.stdout.take().unwrap()).lines() {
+            if let Some(pid) = line.unwrap().strip_prefix("child ") {
+                return Pid::from_raw(pid.parse().unwrap());
+            }
+        }
+        panic!("the owner ended early");
+    }
+
+    /// Waits until only the template is left, and no process that works in the directory.
+    fn leaves_nothing(mut self) {
+        drop(self.process.wait());
+        let start = Instant::now();
+        loop {
+            let files = fs::read_dir(&self.tmp).unwrap().map(|entry| entry.unwrap().file_name());
+            let files = files.map(|name| name.into_string().unwrap());
+            let files: Vec<_> =
+                files.filter(|name| !name.starts_with("pglock-template-")).collect();
+            let processes = processes_in(&self.tmp);
+            if files.is_empty() && processes.is_empty() {
+                break;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "left: {files:?} {processes:?}");
+            sleep(Duration::from_millis(10));
+        }
+        fs::remove_dir_all(&self.tmp).unwrap();
+    }
+}
+
+/// The command lines that mention `dir`.
+fn processes_in(dir: &Path) -> Vec<String> {
+    let lines: Vec<_> = if let Ok(processes) = fs::read_dir("/proc") {
+        let files = processes.filter_map(|entry| fs::read(entry.ok()?.path().join("cmdline")).ok());
+        files.map(|line| String::from_utf8_lossy(&line).replace('\0', " ")).collect()
+    } else {
+        let ps = Command::new("ps").args(["-A", "-o", "args="]).output().unwrap();
+        String::from_utf8_lossy(&ps.stdout).lines().map(str::to_owned).collect()
+    };
+    lines.into_iter().filter(|line| line.contains(dir.to_str().unwrap())).collect()
+}
+
+#[test]
+fn an_owner_that_ends_leaves_nothing() {
+    Owner::start("ends", "ends").leaves_nothing();
+}
+
+#[test]
+fn an_owner_that_is_killed_leaves_nothing() {
+    for situation in ["running", "paused", "killed", "stopped", "restarted"] {
+        let mut owner = Owner::start(situation, situation);
+        let child = owner.ready();
+        kill(owner.pid(), Signal::SIGKILL).unwrap();
+        owner.leaves_nothing();
+        kill(child, Signal::SIGKILL).unwrap();
+    }
+}
+
+#[test]
+fn an_owner_that_is_asked_to_end_leaves_nothing() {
+    for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
+        let mut owner = Owner::start(signal.as_str(), "running");
+        owner.ready();
+        // To the whole process group, as a terminal does it.
+        killpg(owner.pid(), signal).unwrap();
+        owner.leaves_nothing();
+    }
+}
+
+#[test]
+fn an_owner_that_is_killed_while_starting_leaves_nothing() {
+    // There is no template in the directory, so `initdb` is hit as well.
+    for delay in (0..800).step_by(50) {
+        let owner = Owner::start(&format!("starting-{delay}"), "running");
+        sleep(Duration::from_millis(delay));
+        killpg(owner.pid(), Signal::SIGKILL).unwrap();
+        owner.leaves_nothing();
+    }
+}
