@@ -275,8 +275,8 @@ impl fmt::Display for PoolAdvice<'_> {
         f.write_str(if matches!(self.0, sqlx::Error::PoolClosed) {
             "the pool is closed; acquire before it is closed"
         } else {
-            "it was the pool that timed out, not the lock: all its connections are in use; raise \
-             max_connections, or hold and await fewer locks at once"
+            "it was the pool that timed out, not the lock: no connection came free in time; raise \
+             max_connections, hold and await fewer locks at once, or be more patient"
         })
     }
 }

@@ -130,10 +130,11 @@ impl Lock {
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe. If the future is dropped while it waits, the server is told to stop waiting, by
-    /// another connection (an idle one of the pool, else a new one), and the one that waited is
-    /// closed: you lose your place in the queue and one pooled connection, and leave nothing behind.
-    /// To give up after a time, [`try_acquire_for`](Self::try_acquire_for) is cheaper.
+    /// Cancel safe: you lose your place in the queue, and leave nothing behind. If the future is
+    /// dropped while it waits, a task has the server stop waiting (`pg_cancel_backend`, through an
+    /// idle connection of the pool, else a new one beside it), gives up what may have been granted
+    /// meanwhile, and returns the connection to the pool. The server logs the cancelled statement;
+    /// to give up after a time, [`try_acquire_for`](Self::try_acquire_for) is cheaper and silent.
     ///
     /// # Errors
     ///
@@ -440,8 +441,11 @@ impl Lock {
     }
 }
 
-/// Patience that ends after `timeout`; never, if that is too far to count.
+/// Patience that ends after `timeout`: at once, later, or never if that is too far to count.
 fn patience(timeout: Duration) -> Patience {
+    if timeout.is_zero() {
+        return Patience::Never;
+    }
     Instant::now().checked_add(timeout).map_or(Patience::Forever, Patience::Until)
 }
 

@@ -103,7 +103,7 @@ impl Session {
                 return Release::Done(Err(Error::Lost { key: key.clone(), reason }));
             }
             Leave::Downgrade => LetGo::Downgrade(key.id()),
-            Leave::End(modes) | Leave::Unlock(modes) => LetGo::Unlock(vec![(key.id(), modes)]),
+            Leave::Unlock(modes) => LetGo::Unlock(vec![(key.id(), modes)]),
         };
         let runtime = self.runtime.clone();
         let key = key.clone();
@@ -114,7 +114,7 @@ impl Session {
 
     /// Ends the session under its guards, which are told that it is lost.
     pub(crate) fn close(self: Arc<Self>) -> JoinHandle<Result<(), Loss>> {
-        let locks = self.ledger().lose(Loss::Closed);
+        let locks = self.ledger().close();
         let runtime = self.runtime.clone();
         start(&runtime, async move { self.let_go(LetGo::Unlock(locks)).await })
     }
@@ -125,11 +125,8 @@ impl Session {
     async fn let_go(self: Arc<Self>, what: LetGo) -> Result<(), Loss> {
         let mut slot = Arc::clone(&self.conn).lock_owned().await;
         let Some(conn) = slot.as_mut() else {
-            // Closed while this was queued: then this lock was given up too.
-            return match self.loss() {
-                None | Some(Loss::Closed) => Ok(()),
-                Some(loss @ (Loss::Disconnected(_) | Loss::NotHeld)) => Err(loss),
-            };
+            self.done(slot);
+            return self.loss().map_or(Ok(()), Err);
         };
         let answer = within(DEADLINE, async {
             self.tidy(conn).await?;
@@ -142,17 +139,25 @@ impl Session {
         match answer.await {
             Ok(true) => {
                 tracing::trace!(backend_pid = self.backend_pid(), ?what, "released");
-                self.end_if_unused(slot);
+                self.done(slot);
                 Ok(())
             }
-            Ok(false) => Err(self.discard(slot, Loss::NotHeld)),
-            Err(error) => Err(self.discard(slot, Loss::Disconnected(Arc::new(error)))),
+            Ok(false) => Err(self.fail(slot, Loss::NotHeld)),
+            Err(error) => Err(self.fail(slot, Loss::Disconnected(Arc::new(error)))),
         }
     }
 
-    /// Returns the connection to the pool if nothing needs it: the good end of a session.
-    fn end_if_unused(&self, mut slot: ConnGuard) {
-        if self.ledger().is_unused()
+    /// Counts a statement as done that failed, after which nobody knows what the session holds.
+    fn fail(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
+        let loss = self.discard(&mut slot, loss);
+        self.done(slot);
+        loss
+    }
+
+    /// Counts a statement as done, and returns the connection to the pool if nothing needs it any
+    /// more: the good end of a session.
+    fn done(&self, mut slot: ConnGuard) {
+        if self.ledger().done()
             && let Some(conn) = slot.take()
         {
             conn.give_back();
@@ -160,7 +165,7 @@ impl Session {
     }
 
     /// Closes the connection, which the pool must not have: the bad end of a session.
-    fn discard(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
+    fn discard(&self, slot: &mut ConnGuard, loss: Loss) -> Loss {
         let locks = self.ledger().lose(loss.clone());
         drop(slot.take());
         tracing::warn!(

@@ -14,8 +14,8 @@ use crate::mode::Mode;
 pub(crate) struct Ledger {
     // Invariant: every entry has at least one guard.
     keys: HashMap<KeyId, Counts>,
-    /// Acquires under way on the session. They keep it open when the last guard goes.
-    pending: usize,
+    /// Statements under way that change what the server has granted. They keep the session open.
+    under_way: usize,
     ended: Option<Ended>,
 }
 
@@ -44,7 +44,7 @@ pub(crate) struct Modes {
 /// What a wanted guard takes.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) enum Join {
-    /// A statement: the server has to be asked. The ledger counts the acquire as pending.
+    /// A statement: the server has to be asked. It counts as under way.
     Ask,
     /// Nothing: the guard is counted, and covered by what the session holds.
     Covered,
@@ -52,25 +52,23 @@ pub(crate) enum Join {
     Ended,
 }
 
-/// What a guard that goes leaves to do.
+/// What a guard that goes leaves to do. Where that is a statement, it counts as under way.
 #[derive(Debug)]
 pub(crate) enum Leave {
     /// Take the key shared, then give its exclusive lock up: only shared guards are left.
     Downgrade,
-    /// Unlock the key and end the session: this was its last guard.
-    End(Modes),
     /// Nothing: other guards need all that the session holds.
     Keep,
     /// Nothing: the session was lost before.
     Lost(Loss),
-    /// Unlock the key in these modes; the session lives on.
+    /// Unlock the key in these modes.
     Unlock(Modes),
 }
 
 impl Ledger {
     /// A session on which an acquire is under way.
     pub(crate) fn opening() -> Self {
-        Self { pending: 1, ..Self::default() }
+        Self { under_way: 1, ..Self::default() }
     }
 
     /// Counts a guard if what the session holds covers it.
@@ -84,19 +82,19 @@ impl Ledger {
             *counts.of(mode) += 1;
             return Join::Covered;
         }
-        self.pending += 1;
+        self.under_way += 1;
         Join::Ask
     }
 
-    /// Counts the guard that the server granted to a pending acquire.
+    /// Counts the guard that the server granted, in place of the statement that asked for it.
     ///
     /// The session may have been lost while the answer was on its way; then there is no guard, and
-    /// the acquire is still to be taken back.
+    /// what was granted is still to be given up.
     pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) -> Result<(), Loss> {
         if let Some(loss) = self.loss() {
             return Err(loss);
         }
-        self.pending -= 1;
+        self.under_way -= 1;
         let counts = self.keys.entry(key).or_default();
         *counts.of(mode) += 1;
         match mode {
@@ -106,10 +104,14 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes a pending acquire back. Returns whether that ends the session.
-    pub(crate) fn retract(&mut self) -> bool {
-        self.pending -= 1;
-        self.end_if_unused()
+    /// Counts a statement as done that granted nothing. Returns whether nothing needs the session.
+    pub(crate) fn done(&mut self) -> bool {
+        self.under_way -= 1;
+        let unused = self.keys.is_empty() && self.under_way == 0;
+        if unused && self.ended.is_none() {
+            self.ended = Some(Ended::Released);
+        }
+        unused
     }
 
     /// Takes a guard out.
@@ -126,17 +128,29 @@ impl Ledger {
         }
         if shared == 0 {
             self.keys.remove(&key);
-            return if self.end_if_unused() { Leave::End(server) } else { Leave::Unlock(server) };
+            if self.keys.is_empty() && self.under_way == 0 {
+                self.ended = Some(Ended::Released);
+            }
+            self.under_way += 1;
+            return Leave::Unlock(server);
         }
         if !server.exclusive {
             return Leave::Keep;
         }
         counts.server = Modes { exclusive: false, shared: true };
+        self.under_way += 1;
         if server.shared {
             Leave::Unlock(Modes { exclusive: true, shared: false })
         } else {
             Leave::Downgrade
         }
+    }
+
+    /// Ends the session for all its guards, and leaves one statement to do: to unlock what the
+    /// server had granted.
+    pub(crate) fn close(&mut self) -> Vec<(KeyId, Modes)> {
+        self.under_way += 1;
+        self.lose(Loss::Closed)
     }
 
     /// Ends the session for all its guards. Returns what the server had granted it.
@@ -152,21 +166,6 @@ impl Ledger {
             Some(Ended::Lost(loss)) => Some(loss.clone()),
             Some(Ended::Released) | None => None,
         }
-    }
-
-    pub(crate) fn has_guards(&self) -> bool {
-        !self.keys.is_empty()
-    }
-
-    pub(crate) fn is_unused(&self) -> bool {
-        self.keys.is_empty() && self.pending == 0
-    }
-
-    fn end_if_unused(&mut self) -> bool {
-        if self.is_unused() && self.ended.is_none() {
-            self.ended = Some(Ended::Released);
-        }
-        self.is_unused()
     }
 }
 

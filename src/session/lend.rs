@@ -23,7 +23,7 @@ use crate::key::Key;
 /// # Drop
 ///
 /// Gives the connection back to the session. A transaction that is still open is rolled back, and a
-/// query whose future was dropped is cancelled after half a second, both on a task. Settings changed
+/// query whose future was dropped is cancelled after 100 ms, both on a task. Settings changed
 /// with `SET` stay, as on any pooled connection.
 ///
 /// # Examples
@@ -60,7 +60,7 @@ impl Session {
         }
         if let Some(conn) = slot.as_mut() {
             if let Err(error) = within(super::DEADLINE, self.tidy(conn)).await {
-                return Err(lost(self.discard(slot, Loss::Disconnected(Arc::new(error)))));
+                return Err(lost(self.discard(&mut slot, Loss::Disconnected(Arc::new(error)))));
             }
             conn.lent = true;
         }
@@ -83,7 +83,7 @@ impl Session {
         let mut slot = Arc::clone(&self.conn).lock_owned().await;
         let Some(conn) = slot.as_mut() else { return };
         if let Err(error) = within(super::DEADLINE, self.tidy(conn)).await {
-            self.discard(slot, Loss::Disconnected(Arc::new(error)));
+            self.discard(&mut slot, Loss::Disconnected(Arc::new(error)));
         }
     }
 }

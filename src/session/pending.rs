@@ -7,7 +7,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::{PgPool, Postgres};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::conn::Conn;
 use super::{Backend, ConnGuard, DEADLINE, Session, start, within};
@@ -29,10 +29,9 @@ pub(crate) enum Patience {
 ///
 /// # Drop
 ///
-/// Takes the acquire back on a task. A statement that tries is let finish, and what it was granted
-/// is given up. A statement that waits is cancelled from another connection; then the connection is
-/// closed, for whoever cancels names a process and not a statement, and the pool must never lend a
-/// connection that may be hit. Only if other guards need the session, it lives on.
+/// Takes the acquire back on a task. A statement that tries is let finish; one that waits is
+/// cancelled from another connection. Then what was granted all the same is given up. If any of that
+/// fails, the connection is closed.
 #[derive(Debug)]
 pub(crate) struct Pending {
     session: Arc<Session>,
@@ -238,18 +237,17 @@ impl Pending {
     /// Takes an acquire back that was refused: the server has granted nothing.
     pub(crate) fn withdraw(mut self) {
         self.settled = true;
-        self.session.ledger().retract();
         if let Some(slot) = self.slot.take() {
-            self.session.end_if_unused(slot);
+            self.session.done(slot);
         }
     }
 
     /// Closes the connection of an acquire on a session of its own.
     fn close(mut self) {
         self.settled = true;
-        self.session.ledger().retract();
         if let Some(mut slot) = self.slot.take() {
             drop(slot.take());
+            self.session.done(slot);
         }
     }
 
@@ -290,31 +288,23 @@ impl Session {
         if let Some(conn) = slot.as_mut()
             && stage != Stage::Nothing
         {
+            tracing::debug!(
+                %key, %mode, backend_pid = self.backend_pid(), ?stage,
+                "giving up an acquire that was abandoned or failed"
+            );
+            // A try ends by itself; a wait does not.
             let waiting = stage == Stage::Waiting;
             let grace = if waiting { Duration::ZERO } else { Duration::from_secs(1) };
-            let mut settled = self.drain(conn, grace).await;
-            let needed = self.ledger().has_guards();
-            if settled.is_ok() && (needed || !waiting) {
-                settled = within(DEADLINE, sql::unlock_if_held(conn, key.id(), mode)).await;
-            }
-            tracing::debug!(
-                %key, %mode, backend_pid = self.backend_pid(), waiting,
-                "abandoned an acquire"
-            );
-            match settled {
-                Err(error) if needed => {
-                    self.ledger().retract();
-                    self.discard(slot, Loss::Disconnected(Arc::new(error)));
-                    return;
-                }
-                // Its only purpose was this acquire.
-                Err(_) => drop(slot.take()),
-                Ok(()) if waiting && !needed => drop(slot.take()),
-                Ok(()) => {}
+            let settled = within(DEADLINE, async {
+                self.drain(conn, grace).await?;
+                sql::unlock_if_held(conn, key.id(), mode).await
+            });
+            if let Err(error) = settled.await {
+                self.fail(slot, Loss::Disconnected(Arc::new(error)));
+                return;
             }
         }
-        self.ledger().retract();
-        self.end_if_unused(slot);
+        self.done(slot);
     }
 }
 
@@ -322,15 +312,16 @@ impl Session {
 ///
 /// One who only tries has no patience with the lock, but waits for the pool like any query.
 async fn lend(pool: &PgPool, key: &Key, patience: Patience) -> Result<PoolConnection<Postgres>> {
+    let key = key.clone();
+    let acquire = pool.acquire();
     let lent = match patience {
-        Patience::Forever | Patience::Never => pool.acquire().await,
-        Patience::Until(deadline) => {
-            let asked = tokio::time::timeout_at(deadline.into(), pool.acquire()).await;
-            asked.unwrap_or(Err(sqlx::Error::PoolTimedOut))
-        }
+        Patience::Forever | Patience::Never => acquire.await,
+        Patience::Until(deadline) => match timeout_at(deadline.into(), acquire).await {
+            Ok(lent) => lent,
+            Err(_) => return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut }),
+        },
     };
     lent.map_err(|source| {
-        let key = key.clone();
         let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
         // With room for more connections, it was the server that did not answer.
         let exhausted = timed_out && pool.size() >= pool.options().get_max_connections();

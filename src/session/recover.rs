@@ -24,7 +24,7 @@ impl Session {
     pub(super) async fn tidy(&self, conn: &mut Conn) -> Result<(), sqlx::Error> {
         if conn.lent {
             // A query of the application whose future was dropped still runs; most end by themselves.
-            self.drain(conn, Duration::from_millis(500)).await?;
+            self.drain(conn, Duration::from_millis(100)).await?;
             if sql::end_transaction(conn).await? {
                 tracing::debug!(
                     backend_pid = self.backend_pid(),
@@ -38,8 +38,9 @@ impl Session {
 
     /// Reads the answer to a statement that nobody awaits any more, and cancels it after `grace`.
     ///
-    /// When this returns, no cancel is under way: each was answered before the connection was used
-    /// again, so none can strike a later statement.
+    /// A cancel names a process, and not a statement. It can't strike a later one: the server has
+    /// signalled the process before it answers the cancel, and the process drops a cancel that finds
+    /// it idle. So every cancel must have been answered, or the connection is not to be used again.
     pub(super) async fn drain(
         &self,
         conn: &mut PgConnection,
@@ -48,23 +49,19 @@ impl Session {
         let started = Instant::now();
         let mut answered = pin!(conn.ping());
         let mut patience = grace;
+        let mut cancelled = Ok(());
         loop {
             match timeout(patience, &mut answered).await {
                 // Or the interrupted statement's own failure: an answer like any other.
-                Ok(Ok(()) | Err(sqlx::Error::Database(_))) => return Ok(()),
+                Ok(Ok(()) | Err(sqlx::Error::Database(_))) => return cancelled,
                 Ok(Err(error)) => return Err(error),
-                Err(_) if started.elapsed() > DEADLINE => {
-                    let message = "the server does not end an interrupted statement";
-                    return Err(sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message)));
-                }
+                Err(_) if started.elapsed() > DEADLINE => return Err(silence()),
                 Err(_) => {}
             }
-            if let Err(error) = timeout(DEADLINE, self.cancel()).await.unwrap_or(Ok(())) {
-                tracing::debug!(
-                    backend_pid = self.backend_pid(),
-                    error = &error as &dyn std::error::Error,
-                    "could not cancel an interrupted statement"
-                );
+            if let Err(error) =
+                timeout(DEADLINE, self.cancel()).await.unwrap_or_else(|_| Err(silence()))
+            {
+                cancelled = Err(error);
             }
             patience = AGAIN;
         }
@@ -72,21 +69,37 @@ impl Session {
 
     /// Cancels what the session's backend is doing, from another connection: an idle one of the
     /// pool, else one beside it, for the pool may be full of those who wait.
+    ///
+    /// An error leaves open whether the cancel was sent. Where no connection could be had, it was not.
     async fn cancel(&self) -> Result<(), sqlx::Error> {
         let Some(&backend) = self.backend.get() else { return Ok(()) };
         if let Some(pooled) = self.pool.try_acquire() {
             let mut conn = Conn::new(pooled, self.runtime.clone());
             let known_for = backend.known_since.elapsed();
-            if sql::cancel_backend(&mut conn, backend.pid, known_for).await.is_ok() {
-                conn.give_back();
-                return Ok(());
-            }
-            // It was dead; dropping it closes it.
+            sql::cancel_backend(&mut conn, backend.pid, known_for).await?;
+            conn.give_back();
+            return Ok(());
         }
         // Never closed, so never an error.
         let _permit = BESIDE_THE_POOL.acquire().await;
-        let mut conn = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        let mut conn = match PgConnection::connect_with(&self.pool.connect_options()).await {
+            Ok(conn) => conn,
+            Err(error) => {
+                tracing::debug!(
+                    backend_pid = backend.pid,
+                    error = &error as &dyn std::error::Error,
+                    "no connection to cancel a wait that was given up; trying again"
+                );
+                return Ok(());
+            }
+        };
         sql::cancel_backend(&mut conn, backend.pid, backend.known_since.elapsed()).await?;
-        conn.close().await
+        drop(conn.close().await);
+        Ok(())
     }
+}
+
+fn silence() -> sqlx::Error {
+    let message = "the server does not end a statement that was given up";
+    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message))
 }

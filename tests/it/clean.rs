@@ -1,1 +1,237 @@
-//! (to come)
+//! A connection goes back to the pool only when it holds nothing and is as it was lent.
+
+use std::time::Duration;
+
+use pglock::{Error, Lock, Loss};
+use pglock_testkit::{TestDb, advisory_locks, eventually};
+use sqlx::{Connection, PgConnection};
+
+use crate::support::{SOON, backend_is, borrow_all, no_locks};
+
+#[tokio::test]
+async fn a_released_connection_is_used_again() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    guard.release().await.unwrap();
+    assert_eq!(borrow_all(&pool).await, [pid]);
+}
+
+#[tokio::test]
+async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+
+    let mut conn = guard.connection().await.unwrap();
+    sqlx::query("SELECT 1 / 0").execute(&mut *conn).await.unwrap_err();
+    sqlx::query("SELECT no_such_column").execute(&mut *conn).await.unwrap_err();
+    drop(conn);
+
+    assert!(Lock::new(&db.pool(1).await, 1).try_acquire().await.unwrap().is_none());
+    let pid = guard.backend_pid();
+    guard.release().await.unwrap();
+    assert_eq!(borrow_all(&pool).await, [pid]);
+}
+
+/// Leaves the lent connection in the middle of something; then everything must still be right.
+async fn lock_survives(leave: impl AsyncFnOnce(&mut PgConnection)) {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+
+    let mut conn = guard.connection().await.unwrap();
+    leave(&mut conn).await;
+    drop(conn);
+
+    // Nothing stays open while the guard lives on: no transaction, no query.
+    backend_is(&mut admin, pid, "idle", SOON * 3).await;
+    assert_eq!(advisory_locks(&mut admin).await.len(), 1, "the lock is still held");
+
+    // The connection is good for more, and what was left open is gone.
+    let mut conn = guard.connection().await.unwrap();
+    sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
+    drop(conn);
+    guard.release().await.unwrap();
+    no_locks(&mut admin).await;
+    assert_eq!(borrow_all(&pool).await, [pid]);
+}
+
+#[tokio::test]
+async fn a_forgotten_begin_is_rolled_back() {
+    lock_survives(async |conn| {
+        sqlx::raw_sql("CREATE TABLE t (x int); BEGIN; INSERT INTO t VALUES (1)")
+            .execute(conn)
+            .await
+            .unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_aborted_transaction_is_rolled_back() {
+    lock_survives(async |conn| {
+        sqlx::raw_sql("BEGIN").execute(&mut *conn).await.unwrap();
+        sqlx::raw_sql("SELECT 1 / 0").execute(conn).await.unwrap_err();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_sqlx_transaction_is_rolled_back() {
+    lock_survives(async |conn| {
+        let mut transaction = conn.begin().await.unwrap();
+        sqlx::raw_sql("CREATE TABLE t (x int)").execute(&mut *transaction).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_failed_sqlx_transaction_is_rolled_back() {
+    lock_survives(async |conn| {
+        let mut transaction = conn.begin().await.unwrap();
+        sqlx::raw_sql("SELECT 1 / 0").execute(&mut *transaction).await.unwrap_err();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_query_whose_future_was_dropped_is_cancelled() {
+    lock_survives(async |conn| {
+        let query = sqlx::raw_sql("SELECT pg_sleep(600)").execute(conn);
+        tokio::time::timeout(Duration::from_millis(50), query).await.unwrap_err();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_begin_whose_future_was_dropped_is_rolled_back() {
+    for polls in 1..4 {
+        lock_survives(async |conn| {
+            drop(pglock_testkit::cancel_after(polls, conn.begin()).await);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn dropping_the_guard_after_a_dropped_query_frees_the_lock_soon() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut conn = guard.connection().await.unwrap();
+    let query = sqlx::raw_sql("SELECT pg_sleep(600)").execute(&mut *conn);
+    tokio::time::timeout(Duration::from_millis(50), query).await.unwrap_err();
+    drop(conn);
+    drop(guard);
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn an_unlock_answered_false_is_a_loss_and_closes_the_connection() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let pid = guard.backend_pid();
+
+    let mut conn = guard.connection().await.unwrap();
+    sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut *conn).await.unwrap();
+    drop(conn);
+
+    let error = guard.release().await.unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
+    assert_ne!(borrow_all(&pool).await, [pid], "the session went back to the pool");
+}
+
+#[tokio::test]
+async fn a_session_killed_while_it_holds_is_a_loss_and_is_replaced() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, "nightly-report");
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    no_locks(&mut admin).await;
+
+    let error = guard.release().await.unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
+    assert!(error.to_string().contains("nightly-report"), "{error}");
+
+    // The same handle acquires again, on a new session.
+    let again = lock.acquire().await.unwrap();
+    assert_ne!(again.backend_pid(), pid);
+    again.release().await.unwrap();
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn every_guard_of_a_lost_session_reports_the_loss() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let mut lock = Lock::new(&pool, 7);
+    let first = lock.acquire().await.unwrap();
+    let second = lock.acquire_shared().await.unwrap();
+    let mut conn = first.connection().await.unwrap();
+    let pid = first.backend_pid();
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap_err();
+    drop(conn);
+
+    let error = second.connection().await.unwrap_err();
+    assert!(matches!(error, Error::Lost { .. }), "{error:?}");
+    assert!(matches!(first.release().await, Err(Error::Lost { .. })));
+    assert!(matches!(second.release().await, Err(Error::Lost { .. })));
+    lock.acquire().await.unwrap().release().await.unwrap();
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_pool_gets_its_settings_back_unchanged() {
+    const SETTINGS: &str =
+        "SELECT name || '=' || setting FROM pg_settings WHERE source = 'session' ORDER BY name";
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let before: Vec<String> = sqlx::query_scalar(SETTINGS).fetch_all(&pool).await.unwrap();
+
+    // Each way to end: free, after a wait, refused, timed out.
+    let mut lock = Lock::new(&pool, 1);
+    lock.acquire().await.unwrap().release().await.unwrap();
+    let other_pool = db.pool(1).await;
+    let held = Lock::new(&other_pool, 1).acquire().await.unwrap();
+    assert!(lock.try_acquire().await.unwrap().is_none());
+    assert!(lock.try_acquire_for(Duration::from_millis(20)).await.unwrap().is_none());
+    let (waited, ()) = tokio::join!(lock.acquire(), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        held.release().await.unwrap();
+    });
+    waited.unwrap().release().await.unwrap();
+
+    let after: Vec<String> = sqlx::query_scalar(SETTINGS).fetch_all(&pool).await.unwrap();
+    assert_eq!(before, after);
+}
+
+#[tokio::test]
+async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    for left_open in ["BEGIN", "BEGIN; SELECT 1 / 0"] {
+        let mut conn = pool.acquire().await.unwrap();
+        drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
+        drop(conn);
+        eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+
+        let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+        guard.release().await.unwrap();
+        borrow_all(&pool).await;
+    }
+}

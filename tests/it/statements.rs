@@ -1,1 +1,122 @@
-//! (to come)
+//! What is sent to the server: one statement to acquire, one to release, none to stack.
+
+use std::time::Duration;
+
+use pglock::{Lock, LockOptions};
+use pglock_testkit::{Server, TestDb, eventually};
+
+/// A server that logs every statement.
+fn logging_server() -> Server {
+    Server::options().setting("log_statement", "all").start()
+}
+
+/// The statements that were logged since `mark`, without those of the test itself.
+fn statements(server: &Server, mark: usize) -> Vec<String> {
+    let log = server.log_since(mark);
+    let logged = log.lines().filter(|line| line.contains("statement:") || line.contains("execute"));
+    logged.map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, "nightly-report");
+
+    // Twice: on a fresh connection, and on one that the pool has lent before.
+    for round in ["fresh", "used"] {
+        let mark = server.log_len();
+        let guard = lock.acquire().await.unwrap();
+        let acquired = statements(&server, mark);
+        assert_eq!(acquired.len(), 1, "{round}: {acquired:#?}");
+
+        let mark = server.log_len();
+        guard.release().await.unwrap();
+        let released = statements(&server, mark);
+        assert_eq!(released.len(), 1, "{round}: {released:#?}");
+        eventually("the pool has its connection back", Duration::from_secs(1), || async {
+            pool.num_idle() == 1
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn every_kind_of_first_acquire_costs_one_statement() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, (1, 2));
+    let mark = server.log_len();
+
+    lock.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    let patience = Duration::from_secs(5);
+    lock.try_acquire_for(patience).await.unwrap().unwrap().release().await.unwrap();
+    lock.acquire_shared().await.unwrap().release().await.unwrap();
+    lock.try_acquire_shared().await.unwrap().unwrap().release().await.unwrap();
+    lock.try_acquire_shared_for(patience).await.unwrap().unwrap().release().await.unwrap();
+
+    let sent = statements(&server, mark);
+    assert_eq!(sent.len(), 10, "{sent:#?}");
+}
+
+#[tokio::test]
+async fn stacking_and_unstacking_send_nothing() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 42);
+
+    let first = lock.acquire().await.unwrap();
+    let mark = server.log_len();
+    let second = lock.acquire().await.unwrap();
+    // The exclusive lock covers a shared guard.
+    let shared = lock.try_acquire_shared().await.unwrap().unwrap();
+    let third = lock.try_acquire_for(Duration::from_secs(1)).await.unwrap().unwrap();
+    drop(first);
+    third.release().await.unwrap();
+    shared.release().await.unwrap();
+    let sent = statements(&server, mark);
+    assert_eq!(sent, Vec::<String>::new());
+
+    second.release().await.unwrap();
+    assert_eq!(statements(&server, mark).len(), 1);
+}
+
+#[tokio::test]
+async fn a_downgrade_by_dropping_the_exclusive_guard_is_one_message() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(2).await;
+    let mut lock = Lock::new(&pool, 42);
+    let exclusive = lock.acquire().await.unwrap();
+    let shared = lock.acquire_shared().await.unwrap();
+
+    let mark = server.log_len();
+    exclusive.release().await.unwrap();
+    assert_eq!(statements(&server, mark).len(), 1);
+
+    // Now it is shared, so another reader gets in and a writer does not.
+    let mut other = lock.clone();
+    assert!(other.try_acquire().await.unwrap().is_none());
+    other.try_acquire_shared().await.unwrap().unwrap().release().await.unwrap();
+    shared.release().await.unwrap();
+    other.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn making_handles_and_options_sends_nothing() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(2).await;
+    let mark = server.log_len();
+
+    let lock = Lock::new(&pool, "nightly-report");
+    let clone = lock.clone();
+    let mut third = LockOptions::new().lock(&pool, lock.key()).unwrap();
+    third.close().await.unwrap();
+    drop((lock, clone, third));
+
+    assert_eq!(statements(&server, mark), Vec::<String>::new());
+}

@@ -137,6 +137,13 @@ mod tests {
     use crate::find::Search;
 
     #[test]
+    fn a_directory_too_deep_for_a_socket_is_refused() {
+        let account = Account::for_server().unwrap();
+        let deep = PathBuf::from("/tmp").join("d".repeat(LONGEST_DIR));
+        assert!(make_dir_in(&deep, &account).unwrap_err().contains("too long"));
+    }
+
+    #[test]
     fn only_a_template_that_is_whole_private_and_ours_is_copied() {
         let account = Account::for_server().unwrap();
         let installation = Search::from_env(account).run().unwrap();

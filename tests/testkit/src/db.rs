@@ -20,6 +20,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A pool on a database of its own, on a server found or started. For examples and doctests.
 ///
 /// The database lives as long as the pool. Panics with the whole story when there is no server.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), sqlx::Error> {
+/// let pool = pglock_testkit::pool().await;
+/// let one: i32 = sqlx::query_scalar("SELECT 1").fetch_one(&pool).await?;
+/// assert_eq!(one, 1);
+/// # Ok(())
+/// # }
+/// ```
 pub async fn pool() -> PgPool {
     let db = TestDb::new().await;
     let options = db.options();

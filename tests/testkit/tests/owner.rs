@@ -44,18 +44,14 @@ fn owner() {
     child.wait().unwrap();
 }
 
-/// The owner as a process, with a temporary directory to look for remains in.
+/// The owner as a process, and the temporary directory to look for its remains in.
 struct Owner {
     process: Child,
     tmp: PathBuf,
 }
 
 impl Owner {
-    fn start(name: &str, situation: &str) -> Self {
-        let tmp = PathBuf::from(format!("/tmp/pglock-owner-{}-{name}", process::id()));
-        fs::create_dir(&tmp).unwrap();
-        // As /tmp is.
-        fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).unwrap();
+    fn start(tmp: PathBuf, situation: &str) -> Self {
         let process = Command::new(env::current_exe().unwrap())
             .args(["owner", "--exact", "--ignored", "--nocapture"])
             .env("TMPDIR", &tmp)
@@ -81,23 +77,22 @@ impl Owner {
         panic!("the owner ended early");
     }
 
-    /// Waits until only the template is left, and no process that works in the directory.
+    /// Waits until the owner's directory is gone, and every process that works in it.
     fn leaves_nothing(mut self) {
+        let prefix = format!("pglock-{}-", self.pid());
         drop(self.process.wait());
         let start = Instant::now();
         loop {
             let files = fs::read_dir(&self.tmp).unwrap().map(|entry| entry.unwrap().file_name());
-            let files = files.map(|name| name.into_string().unwrap());
             let files: Vec<_> =
-                files.filter(|name| !name.starts_with("pglock-template-")).collect();
-            let processes = processes_in(&self.tmp);
+                files.filter(|name| name.to_string_lossy().starts_with(&prefix)).collect();
+            let processes = processes_in(&self.tmp.join(&prefix));
             if files.is_empty() && processes.is_empty() {
-                break;
+                return;
             }
             assert!(start.elapsed() < Duration::from_secs(20), "left: {files:?} {processes:?}");
             sleep(Duration::from_millis(10));
         }
-        fs::remove_dir_all(&self.tmp).unwrap();
     }
 }
 
@@ -115,13 +110,13 @@ fn processes_in(dir: &Path) -> Vec<String> {
 
 #[test]
 fn an_owner_that_ends_leaves_nothing() {
-    Owner::start("ends", "ends").leaves_nothing();
+    Owner::start(env::temp_dir(), "ends").leaves_nothing();
 }
 
 #[test]
 fn an_owner_that_is_killed_leaves_nothing() {
     for situation in ["running", "paused", "killed", "stopped", "restarted"] {
-        let mut owner = Owner::start(situation, situation);
+        let mut owner = Owner::start(env::temp_dir(), situation);
         let child = owner.ready();
         kill(owner.pid(), Signal::SIGKILL).unwrap();
         owner.leaves_nothing();
@@ -132,7 +127,7 @@ fn an_owner_that_is_killed_leaves_nothing() {
 #[test]
 fn an_owner_that_is_asked_to_end_leaves_nothing() {
     for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
-        let mut owner = Owner::start(signal.as_str(), "running");
+        let mut owner = Owner::start(env::temp_dir(), "running");
         owner.ready();
         // To the whole process group, as a terminal does it.
         killpg(owner.pid(), signal).unwrap();
@@ -142,11 +137,16 @@ fn an_owner_that_is_asked_to_end_leaves_nothing() {
 
 #[test]
 fn an_owner_that_is_killed_while_starting_leaves_nothing() {
-    // There is no template in the directory, so `initdb` is hit as well.
+    // Without a template at first, so that `initdb` is hit as well.
+    let tmp = PathBuf::from(format!("/tmp/pglock-owner-{}", process::id()));
+    fs::create_dir(&tmp).unwrap();
+    // As /tmp is.
+    fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).unwrap();
     for delay in (0..800).step_by(50) {
-        let owner = Owner::start(&format!("starting-{delay}"), "running");
+        let owner = Owner::start(tmp.clone(), "running");
         sleep(Duration::from_millis(delay));
         killpg(owner.pid(), Signal::SIGKILL).unwrap();
         owner.leaves_nothing();
     }
+    fs::remove_dir_all(&tmp).unwrap();
 }

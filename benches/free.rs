@@ -1,0 +1,86 @@
+//! A free lock, acquired and released, with a connection from the pool each time.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use pglock::Lock;
+use pglock_testkit::TestDb;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
+use sqlx::{PgConnection, PgPool};
+
+use support::{Contest, Contestant};
+
+const KEY: i64 = 42;
+const CONNECTIONS: u32 = 10;
+/// How many cycles make a turn.
+const CYCLES: u32 = 25;
+
+fn main() -> Result<(), BoxDynError> {
+    support::run(free)
+}
+
+async fn free(time: Duration) -> Result<(), BoxDynError> {
+    let db = TestDb::new().await;
+    let sqlx = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(KEY));
+    let pglock = Lock::new(&warm_pool(&db).await?, KEY);
+    let mut contests = [
+        Contest::new("sqlx's PgAdvisoryLock", Cycle::Sqlx(warm_pool(&db).await?, sqlx)),
+        Contest::new("pglock", Cycle::Pglock(pglock)).target("<= 1.00", |ratio, _| ratio <= 1.0),
+        Contest::new("SQL by hand", Cycle::ByHand(warm_pool(&db).await?)),
+        Contest::new("two round trips, no pool", Cycle::RoundTrips(db.admin().await)),
+    ];
+    support::compete(&mut contests, time).await?;
+
+    let title = "free: acquire and release a free lock, from a pool of 10 open connections";
+    support::print_title(title, &db.pool(1).await).await?;
+    support::print_table("acquire and release, median", 0.5, &contests);
+    Ok(())
+}
+
+/// A pool that has opened all its connections.
+async fn warm_pool(db: &TestDb) -> Result<PgPool, BoxDynError> {
+    let pool = db.pool(CONNECTIONS).await;
+    let mut connections = Vec::new();
+    for _ in 0..CONNECTIONS {
+        connections.push(pool.acquire().await?);
+    }
+    Ok(pool)
+}
+
+/// Acquires and releases a lock. The connection goes back to its pool each time.
+enum Cycle {
+    ByHand(PgPool),
+    Pglock(Lock),
+    /// The least that it takes to ask a server, and to tell it.
+    RoundTrips(PgConnection),
+    Sqlx(PgPool, PgAdvisoryLock),
+}
+
+impl Contestant for Cycle {
+    async fn turn(&mut self) -> Result<Duration, BoxDynError> {
+        let started = Instant::now();
+        for _ in 0..CYCLES {
+            match self {
+                Self::ByHand(pool) => {
+                    let mut connection = pool.acquire().await?;
+                    for sql in ["SELECT pg_advisory_lock($1)", "SELECT pg_advisory_unlock($1)"] {
+                        sqlx::query(sql).bind(KEY).execute(&mut *connection).await?;
+                    }
+                }
+                Self::Pglock(lock) => lock.acquire().await?.release().await?,
+                Self::RoundTrips(connection) => {
+                    for _ in 0..2 {
+                        sqlx::query("SELECT 1").execute(&mut *connection).await?;
+                    }
+                }
+                Self::Sqlx(pool, lock) => {
+                    let guard = lock.acquire(pool.acquire().await?).await?;
+                    drop(guard.release_now().await?);
+                }
+            }
+        }
+        Ok(started.elapsed() / CYCLES)
+    }
+}

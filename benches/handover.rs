@@ -1,0 +1,226 @@
+//! A busy lock that goes from one process to another, which waits for it.
+//!
+//! Each way to lock has two processes, copies of this program, that hold the lock in turns. They are
+//! told on their standard input what to do, and answer on their standard output. The holder is told
+//! to release only when the server says that the other one is in the queue. Measured is the time from
+//! just before the release, in the one process, until the acquire has returned, in the other, by the
+//! clock that both have in common. Meanwhile this process sleeps.
+
+#![expect(clippy::print_stdout, reason = "the parties answer there")]
+
+mod support;
+
+use std::env;
+use std::mem;
+use std::process::Stdio;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use pglock::{ExclusiveGuard, Lock};
+use pglock_testkit::{TestDb, advisory_locks};
+use sqlx::error::BoxDynError;
+use sqlx::{Connection, PgConnection, PgPool};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, stdin};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::time::{sleep, timeout};
+
+use support::{Contest, Contestant};
+
+const KEY_OF_PGLOCK: i64 = 1;
+const KEY_OF_SQL: i64 = 2;
+
+fn main() -> Result<(), BoxDynError> {
+    let mut arguments = env::args().skip(1);
+    if arguments.next().as_deref() == Some("--party") {
+        let key = arguments.next().unwrap_or_default().parse()?;
+        let url = arguments.next().unwrap_or_default();
+        return support::spawn(obey(key, url));
+    }
+    support::run(handover)
+}
+
+async fn handover(time: Duration) -> Result<(), BoxDynError> {
+    let db = TestDb::new().await;
+    let sql = Pair::start(&db, KEY_OF_SQL).await?;
+    let pglock = Pair::start(&db, KEY_OF_PGLOCK).await?;
+    let mut contests = [
+        Contest::new("SQL by hand, connection held", sql),
+        Contest::new("pglock", pglock).target("<= 1.10", |ratio, _| ratio <= 1.1),
+    ];
+    support::compete(&mut contests, time).await?;
+
+    let title = "handover: a busy lock goes from one process to another, which waits for it";
+    support::print_title(title, &db.pool(1).await).await?;
+    support::print_table("release to acquired, median", 0.5, &contests);
+    support::print_table("release to acquired, 95th percentile", 0.95, &contests);
+    Ok(())
+}
+
+/// Two processes: one holds the lock, the other is in the server's queue for it.
+struct Pair {
+    key: i64,
+    holder: Party,
+    waiter: Party,
+    /// The server's process that the waiter waits in.
+    queued: i32,
+    admin: PgConnection,
+}
+
+impl Pair {
+    async fn start(db: &TestDb, key: i64) -> Result<Self, BoxDynError> {
+        let [mut holder, waiter] = [Party::start(db, key)?, Party::start(db, key)?];
+        holder.ask("acquire").await?;
+        let mut pair = Self { key, holder, waiter, queued: 0, admin: db.admin().await };
+        pair.queue().await?;
+        Ok(pair)
+    }
+
+    /// Lets the waiter wait, and makes sure that it does.
+    async fn queue(&mut self) -> Result<(), BoxDynError> {
+        self.waiter.tell("acquire").await?;
+        loop {
+            let mut locks = advisory_locks(&mut self.admin).await;
+            locks.retain(|lock| lock.objid == self.key);
+            if let [held, awaited] = locks.as_slice()
+                && held.granted
+                && !awaited.granted
+            {
+                self.queued = awaited.pid;
+                break;
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        // The machine comes to rest.
+        sleep(Duration::from_millis(3)).await;
+        Ok(())
+    }
+
+    async fn hand_over(&mut self) -> Result<Duration, BoxDynError> {
+        self.holder.tell("release").await?;
+        let acquired = self.waiter.answer().await?;
+        let released = self.holder.ask("released").await?;
+        if acquired.backend_pid != self.queued {
+            return Err("the lock went to another one than the waiter".into());
+        }
+        mem::swap(&mut self.holder, &mut self.waiter);
+        self.queue().await?;
+        Ok(acquired.at.saturating_sub(released.at))
+    }
+}
+
+impl Contestant for Pair {
+    async fn turn(&mut self) -> Result<Duration, BoxDynError> {
+        timeout(Duration::from_secs(10), self.hand_over()).await?
+    }
+}
+
+/// One of the two processes, as seen from here. It ends with this, or with its standard input.
+struct Party {
+    _process: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+/// When something happened since 1970, and in which process of the server.
+struct Answer {
+    at: Duration,
+    backend_pid: i32,
+}
+
+impl Party {
+    fn start(db: &TestDb, key: i64) -> Result<Self, BoxDynError> {
+        let mut process = Command::new(env::current_exe()?)
+            .args(["--party", &key.to_string(), &db.url()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let input = process.stdin.take().ok_or("no standard input")?;
+        let output = BufReader::new(process.stdout.take().ok_or("no standard output")?).lines();
+        Ok(Self { _process: process, input, output })
+    }
+
+    async fn tell(&mut self, what: &str) -> Result<(), BoxDynError> {
+        Ok(self.input.write_all(format!("{what}\n").as_bytes()).await?)
+    }
+
+    async fn answer(&mut self) -> Result<Answer, BoxDynError> {
+        let line = self.output.next_line().await?.ok_or("a party has ended")?;
+        let (nanos, backend_pid) = line.split_once(' ').ok_or("a party does not answer")?;
+        Ok(Answer { at: Duration::from_nanos(nanos.parse()?), backend_pid: backend_pid.parse()? })
+    }
+
+    async fn ask(&mut self, what: &str) -> Result<Answer, BoxDynError> {
+        self.tell(what).await?;
+        self.answer().await
+    }
+}
+
+/// Is one of the two processes: does what it is told.
+async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
+    let mut way = match key {
+        KEY_OF_PGLOCK => Way::Pglock(Lock::new(&PgPool::connect(&url).await?, key), None),
+        _ => Way::by_hand(PgConnection::connect(&url).await?).await?,
+    };
+    let mut released = Duration::ZERO;
+    let mut input = BufReader::new(stdin()).lines();
+    while let Some(told) = input.next_line().await? {
+        match told.as_str() {
+            "acquire" => {
+                let backend_pid = way.acquire(key).await?;
+                println!("{} {backend_pid}", now()?.as_nanos());
+            }
+            // Answers later: the other party shall have the machine for itself.
+            "release" => {
+                released = now()?;
+                way.release(key).await?;
+            }
+            "released" => println!("{} 0", released.as_nanos()),
+            _ => return Err(told.into()),
+        }
+    }
+    Ok(())
+}
+
+fn now() -> Result<Duration, BoxDynError> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?)
+}
+
+/// How the lock is acquired and released.
+enum Way {
+    ByHand { connection: PgConnection, backend_pid: i32 },
+    Pglock(Lock, Option<ExclusiveGuard>),
+}
+
+impl Way {
+    async fn by_hand(mut connection: PgConnection) -> Result<Self, BoxDynError> {
+        let backend_pid =
+            sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut connection).await?;
+        Ok(Self::ByHand { connection, backend_pid })
+    }
+
+    async fn acquire(&mut self, key: i64) -> Result<i32, BoxDynError> {
+        match self {
+            Self::ByHand { connection, backend_pid } => {
+                let acquire = sqlx::query("SELECT pg_advisory_lock($1)").bind(key);
+                acquire.execute(connection).await?;
+                Ok(*backend_pid)
+            }
+            Self::Pglock(lock, held) => Ok(held.insert(lock.acquire().await?).backend_pid()),
+        }
+    }
+
+    async fn release(&mut self, key: i64) -> Result<(), BoxDynError> {
+        match self {
+            Self::ByHand { connection, .. } => {
+                let release = sqlx::query("SELECT pg_advisory_unlock($1)").bind(key);
+                release.execute(connection).await?;
+            }
+            Self::Pglock(_, held) => {
+                if let Some(guard) = held.take() {
+                    guard.release().await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
