@@ -224,7 +224,7 @@ impl Error {
     /// # Examples
     ///
     /// ```
-    /// use pglock::{Lock, LockOptions};
+    /// use pglock::LockOptions;
     /// use std::time::Duration;
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() {

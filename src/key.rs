@@ -31,7 +31,7 @@ use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 ///
 /// let report = Key::from("nightly-report");
 /// assert_eq!(report.name(), Some("nightly-report"));
-/// assert_eq!(report.to_string(), "\"nightly-report\" (-2086366926513440834)");
+/// assert_eq!(report.to_string(), "\"nightly-report\" (8797529593787444750)");
 /// ```
 #[derive(Clone)]
 pub struct Key {

@@ -1,4 +1,70 @@
 //! A lock you hold like a `MutexGuard`, shared by every machine that can reach your database.
+//!
+//! RAII guards for PostgreSQL's [advisory locks], on [sqlx] and tokio.
+//!
+//! ```
+//! use pglock::Lock;
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+//! # let pool = pglock_testkit::pool().await;
+//! let mut lock = Lock::new(&pool, "nightly-report");
+//! if let Some(_guard) = lock.try_acquire().await? {
+//!     // This machine makes the report; the others see `None`.
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # Overview
+//!
+//! * [`Lock`] is a handle: an owner, with six ways to acquire.
+//! * [`ExclusiveGuard`] and [`SharedGuard`] are proof of holding; dropping one releases.
+//! * [`Key`] is what is locked: a number, a pair, or a name.
+//! * [`LockOptions`] are the settings that have a good default.
+//! * [`Error`] is everything that can go wrong; each message names the key and says what to do.
+//!
+//! # Cancel safety
+//!
+//! Every future of this crate may be dropped at any await. PostgreSQL has no way to withdraw one
+//! statement without a word to the server, so a dropped future hands what it began to a task: an
+//! answer that is on its way is read, a wait is cancelled through another connection, and a lock that
+//! was granted meanwhile is given up. Then the connection returns to the pool. If any of that fails,
+//! the connection is closed, and the server frees its locks with it. Each method says what dropping it
+//! costs.
+//!
+//! The same goes for guards: they may be dropped on a thread without a runtime, after the runtime is
+//! gone, or during a panic.
+//!
+//! # What is sent to the server
+//!
+//! | | statements |
+//! |---|---|
+//! | a free lock acquired, or a `try_` of a busy one | 1 |
+//! | a busy lock waited for | 1, and 1 for each [slice](LockOptions::wait_slice) |
+//! | a stacked guard acquired or released | 0 |
+//! | the last guard released | 1 |
+//! | an exclusive guard released while shared ones stay | 1 |
+//!
+//! Nothing is installed in the database, and no setting of the session is changed for longer than a
+//! wait.
+//!
+//! # Tracing
+//!
+//! Target `pglock`. In the normal path nothing is above `debug`.
+//!
+//! | | level | what | fields |
+//! |---|---|---|---|
+//! | span `acquire` | debug | one acquire | `key`, `name`, `mode`, `outcome` (`acquired`, `busy`, `failed`, `cancelled`), `waited_ms` |
+//! | event | trace | the server confirmed a release | `backend_pid`, `what` |
+//! | event | debug | an acquire was abandoned or failed, and is being given up | `key`, `mode`, `backend_pid`, `stage` |
+//! | event | debug | an idle connection of the pool was dead, and another is taken | `key`, `error` |
+//! | event | debug | a transaction left open on a lent connection was rolled back | `backend_pid` |
+//! | event | warn | a connection was closed instead of returned to the pool | `backend_pid`, `locks`, `reason` |
+//!
+//! [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
+//! [sqlx]: https://docs.rs/sqlx
+
+#![doc(test(no_crate_inject, attr(deny(warnings), allow(dead_code, unused_variables))))]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod lock;
 mod guard;
@@ -16,3 +82,8 @@ pub use lock::Lock;
 pub use mode::Mode;
 pub use options::LockOptions;
 pub use session::lend::SessionConnection;
+
+/// Compiles what the README shows.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

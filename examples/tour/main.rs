@@ -233,7 +233,7 @@ impl Stage {
         ensure!(refused.took() < 500_000, "a try took {}", took(refused.took()));
         ensure!(gave_up.words == "no", "Cleo was given a lock that Ada held");
         ensure!(
-            (300_000..800_000).contains(&gave_up.took()),
+            (300_000..1_000_000).contains(&gave_up.took()),
             "Cleo gave up after {}",
             took(gave_up.took())
         );

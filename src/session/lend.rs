@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use sqlx::PgConnection;
-use tokio::sync::OwnedMappedMutexGuard;
+use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::conn::Conn;
 use super::{Session, start, within};
@@ -64,10 +64,7 @@ impl Session {
             }
             conn.lent = true;
         }
-        match OwnedMappedMutexGuard::try_map(
-            tokio::sync::OwnedMutexGuard::map(slot, |slot| slot),
-            Option::as_mut,
-        ) {
+        match OwnedMutexGuard::try_map(slot, Option::as_mut) {
             Ok(conn) => Ok(SessionConnection {
                 session: Arc::clone(self),
                 conn: Some(conn),

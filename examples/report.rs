@@ -1,0 +1,63 @@
+//! Show a report to many, but to nobody while it is being made.
+//!
+//! You want this when making takes long and half of it must not be seen, and when those who look would
+//! rather be told "in a moment" than wait.
+
+#![expect(clippy::print_stdout, reason = "an example tells what it does")]
+
+use std::error::Error;
+use std::time::Duration;
+
+use pglock::{ExclusiveGuard, Lock};
+use pglock_testkit::TestDb;
+use sqlx::PgPool;
+use tokio::time::sleep;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let db = TestDb::new().await;
+    let (office, home, machine) = (db.pool(2).await, db.pool(2).await, db.pool(2).await);
+
+    // Viewers share: they do not hinder each other.
+    let (one, two) = tokio::join!(view("ada", &office), view("bob", &home));
+    assert!(one? && two?);
+
+    // While it is made, nobody looks, and nobody else makes it.
+    let Some(making) = start(&machine).await? else { return Err("nobody is looking".into()) };
+    assert!(!view("ada", &office).await?);
+    assert!(start(&home).await?.is_none());
+    sleep(Duration::from_millis(200)).await;
+    making.release().await?;
+    println!("the report is made");
+    assert!(view("ada", &office).await?);
+
+    // Who makes it can't get between those who look, either: it comes back later.
+    let mut lock = Lock::new(&home, "report:sales");
+    let looking = lock.acquire_shared().await?;
+    assert!(start(&machine).await?.is_none());
+    looking.release().await?;
+    Ok(())
+}
+
+/// Looks at the report, if it is not being made. Returns whether it was to be seen.
+async fn view(who: &str, pool: &PgPool) -> pglock::Result<bool> {
+    let mut lock = Lock::new(pool, "report:sales");
+    let Some(guard) = lock.try_acquire_shared().await? else {
+        println!("{who}: being made, come back in a moment");
+        return Ok(false);
+    };
+    println!("{who}: looks at the report");
+    sleep(Duration::from_millis(200)).await;
+    guard.release().await?;
+    Ok(true)
+}
+
+/// Starts to make the report, if nobody looks at it or makes it. It is made while the guard lives.
+async fn start(pool: &PgPool) -> pglock::Result<Option<ExclusiveGuard>> {
+    let guard = Lock::new(pool, "report:sales").try_acquire().await?;
+    match &guard {
+        Some(_) => println!("the report is being made"),
+        None => println!("the report can't be made now"),
+    }
+    Ok(guard)
+}

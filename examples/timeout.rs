@@ -1,0 +1,44 @@
+//! Wait for a lock, but only for so long.
+//!
+//! You want this when somebody waits for you in turn: a request with a deadline, a user at a button.
+
+#![expect(clippy::print_stdout, reason = "an example tells what it does")]
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use pglock::{Error as LockError, Lock};
+use pglock_testkit::TestDb;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let mut lock = Lock::new(&pool, "seat-12a");
+    let mut customer = lock.clone();
+
+    let guard = customer.acquire().await?;
+    let asked = Instant::now();
+    let answer = lock.try_acquire_for(Duration::from_millis(400)).await?;
+    let waited = asked.elapsed();
+    assert!(answer.is_none());
+    assert!(waited >= Duration::from_millis(400));
+    println!("not to be had within 400 ms; we know after {} ms", waited.as_millis());
+
+    guard.release().await?;
+    let asked = Instant::now();
+    let Some(guard) = lock.try_acquire_for(Duration::from_secs(10)).await? else {
+        return Err("it was free".into());
+    };
+    assert!(asked.elapsed() < Duration::from_secs(10));
+    println!("once it is free, we need not wait: {} ms", asked.elapsed().as_millis());
+
+    // Waiting for one of the pool's connections is not waiting for the lock, and the two never look
+    // alike: a busy lock is a `None`, a busy pool is an error.
+    let others = (guard, pool.acquire().await?);
+    let error = customer.try_acquire_for(Duration::from_millis(100)).await;
+    assert!(matches!(error, Err(LockError::Pool { .. })));
+    println!("with no connection left: {}", error.err().map(|e| e.to_string()).unwrap_or_default());
+    drop(others);
+    Ok(())
+}

@@ -1,0 +1,44 @@
+//! Skip the work if somebody else is at it already.
+//!
+//! You want this when the work needs to be done by one, no matter who, and a second would only do the
+//! same again: clearing a cache, sending what is queued.
+
+#![expect(clippy::print_stdout, reason = "an example tells what it does")]
+
+use std::error::Error;
+use std::time::Duration;
+
+use pglock::Lock;
+use pglock_testkit::TestDb;
+use sqlx::PgPool;
+use tokio::time::sleep;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    // Two pools on one database, as two machines have.
+    let db = TestDb::new().await;
+    let (here, there) = (db.pool(3).await, db.pool(3).await);
+
+    // Both set out at once. One of them finds the lock taken.
+    let (first, second) = tokio::join!(send_queued("here", &here), send_queued("there", &there));
+    assert!(first? != second?, "one of them sent, the other skipped");
+
+    // Later it is free again.
+    assert!(send_queued("there", &there).await?);
+    Ok(())
+}
+
+/// Sends what is queued, unless somebody does already. Returns whether it did.
+async fn send_queued(machine: &str, pool: &PgPool) -> pglock::Result<bool> {
+    let mut lock = Lock::new(pool, "send-queued-mail");
+    let Some(guard) = lock.try_acquire().await? else {
+        println!("{machine}: somebody else is sending, nothing to do");
+        return Ok(false);
+    };
+
+    println!("{machine}: sending");
+    sleep(Duration::from_millis(300)).await;
+    println!("{machine}: sent");
+    guard.release().await?;
+    Ok(true)
+}
