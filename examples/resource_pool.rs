@@ -64,9 +64,9 @@ async fn machine(number: usize, pool: PgPool, asked: Arc<Barrier>) -> pglock::Re
 /// Tries one slot after the other. The guard of the first that is free keeps it.
 async fn any_slot(pool: &PgPool) -> pglock::Result<Option<(i32, ExclusiveGuard)>> {
     for slot in 1..=SLOTS {
-        if let Some(guard) = Lock::new(pool, (LICENCES, slot)).try_acquire().await? {
-            return Ok(Some((slot, guard)));
-        }
+        let mut lock = Lock::new(pool, (LICENCES, slot));
+        let Some(guard) = lock.try_acquire().await? else { continue };
+        return Ok(Some((slot, guard)));
     }
     Ok(None)
 }

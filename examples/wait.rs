@@ -1,7 +1,6 @@
 //! Wait for a lock for as long as it takes.
 //!
-//! You want this when the work must be done, and it does not matter when: each in turn, in the order
-//! in which they came.
+//! You want this when the work must be done, and it does not matter when: each has its turn.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 

@@ -413,17 +413,24 @@ impl Lock {
         let joined = match self.session.upgrade() {
             Some(session) => match session.join(&self.key, mode) {
                 Join::Covered => return Ok(Some(Held::new(session, self.key.clone(), mode))),
-                Join::Ask => Pending::join(session, &self.key, mode).await,
+                Join::Ask => {
+                    let joining = Pending::join(session, &self.key, mode);
+                    let Some(joined) = patience.bound(joining).await else { return Ok(None) };
+                    joined
+                }
                 Join::Ended => {
                     // Or this handle would find the lock busy that it has just let go of.
-                    session.ended().await;
+                    let ended = patience.bound(session.ended()).await;
+                    if ended.is_none() {
+                        return Ok(None);
+                    }
                     None
                 }
             },
             None => None,
         };
         let (pending, verdict) = match joined {
-            Some(pending) => pending.try_now().await?,
+            Some(pending) => pending.try_now(patience).await?,
             None => Pending::open(&self.pool, &self.key, mode, patience).await?,
         };
         let held = match verdict {

@@ -58,6 +58,22 @@ enum Stage {
 const GRACE: Duration = Duration::from_millis(500);
 
 impl Patience {
+    /// Waits for what is not the lock itself. `None` if the patience runs out.
+    pub(crate) async fn bound<T>(self, future: impl Future<Output = T>) -> Option<T> {
+        match self {
+            Self::Forever | Self::Never => Some(future.await),
+            Self::Until(deadline) => timeout_at(deadline.into(), future).await.ok(),
+        }
+    }
+
+    /// How long an answer may take that needs no wait.
+    fn deadline(self) -> Duration {
+        match self {
+            Self::Forever | Self::Never => DEADLINE,
+            Self::Until(_) => self.left().map_or(DEADLINE, |left| DEADLINE.min(left + GRACE)),
+        }
+    }
+
     fn left(self) -> Option<Duration> {
         match self {
             Self::Forever => None,
@@ -101,7 +117,7 @@ impl Pending {
         let runtime = Handle::current();
         if let Some(idle) = pool.try_acquire() {
             let mut pending = Self::start(pool, idle, &runtime, key, mode).await;
-            match pending.ask().await {
+            match pending.ask(patience).await {
                 Ok(verdict) => return Ok((pending, verdict)),
                 Err(error) => tracing::debug!(
                     %key,
@@ -114,7 +130,7 @@ impl Pending {
         }
         let pooled = lend(pool, key, patience).await?;
         let mut pending = Self::start(pool, pooled, &runtime, key, mode).await;
-        match pending.ask().await {
+        match pending.ask(patience).await {
             Ok(verdict) => Ok((pending, verdict)),
             Err(error) => Err(pending.fail(error).await),
         }
@@ -145,12 +161,12 @@ impl Pending {
     ///
     /// A transaction that somebody left open on the pooled connection is ended; a session lock does
     /// not depend on it.
-    async fn ask(&mut self) -> Result<Verdict, sqlx::Error> {
+    async fn ask(&mut self, patience: Patience) -> Result<Verdict, sqlx::Error> {
         let Self { session, slot, key, mode, stage, .. } = self;
         let Some(conn) = slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
         };
-        let answer = within(DEADLINE, async {
+        let answer = within(patience.deadline(), async {
             session.tidy(conn).await?;
             *stage = Stage::Trying;
             let tried = match sql::try_lock(conn, key.id(), *mode).await {
@@ -174,8 +190,8 @@ impl Pending {
     }
 
     /// Takes the answer of [`ask`](Self::ask) on a session that other guards need.
-    pub(crate) async fn try_now(mut self) -> Result<(Self, Verdict)> {
-        match self.ask().await {
+    pub(crate) async fn try_now(mut self, patience: Patience) -> Result<(Self, Verdict)> {
+        match self.ask(patience).await {
             Ok(verdict) => Ok((self, verdict)),
             Err(error) => Err(self.fail(error).await),
         }
@@ -313,13 +329,8 @@ impl Session {
 /// One who only tries has no patience with the lock, but waits for the pool like any query.
 async fn lend(pool: &PgPool, key: &Key, patience: Patience) -> Result<PoolConnection<Postgres>> {
     let key = key.clone();
-    let acquire = pool.acquire();
-    let lent = match patience {
-        Patience::Forever | Patience::Never => acquire.await,
-        Patience::Until(deadline) => match timeout_at(deadline.into(), acquire).await {
-            Ok(lent) => lent,
-            Err(_) => return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut }),
-        },
+    let Some(lent) = patience.bound(pool.acquire()).await else {
+        return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut });
     };
     lent.map_err(|source| {
         let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
