@@ -92,9 +92,8 @@ async fn tour() -> Result<()> {
     for actor in [ada, bob, cleo] {
         actor.leave().await?;
     }
-    println!("\nThe end, after {:.1} s. All that was said was checked, and is so.", {
-        started.elapsed().as_secs_f64()
-    });
+    let seconds = started.elapsed().as_secs_f64();
+    println!("\nThe end, after {seconds:.1} s. All that was said was checked, and is so.");
     Ok(())
 }
 
@@ -114,9 +113,8 @@ impl Stage {
         let number = self.count(four, "add").await?;
         timeline::draw(&seen(four), None);
         ensure!(number < ALL, "without a lock no addition was lost; that can happen, but rarely");
-        println!("\n  {ALL} additions were made. The number says {number}: {} are lost.", {
-            ALL - number
-        });
+        let lost = ALL - number;
+        println!("\n  {ALL} additions were made. The number says {number}: {lost} are lost.");
         Ok(())
     }
 
@@ -141,10 +139,8 @@ impl Stage {
         let some: Vec<&Span> = turns.iter().skip(80).take(24).collect();
         let window = some.first().zip(some.last()).map(|(first, last)| (first.from, last.to));
         timeline::draw(&seen(four), window);
-        println!(
-            "\n  That is {} of the {ALL} turns, magnified. No two of them overlap.",
-            some.len()
-        );
+        let shown = some.len();
+        println!("\n  That is {shown} of the {ALL} turns, magnified. No two of them overlap.");
         println!("  {ALL} additions were made. The number says {number}: none is lost.");
         Ok(())
     }
@@ -169,13 +165,13 @@ impl Stage {
 
     async fn readers_and_a_writer(&self, four: &mut [&mut Actor; 4]) -> Result<()> {
         title(3, "Readers share, a writer waits");
+        for actor in four.iter_mut() {
+            actor.spans.clear();
+        }
         let [ada, bob, cleo, dan] = four;
         println!("Ada and Bob only read, so they share the lock. Cleo wants to write, and waits");
         println!("for both. Dan wants to read too, but came after Cleo: he waits for her.\n");
 
-        for actor in [&mut *ada, &mut *bob, &mut *cleo, &mut *dan] {
-            actor.spans.clear();
-        }
         ada.does("acquire_shared").await?;
         pause(80).await;
         let bob_in = bob.does("acquire_shared").await?;
@@ -247,9 +243,6 @@ impl Stage {
     async fn stacking(&self, ada: &mut Actor, bob: &mut Actor) -> Result<()> {
         title(5, "Twice is not once too often");
         println!("A function that holds the lock calls another that takes it as well:\n");
-        for actor in [&mut *ada, &mut *bob] {
-            actor.spans.clear();
-        }
         let outer = ada.does("acquire").await?;
         let inner = ada.does("acquire").await?;
         let on_the_server = advisory_locks(&mut *self.pool.acquire().await?).await.len();
@@ -262,10 +255,9 @@ impl Stage {
         ensure!(on_the_server == 1, "two guards made {on_the_server} locks on the server");
         ensure!(too_early.words == "no", "Bob got in while Ada still had a guard");
         ensure!(at_last.words == "yes", "Bob was refused after Ada's last guard had gone");
-        println!("  Ada acquires                {:>8}   1 guard", took(outer.took()));
-        println!("  Ada acquires again          {:>8}   2 guards, 1 lock on the server", {
-            took(inner.took())
-        });
+        let (first, again) = (took(outer.took()), took(inner.took()));
+        println!("  Ada acquires                {first:>8}   1 guard");
+        println!("  Ada acquires again          {again:>8}   2 guards, 1 lock on the server");
         println!("  Ada lets go of one guard               1 guard");
         println!("  Bob tries                              no: it is still hers");
         println!("  Ada lets go of the other               0 guards");

@@ -48,7 +48,8 @@ pub(crate) async fn play() -> Result<()> {
                 yes_or_no(guard, &mut guards)
             }
             ["release"] => {
-                match guards.pop().ok_or("there is no guard to release")? {
+                let guard = guards.pop().ok_or("there is no guard to release")?;
+                match guard {
                     Guard::Exclusive(guard) => guard.release().await?,
                     Guard::Shared(guard) => guard.release().await?,
                 }

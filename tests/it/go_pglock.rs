@@ -1,1 +1,438 @@
-//! (to come)
+//! What go-pglock checks of itself, so that a service can move from it to this crate.
+//!
+//! Two services have two pools on one database; a third connection looks at the server.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use pglock::{Error, Lock, Loss};
+use pglock_testkit::{TestDb, advisory_locks};
+use sqlx::{PgConnection, PgPool};
+use tokio::sync::Barrier;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A wait that is meant to run out.
+const MOMENT: Duration = Duration::from_millis(100);
+
+struct Scene {
+    one: PgPool,
+    two: PgPool,
+    admin: PgConnection,
+    db: TestDb,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let db = TestDb::new().await;
+        Self { one: db.pool(10).await, two: db.pool(10).await, admin: db.admin().await, db }
+    }
+
+    /// Waits until so many sessions hold a lock, and so many wait for one.
+    async fn becomes(&mut self, holders: usize, waiters: usize) {
+        let mut locks = Vec::new();
+        let met = async {
+            loop {
+                locks = advisory_locks(&mut self.admin).await;
+                let held = locks.iter().filter(|lock| lock.granted).count();
+                if (held, locks.len() - held) == (holders, waiters) {
+                    return;
+                }
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let met = timeout(PATIENCE, met).await;
+        assert!(met.is_ok(), "not {holders} holders and {waiters} waiters: {locks:#?}");
+    }
+
+    /// Whether the second service gets the lock when it asks.
+    async fn two_can_lock(&self, key: i64) -> bool {
+        let granted = Lock::new(&self.two, key).try_acquire().await.unwrap();
+        match granted {
+            Some(guard) => guard.release().await.is_ok(),
+            None => false,
+        }
+    }
+
+    /// The same for a shared lock.
+    async fn two_can_share(&self, key: i64) -> bool {
+        let granted = Lock::new(&self.two, key).try_acquire_shared().await.unwrap();
+        match granted {
+            Some(guard) => guard.release().await.is_ok(),
+            None => false,
+        }
+    }
+}
+
+/// A new lock takes no connection, holds nothing, and knows its key.
+#[tokio::test]
+async fn a_new_lock_holds_nothing() {
+    let mut scene = Scene::new().await;
+    let lock = Lock::new(&scene.one, 10);
+    assert_eq!(lock.key(), &10.into());
+    assert_eq!(scene.one.num_idle(), scene.one.size() as usize);
+    scene.becomes(0, 0).await;
+}
+
+/// An acquire that is cancelled before it starts holds nothing.
+#[tokio::test]
+async fn an_acquire_never_polled_holds_nothing() {
+    let mut scene = Scene::new().await;
+    let mut lock = Lock::new(&scene.one, 10);
+    drop(lock.acquire());
+    drop(lock.try_acquire());
+    drop(lock.acquire_shared());
+    scene.becomes(0, 0).await;
+    assert_eq!(scene.one.num_idle(), scene.one.size() as usize);
+    assert!(scene.two_can_lock(10).await);
+}
+
+/// A wait whose time has passed before it starts is refused, and leaves no waiter behind.
+#[tokio::test]
+async fn an_expired_wait_for_a_busy_lock_holds_nothing() {
+    let mut scene = Scene::new().await;
+    let guard = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    // Each with a pool of its own, for there is no time to wait for a connection.
+    let mut other = Lock::new(&scene.two, 10);
+    assert!(other.try_acquire_for(Duration::ZERO).await.unwrap().is_none());
+    let mut other = Lock::new(&scene.db.pool(1).await, 10);
+    assert!(other.try_acquire_shared_for(Duration::ZERO).await.unwrap().is_none());
+    scene.becomes(1, 0).await;
+    guard.release().await.unwrap();
+    scene.becomes(0, 0).await;
+}
+
+#[tokio::test]
+async fn what_is_acquired_is_excluded_until_released() {
+    let mut scene = Scene::new().await;
+    let guard = Lock::new(&scene.one, 10).try_acquire().await.unwrap().unwrap();
+    assert!(!scene.two_can_lock(10).await);
+    guard.release().await.unwrap();
+    assert!(scene.two_can_lock(10).await);
+    scene.becomes(0, 0).await;
+}
+
+/// One handle can acquire and release again and again.
+#[tokio::test]
+async fn a_handle_is_reusable() {
+    let scene = Scene::new().await;
+    let mut lock = Lock::new(&scene.one, 10);
+    for _ in 0..5 {
+        let guard = lock.acquire().await.unwrap();
+        assert!(!scene.two_can_lock(10).await);
+        guard.release().await.unwrap();
+        assert!(scene.two_can_lock(10).await);
+    }
+}
+
+/// A stacked lock is free after as many releases as acquires, and not before.
+#[tokio::test]
+async fn stacking_needs_as_many_releases() {
+    let mut scene = Scene::new().await;
+    let mut lock = Lock::new(&scene.one, 10);
+    let mut guards = Vec::new();
+    for _ in 0..3 {
+        guards.push(lock.acquire().await.unwrap());
+    }
+    for guard in guards {
+        assert!(!scene.two_can_lock(10).await);
+        guard.release().await.unwrap();
+    }
+    assert!(scene.two_can_lock(10).await);
+    scene.becomes(0, 0).await;
+}
+
+/// There is no release too many: each guard gives up its own share, and no other's.
+#[tokio::test]
+async fn a_release_takes_nothing_from_the_other_guards() {
+    let scene = Scene::new().await;
+    let mut lock = Lock::new(&scene.one, 10);
+    let first = lock.acquire().await.unwrap();
+    let second = lock.acquire().await.unwrap();
+    assert_eq!(first.backend_pid(), second.backend_pid());
+
+    first.release().await.unwrap();
+    assert!(!scene.two_can_lock(10).await, "the second guard holds");
+    second.release().await.unwrap();
+    assert!(scene.two_can_lock(10).await);
+}
+
+/// A blocked acquire goes on when the lock is released.
+#[tokio::test]
+async fn acquire_waits_for_the_release() {
+    let mut scene = Scene::new().await;
+    let guard = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let mut other = Lock::new(&scene.two, 10);
+
+    let (acquired, ()) = tokio::join!(timeout(PATIENCE, other.acquire()), async {
+        scene.becomes(1, 1).await;
+        guard.release().await.unwrap();
+    });
+    let acquired = acquired.unwrap().unwrap();
+    scene.becomes(1, 0).await;
+    acquired.release().await.unwrap();
+    scene.becomes(0, 0).await;
+}
+
+/// A deadline ends a wait; the waiter leaves the queue, and the holder keeps the lock.
+#[tokio::test]
+async fn a_deadline_ends_the_wait() {
+    let mut scene = Scene::new().await;
+    let guard = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let mut other = Lock::new(&scene.two, 10);
+
+    assert!(other.try_acquire_for(MOMENT).await.unwrap().is_none());
+    assert!(timeout(MOMENT, other.acquire()).await.is_err());
+    scene.becomes(1, 0).await;
+    guard.release().await.unwrap();
+    other.acquire().await.unwrap().release().await.unwrap();
+}
+
+/// Ten workers of two services: never two at once, and each has its turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_workers_exclude_each_other_and_all_finish() {
+    let mut scene = Scene::new().await;
+    let inside = Arc::new(AtomicUsize::new(0));
+    let mut workers = JoinSet::new();
+    for worker in 0..10 {
+        let pool = if worker % 2 == 0 { &scene.one } else { &scene.two };
+        let mut lock = Lock::new(pool, 10);
+        let inside = Arc::clone(&inside);
+        workers.spawn(async move {
+            for _ in 0..3 {
+                let guard = lock.acquire().await.unwrap();
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+                // Time for others to come in, if they could.
+                sleep(Duration::from_millis(2)).await;
+                inside.fetch_sub(1, Ordering::SeqCst);
+                guard.release().await.unwrap();
+            }
+        });
+    }
+    assert_eq!(timeout(PATIENCE, workers.join_all()).await.unwrap().len(), 10);
+    scene.becomes(0, 0).await;
+}
+
+/// Closing the handle releases all that it holds, however many guards are alive.
+#[tokio::test]
+async fn close_releases_everything() {
+    let mut scene = Scene::new().await;
+    let mut lock = Lock::new(&scene.one, 10);
+    let first = lock.acquire().await.unwrap();
+    let second = lock.acquire().await.unwrap();
+    let shared = lock.acquire_shared().await.unwrap();
+    assert!(!scene.two_can_share(10).await);
+
+    lock.close().await.unwrap();
+    assert!(scene.two_can_lock(10).await);
+    scene.becomes(0, 0).await;
+
+    // Now another holds it, and no guard of before can take it away.
+    let other = Lock::new(&scene.two, 10).acquire().await.unwrap();
+    drop(shared);
+    for guard in [first, second] {
+        let lost = guard.release().await.unwrap_err();
+        assert!(matches!(lost, Error::Lost { reason: Loss::Closed, .. }), "{lost:?}");
+    }
+    scene.becomes(1, 0).await;
+    other.release().await.unwrap();
+
+    // The handle itself is as good as new.
+    lock.acquire().await.unwrap().release().await.unwrap();
+    lock.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn different_ids_are_independent() {
+    let mut scene = Scene::new().await;
+    let ten = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let eleven = Lock::new(&scene.two, 11).acquire().await.unwrap();
+    scene.becomes(2, 0).await;
+    ten.release().await.unwrap();
+    assert!(scene.two_can_lock(10).await);
+    assert!(!scene.two_can_lock(11).await);
+    eleven.release().await.unwrap();
+}
+
+/// One task can hold several locks, and gives up each by itself.
+#[tokio::test]
+async fn locks_held_by_one_task_add_up() {
+    let mut scene = Scene::new().await;
+    let mut guards = Vec::new();
+    for key in 1..=5_i64 {
+        guards.push((key, Lock::new(&scene.one, key).acquire().await.unwrap()));
+        scene.becomes(guards.len(), 0).await;
+    }
+    while let Some((key, guard)) = guards.pop() {
+        assert!(!scene.two_can_lock(key).await);
+        guard.release().await.unwrap();
+        assert!(scene.two_can_lock(key).await);
+        scene.becomes(guards.len(), 0).await;
+    }
+}
+
+#[tokio::test]
+async fn three_can_share() {
+    let mut scene = Scene::new().await;
+    let first = Lock::new(&scene.one, 10).acquire_shared().await.unwrap();
+    let second = Lock::new(&scene.one, 10).try_acquire_shared().await.unwrap().unwrap();
+    let third = Lock::new(&scene.two, 10).try_acquire_shared_for(PATIENCE).await.unwrap().unwrap();
+    scene.becomes(3, 0).await;
+    for guard in [first, second, third] {
+        assert!(!scene.two_can_lock(10).await);
+        guard.release().await.unwrap();
+    }
+    assert!(scene.two_can_lock(10).await);
+}
+
+#[tokio::test]
+async fn exclusive_blocks_shared() {
+    let mut scene = Scene::new().await;
+    let exclusive = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let mut reader = Lock::new(&scene.two, 10);
+    assert!(reader.try_acquire_shared().await.unwrap().is_none());
+    assert!(reader.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
+
+    let (shared, ()) = tokio::join!(timeout(PATIENCE, reader.acquire_shared()), async {
+        scene.becomes(1, 1).await;
+        exclusive.release().await.unwrap();
+    });
+    shared.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn shared_blocks_exclusive() {
+    let mut scene = Scene::new().await;
+    let shared = Lock::new(&scene.one, 10).acquire_shared().await.unwrap();
+    let mut writer = Lock::new(&scene.two, 10);
+    assert!(writer.try_acquire().await.unwrap().is_none());
+    assert!(writer.try_acquire_for(MOMENT).await.unwrap().is_none());
+
+    let (exclusive, ()) = tokio::join!(timeout(PATIENCE, writer.acquire()), async {
+        scene.becomes(1, 1).await;
+        shared.release().await.unwrap();
+    });
+    exclusive.unwrap().unwrap().release().await.unwrap();
+}
+
+/// Readers of two services that wait for a writer all get in when it is done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_wait_for_the_writer_and_then_all_share() {
+    let mut scene = Scene::new().await;
+    let exclusive = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let mut readers = JoinSet::new();
+    for reader in 0..10 {
+        let pool = if reader % 2 == 0 { &scene.one } else { &scene.two };
+        let mut lock = Lock::new(pool, 10);
+        readers.spawn(async move { lock.acquire_shared().await.unwrap() });
+    }
+    scene.becomes(1, 10).await;
+    exclusive.release().await.unwrap();
+
+    let shared = timeout(PATIENCE, readers.join_all()).await.unwrap();
+    scene.becomes(10, 0).await;
+    assert!(!scene.two_can_lock(10).await);
+    drop(shared);
+    scene.becomes(0, 0).await;
+}
+
+/// A reader's wait that is cancelled leaves no waiter behind.
+#[tokio::test]
+async fn a_shared_wait_can_be_cancelled() {
+    let mut scene = Scene::new().await;
+    let exclusive = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let mut reader = Lock::new(&scene.two, 10);
+    tokio::select! {
+        _ = reader.acquire_shared() => panic!("the lock is held exclusively"),
+        () = scene.becomes(1, 1) => {}
+    }
+    scene.becomes(1, 0).await;
+    exclusive.release().await.unwrap();
+    scene.becomes(0, 0).await;
+    reader.acquire_shared().await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_shared_release_lets_the_writer_in() {
+    let mut scene = Scene::new().await;
+    let shared = Lock::new(&scene.one, 10).acquire_shared().await.unwrap();
+    assert!(scene.two_can_share(10).await);
+    assert!(!scene.two_can_lock(10).await);
+    shared.release().await.unwrap();
+    assert!(scene.two_can_lock(10).await);
+    scene.becomes(0, 0).await;
+}
+
+#[tokio::test]
+async fn shared_stacking_needs_as_many_releases() {
+    let mut scene = Scene::new().await;
+    let mut lock = Lock::new(&scene.one, 10);
+    let mut guards = Vec::new();
+    for _ in 0..3 {
+        guards.push(lock.acquire_shared().await.unwrap());
+    }
+    for guard in guards {
+        assert!(!scene.two_can_lock(10).await);
+        assert!(scene.two_can_share(10).await);
+        guard.release().await.unwrap();
+    }
+    assert!(scene.two_can_lock(10).await);
+    scene.becomes(0, 0).await;
+}
+
+/// Readers and writers of two services: a writer is alone, readers are without a writer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_and_writes_mix() {
+    const WRITER: usize = 1000;
+
+    let mut scene = Scene::new().await;
+    let inside = Arc::new(AtomicUsize::new(0));
+    let mut workers = JoinSet::new();
+    for worker in 0..12 {
+        let pool = if worker % 2 == 0 { &scene.one } else { &scene.two };
+        let mut lock = Lock::new(pool, 10);
+        let inside = Arc::clone(&inside);
+        workers.spawn(async move {
+            for round in 0..4 {
+                if (worker + round) % 3 == 0 {
+                    let guard = lock.acquire().await.unwrap();
+                    assert_eq!(inside.fetch_add(WRITER, Ordering::SeqCst), 0);
+                    sleep(Duration::from_millis(1)).await;
+                    inside.fetch_sub(WRITER, Ordering::SeqCst);
+                    guard.release().await.unwrap();
+                } else {
+                    let guard = lock.acquire_shared().await.unwrap();
+                    assert!(inside.fetch_add(1, Ordering::SeqCst) < WRITER);
+                    sleep(Duration::from_millis(1)).await;
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                    drop(guard);
+                }
+            }
+        });
+    }
+    assert_eq!(timeout(PATIENCE, workers.join_all()).await.unwrap().len(), 12);
+    scene.becomes(0, 0).await;
+}
+
+/// Readers hold the lock at the very same time: none leaves before all are in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_are_parallel() {
+    let scene = Scene::new().await;
+    let all_are_in = Arc::new(Barrier::new(10));
+    let mut readers = JoinSet::new();
+    for reader in 0..10 {
+        let pool = if reader % 2 == 0 { &scene.one } else { &scene.two };
+        let mut lock = Lock::new(pool, 10);
+        let all_are_in = Arc::clone(&all_are_in);
+        readers.spawn(async move {
+            let guard = lock.acquire_shared().await.unwrap();
+            all_are_in.wait().await;
+            guard.release().await.unwrap();
+        });
+    }
+    assert_eq!(timeout(PATIENCE, readers.join_all()).await.unwrap().len(), 10);
+    assert!(scene.two_can_lock(10).await);
+}

@@ -1,1 +1,192 @@
-//! (to come)
+//! What a reviewer should not have to look for.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    let text = fs::read_to_string(root().join(path));
+    assert!(text.is_ok(), "{path}: {}", text.unwrap_err());
+    text.unwrap()
+}
+
+/// All Rust files in a directory of the crate and below.
+fn rust_files(dir: &str) -> Vec<PathBuf> {
+    let mut dirs = vec![root().join(dir)];
+    let mut files = Vec::new();
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    assert!(!files.is_empty(), "{dir} has no Rust files");
+    files.sort();
+    files
+}
+
+/// A value of `[package]` in Cargo.toml.
+fn package(name: &str) -> String {
+    let manifest = read("Cargo.toml");
+    let (_, package) = manifest.split_once("[package]").unwrap();
+    let mut lines = package.lines().take_while(|line| !line.starts_with('['));
+    let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(" = "));
+    assert!(value.is_some(), "Cargo.toml has no {name}");
+    value.unwrap().trim_matches('"').to_owned()
+}
+
+#[test]
+fn the_changelog_has_the_version() {
+    let changelog = read("CHANGELOG.md");
+    let version = package("version");
+    let heading = changelog.lines().any(|line| {
+        line.starts_with("## ") && line.split([' ', '[', ']']).any(|word| word == version)
+    });
+    assert!(heading, "no heading for {version}");
+}
+
+/// The numbers in the text that follow a word: `Rust 1.94`, `PostgreSQL 12 to 18`.
+fn versions<'t>(text: &'t str, product: &str) -> Vec<&'t str> {
+    let after = text.match_indices(product).filter_map(|(start, _)| {
+        let rest = text.get(start + product.len()..)?.trim_start_matches(['*', '_', '`']);
+        let rest = rest.strip_prefix(' ')?;
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let version = rest.get(..end)?.trim_end_matches('.');
+        (!version.is_empty()).then_some(version)
+    });
+    after.collect()
+}
+
+#[test]
+fn the_readme_names_the_oldest_rust() {
+    let readme = read("README.md");
+    let named = versions(&readme, "Rust");
+    assert!(!named.is_empty(), "the README does not say which Rust it needs");
+    for version in named {
+        assert_eq!(version, package("rust-version"));
+    }
+}
+
+/// The testkit can start all versions that are supported, so its list and the README agree.
+#[test]
+fn the_readme_names_the_versions_of_postgresql() {
+    let testkit = read("tests/testkit/src/npm.rs");
+    let packages =
+        testkit.lines().filter_map(|line| line.trim().strip_prefix('"')?.split_once('.'));
+    let majors: Vec<u32> = packages.filter_map(|(major, _)| major.parse().ok()).collect();
+    let oldest = majors.iter().min().unwrap();
+    let newest = majors.iter().max().unwrap();
+    let readme = read("README.md");
+    assert!(readme.contains(&format!("PostgreSQL {oldest} to {newest}")), "{oldest} to {newest}");
+}
+
+/// An example is a file, or a directory with a `main.rs`.
+#[test]
+fn every_example_is_listed_and_every_listed_one_exists() {
+    let list = read("examples/README.md");
+    let links = list.split("](").skip(1).filter_map(|rest| Some(rest.split_once(')')?.0));
+    let is_rust = |link: &&str| Path::new(link).extension().is_some_and(|end| end == "rs");
+    let mut listed: Vec<&str> = links.filter(is_rust).collect();
+    listed.sort_unstable();
+    let examples = root().join("examples");
+    let is_example = |file: &&PathBuf| {
+        file.parent() == Some(&examples) || file.file_name().is_some_and(|name| name == "main.rs")
+    };
+    let files = rust_files("examples");
+    let files: Vec<&str> = files
+        .iter()
+        .filter(is_example)
+        .filter_map(|file| file.strip_prefix(&examples).ok()?.to_str())
+        .collect();
+    assert_eq!(listed, files);
+}
+
+/// Statements are in one place, so that they can be read, and reviewed, as one.
+#[test]
+fn only_sql_rs_spells_sql() {
+    for file in rust_files("src") {
+        if file.ends_with("src/sql.rs") {
+            continue;
+        }
+        let code = fs::read_to_string(&file).unwrap();
+        for literal in string_literals(&code) {
+            assert!(!literal.contains("pg_"), "{}: {literal:?}", file.display());
+        }
+    }
+}
+
+/// The contents of the string literals of a source, without those in comments.
+fn string_literals(mut code: &str) -> Vec<&str> {
+    let mut literals = Vec::new();
+    while let Some(start) = code.find(['/', '"', '\'', 'r']) {
+        let rest = code.get(start..).unwrap();
+        let length = if rest.starts_with("//") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("/*") {
+            rest.find("*/").unwrap_or(rest.len())
+        } else if rest.starts_with("'\"'") {
+            3
+        } else if let Some(hashes) = raw_string(rest) {
+            let opening = 'r'.len_utf8() + hashes.len() + 1;
+            let inside = rest.get(opening..).unwrap();
+            let end = inside.find(&format!("\"{hashes}")).unwrap();
+            literals.push(inside.get(..end).unwrap());
+            opening + end + 1 + hashes.len()
+        } else if let Some(inside) = rest.strip_prefix('"') {
+            let mut escaped = false;
+            let is_end = |c: char| {
+                let end = c == '"' && !escaped;
+                escaped = c == '\\' && !escaped;
+                end
+            };
+            let end = inside.find(is_end).unwrap();
+            literals.push(inside.get(..end).unwrap());
+            end + 2
+        } else {
+            1
+        };
+        code = rest.get(length..).unwrap();
+    }
+    literals
+}
+
+/// The `#` of a raw string, if one starts here.
+fn raw_string(code: &str) -> Option<&str> {
+    let code = code.strip_prefix('r')?;
+    let hashes = code.find(|c| c != '#')?;
+    code.get(hashes..)?.starts_with('"').then(|| code.get(..hashes))?
+}
+
+#[test]
+fn string_literals_are_told_from_comments() {
+    let code = r##"
+        //! "no"
+        /* "no" */ let a = "one"; // "no"
+        let b = ('"', "t\"wo", r"th\ree", r#"fo"ur"#, b"five");
+    "##;
+    assert_eq!(string_literals(code), ["one", "t\\\"wo", "th\\ree", "fo\"ur", "five"]);
+}
+
+/// It needs a runtime on the calling thread, and a guard may be dropped anywhere.
+#[test]
+fn nothing_calls_tokio_spawn() {
+    for file in rust_files("src") {
+        let code = fs::read_to_string(&file).unwrap();
+        assert!(!code.contains("tokio::spawn"), "{}", file.display());
+    }
+}
+
+#[test]
+fn every_file_says_what_it_is_about() {
+    for file in rust_files("src") {
+        let code = fs::read_to_string(&file).unwrap();
+        assert!(code.starts_with("//! "), "{}", file.display());
+    }
+}

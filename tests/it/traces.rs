@@ -1,1 +1,323 @@
-//! (to come)
+//! What the crate tells `tracing`: a span for every acquire, an event for every release, and nothing
+//! that wakes anybody up unless something is wrong.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use pglock::{Error, Lock, Loss};
+use pglock_testkit::{TestDb, advisory_locks, eventually};
+use sqlx::PgConnection;
+use tokio::time::{sleep, timeout};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::subscriber::{DefaultGuard, set_default};
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::Registry;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+const MOMENT: Duration = Duration::from_millis(200);
+
+/// The fields of a span or an event, as text. An event's message is one of them.
+#[derive(Clone, Debug, Default)]
+struct Fields(BTreeMap<&'static str, String>);
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.0.insert(field.name(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.0.insert(field.name(), value.to_owned());
+    }
+}
+
+/// A closed span, or an event.
+#[derive(Clone, Debug)]
+struct Entry {
+    metadata: &'static Metadata<'static>,
+    fields: Fields,
+}
+
+impl Entry {
+    fn field(&self, name: &str) -> Option<&str> {
+        self.fields.0.get(name).map(String::as_str)
+    }
+
+    fn is_ours(&self) -> bool {
+        self.metadata.target().split("::").next() == Some("pglock")
+    }
+}
+
+/// All that was told on this thread: a current-thread runtime runs its tasks there too.
+struct Told {
+    entries: Arc<Mutex<Vec<Entry>>>,
+    _capturing: DefaultGuard,
+}
+
+impl Told {
+    fn from_now_on() -> Self {
+        let entries = Arc::default();
+        let capture = Capture { entries: Arc::clone(&entries) };
+        Self { entries, _capturing: set_default(Registry::default().with(capture)) }
+    }
+
+    fn all(&self) -> Vec<Entry> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The spans of acquires that have ended, in order.
+    fn acquires(&self) -> Vec<Entry> {
+        let is_acquire =
+            |entry: &Entry| entry.metadata.is_span() && entry.metadata.name() == "acquire";
+        self.all().into_iter().filter(is_acquire).collect()
+    }
+
+    /// Our own events of a level.
+    fn events(&self, level: Level) -> Vec<Entry> {
+        let is_meant = |entry: &Entry| {
+            entry.is_ours() && entry.metadata.is_event() && *entry.metadata.level() == level
+        };
+        self.all().into_iter().filter(is_meant).collect()
+    }
+
+    /// Fails if anybody, sqlx included, said something that an operator would see.
+    fn nothing_loud(&self) {
+        let loud = |entry: &Entry| *entry.metadata.level() <= Level::INFO;
+        let loud: Vec<Entry> = self.all().into_iter().filter(loud).collect();
+        assert!(loud.is_empty(), "{loud:#?}");
+    }
+}
+
+struct Capture {
+    entries: Arc<Mutex<Vec<Entry>>>,
+}
+
+impl Capture {
+    fn push(&self, entry: Entry) {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+    }
+}
+
+impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Capture {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        let mut fields = Fields::default();
+        attributes.record(&mut fields);
+        context.span(id).unwrap().extensions_mut().insert(fields);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        let span = context.span(id).unwrap();
+        values.record(span.extensions_mut().get_mut::<Fields>().unwrap());
+    }
+
+    fn on_close(&self, id: Id, context: Context<'_, S>) {
+        let span = context.span(&id).unwrap();
+        let fields = span.extensions_mut().remove().unwrap();
+        self.push(Entry { metadata: span.metadata(), fields });
+    }
+
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        self.push(Entry { metadata: event.metadata(), fields });
+    }
+}
+
+async fn has_waiter(admin: &mut PgConnection) {
+    let waiting = async {
+        while advisory_locks(admin).await.iter().all(|lock| lock.granted) {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    assert!(timeout(PATIENCE, waiting).await.is_ok(), "nobody waits");
+}
+
+/// One span for each acquire, that says how it ended; stacked ones too.
+#[tokio::test]
+async fn every_acquire_has_a_span() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut lock = Lock::new(&pool, "nightly-report");
+    let mut other = lock.clone();
+    let told = Told::from_now_on();
+
+    let guard = lock.acquire().await.unwrap();
+    let stacked = lock.try_acquire_shared().await.unwrap().unwrap();
+    assert!(other.try_acquire().await.unwrap().is_none());
+    assert!(other.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
+    assert!(timeout(MOMENT, other.acquire()).await.is_err());
+    drop((guard, stacked));
+    pool.close().await;
+    other.acquire().await.unwrap_err();
+
+    let spans = told.acquires();
+    let summary: Vec<_> = spans
+        .iter()
+        .map(|span| (span.field("mode").unwrap(), span.field("outcome").unwrap()))
+        .collect();
+    assert_eq!(
+        summary,
+        [
+            ("exclusive", "acquired"),
+            ("shared", "acquired"),
+            ("exclusive", "busy"),
+            ("shared", "busy"),
+            ("exclusive", "cancelled"),
+            ("exclusive", "failed"),
+        ]
+    );
+    let key = sqlx::postgres::PgAdvisoryLock::new("nightly-report").key().as_bigint().unwrap();
+    for span in &spans {
+        assert_eq!(span.field("key"), Some(key.to_string().as_str()));
+        assert_eq!(span.field("name"), Some("nightly-report"));
+        assert!(*span.metadata.level() >= Level::DEBUG);
+        assert!(span.is_ours());
+    }
+    let waited: Vec<u64> =
+        spans.iter().map(|span| span.field("waited_ms").unwrap().parse().unwrap()).collect();
+    // The two that ran out of time.
+    let moment = u64::try_from(MOMENT.as_millis()).unwrap();
+    let long = waited.iter().map(|&waited| waited >= moment);
+    assert_eq!(long.skip(3).take(2).collect::<Vec<_>>(), [true, true], "{waited:?}");
+}
+
+/// A number has no name, and a pair is one field.
+#[tokio::test]
+async fn a_span_shows_the_key_as_it_is() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let told = Told::from_now_on();
+    Lock::new(&pool, 42).acquire().await.unwrap().release().await.unwrap();
+    Lock::new(&pool, (1, -2)).acquire().await.unwrap().release().await.unwrap();
+    let spans = told.acquires();
+    let keys: Vec<_> = spans.iter().map(|span| (span.field("key"), span.field("name"))).collect();
+    assert_eq!(keys, [(Some("42"), None), (Some("(1, -2)"), None)]);
+}
+
+/// A future that was never polled has acquired nothing, and so tells nothing.
+#[tokio::test]
+async fn an_acquire_never_polled_has_no_span() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 42);
+    let told = Told::from_now_on();
+    drop(lock.acquire());
+    assert!(told.acquires().is_empty());
+}
+
+/// The release is told from the task that makes it, whether or not anybody waits for it.
+#[tokio::test]
+async fn a_release_is_a_trace_event() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 42);
+    let told = Told::from_now_on();
+
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid().to_string();
+    guard.release().await.unwrap();
+    drop(lock.acquire().await.unwrap());
+    eventually("both releases are told", PATIENCE, || async {
+        told.events(Level::TRACE).len() == 2
+    })
+    .await;
+    for release in told.events(Level::TRACE) {
+        assert_eq!(release.field("message"), Some("released"));
+        assert_eq!(release.field("backend_pid"), Some(pid.as_str()));
+    }
+    assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.all());
+    told.nothing_loud();
+}
+
+/// An acquire that was dropped tells what its task does about it.
+#[tokio::test]
+async fn an_abandoned_wait_is_a_debug_event() {
+    let db = TestDb::new().await;
+    let (pool, other) = (db.pool(1).await, db.pool(1).await);
+    let mut admin = db.admin().await;
+    let guard = Lock::new(&other, "nightly-report").acquire().await.unwrap();
+    let mut lock = Lock::new(&pool, "nightly-report");
+    let told = Told::from_now_on();
+
+    tokio::select! {
+        _ = lock.acquire() => panic!("the lock is held"),
+        () = has_waiter(&mut admin) => {}
+    }
+    eventually("the abandonment is told", PATIENCE, || async {
+        !told.events(Level::DEBUG).is_empty()
+    })
+    .await;
+    let events = told.events(Level::DEBUG);
+    let [event] = events.as_slice() else { panic!("{events:#?}") };
+    assert!(event.field("key").unwrap().contains("nightly-report"));
+    assert_eq!(event.field("mode"), Some("exclusive"));
+    guard.release().await.unwrap();
+    told.nothing_loud();
+}
+
+/// A connection that the pool must not have back is the one thing that nobody else reports.
+#[tokio::test]
+async fn a_connection_that_is_closed_instead_is_a_warning() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let guard = Lock::new(&pool, 42).acquire().await.unwrap();
+    let pid = guard.backend_pid().to_string();
+    let mut conn = guard.connection().await.unwrap();
+    sqlx::raw_sql("SELECT pg_advisory_unlock_all()").execute(&mut *conn).await.unwrap();
+    drop(conn);
+
+    let told = Told::from_now_on();
+    let lost = guard.release().await.unwrap_err();
+    assert!(matches!(lost, Error::Lost { reason: Loss::NotHeld, .. }), "{lost:?}");
+    let warnings = told.events(Level::WARN);
+    let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert_eq!(warning.field("backend_pid"), Some(pid.as_str()));
+    assert!(warning.field("reason").unwrap().contains("does not hold the lock"));
+}
+
+/// Not even a wait of 2.5 s, which sqlx would call a slow statement after the first of them.
+#[tokio::test]
+async fn the_normal_path_is_silent() {
+    let db = TestDb::new().await;
+    let (pool, other) = (db.pool(2).await, db.pool(2).await);
+    let mut admin = db.admin().await;
+    let mut lock = Lock::new(&pool, "nightly-report");
+    let mut contender = Lock::new(&other, "nightly-report");
+    let told = Told::from_now_on();
+
+    let guard = lock.acquire().await.unwrap();
+    let (waited, ()) = tokio::join!(contender.acquire(), async {
+        has_waiter(&mut admin).await;
+        sleep(Duration::from_millis(2500)).await;
+        guard.release().await.unwrap();
+    });
+    let guard = waited.unwrap();
+    assert!(lock.try_acquire_for(Duration::from_millis(1500)).await.unwrap().is_none());
+    let stacked = contender.acquire_shared().await.unwrap();
+    guard.release().await.unwrap();
+    stacked.release().await.unwrap();
+    drop(lock.acquire_shared().await.unwrap());
+    lock.close().await.unwrap();
+
+    assert_eq!(told.acquires().len(), 5);
+    told.nothing_loud();
+    assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.events(Level::DEBUG));
+}
+
+/// What the application does on the lock's connection is told as ever.
+#[tokio::test]
+async fn the_applications_own_statements_are_not_silenced() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let guard = Lock::new(&pool, 42).acquire().await.unwrap();
+    let told = Told::from_now_on();
+    let mut conn = guard.connection().await.unwrap();
+    sqlx::raw_sql("SELECT 'ours to see'").execute(&mut *conn).await.unwrap();
+    let seen = told.all().iter().any(|entry| entry.metadata.target() == "sqlx::query");
+    assert!(seen, "{:#?}", told.all());
+}
