@@ -144,6 +144,10 @@ macro_rules! guard {
             ///
             /// The pool's `before_acquire` hook may not have run on it; `after_connect` has.
             ///
+            /// `CREATE INDEX CONCURRENTLY` waits for every older snapshot, also that of a session
+            /// that waits for this lock. Run on this connection, that is a deadlock, which costs
+            /// one of the two its statement; run it on another.
+            ///
             /// # Cancel safety
             ///
             /// Cancel safe: dropping the future lends nothing.

@@ -114,7 +114,9 @@ mod connecting {
         let server = Server::options().tcp().hba("host all all all scram-sha-256").start();
         let db = TestDb::on(&server).await;
         let mut admin = db.admin().await;
-        execute(&mut admin, "ALTER ROLE postgres PASSWORD 'right'".to_owned()).await;
+        let password = "SET password_encryption = 'scram-sha-256'; \
+                        ALTER ROLE postgres PASSWORD 'right'";
+        execute(&mut admin, password.to_owned()).await;
         let options = server.tcp_options().database(db.name());
 
         let error = fails(options.clone().password("wrong"), false).await;

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use sqlx::{PgConnection, PgPool};
 use tokio::runtime::Builder;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 const KEYS: i64 = 3;
@@ -365,4 +366,23 @@ fn the_server_agrees_with_the_model_after_every_step() {
             sleep(Duration::from_millis(1)).await;
         }
     });
+}
+
+/// The guards of a handle go in any order, on any thread, at the same time: the server agrees with
+/// each of them that it was held to the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn guards_of_one_handle_can_be_released_at_once() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 42);
+    for round in 0..1000 {
+        let exclusive = lock.acquire().await.unwrap();
+        let shared = lock.acquire_shared().await.unwrap();
+        let mut releases = JoinSet::new();
+        releases.spawn(exclusive.release());
+        releases.spawn(shared.release());
+        for released in releases.join_all().await {
+            assert!(released.is_ok(), "round {round}: {released:?}");
+        }
+    }
 }
