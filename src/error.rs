@@ -260,12 +260,9 @@ impl Error {
             Some("40P01") => Self::Deadlock { key, source },
             Some("53200") => Self::OutOfLocks { key, source },
             Some("57014") => Self::Cancelled { key, source },
-            // The server ended the session: shutdown, crash, terminated, idle for too long.
-            Some("57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04") => {
-                Self::Disconnected { key, source }
-            }
-            None if matches!(source, sqlx::Error::Io(_)) => Self::Disconnected { key, source },
-            Some(_) | None => Self::Database { key, source },
+            Some(_) if is_answer(&source) => Self::Database { key, source },
+            None if !matches!(source, sqlx::Error::Io(_)) => Self::Database { key, source },
+            Some(_) | None => Self::Disconnected { key, source },
         }
     }
 }
@@ -284,4 +281,12 @@ impl fmt::Display for PoolAdvice<'_> {
 /// The five characters by which the server classifies its error.
 pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
+}
+
+/// Whether the server answered a statement, and lives to hear the next.
+///
+/// Not if it ended the session: shutdown, crash, terminated, idle for too long.
+pub(crate) fn is_answer(error: &sqlx::Error) -> bool {
+    let ended = ["57P01", "57P02", "57P03", "57P05", "25P03", "25P04"];
+    sqlstate(error).is_some_and(|code| !ended.contains(&code.as_str()))
 }

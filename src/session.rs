@@ -38,7 +38,7 @@ use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::sql;
 use conn::{Conn, enter};
-use ledger::{Join, Leave, Ledger, Modes};
+use ledger::{Join, Leave, Ledger, Modes, Tell};
 
 /// How long a statement may take that never waits for a lock. After that the connection is given up.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
@@ -97,18 +97,18 @@ impl Session {
     /// Gives up one guard's share. Only if that changes what the server knows, a task tells it.
     pub(crate) fn release(self: Arc<Self>, key: &Key, mode: Mode) -> Release {
         let leave = self.ledger().leave(key.id(), mode);
-        let what = match leave {
+        match leave {
             Leave::Keep => return Release::Done(Ok(())),
             Leave::Lost(reason) => {
                 return Release::Done(Err(Error::Lost { key: key.clone(), reason }));
             }
-            Leave::Downgrade => LetGo::Downgrade(key.id()),
-            Leave::Unlock(modes) => LetGo::Unlock(vec![(key.id(), modes)]),
-        };
+            Leave::Tell => {}
+        }
         let runtime = self.runtime.clone();
         let key = key.clone();
         Release::Running(start(&runtime, async move {
-            self.let_go(what).await.map_err(|reason| Error::Lost { key, reason })
+            let told = self.let_go(LetGo::Excess(key.id())).await;
+            told.map_err(|reason| Error::Lost { key, reason })
         }))
     }
 
@@ -116,7 +116,7 @@ impl Session {
     pub(crate) fn close(self: Arc<Self>) -> JoinHandle<Result<(), Loss>> {
         let locks = self.ledger().close();
         let runtime = self.runtime.clone();
-        start(&runtime, async move { self.let_go(LetGo::Unlock(locks)).await })
+        start(&runtime, async move { self.let_go(LetGo::All(locks)).await })
     }
 
     /// Tells the server, and puts the connection back into the pool if nothing needs it any more.
@@ -131,9 +131,17 @@ impl Session {
         let answer = within(DEADLINE, async {
             self.tidy(conn).await?;
             match &what {
-                LetGo::Downgrade(key) => sql::downgrade(conn, *key).await,
-                LetGo::Unlock(locks) if locks.is_empty() => Ok(true),
-                LetGo::Unlock(locks) => sql::unlock(conn, locks).await,
+                LetGo::All(locks) if locks.is_empty() => Ok(true),
+                LetGo::All(locks) => sql::unlock(conn, locks).await,
+                LetGo::Excess(key) => {
+                    let tell = self.ledger().tell(*key);
+                    match tell {
+                        Some(Tell::Downgrade) => sql::downgrade(conn, *key).await,
+                        Some(Tell::Unlock(modes)) => sql::unlock(conn, &[(*key, modes)]).await,
+                        // A release that came later was sooner here, and told the server for both.
+                        None => Ok(true),
+                    }
+                }
             }
         });
         match answer.await {
@@ -182,11 +190,13 @@ impl Session {
     }
 }
 
-/// What a release tells the server.
+/// What the server is told to give up.
 #[derive(Debug)]
 enum LetGo {
-    Downgrade(KeyId),
-    Unlock(Vec<(KeyId, Modes)>),
+    /// These locks, whatever the ledger says.
+    All(Vec<(KeyId, Modes)>),
+    /// What no guard of this key needs any more.
+    Excess(KeyId),
 }
 
 /// A release that is done, or on its way.

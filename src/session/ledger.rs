@@ -1,7 +1,9 @@
 //! How many guards hold each key of a session, in each mode: pure counts, no database.
 //!
-//! The ledger answers two questions. A guard is wanted: is it covered by what the server has granted
-//! already? A guard goes: what must the server be told? Who asks, tells the server.
+//! The ledger knows what the guards need and what the server has granted. A guard is wanted: is it
+//! covered? A guard goes: does the server hold more than is needed? Whoever has the connection tells
+//! the server, and asks the ledger what at that moment, so it does not matter in which order guards
+//! that go at once get their turn.
 
 use std::collections::HashMap;
 
@@ -12,7 +14,7 @@ use crate::mode::Mode;
 /// The guards of one session.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    // Invariant: every entry has at least one guard.
+    // Invariant: every entry has a guard, or something that the server has granted.
     keys: HashMap<KeyId, Counts>,
     /// Statements under way that change what the server has granted. They keep the session open.
     under_way: usize,
@@ -52,16 +54,23 @@ pub(crate) enum Join {
     Ended,
 }
 
-/// What a guard that goes leaves to do. Where that is a statement, it counts as under way.
+/// What a guard that goes leaves to do.
 #[derive(Debug)]
 pub(crate) enum Leave {
-    /// Take the key shared, then give its exclusive lock up: only shared guards are left.
-    Downgrade,
     /// Nothing: other guards need all that the session holds.
     Keep,
     /// Nothing: the session was lost before.
     Lost(Loss),
-    /// Unlock the key in these modes.
+    /// A statement: the server holds more than is needed. It counts as under way.
+    Tell,
+}
+
+/// What the server is to be told, so that it holds no more of a key than is needed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Tell {
+    /// Take the key shared, then give its exclusive lock up: only shared guards are left.
+    Downgrade,
+    /// Give the key up in these modes.
     Unlock(Modes),
 }
 
@@ -107,7 +116,7 @@ impl Ledger {
     /// Counts a statement as done that granted nothing. Returns whether nothing needs the session.
     pub(crate) fn done(&mut self) -> bool {
         self.under_way -= 1;
-        let unused = self.keys.is_empty() && self.under_way == 0;
+        let unused = self.under_way == 0 && !self.has_guards();
         if unused && self.ended.is_none() {
             self.ended = Some(Ended::Released);
         }
@@ -122,28 +131,37 @@ impl Ledger {
         // A guard that is not counted has nothing to give up.
         let Some(counts) = self.keys.get_mut(&key) else { return Leave::Keep };
         *counts.of(mode) -= 1;
-        let Counts { exclusive, shared, server } = *counts;
-        if exclusive > 0 {
+        if counts.excess().is_none() {
             return Leave::Keep;
         }
-        if shared == 0 {
-            self.keys.remove(&key);
-            if self.keys.is_empty() && self.under_way == 0 {
-                self.ended = Some(Ended::Released);
-            }
-            self.under_way += 1;
-            return Leave::Unlock(server);
+        if !self.has_guards() && self.under_way == 0 {
+            self.ended = Some(Ended::Released);
         }
-        if !server.exclusive {
-            return Leave::Keep;
-        }
-        counts.server = Modes { exclusive: false, shared: true };
         self.under_way += 1;
-        if server.shared {
-            Leave::Unlock(Modes { exclusive: true, shared: false })
-        } else {
-            Leave::Downgrade
+        Leave::Tell
+    }
+
+    /// Returns what the server is to be told of a key, and counts it as told.
+    ///
+    /// For whoever has the connection; if the server then does not do it, the session is lost.
+    pub(crate) fn tell(&mut self, key: KeyId) -> Option<Tell> {
+        let counts = self.keys.get_mut(&key)?;
+        let tell = counts.excess()?;
+        match tell {
+            Tell::Downgrade => counts.server = Modes { exclusive: false, shared: true },
+            Tell::Unlock(modes) => {
+                counts.server.exclusive &= !modes.exclusive;
+                counts.server.shared &= !modes.shared;
+            }
         }
+        if counts.is_unused() {
+            self.keys.remove(&key);
+        }
+        Some(tell)
+    }
+
+    fn has_guards(&self) -> bool {
+        self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
     }
 
     /// Ends the session for all its guards, and leaves one statement to do: to unlock what the
@@ -176,6 +194,28 @@ impl Counts {
             Mode::Exclusive => self.server.exclusive,
             Mode::Shared => self.server.exclusive || self.server.shared,
         }
+    }
+
+    /// What the server has granted beyond what the guards need.
+    ///
+    /// A shared lock beside an exclusive one is left until both go: it costs nothing to keep.
+    fn excess(&self) -> Option<Tell> {
+        let Modes { exclusive, shared } = self.server;
+        if self.exclusive > 0 {
+            None
+        } else if self.shared > 0 {
+            exclusive.then_some(if shared {
+                Tell::Unlock(Modes { exclusive: true, shared: false })
+            } else {
+                Tell::Downgrade
+            })
+        } else {
+            (exclusive || shared).then_some(Tell::Unlock(self.server))
+        }
+    }
+
+    fn is_unused(&self) -> bool {
+        self.exclusive + self.shared == 0 && self.server == Modes::default()
     }
 
     fn of(&mut self, mode: Mode) -> &mut usize {

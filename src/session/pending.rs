@@ -11,7 +11,7 @@ use tokio::time::{timeout, timeout_at};
 
 use super::conn::Conn;
 use super::{Backend, ConnGuard, DEADLINE, Session, start, within};
-use crate::error::{Error, Loss, Result, sqlstate};
+use crate::error::{Error, Loss, Result, is_answer, sqlstate};
 use crate::guard::Held;
 use crate::key::Key;
 use crate::mode::Mode;
@@ -119,10 +119,11 @@ impl Pending {
             let mut pending = Self::start(pool, idle, &runtime, key, mode).await;
             match pending.ask(patience).await {
                 Ok(verdict) => return Ok((pending, verdict)),
+                Err(error) if is_answer(&error) => return Err(pending.fail(error).await),
                 Err(error) => tracing::debug!(
                     %key,
                     error = &error as &dyn std::error::Error,
-                    "an idle connection of the pool was no good; taking another"
+                    "an idle connection of the pool was dead; taking another"
                 ),
             }
             // Before the pool is asked: this may be its only connection.
@@ -336,7 +337,10 @@ async fn lend(pool: &PgPool, key: &Key, patience: Patience) -> Result<PoolConnec
         let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
         // With room for more connections, it was the server that did not answer.
         let exhausted = timed_out && pool.size() >= pool.options().get_max_connections();
-        if exhausted || matches!(source, sqlx::Error::PoolClosed) {
+        if sqlstate(&source).as_deref() == Some("53200") {
+            // A login takes locks too.
+            Error::OutOfLocks { key, source }
+        } else if exhausted || matches!(source, sqlx::Error::PoolClosed) {
             Error::Pool { key, source }
         } else {
             Error::Connect { key, source }

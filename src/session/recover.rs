@@ -13,7 +13,7 @@ use super::{DEADLINE, Session};
 use crate::sql;
 
 /// How many connections of a process may be open beside its pools, just to cancel something.
-static BESIDE_THE_POOL: Semaphore = Semaphore::const_new(4);
+static BESIDE_THE_POOL: Semaphore = Semaphore::const_new(16);
 
 /// How long a cancel is given to take effect before it is sent again: the first may have arrived
 /// before the statement that it was for.

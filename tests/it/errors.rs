@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Key, Lock, LockOptions, Loss, SharedGuard};
-use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks};
+use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, eventually};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
@@ -62,6 +62,12 @@ async fn nothing_is_left(admin: &mut PgConnection, pool: &PgPool) {
 async fn works(lock: &mut Lock) {
     let guard = timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap();
     guard.release().await.unwrap();
+}
+
+/// Waits until the pool has all its connections back, so that the next acquire finds one idle.
+async fn all_are_idle(pool: &PgPool) {
+    let idle = || async { pool.num_idle() == pool.size() as usize };
+    eventually("all connections are idle", PATIENCE, idle).await;
 }
 
 async fn execute(conn: &mut PgConnection, statement: String) {
@@ -134,6 +140,7 @@ mod connecting {
         let pool = lazy(db.options());
         let mut lock = Lock::new(&pool, KEY);
         works(&mut lock).await;
+        all_are_idle(&pool).await;
 
         server.stop(Shutdown::Fast);
         let error = lock.acquire().await.unwrap_err();
@@ -573,6 +580,7 @@ mod a_dead_idle_connection_is_replaced {
         let mut admin = db.admin().await;
         let mut lock = Lock::new(&pool, KEY);
         let before = borrow_all(&pool).await;
+        all_are_idle(&pool).await;
         execute(
             &mut admin,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
@@ -580,6 +588,14 @@ mod a_dead_idle_connection_is_replaced {
                 .to_owned(),
         )
         .await;
+
+        let alive = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY($1)";
+        let started = Instant::now();
+        while sqlx::query_scalar::<_, i64>(alive).bind(&before).fetch_one(&mut admin).await.unwrap()
+            > 0
+        {
+            assert!(started.elapsed() < PATIENCE, "the backends still live");
+        }
 
         let guard = timeout(PATIENCE, lock.try_acquire()).await.unwrap().unwrap().unwrap();
         assert!(!before.contains(&guard.backend_pid()));
@@ -594,6 +610,7 @@ mod a_dead_idle_connection_is_replaced {
         let pool = db.pool(3).await;
         let mut lock = Lock::new(&pool, KEY);
         borrow_all(&pool).await;
+        all_are_idle(&pool).await;
         server.restart();
         works(&mut lock).await;
         nothing_is_left(&mut db.admin().await, &pool).await;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pglock::{Key, Lock};
-use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks};
+use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks, cancel_after, eventually};
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 use sqlx::{Either, PgConnection};
 use tokio::task::JoinSet;
@@ -153,7 +153,7 @@ async fn every_number_is_a_key() {
     let mut guards = Vec::new();
     let mut expected = Vec::new();
     for key in &keys {
-        let guard = Lock::new(&ours, key).acquire().await.unwrap();
+        let guard = Lock::new(&ours, key).try_acquire().await.unwrap().unwrap();
         let (classid, objid, objsubid) = shown(key);
         let (pid, mode, granted) = (guard.backend_pid(), "ExclusiveLock".to_owned(), true);
         expected.push(AdvisoryLock { pid, classid, objid, objsubid, mode, granted });
@@ -192,6 +192,15 @@ async fn every_number_is_a_key() {
         guard.release().await.unwrap();
     }
     locks_are(&mut admin, 0, PATIENCE).await;
+
+    // What an abandoned try was granted is found by its number, and given up.
+    for key in &keys {
+        let mut lock = Lock::new(&ours, key);
+        assert!(cancel_after(1, lock.try_acquire()).await.is_none(), "{key} took no time");
+    }
+    let idle = || async { ours.num_idle() == ours.size() as usize };
+    eventually("the tries are undone", PATIENCE, idle).await;
+    assert_eq!(advisory_locks(&mut admin).await, []);
 }
 
 #[tokio::test]
