@@ -74,13 +74,14 @@ pub(crate) struct WaitLimit {
 /// One message of several statements, which the server runs as one transaction, so what is set here
 /// is gone with it, and so is the snapshot that a waiting statement holds:
 ///
-/// 1. Ask the server to look after a dead client even while it waits. Where it can't
-///    (before PostgreSQL 14, or a platform without the means), go on without.
-/// 2. Lift the role's own limits on statements, and set the limit of this wait. It stays above
-///    `deadlock_timeout`, or a deadlock would look like a timeout.
-/// 3. Wait. The timeout is caught, so the server logs no error. It can strike after the grant:
+/// 1. Lift the role's own limits on statements.
+/// 2. Ask the server to look after a dead client even while it waits. Where it can't (before
+///    PostgreSQL 14, or a platform without the means), go on without.
+/// 3. Set the limit of this wait, above `deadlock_timeout`, or a deadlock would look like a timeout.
+///    Then wait. The timeout is caught, so the server logs no error. It can strike after the grant:
 ///    whether the lock is held, only `pg_locks` knows.
-/// 4. Tell the result; `DO` can't.
+/// 4. Tell the result, which `DO` can't. What comes after the grant is on the way from one holder
+///    to the next, and so is little.
 ///
 /// sqlx warns of statements that take more than a second. This one is meant to, so it runs where no
 /// subscriber listens.
@@ -90,9 +91,9 @@ pub(crate) async fn wait(
     mode: Mode,
     limit: WaitLimit,
 ) -> Result<bool, sqlx::Error> {
-    // `transaction_timeout` is new in PostgreSQL 17.
+    // New in PostgreSQL 17.
     let transaction_timeout = if conn.server_version_num() >= Some(170_000) {
-        "set_config('transaction_timeout', '0', true), "
+        "SET LOCAL transaction_timeout = 0; "
     } else {
         ""
     };
@@ -103,27 +104,30 @@ pub(crate) async fn wait(
     let slice = milliseconds(limit.slice);
     let left = limit.left.map_or(i32::MAX, milliseconds);
     let statement = format!(
-        "DO $$ BEGIN \
+        "SET LOCAL statement_timeout = 0; {transaction_timeout}\
+         DO $$ BEGIN \
            PERFORM set_config('client_connection_check_interval', '1000', true); \
          EXCEPTION WHEN OTHERS THEN NULL; END $$; \
-         SELECT {transaction_timeout}set_config('statement_timeout', '0', true), \
-           set_config('lock_timeout', least({left}, greatest({slice}, 1000 + 1000 * \
-             extract(epoch FROM current_setting('deadlock_timeout')::interval)))::int::text, true), \
-           set_config('pglock.granted', 'true', true); \
          DO $$ BEGIN \
-           PERFORM {function}({}); \
-         EXCEPTION WHEN lock_not_available THEN \
-           PERFORM set_config('pglock.granted', EXISTS ({})::text, true); \
+           PERFORM set_config('pglock.granted', 'true', true); \
+           PERFORM set_config('lock_timeout', least({left}, greatest({slice}, 1000 + 1000 * \
+             extract(epoch FROM current_setting('deadlock_timeout')::interval)))::int::text, true); \
+           BEGIN \
+             PERFORM {function}({}); \
+           EXCEPTION WHEN lock_not_available THEN \
+             PERFORM set_config('pglock.granted', EXISTS ({})::text, true); \
+           END; \
          END $$; \
-         SELECT current_setting('pglock.granted')::bool",
+         SHOW pglock.granted",
         Args(key),
         Held { key, mode, select: "SELECT FROM" },
     );
-    let rows = sqlx::raw_sql(AssertSqlSafe(statement))
-        .fetch_all(conn)
+    let shown: Option<String> = sqlx::raw_sql(AssertSqlSafe(statement))
+        .fetch_one(conn)
         .with_subscriber(NoSubscriber::default())
-        .await?;
-    rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)
+        .await?
+        .try_get(0)?;
+    Ok(shown.as_deref() == Some("true"))
 }
 
 /// Gives locks up, all in one statement. Returns whether the session held every one of them.

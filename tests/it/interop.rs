@@ -196,7 +196,8 @@ async fn every_number_is_a_key() {
     // What an abandoned try was granted is found by its number, and given up.
     for key in &keys {
         let mut lock = Lock::new(&ours, key);
-        assert!(cancel_after(1, lock.try_acquire()).await.is_none(), "{key} took no time");
+        // A server that is quick answers within one poll; then it is an ordinary guard.
+        drop(cancel_after(1, lock.try_acquire()).await);
     }
     let idle = || async { ours.num_idle() == ours.size() as usize };
     eventually("the tries are undone", PATIENCE, idle).await;
