@@ -132,7 +132,7 @@ macro_rules! guard {
             /// ```
             pub async fn release(mut self) -> Result<()> {
                 match self.held.start_release() {
-                    Some(release) => release.done(&self.held.key).await,
+                    Some(release) => release.done().await,
                     None => Ok(()),
                 }
             }

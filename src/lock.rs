@@ -375,9 +375,7 @@ impl Lock {
     /// ```
     pub async fn close(&mut self) -> Result<()> {
         let Some(session) = std::mem::take(&mut self.session).upgrade() else { return Ok(()) };
-        let closed = session.close().await;
-        // If the task was dropped, the runtime is going down, and took the connection along.
-        closed.unwrap_or(Ok(())).map_err(|reason| Error::Lost { key: self.key.clone(), reason })
+        session.close().await.map_err(|reason| Error::Lost { key: self.key.clone(), reason })
     }
 
     async fn wait_for(&mut self, mode: Mode) -> Result<Held> {

@@ -12,33 +12,32 @@
 //! | the application uses it | [`SessionConnection`] | it is tidied on a task |
 //! | a lock is given up | the task of [`Session::release`] | the socket is closed |
 //!
-//! Tasks run on the runtime of the acquire, and their first step at once, so that an unlock is on its
-//! way even if that runtime is not driven any more.
+//! What must be finished is a [`Task`]: whoever awaits it runs it, and if he gives up, the runtime of
+//! the acquire does.
 
 pub(crate) mod conn;
 pub(crate) mod ledger;
 pub(crate) mod lend;
 pub(crate) mod pending;
 pub(crate) mod recover;
+pub(crate) mod task;
 
-use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
-use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::error::{Error, Loss, Result};
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::sql;
-use conn::{Conn, enter};
+use conn::Conn;
 use ledger::{Join, Leave, Ledger, Modes, Tell};
+use task::Task;
 
 /// How long a statement may take that never waits for a lock. After that the connection is given up.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
@@ -106,17 +105,17 @@ impl Session {
         }
         let runtime = self.runtime.clone();
         let key = key.clone();
-        Release::Running(start(&runtime, async move {
+        Release::Running(Task::start(&runtime, async move {
             let told = self.let_go(LetGo::Excess(key.id())).await;
             told.map_err(|reason| Error::Lost { key, reason })
         }))
     }
 
     /// Ends the session under its guards, which are told that it is lost.
-    pub(crate) fn close(self: Arc<Self>) -> JoinHandle<Result<(), Loss>> {
+    pub(crate) fn close(self: Arc<Self>) -> Task<Result<(), Loss>> {
         let locks = self.ledger().close();
         let runtime = self.runtime.clone();
-        start(&runtime, async move { self.let_go(LetGo::All(locks)).await })
+        Task::start(&runtime, async move { self.let_go(LetGo::All(locks)).await })
     }
 
     /// Tells the server, and puts the connection back into the pool if nothing needs it any more.
@@ -203,55 +202,25 @@ enum LetGo {
 #[derive(Debug)]
 pub(crate) enum Release {
     Done(Result<()>),
-    Running(JoinHandle<Result<()>>),
+    Running(Task<Result<()>>),
 }
 
 impl Release {
     /// Waits for the server's answer. Dropping this does not stop the release.
-    pub(crate) async fn done(self, key: &Key) -> Result<()> {
+    pub(crate) async fn done(self) -> Result<()> {
         match self {
             Self::Done(result) => result,
-            Self::Running(task) => task.await.unwrap_or_else(|error| {
-                // The runtime is going down; the connection was closed with its tasks.
-                let error = Arc::new(sqlx::Error::Io(io::Error::other(error)));
-                Err(Error::Lost { key: key.clone(), reason: Loss::Disconnected(error) })
-            }),
+            Self::Running(task) => task.await,
         }
     }
 }
 
-/// Runs a future as a task, and its first step here and now.
-///
-/// A task waits for its runtime to get round to it; a runtime that nobody drives never does (a
-/// current-thread one between two calls of `block_on`). Mostly the first step writes the statement
-/// to the socket, and the server does the rest.
-pub(crate) fn start<T: Send + 'static>(
-    runtime: &Handle,
-    future: impl Future<Output = T> + Send + 'static,
-) -> JoinHandle<T> {
-    let mut future = Box::pin(future);
-    let first = enter(runtime, || {
-        let mut context = Context::from_waker(Waker::noop());
-        future.as_mut().poll(&mut context)
-    });
-    match first {
-        Poll::Ready(output) => runtime.spawn(std::future::ready(output)),
-        Poll::Pending => runtime.spawn(future),
-    }
-}
-
-/// Like `tokio::time::timeout`, but makes no timer in the first poll: where the runtime is gone, a
-/// timer panics, while the socket says so with an error.
+/// Bounds a statement that never waits for a lock.
 pub(crate) async fn within<T>(
     limit: Duration,
-    future: impl Future<Output = Result<T, sqlx::Error>>,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, sqlx::Error> {
-    let mut future = pin!(future);
-    if let Poll::Ready(output) = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
-        return output;
-    }
-    tokio::task::yield_now().await;
-    tokio::time::timeout(limit, future).await.unwrap_or_else(|_| {
+    timeout(limit, statement).await.unwrap_or_else(|_| {
         Err(sqlx::Error::Io(io::Error::new(
             io::ErrorKind::TimedOut,
             format!("the server did not answer within {limit:?}"),

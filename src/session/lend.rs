@@ -9,7 +9,8 @@ use sqlx::PgConnection;
 use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::conn::Conn;
-use super::{Session, start, within};
+use super::task::Task;
+use super::{Session, within};
 use crate::error::{Error, Loss, Result};
 use crate::key::Key;
 
@@ -90,7 +91,7 @@ impl Drop for SessionConnection<'_> {
         drop(self.conn.take());
         let session = Arc::clone(&self.session);
         // Detach: nobody is left to wait for it.
-        drop(start(&self.session.runtime, session.take_back()));
+        drop(Task::start(&self.session.runtime, session.take_back()));
     }
 }
 

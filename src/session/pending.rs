@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use sqlx::pool::PoolConnection;
 use sqlx::{PgPool, Postgres};
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
 use tokio::time::{timeout, timeout_at};
 
 use super::conn::Conn;
-use super::{Backend, ConnGuard, DEADLINE, Session, start, within};
+use super::task::Task;
+use super::{Backend, ConnGuard, DEADLINE, Session, within};
 use crate::error::{Error, Loss, Result, is_answer, sqlstate};
 use crate::guard::Held;
 use crate::key::Key;
@@ -274,16 +274,15 @@ impl Pending {
         if self.stage == Stage::Waiting {
             self.stage = Stage::Trying;
         }
-        // If the runtime is going down, so is the connection.
-        drop(self.undo().await);
+        self.undo().await;
         Error::acquiring(&self.key, error)
     }
 
-    fn undo(&mut self) -> JoinHandle<()> {
+    fn undo(&mut self) -> Task<()> {
         self.settled = true;
         let session = Arc::clone(&self.session);
         let undo = session.undo(self.slot.take(), self.key.clone(), self.mode, self.stage);
-        start(&self.session.runtime, undo)
+        Task::start(&self.session.runtime, undo)
     }
 }
 

@@ -1,0 +1,89 @@
+//! Work that is finished even if nobody waits for it any more.
+
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+
+use tokio::runtime::Handle;
+
+use super::conn::enter;
+
+/// A future that goes on without whoever awaits it.
+///
+/// Its first step is taken when it is started. Mostly that writes the statement to the socket, and the
+/// server does the rest, even if nobody drives the runtime any more (a current-thread one between two
+/// calls of `block_on`).
+///
+/// No step may poll a timer before it has polled a socket: where the runtime is gone, the socket says
+/// so with an error, and a timer panics.
+///
+/// # Drop
+///
+/// Hands what is left to do to the runtime. If that is gone, it is dropped, and closes the connection.
+#[must_use = "a task that is dropped at once runs on the runtime, though it may be awaited here"]
+pub(crate) struct Task<T: Send + 'static> {
+    // Invariant: `Pending` until polled to the end.
+    state: State<T>,
+    runtime: Handle,
+}
+
+enum State<T> {
+    Pending(Pin<Box<dyn Future<Output = T> + Send>>),
+    Ready(T),
+    Taken,
+}
+
+impl<T: Send + 'static> Task<T> {
+    /// Takes the first step of a future.
+    pub(crate) fn start(
+        runtime: &Handle,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Self {
+        let mut future: Pin<Box<dyn Future<Output = T> + Send>> = Box::pin(future);
+        let first =
+            enter(runtime, || future.as_mut().poll(&mut Context::from_waker(Waker::noop())));
+        let state = match first {
+            Poll::Ready(output) => State::Ready(output),
+            Poll::Pending => State::Pending(future),
+        };
+        Self { state, runtime: runtime.clone() }
+    }
+}
+
+// The future is pinned in its box, and the output is never pinned.
+impl<T: Send + 'static> Unpin for Task<T> {}
+
+impl<T: Send + 'static> Future for Task<T> {
+    type Output = T;
+
+    #[expect(clippy::panic, reason = "as for every future that is polled after its end")]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        match std::mem::replace(&mut self.state, State::Taken) {
+            State::Ready(output) => Poll::Ready(output),
+            State::Pending(mut future) => {
+                // Whoever awaits it may do so on another runtime, or on none.
+                let polled = enter(&self.runtime, || future.as_mut().poll(cx));
+                if polled.is_pending() {
+                    self.state = State::Pending(future);
+                }
+                polled
+            }
+            State::Taken => panic!("BUG: a task is polled after its end"),
+        }
+    }
+}
+
+impl<T: Send + 'static> Drop for Task<T> {
+    fn drop(&mut self) {
+        if let State::Pending(future) = std::mem::replace(&mut self.state, State::Taken) {
+            // Detach: nobody is left to wait for it.
+            drop(self.runtime.spawn(future));
+        }
+    }
+}
+
+impl<T: Send + 'static> fmt::Debug for Task<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Task").finish_non_exhaustive()
+    }
+}
