@@ -1,16 +1,21 @@
 //! Every statement that is sent to the server; nothing else spells `pg_`.
 //!
-//! All go by the simple query protocol: one message, one answer, always one round trip, no prepared
-//! statement left behind on the application's connection, and none to fail behind a pooler. The
-//! values in them are integers, written by [`Display`](std::fmt::Display), so there is nothing to
-//! inject.
+//! Nearly all go by the simple query protocol: one message, one answer, always one round trip, no
+//! prepared statement left behind on the application's connection, and none to fail behind a pooler.
+//! The unlock of a dropped guard has to: it is on its way with the first write to the socket, or else
+//! may never be. The values in these statements are integers, written by
+//! [`Display`](std::fmt::Display), so there is nothing to inject.
+//!
+//! The one statement of a free acquire is prepared, once on each connection, for the server would
+//! spend more time on its plan than on the lock.
 
 use std::time::Duration;
 
-use sqlx::postgres::PgRow;
-use sqlx::{AssertSqlSafe, PgConnection, Row};
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
+use tracing::Dispatch;
 use tracing::instrument::WithSubscriber;
-use tracing::subscriber::NoSubscriber;
 
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -21,8 +26,6 @@ use crate::session::ledger::Modes;
 pub(crate) struct Tried {
     pub(crate) backend_pid: i32,
     pub(crate) verdict: Verdict,
-    /// Somebody left a transaction open on the connection.
-    pub(crate) in_transaction: bool,
 }
 
 #[derive(Debug)]
@@ -38,28 +41,46 @@ pub(crate) async fn try_lock(
     key: KeyId,
     mode: Mode,
 ) -> Result<Tried, sqlx::Error> {
-    let function = match mode {
-        Mode::Exclusive => "pg_try_advisory_lock",
-        Mode::Shared => "pg_try_advisory_lock_shared",
+    macro_rules! statement {
+        ($call:literal) => {
+            concat!(
+                "SELECT pg_backend_pid(), \
+                 CASE WHEN pg_is_in_recovery() THEN NULL ELSE ",
+                $call,
+                " END, statement_timestamp() - now() > interval '100 us'"
+            )
+        };
+    }
+    let row = match (key, mode) {
+        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_try_advisory_lock($1)"),
+        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1)"),
+        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_try_advisory_lock($1, $2)"),
+        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1, $2)"),
     };
-    let row = fetch(
-        conn,
-        format!(
-            "SELECT pg_backend_pid(), \
-             CASE WHEN pg_is_in_recovery() THEN NULL ELSE {function}({}) END, {IN_TRANSACTION}",
-            Args(key)
-        ),
-    )
-    .await?;
-    Ok(Tried {
+    let row = bind(row, key).fetch_one(&mut *conn).await?;
+    let tried = Tried {
         backend_pid: row.try_get(0)?,
         verdict: match row.try_get(1)? {
             Some(true) => Verdict::Granted,
             Some(false) => Verdict::Busy,
             None => Verdict::Standby,
         },
-        in_transaction: row.try_get(2)?,
-    })
+    };
+    // A transaction that somebody left open on the pooled connection stands still in time. So does, for
+    // some microseconds, the one of a prepared statement; ending it once too often does no harm.
+    if row.try_get(2)? {
+        end_transaction(conn).await?;
+    }
+    Ok(tried)
+}
+
+/// A prepared statement on a key.
+fn bind(statement: &'static str, key: KeyId) -> Query<'static, Postgres, PgArguments> {
+    let query = sqlx::query(statement);
+    match key {
+        KeyId::BigInt(number) => query.bind(number),
+        KeyId::IntPair(first, second) => query.bind(first).bind(second),
+    }
 }
 
 /// How long one statement waits: a slice, or what is left of the caller's patience if that is less.
@@ -124,7 +145,7 @@ pub(crate) async fn wait(
     );
     let shown: Option<String> = sqlx::raw_sql(AssertSqlSafe(statement))
         .fetch_one(conn)
-        .with_subscriber(NoSubscriber::default())
+        .with_subscriber(Dispatch::none())
         .await?
         .try_get(0)?;
     Ok(shown.as_deref() == Some("true"))
@@ -145,7 +166,11 @@ pub(crate) async fn unlock(
         }
     }
     let row = fetch(conn, format!("SELECT {}", calls.join(", "))).await?;
-    all_true(&row)
+    let mut all = true;
+    for column in 0..row.len() {
+        all &= row.try_get::<bool, _>(column)?;
+    }
+    Ok(all)
 }
 
 /// Turns an exclusive lock into a shared one, without a moment in which nobody holds it.
@@ -175,7 +200,10 @@ pub(crate) async fn unlock_if_held(
 
 /// Ends a transaction that was left open. Returns whether there was one.
 pub(crate) async fn end_transaction(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let open = match fetch(conn, format!("SELECT {IN_TRANSACTION}")).await {
+    // Inside a transaction, time stands still while statements go on. Outside, and in a message of one
+    // statement, both are the time of that.
+    let asked = fetch(conn, "SELECT now() <> statement_timestamp()".to_owned()).await;
+    let open = match asked {
         Ok(row) => row.try_get(0)?,
         // 25P02: a failed transaction answers nothing but its end.
         Err(error) if crate::error::sqlstate(&error).as_deref() == Some("25P02") => true,
@@ -202,10 +230,6 @@ pub(crate) async fn cancel_backend(
     );
     sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn).await.map(drop)
 }
-
-/// Inside a transaction block, time stands still while statements go on. (In a message of one
-/// statement, both are the time of that statement.)
-const IN_TRANSACTION: &str = "now() <> statement_timestamp()";
 
 /// A key as arguments of a function.
 struct Args(KeyId);
@@ -256,14 +280,6 @@ impl std::fmt::Display for Held<'_> {
 
 async fn fetch(conn: &mut PgConnection, statement: String) -> Result<PgRow, sqlx::Error> {
     sqlx::raw_sql(AssertSqlSafe(statement)).fetch_one(conn).await
-}
-
-fn all_true(row: &PgRow) -> Result<bool, sqlx::Error> {
-    let mut all = true;
-    for column in 0..row.len() {
-        all &= row.try_get::<bool, _>(column)?;
-    }
-    Ok(all)
 }
 
 /// For a timeout of the server: at least 1, for 0 means none.

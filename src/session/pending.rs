@@ -170,19 +170,15 @@ impl Pending {
         let answer = within(patience.deadline(), async {
             session.tidy(conn).await?;
             *stage = Stage::Trying;
-            let tried = match sql::try_lock(conn, key.id(), *mode).await {
+            match sql::try_lock(conn, key.id(), *mode).await {
                 Err(error) if sqlstate(&error).as_deref() == Some("25P02") => {
                     sql::end_transaction(conn).await?;
-                    sql::try_lock(conn, key.id(), *mode).await?
+                    sql::try_lock(conn, key.id(), *mode).await
                 }
-                tried => tried?,
-            };
-            if tried.in_transaction {
-                sql::end_transaction(conn).await?;
+                tried => tried,
             }
-            Ok(tried)
         });
-        let Tried { backend_pid, verdict, .. } = answer.await?;
+        let Tried { backend_pid, verdict } = answer.await?;
         session.backend.get_or_init(|| Backend { pid: backend_pid, known_since: Instant::now() });
         if !matches!(verdict, Verdict::Granted) {
             *stage = Stage::Nothing;

@@ -15,8 +15,8 @@ use tokio::time::{sleep, timeout};
 
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The bound within which the server must show what was done.
-const SOON: Duration = Duration::from_secs(5);
+/// The bound within which the server must show what was done: less than a slice of a wait.
+const SOON: Duration = Duration::from_secs(3);
 /// A wait that is meant to run out.
 const MOMENT: Duration = Duration::from_millis(100);
 

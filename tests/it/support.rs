@@ -50,8 +50,8 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut lent = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
-        let asked = tokio::time::timeout(SOON, pool.acquire()).await;
-        let mut conn = asked.expect("the pool lends all its connections within a second").unwrap();
+        // The pool lends all its connections within a second.
+        let mut conn = tokio::time::timeout(SOON, pool.acquire()).await.unwrap().unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         let row = sqlx::raw_sql(
             "SELECT pg_backend_pid(), now() <> statement_timestamp(), \

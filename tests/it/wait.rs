@@ -39,8 +39,8 @@ async fn a_long_wait_costs_others_nothing() {
         locks_are(&mut admin, 2, SOON).await;
 
         let mut builder = db.admin().await;
-        let build = "CREATE INDEX CONCURRENTLY other_x ON other (x)";
-        let built = timeout(slice * 3, sqlx::raw_sql(build).execute(&mut builder)).await;
+        let index = sqlx::raw_sql("CREATE INDEX CONCURRENTLY other_x ON other (x)");
+        let built = timeout(slice * 3, index.execute(&mut builder)).await;
         built.expect("the index is built while the lock is waited for").unwrap();
 
         // Every transaction below moves the horizon on; the waiter must follow.
