@@ -8,6 +8,7 @@ use crate::key::Key;
 use crate::mode::Mode;
 use crate::session::lend::SessionConnection;
 use crate::session::{Release, Session};
+use crate::sql::Protocol;
 
 /// One share in a lock that a session holds: what both guards are made of.
 pub(crate) struct Held {
@@ -27,19 +28,19 @@ impl Held {
     }
 
     /// Starts the release, once. The only path by which a guard lets go.
-    fn start_release(&mut self) -> Option<Release> {
+    fn start_release(&mut self, protocol: Protocol) -> Option<Release> {
         if self.released {
             return None;
         }
         self.released = true;
-        Some(Arc::clone(&self.session).release(&self.key, self.mode))
+        Some(Arc::clone(&self.session).release(&self.key, self.mode, protocol))
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         // Detach: nobody is left to wait for the answer.
-        drop(self.start_release());
+        drop(self.start_release(Protocol::Simple));
     }
 }
 
@@ -131,7 +132,7 @@ macro_rules! guard {
             /// # Ok(()) }
             /// ```
             pub async fn release(mut self) -> Result<()> {
-                match self.held.start_release() {
+                match self.held.start_release(Protocol::Extended) {
                     Some(release) => release.done().await,
                     None => Ok(()),
                 }
@@ -140,7 +141,8 @@ macro_rules! guard {
             /// Lends the connection of the session that holds the lock.
             ///
             /// What is written through it can't outlive the lock. Waits while the connection is lent
-            /// by another guard of the same handle. Sends nothing to the server.
+            /// by another guard of the same handle. The first time, sends one statement, to make sure
+            /// that nobody left a transaction open on the pooled connection; from then on none.
             ///
             /// The pool's `before_acquire` hook may not have run on it; `after_connect` has.
             ///

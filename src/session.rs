@@ -34,7 +34,7 @@ use tokio::time::timeout;
 use crate::error::{Error, Loss, Result};
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
-use crate::sql;
+use crate::sql::{self, Protocol};
 use conn::Conn;
 use ledger::{Join, Leave, Ledger, Modes, Tell};
 use task::Task;
@@ -94,7 +94,7 @@ impl Session {
     }
 
     /// Gives up one guard's share. Only if that changes what the server knows, a task tells it.
-    pub(crate) fn release(self: Arc<Self>, key: &Key, mode: Mode) -> Release {
+    pub(crate) fn release(self: Arc<Self>, key: &Key, mode: Mode, protocol: Protocol) -> Release {
         let leave = self.ledger().leave(key.id(), mode);
         match leave {
             Leave::Keep => return Release::Done(Ok(())),
@@ -106,7 +106,7 @@ impl Session {
         let runtime = self.runtime.clone();
         let key = key.clone();
         Release::Running(Task::start(&runtime, async move {
-            let told = self.let_go(LetGo::Excess(key.id())).await;
+            let told = self.let_go(LetGo::Excess(key.id(), protocol)).await;
             told.map_err(|reason| Error::Lost { key, reason })
         }))
     }
@@ -130,13 +130,14 @@ impl Session {
         let answer = within(DEADLINE, async {
             self.tidy(conn).await?;
             match &what {
-                LetGo::All(locks) if locks.is_empty() => Ok(true),
-                LetGo::All(locks) => sql::unlock(conn, locks).await,
-                LetGo::Excess(key) => {
+                LetGo::All(locks) => sql::unlock_all(conn, locks).await,
+                LetGo::Excess(key, protocol) => {
                     let tell = self.ledger().tell(*key);
                     match tell {
                         Some(Tell::Downgrade) => sql::downgrade(conn, *key).await,
-                        Some(Tell::Unlock(modes)) => sql::unlock(conn, &[(*key, modes)]).await,
+                        Some(Tell::Unlock(modes)) => {
+                            sql::unlock(conn, *key, modes, *protocol).await
+                        }
                         // A release that came later was sooner here, and told the server for both.
                         None => Ok(true),
                     }
@@ -195,7 +196,7 @@ enum LetGo {
     /// These locks, whatever the ledger says.
     All(Vec<(KeyId, Modes)>),
     /// What no guard of this key needs any more.
-    Excess(KeyId),
+    Excess(KeyId, Protocol),
 }
 
 /// A release that is done, or on its way.

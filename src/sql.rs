@@ -1,13 +1,11 @@
 //! Every statement that is sent to the server; nothing else spells `pg_`.
 //!
-//! Nearly all go by the simple query protocol: one message, one answer, always one round trip, no
-//! prepared statement left behind on the application's connection, and none to fail behind a pooler.
-//! The unlock of a dropped guard has to: it is on its way with the first write to the socket, or else
-//! may never be. The values in these statements are integers, written by
+//! Nearly all go by the simple query protocol: one message, one answer, always one round trip, nothing
+//! left behind on the application's connection. The values in them are integers, written by
 //! [`Display`](std::fmt::Display), so there is nothing to inject.
 //!
-//! The one statement of a free acquire is prepared, once on each connection, for the server would
-//! spend more time on its plan than on the lock.
+//! The two of a free acquire and its awaited release are prepared, once on each connection: the server
+//! would spend more time on their plans than on the lock.
 
 use std::time::Duration;
 
@@ -47,7 +45,7 @@ pub(crate) async fn try_lock(
                 "SELECT pg_backend_pid(), \
                  CASE WHEN pg_is_in_recovery() THEN NULL ELSE ",
                 $call,
-                " END, statement_timestamp() - now() > interval '100 us'"
+                " END, statement_timestamp() - now() > interval '2 ms'"
             )
         };
     }
@@ -67,7 +65,7 @@ pub(crate) async fn try_lock(
         },
     };
     // A transaction that somebody left open on the pooled connection stands still in time. So does, for
-    // some microseconds, the one of a prepared statement; ending it once too often does no harm.
+    // some microseconds, that of a prepared statement. Looking once too often does no harm.
     if row.try_get(2)? {
         end_transaction(conn).await?;
     }
@@ -151,8 +149,42 @@ pub(crate) async fn wait(
     Ok(shown.as_deref() == Some("true"))
 }
 
-/// Gives locks up, all in one statement. Returns whether the session held every one of them.
+/// How an unlock is sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Protocol {
+    /// As a prepared statement: cheaper, but the first on a connection takes two messages.
+    Extended,
+    /// As one message: on its way with the first write to the socket, after which nobody may be left
+    /// to write another.
+    Simple,
+}
+
+/// Gives a lock up, in every mode in which it is held. Returns whether the session held it in all.
 pub(crate) async fn unlock(
+    conn: &mut PgConnection,
+    key: KeyId,
+    modes: Modes,
+    protocol: Protocol,
+) -> Result<bool, sqlx::Error> {
+    let statement = match (protocol, key, modes) {
+        (Protocol::Simple, ..) | (.., Modes { exclusive: true, shared: true }) => {
+            return unlock_all(conn, &[(key, modes)]).await;
+        }
+        (.., Modes { exclusive: false, shared: false }) => return Ok(true),
+        (_, KeyId::BigInt(_), Modes { exclusive: true, .. }) => "SELECT pg_advisory_unlock($1)",
+        (_, KeyId::BigInt(_), Modes { shared: true, .. }) => "SELECT pg_advisory_unlock_shared($1)",
+        (_, KeyId::IntPair(..), Modes { exclusive: true, .. }) => {
+            "SELECT pg_advisory_unlock($1, $2)"
+        }
+        (_, KeyId::IntPair(..), Modes { shared: true, .. }) => {
+            "SELECT pg_advisory_unlock_shared($1, $2)"
+        }
+    };
+    bind(statement, key).fetch_one(conn).await?.try_get(0)
+}
+
+/// Gives locks up, all in one message. Returns whether the session held every one of them.
+pub(crate) async fn unlock_all(
     conn: &mut PgConnection,
     locks: &[(KeyId, Modes)],
 ) -> Result<bool, sqlx::Error> {
@@ -164,6 +196,9 @@ pub(crate) async fn unlock(
         if modes.shared {
             calls.push(format!("pg_advisory_unlock_shared({})", Args(key)));
         }
+    }
+    if calls.is_empty() {
+        return Ok(true);
     }
     let row = fetch(conn, format!("SELECT {}", calls.join(", "))).await?;
     let mut all = true;

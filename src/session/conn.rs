@@ -20,6 +20,8 @@ pub(crate) struct Conn {
     runtime: Handle,
     /// The application has had the connection since it was last tidied.
     pub(crate) lent: bool,
+    /// Whether somebody left a transaction open on it before, the server was asked.
+    pub(crate) checked: bool,
 }
 
 const TAKEN: &str = "BUG: the connection was given back before";
@@ -27,7 +29,7 @@ const TAKEN: &str = "BUG: the connection was given back before";
 impl Conn {
     /// Keeps the runtime, for `PoolConnection` panics when it is dropped without one.
     pub(crate) fn new(pooled: PoolConnection<Postgres>, runtime: Handle) -> Self {
-        Self { pooled: Some(pooled), runtime, lent: false }
+        Self { pooled: Some(pooled), runtime, lent: false, checked: false }
     }
 
     /// Returns the connection to its pool. It must hold nothing of ours.

@@ -13,6 +13,7 @@ use super::task::Task;
 use super::{Session, within};
 use crate::error::{Error, Loss, Result};
 use crate::key::Key;
+use crate::sql;
 
 /// The connection of the session that holds the lock, lent by a guard.
 ///
@@ -60,7 +61,16 @@ impl Session {
             return Err(lost(reason));
         }
         if let Some(conn) = slot.as_mut() {
-            if let Err(error) = within(super::DEADLINE, self.tidy(conn)).await {
+            let fit = within(super::DEADLINE, async {
+                self.tidy(conn).await?;
+                // Or what the application writes would end with somebody else's transaction.
+                if !conn.checked {
+                    sql::end_transaction(conn).await?;
+                    conn.checked = true;
+                }
+                Ok(())
+            });
+            if let Err(error) = fit.await {
                 return Err(lost(self.discard(&mut slot, Loss::Disconnected(Arc::new(error)))));
             }
             conn.lent = true;

@@ -230,8 +230,30 @@ async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
         drop(conn);
         eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
 
+        // However young the transaction is, what is written through the guard is not part of it.
         let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+        let mut conn = guard.connection().await.unwrap();
+        let write = "CREATE TABLE IF NOT EXISTS t (x int); INSERT INTO t VALUES (1)";
+        sqlx::raw_sql(write).execute(&mut *conn).await.unwrap();
+        drop(conn);
         guard.release().await.unwrap();
         borrow_all(&pool).await;
     }
+    let written: i64 = sqlx::query_scalar("SELECT count(*) FROM t").fetch_one(&pool).await.unwrap();
+    assert_eq!(written, 2);
+}
+
+#[tokio::test]
+async fn an_old_transaction_left_open_in_the_pool_is_ended_by_the_acquire() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut conn = pool.acquire().await.unwrap();
+    sqlx::raw_sql("BEGIN").execute(&mut *conn).await.unwrap();
+    drop(conn);
+    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    backend_is(&mut admin, guard.backend_pid(), "idle", SOON).await;
 }
