@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | it is asked for, tried, waited for | [`Pending`](pending::Pending) | what was sent is undone on a task, see there |
 //! | guards live and nobody uses it | the session itself | the socket is closed |
-//! | the application uses it | [`SessionConnection`] | it is tidied on a task |
+//! | the application uses it | [`SessionConnection`](lend::SessionConnection) | it is tidied on a task |
 //! | a lock is given up | the task of [`Session::release`] | the socket is closed |
 //!
 //! What must be finished is a [`Task`]: whoever awaits it runs it, and if he gives up, the runtime of
