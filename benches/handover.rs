@@ -158,7 +158,7 @@ impl Party {
 /// Is one of the two processes: does what it is told.
 async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
     let mut way = match key {
-        KEY_OF_PGLOCK => Way::Pglock(Lock::new(&PgPool::connect(&url).await?, key), None),
+        KEY_OF_PGLOCK => Way::Pglock(Box::new(Lock::new(&PgPool::connect(&url).await?, key)), None),
         _ => Way::by_hand(PgConnection::connect(&url).await?).await?,
     };
     let mut released = Duration::ZERO;
@@ -188,7 +188,7 @@ fn now() -> Result<Duration, BoxDynError> {
 /// How the lock is acquired and released.
 enum Way {
     ByHand { connection: PgConnection, backend_pid: i32 },
-    Pglock(Lock, Option<ExclusiveGuard>),
+    Pglock(Box<Lock>, Option<Box<ExclusiveGuard>>),
 }
 
 impl Way {
@@ -205,7 +205,9 @@ impl Way {
                 acquire.execute(connection).await?;
                 Ok(*backend_pid)
             }
-            Self::Pglock(lock, held) => Ok(held.insert(lock.acquire().await?).backend_pid()),
+            Self::Pglock(lock, held) => {
+                Ok(held.insert(Box::new(lock.acquire().await?)).backend_pid())
+            }
         }
     }
 

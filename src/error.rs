@@ -138,6 +138,32 @@ pub enum Error {
         source: sqlx::Error,
     },
 
+    /// A pooler hands the session's statements to one server connection after another, so a lock
+    /// excludes nobody.
+    #[error(
+        "lock {key}: a pooler in transaction mode sits in between, through which session locks exclude \
+         nobody; connect directly, or through a pooler in session mode"
+    )]
+    #[non_exhaustive]
+    Pooled {
+        /// The key of the lock.
+        key: Key,
+    },
+
+    /// The server refuses a setting by which it would notice a dead client, and
+    /// [`LockOptions::require_settings`](crate::LockOptions::require_settings) demands them.
+    #[error(
+        "lock {key}: the server refuses a setting by which it would notice a dead client; allow it, or \
+         don't require the settings"
+    )]
+    #[non_exhaustive]
+    Settings {
+        /// The key of the lock.
+        key: Key,
+        /// What the server said.
+        source: sqlx::Error,
+    },
+
     /// The server is a hot standby, whose locks exclude nobody on the primary.
     #[error(
         "lock {key}: the server is a hot standby, whose advisory locks exclude nobody elsewhere; \
@@ -176,6 +202,12 @@ pub enum Loss {
     /// The session's connection broke, or the server ended it.
     #[error("the session's connection broke")]
     Disconnected(#[source] Arc<sqlx::Error>),
+    /// Statements were answered by another session than the one that holds the lock.
+    #[error("a pooler in transaction mode sits in between")]
+    Pooled,
+    /// The server did not answer within the heartbeat's interval and deadline.
+    #[error("the server has not answered for too long")]
+    Silent,
     /// The server said that the session does not hold the lock: something else unlocked it.
     #[error("the server says that the session does not hold the lock: something else unlocked it")]
     NotHeld,
@@ -211,6 +243,8 @@ impl Error {
             | Self::Options { key, .. }
             | Self::OutOfLocks { key, .. }
             | Self::Pool { key, .. }
+            | Self::Pooled { key }
+            | Self::Settings { key, .. }
             | Self::Standby { key } => key,
         }
     }
@@ -249,7 +283,20 @@ impl Error {
                 matches!(source, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)
                     || sqlstate(source).is_some_and(passes)
             }
-            Self::Options { .. } | Self::Standby { .. } => false,
+            Self::Options { .. }
+            | Self::Pooled { .. }
+            | Self::Settings { .. }
+            | Self::Standby { .. } => false,
+        }
+    }
+
+    pub(crate) fn lost(key: &Key, reason: Loss) -> Self {
+        let key = key.clone();
+        match reason {
+            Loss::Pooled => Self::Pooled { key },
+            Loss::Closed | Loss::Disconnected(_) | Loss::NotHeld | Loss::Silent => {
+                Self::Lost { key, reason }
+            }
         }
     }
 
@@ -259,6 +306,8 @@ impl Error {
         match sqlstate(&source).as_deref() {
             Some("40P01") => Self::Deadlock { key, source },
             Some("53200") => Self::OutOfLocks { key, source },
+            // A prepared statement is not where it was prepared, or another's is there.
+            Some("26000" | "42P05") => Self::Pooled { key },
             Some("57014") => Self::Cancelled { key, source },
             Some(_) if is_answer(&source) => Self::Database { key, source },
             None if !matches!(source, sqlx::Error::Io(_)) => Self::Database { key, source },

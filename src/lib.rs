@@ -34,18 +34,36 @@
 //! The same goes for guards: they may be dropped on a thread without a runtime, after the runtime is
 //! gone, or during a panic.
 //!
+//! # Loss
+//!
+//! The server frees a lock when its session ends, and a session can end without its client: killed by
+//! an administrator, by a restart, by a network that fails. A guard whose session has ended is
+//! *lost*, and says so: [`lost`](ExclusiveGuard::lost), [`is_lost`](ExclusiveGuard::is_lost), and an
+//! [`Error::Lost`] from everything else.
+//!
+//! A hold of more than 20 ms is watched, by a task on the runtime of the acquire. It listens to the
+//! idle connection, so a closed one is noticed at once. (For that it needs a connection of the pool for
+//! a moment; where none is to spare, the next heartbeat tries again.) And it asks the session at every
+//! heartbeat, so a silent one is noticed after the [interval and the deadline](LockOptions::heartbeat).
+//! The server is told to [give a silent client up](LockOptions::server_gives_up) only later, so a holder
+//! that is cut off stops before anybody else begins. That holds over TCP, and where the server accepts
+//! the settings.
+//!
 //! # What is sent to the server
 //!
 //! | | statements |
 //! |---|---|
 //! | a free lock acquired, or a `try_` of a busy one | 1 |
 //! | a busy lock waited for | 1, and 1 for each [slice](LockOptions::wait_slice) |
+//! | the first acquire of a process | 4 more, on another connection, to look for a pooler |
 //! | a stacked guard acquired or released | 0 |
+//! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat) |
 //! | the last guard released | 1 |
 //! | an exclusive guard released while shared ones stay | 1 |
 //!
-//! Nothing is installed in the database, and no setting of the session is changed for longer than a
-//! wait.
+//! Nothing is installed in the database. `tcp_keepalives_idle`, `tcp_keepalives_interval`,
+//! `tcp_keepalives_count`, `tcp_user_timeout` and `client_connection_check_interval` stay set on the
+//! pooled connection; a role's `idle_session_timeout` is lifted while a lock is held, and put back.
 //!
 //! # Tracing
 //!
@@ -57,6 +75,8 @@
 //! | event | trace | the server confirmed a release | `backend_pid`, `what` |
 //! | event | debug | an acquire was abandoned or failed, and is being given up | `key`, `mode`, `backend_pid`, `stage` |
 //! | event | debug | an idle connection of the pool was dead, and another is taken | `key`, `error` |
+//! | event | debug | a session can't be listened to, or not asked about | `backend_pid`, `error` |
+//! | event | warn | the server refuses a setting by which it would notice a dead client | `error` |
 //! | event | debug | a transaction left open on a lent connection was rolled back | `backend_pid` |
 //! | event | warn | a connection was closed instead of returned to the pool | `backend_pid`, `locks`, `reason` |
 //!

@@ -140,8 +140,9 @@ impl Lock {
     ///
     /// Nothing is held after an error. [`Error::Pool`] and [`Error::Connect`] if there was no
     /// connection to be had; [`Error::Deadlock`], [`Error::OutOfLocks`], [`Error::Cancelled`],
-    /// [`Error::Standby`] if the server refused; [`Error::Disconnected`] if the connection broke;
-    /// [`Error::Database`] for all else.
+    /// [`Error::Standby`], [`Error::Settings`] if the server refused; [`Error::Pooled`] behind a pooler
+    /// in transaction mode; [`Error::Disconnected`] if the connection broke; [`Error::Database`] for
+    /// all else.
     ///
     /// # Panics
     ///
@@ -375,7 +376,7 @@ impl Lock {
     /// ```
     pub async fn close(&mut self) -> Result<()> {
         let Some(session) = std::mem::take(&mut self.session).upgrade() else { return Ok(()) };
-        session.close().await.map_err(|reason| Error::Lost { key: self.key.clone(), reason })
+        session.close().await.map_err(|reason| Error::lost(&self.key, reason))
     }
 
     async fn wait_for(&mut self, mode: Mode) -> Result<Held> {
@@ -412,7 +413,7 @@ impl Lock {
             Some(session) => match session.join(&self.key, mode) {
                 Join::Covered => return Ok(Some(Held::new(session, self.key.clone(), mode))),
                 Join::Ask => {
-                    let joining = Pending::join(session, &self.key, mode);
+                    let joining = Pending::join(session, &self.key, mode, &self.options);
                     let Some(joined) = patience.bound(joining).await else { return Ok(None) };
                     joined
                 }
@@ -429,10 +430,10 @@ impl Lock {
         };
         let (pending, verdict) = match joined {
             Some(pending) => pending.try_now(patience).await?,
-            None => Pending::open(&self.pool, &self.key, mode, patience).await?,
+            None => Pending::open(&self.pool, &self.key, mode, &self.options, patience).await?,
         };
         let held = match verdict {
-            Verdict::Granted => Some(pending.granted()?),
+            Verdict::Granted => Some(pending.granted().await?),
             Verdict::Standby => {
                 pending.withdraw();
                 return Err(Error::Standby { key: self.key.clone() });

@@ -7,6 +7,8 @@ use sqlx::PgPool;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::lock::Lock;
+use crate::session::watch::Heartbeat;
+use crate::sql::Vigilance;
 
 /// Settings of a lock, each with a default that suits most.
 ///
@@ -26,6 +28,24 @@ use crate::lock::Lock;
 #[derive(Clone, Debug)]
 pub struct LockOptions {
     wait_slice: Duration,
+    heartbeat: Heartbeat,
+    server_gives_up: ServerGivesUp,
+    require_settings: bool,
+    allow_standby: bool,
+}
+
+/// When the server gives a silent client up.
+#[derive(Clone, Copy, Debug)]
+struct ServerGivesUp {
+    idle: Duration,
+    interval: Duration,
+    count: u32,
+}
+
+impl ServerGivesUp {
+    fn bound(self) -> Duration {
+        self.idle + self.interval * self.count
+    }
 }
 
 impl LockOptions {
@@ -44,7 +64,108 @@ impl LockOptions {
     /// ```
     #[must_use]
     pub fn new() -> Self {
-        Self { wait_slice: Duration::from_secs(5) }
+        Self {
+            wait_slice: Duration::from_secs(5),
+            heartbeat: Heartbeat {
+                interval: Duration::from_secs(2),
+                deadline: Duration::from_secs(2),
+            },
+            server_gives_up: ServerGivesUp {
+                idle: Duration::from_secs(4),
+                interval: Duration::from_secs(1),
+                count: 4,
+            },
+            require_settings: false,
+            allow_standby: false,
+        }
+    }
+
+    /// Sets how often a session that holds a lock is asked whether it lives, and how long it may take
+    /// to answer. Default: 2 s and 2 s.
+    ///
+    /// A guard whose session has not answered for the sum of both is lost: see
+    /// [`ExclusiveGuard::lost`](crate::ExclusiveGuard::lost). The sum must be at least a second less
+    /// than what [`server_gives_up`](Self::server_gives_up) comes to, so that the holder always gives
+    /// up before the server lets anybody else in. A closed connection is noticed at once, whatever
+    /// these are.
+    ///
+    /// The questions are asked by a task. If the runtime makes no progress for the sum of both, because
+    /// something blocks it, or nobody drives it, its guards are lost: nobody knows what the server has
+    /// done meanwhile.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::LockOptions;
+    /// use std::time::Duration;
+    ///
+    /// let options = LockOptions::new().heartbeat(Duration::from_secs(1), Duration::from_secs(3));
+    /// # let _ = options;
+    /// ```
+    #[must_use]
+    pub fn heartbeat(mut self, interval: Duration, deadline: Duration) -> Self {
+        self.heartbeat = Heartbeat { interval, deadline };
+        self
+    }
+
+    /// Sets when the server gives up a client that is silent. Default: idle for 4 s, then 4 probes,
+    /// one each 1 s; so after 8 s. Whole seconds.
+    ///
+    /// These are the server's `tcp_keepalives_idle`, `tcp_keepalives_interval` and
+    /// `tcp_keepalives_count` for the lock's session; `tcp_user_timeout` is set to what they come to.
+    /// From PostgreSQL 14 on, `client_connection_check_interval` is set to one second, so that a
+    /// session which is busy or waits is looked after too. They stay on the pooled connection, where
+    /// they do no harm. Over a unix socket they do nothing, and nothing is needed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::LockOptions;
+    /// use std::time::Duration;
+    ///
+    /// // A host that vanishes keeps its locks for 20 s at most.
+    /// let second = Duration::from_secs(1);
+    /// let options = LockOptions::new().server_gives_up(second * 10, second * 2, 5);
+    /// # let _ = options;
+    /// ```
+    #[must_use]
+    pub fn server_gives_up(mut self, idle: Duration, interval: Duration, count: u32) -> Self {
+        self.server_gives_up = ServerGivesUp { idle, interval, count };
+        self
+    }
+
+    /// Demands that the server accepts the settings of [`server_gives_up`](Self::server_gives_up).
+    ///
+    /// Without, a server that refuses them (a managed service may) is used as it is, with one warning
+    /// per process: a host that vanishes may keep its locks for as long as the server's own settings
+    /// say, by default two hours.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// let options = pglock::LockOptions::new().require_settings();
+    /// # let _ = options;
+    /// ```
+    #[must_use]
+    pub fn require_settings(mut self) -> Self {
+        self.require_settings = true;
+        self
+    }
+
+    /// Allows locks on a hot standby, which exclude only others on the same standby.
+    ///
+    /// Without, an acquire there is an [`Error::Standby`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// let options = pglock::LockOptions::new().allow_standby();
+    /// # let _ = options;
+    /// ```
+    #[must_use]
+    pub fn allow_standby(mut self) -> Self {
+        self.allow_standby = true;
+        self
     }
 
     /// Sets for how long one statement waits for a busy lock. Default: 5 s; from 2 s to 1 h.
@@ -95,18 +216,77 @@ impl LockOptions {
         const LONGEST: Duration = Duration::from_hours(1);
 
         let key = key.into();
-        if !(SHORTEST..=LONGEST).contains(&self.wait_slice) {
-            let reason = format!(
-                "wait_slice is {:?}; it must be from {SHORTEST:?} to {LONGEST:?}",
-                self.wait_slice
-            );
-            return Err(Error::Options { key, reason });
+        match self.contradiction(SHORTEST, LONGEST) {
+            Some(reason) => Err(Error::Options { key, reason }),
+            None => Ok(Lock::with_options(pool, key, self.clone())),
         }
-        Ok(Lock::with_options(pool, key, self.clone()))
+    }
+
+    fn contradiction(&self, shortest: Duration, longest: Duration) -> Option<String> {
+        const MARGIN: Duration = Duration::from_secs(1);
+        const TICK: Duration = Duration::from_millis(100);
+
+        let Self { wait_slice, heartbeat, server_gives_up, .. } = self;
+        if !(shortest..=longest).contains(wait_slice) {
+            return Some(format!(
+                "wait_slice is {wait_slice:?}; it must be from {shortest:?} to {longest:?}"
+            ));
+        }
+        let Heartbeat { interval, deadline } = heartbeat;
+        for (name, value) in [("interval", interval), ("deadline", deadline)] {
+            if !(TICK..=longest).contains(value) {
+                return Some(format!(
+                    "the heartbeat's {name} is {value:?}; it must be from {TICK:?} to {longest:?}"
+                ));
+            }
+        }
+        let ServerGivesUp { idle, interval: between, count } = server_gives_up;
+        for (name, value) in [("idle", idle), ("interval", between)] {
+            if value.subsec_nanos() != 0 || !(MARGIN..=longest).contains(value) {
+                return Some(format!(
+                    "server_gives_up has {name} = {value:?}; it must be whole seconds, from \
+                     {MARGIN:?} to {longest:?}"
+                ));
+            }
+        }
+        if !(1..=100).contains(count) {
+            return Some(format!("server_gives_up has count = {count}; it must be from 1 to 100"));
+        }
+        let (holder, server) = (heartbeat.bound(), server_gives_up.bound());
+        (holder + MARGIN > server).then(|| {
+            format!(
+                "the holder would give up after {interval:?} + {deadline:?} = {holder:?}, and the \
+                 server after {idle:?} + {count} * {between:?} = {server:?}; the holder must be at \
+                 least {MARGIN:?} earlier, or two could believe that they hold the lock"
+            )
+        })
     }
 
     pub(crate) fn slice(&self) -> Duration {
         self.wait_slice
+    }
+
+    pub(crate) fn beat(&self) -> Heartbeat {
+        self.heartbeat
+    }
+
+    pub(crate) fn vigilance(&self) -> Vigilance {
+        // Whole seconds, and no more than an hour: checked when the lock was made.
+        let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+        Vigilance {
+            keepalives_idle_s: seconds(self.server_gives_up.idle),
+            keepalives_interval_s: seconds(self.server_gives_up.interval),
+            keepalives_count: self.server_gives_up.count,
+            check_interval_ms: 1000,
+        }
+    }
+
+    pub(crate) fn settings_required(&self) -> bool {
+        self.require_settings
+    }
+
+    pub(crate) fn standby_allowed(&self) -> bool {
+        self.allow_standby
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::Query;
-use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
+use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row, SqlSafeStr};
 use tracing::Dispatch;
 use tracing::instrument::WithSubscriber;
 
@@ -24,6 +24,8 @@ use crate::session::ledger::Modes;
 pub(crate) struct Tried {
     pub(crate) backend_pid: i32,
     pub(crate) verdict: Verdict,
+    /// The role has a limit on idle sessions.
+    pub(crate) idle_limited: bool,
 }
 
 #[derive(Debug)]
@@ -33,47 +35,115 @@ pub(crate) enum Verdict {
     Standby,
 }
 
-/// Takes a lock if it is free, and asks who and what the server is, in one statement.
+/// Takes a lock if it is free, asks who and what the server is, and has it look after this client, in
+/// one statement.
+///
+/// The settings of [`Vigilance`] stay on the pooled connection, where the application can't notice
+/// them; one of our own tells the next acquire that they are there. They come before the lock: where
+/// one is refused, none was taken. `None` leaves all settings alone.
 pub(crate) async fn try_lock(
     conn: &mut PgConnection,
     key: KeyId,
     mode: Mode,
+    vigilance: Option<Vigilance>,
+    allow_standby: bool,
 ) -> Result<Tried, sqlx::Error> {
-    macro_rules! statement {
-        ($call:literal) => {
-            concat!(
-                "SELECT pg_backend_pid(), \
-                 CASE WHEN pg_is_in_recovery() THEN NULL ELSE ",
-                $call,
-                " END, statement_timestamp() - now() > interval '2 ms'"
-            )
-        };
-    }
-    let row = match (key, mode) {
-        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_try_advisory_lock($1)"),
-        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1)"),
-        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_try_advisory_lock($1, $2)"),
-        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1, $2)"),
+    let function = match mode {
+        Mode::Exclusive => "pg_try_advisory_lock",
+        Mode::Shared => "pg_try_advisory_lock_shared",
     };
-    let row = bind(row, key).fetch_one(&mut *conn).await?;
+    let args = match key {
+        KeyId::BigInt(_) => "$1",
+        KeyId::IntPair(..) => "$1, $2",
+    };
+    let standby = if allow_standby { "false" } else { "pg_is_in_recovery()" };
+    let version = conn.server_version_num();
+    let vigilant =
+        vigilance.map_or_else(|| "NULL".to_owned(), |vigilance| vigilance.settings(version));
+    // As many texts as there are kinds of lock and settings in use, each prepared once.
+    let statement = format!(
+        "SELECT pg_backend_pid(), {vigilant}, \
+         CASE WHEN {standby} THEN NULL ELSE {function}({args}) END, \
+         statement_timestamp() - now() > interval '2 ms', \
+         current_setting('idle_session_timeout', true)"
+    );
+    let row = bind(AssertSqlSafe(statement), key).fetch_one(&mut *conn).await?;
     let tried = Tried {
         backend_pid: row.try_get(0)?,
-        verdict: match row.try_get(1)? {
+        verdict: match row.try_get(2)? {
             Some(true) => Verdict::Granted,
             Some(false) => Verdict::Busy,
             None => Verdict::Standby,
         },
+        // Unknown before PostgreSQL 14.
+        idle_limited: row.try_get::<Option<&str>, _>(4)?.is_some_and(|limit| limit != "0"),
     };
     // A transaction that somebody left open on the pooled connection stands still in time. So does, for
     // some microseconds, that of a prepared statement. Looking once too often does no harm.
-    if row.try_get(2)? {
+    if row.try_get(3)? {
         end_transaction(conn).await?;
     }
     Ok(tried)
 }
 
+/// When the server gives a silent client up: [`LockOptions::server_gives_up`].
+///
+/// [`LockOptions::server_gives_up`]: crate::LockOptions::server_gives_up
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Vigilance {
+    pub(crate) keepalives_idle_s: u32,
+    pub(crate) keepalives_interval_s: u32,
+    pub(crate) keepalives_count: u32,
+    pub(crate) check_interval_ms: u32,
+}
+
+impl Vigilance {
+    /// An expression that sets what is not set yet.
+    fn settings(self, version: Option<u32>) -> String {
+        let Self { keepalives_idle_s, keepalives_interval_s, keepalives_count, check_interval_ms } =
+            self;
+        // A cut-off client that still owes the server an answer is not probed, but retransmitted to.
+        let user_timeout_ms = 1000 * (keepalives_idle_s + keepalives_interval_s * keepalives_count);
+        // New in PostgreSQL 14.
+        let check_interval = if version >= Some(140_000) {
+            format!(
+                "set_config('client_connection_check_interval', '{check_interval_ms}', false) || "
+            )
+        } else {
+            String::new()
+        };
+        let mark = format!(
+            "{keepalives_idle_s}/{keepalives_interval_s}/{keepalives_count}/{check_interval_ms}"
+        );
+        format!(
+            "CASE WHEN current_setting('pglock.vigilance', true) IS DISTINCT FROM '{mark}' THEN \
+             set_config('tcp_keepalives_idle', '{keepalives_idle_s}', false) || \
+             set_config('tcp_keepalives_interval', '{keepalives_interval_s}', false) || \
+             set_config('tcp_keepalives_count', '{keepalives_count}', false) || \
+             set_config('tcp_user_timeout', '{user_timeout_ms}', false) || \
+             {check_interval}set_config('pglock.vigilance', '{mark}', false) END"
+        )
+    }
+}
+
+/// Lifts the role's limit on idle sessions, which a holder may be.
+///
+/// The application would notice, so the old value is kept on the server, where whoever ends the
+/// session finds it.
+pub(crate) async fn lift_idle_timeout(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let statement = "SELECT \
+        set_config('pglock.idle_session_timeout', current_setting('idle_session_timeout'), false), \
+        set_config('idle_session_timeout', '0', false)";
+    fetch(conn, statement.to_owned()).await.map(drop)
+}
+
+/// Puts the role's limit on idle sessions back, if it was lifted.
+const PUT_BACK: &str = "CASE WHEN current_setting('pglock.idle_session_timeout', true) <> '' THEN \
+     set_config('idle_session_timeout', current_setting('pglock.idle_session_timeout'), false) || \
+     set_config('pglock.idle_session_timeout', '', false) END";
+
 /// A prepared statement on a key.
-fn bind(statement: &'static str, key: KeyId) -> Query<'static, Postgres, PgArguments> {
+fn bind(statement: impl SqlSafeStr, key: KeyId) -> Query<'static, Postgres, PgArguments> {
     let query = sqlx::query(statement);
     match key {
         KeyId::BigInt(number) => query.bind(number),
@@ -88,18 +158,24 @@ pub(crate) struct WaitLimit {
     pub(crate) left: Option<Duration>,
 }
 
+impl WaitLimit {
+    /// How long the server may take at most: a slice is made longer if `deadlock_timeout` is.
+    pub(crate) fn longest(self) -> Duration {
+        let longest = self.slice + Duration::from_secs(8);
+        self.left.map_or(longest, |left| left.min(longest))
+    }
+}
+
 /// Waits for a lock in the server's queue. Returns whether it was granted.
 ///
 /// One message of several statements, which the server runs as one transaction, so what is set here
 /// is gone with it, and so is the snapshot that a waiting statement holds:
 ///
 /// 1. Lift the role's own limits on statements.
-/// 2. Ask the server to look after a dead client even while it waits. Where it can't (before
-///    PostgreSQL 14, or a platform without the means), go on without.
-/// 3. Set the limit of this wait, above `deadlock_timeout`, or a deadlock would look like a timeout.
+/// 2. Set the limit of this wait, above `deadlock_timeout`, or a deadlock would look like a timeout.
 ///    Then wait. The timeout is caught, so the server logs no error. It can strike after the grant:
 ///    whether the lock is held, only `pg_locks` knows.
-/// 4. Tell the result, which `DO` can't. What comes after the grant is on the way from one holder
+/// 3. Tell the result, which `DO` can't. What comes after the grant is on the way from one holder
 ///    to the next, and so is little.
 ///
 /// sqlx warns of statements that take more than a second. This one is meant to, so it runs where no
@@ -122,15 +198,13 @@ pub(crate) async fn wait(
     };
     let slice = milliseconds(limit.slice);
     let left = limit.left.map_or(i32::MAX, milliseconds);
+    let longest = milliseconds(limit.longest());
     let statement = format!(
         "SET LOCAL statement_timeout = 0; {transaction_timeout}\
          DO $$ BEGIN \
-           PERFORM set_config('client_connection_check_interval', '1000', true); \
-         EXCEPTION WHEN OTHERS THEN NULL; END $$; \
-         DO $$ BEGIN \
            PERFORM set_config('pglock.granted', 'true', true); \
-           PERFORM set_config('lock_timeout', least({left}, greatest({slice}, 1000 + 1000 * \
-             extract(epoch FROM current_setting('deadlock_timeout')::interval)))::int::text, true); \
+           PERFORM set_config('lock_timeout', least({left}, greatest({slice}, least({longest}, 1000 + \
+             1000 * extract(epoch FROM current_setting('deadlock_timeout')::interval))))::int::text, true); \
            BEGIN \
              PERFORM {function}({}); \
            EXCEPTION WHEN lock_not_available THEN \
@@ -159,53 +233,78 @@ pub(crate) enum Protocol {
     Simple,
 }
 
-/// Gives a lock up, in every mode in which it is held. Returns whether the session held it in all.
+/// The answer to an unlock.
+#[derive(Debug)]
+pub(crate) struct Unlocked {
+    pub(crate) backend_pid: i32,
+    /// The session held every one of the locks.
+    pub(crate) all: bool,
+}
+
+/// Gives a lock up, in every mode in which it is held, and puts settings back if told to.
 pub(crate) async fn unlock(
     conn: &mut PgConnection,
     key: KeyId,
     modes: Modes,
     protocol: Protocol,
-) -> Result<bool, sqlx::Error> {
+    put_back: bool,
+) -> Result<Unlocked, sqlx::Error> {
+    macro_rules! statement {
+        ($call:literal) => {
+            concat!("SELECT ", $call, ", pg_backend_pid()")
+        };
+    }
     let statement = match (protocol, key, modes) {
-        (Protocol::Simple, ..) | (.., Modes { exclusive: true, shared: true }) => {
-            return unlock_all(conn, &[(key, modes)]).await;
+        (Protocol::Simple, ..)
+        | (
+            ..,
+            Modes { exclusive: true, shared: true } | Modes { exclusive: false, shared: false },
+        ) => {
+            return unlock_all(conn, &[(key, modes)], put_back).await;
         }
-        (.., Modes { exclusive: false, shared: false }) => return Ok(true),
-        (_, KeyId::BigInt(_), Modes { exclusive: true, .. }) => "SELECT pg_advisory_unlock($1)",
-        (_, KeyId::BigInt(_), Modes { shared: true, .. }) => "SELECT pg_advisory_unlock_shared($1)",
+        _ if put_back => return unlock_all(conn, &[(key, modes)], put_back).await,
+        (_, KeyId::BigInt(_), Modes { exclusive: true, .. }) => {
+            statement!("pg_advisory_unlock($1)")
+        }
+        (_, KeyId::BigInt(_), Modes { shared: true, .. }) => {
+            statement!("pg_advisory_unlock_shared($1)")
+        }
         (_, KeyId::IntPair(..), Modes { exclusive: true, .. }) => {
-            "SELECT pg_advisory_unlock($1, $2)"
+            statement!("pg_advisory_unlock($1, $2)")
         }
         (_, KeyId::IntPair(..), Modes { shared: true, .. }) => {
-            "SELECT pg_advisory_unlock_shared($1, $2)"
+            statement!("pg_advisory_unlock_shared($1, $2)")
         }
     };
-    bind(statement, key).fetch_one(conn).await?.try_get(0)
+    let row = bind(statement, key).fetch_one(conn).await?;
+    Ok(Unlocked { backend_pid: row.try_get(1)?, all: row.try_get(0)? })
 }
 
-/// Gives locks up, all in one message. Returns whether the session held every one of them.
+/// Gives locks up, all in one message, and puts settings back if told to.
 pub(crate) async fn unlock_all(
     conn: &mut PgConnection,
     locks: &[(KeyId, Modes)],
-) -> Result<bool, sqlx::Error> {
-    let mut calls = Vec::with_capacity(locks.len());
+    put_back: bool,
+) -> Result<Unlocked, sqlx::Error> {
+    let mut columns = vec!["pg_backend_pid()".to_owned()];
     for &(key, modes) in locks {
         if modes.exclusive {
-            calls.push(format!("pg_advisory_unlock({})", Args(key)));
+            columns.push(format!("pg_advisory_unlock({})", Args(key)));
         }
         if modes.shared {
-            calls.push(format!("pg_advisory_unlock_shared({})", Args(key)));
+            columns.push(format!("pg_advisory_unlock_shared({})", Args(key)));
         }
     }
-    if calls.is_empty() {
-        return Ok(true);
+    let count = columns.len();
+    if put_back {
+        columns.push(PUT_BACK.to_owned());
     }
-    let row = fetch(conn, format!("SELECT {}", calls.join(", "))).await?;
+    let row = fetch(conn, format!("SELECT {}", columns.join(", "))).await?;
     let mut all = true;
-    for column in 0..row.len() {
+    for column in 1..count {
         all &= row.try_get::<bool, _>(column)?;
     }
-    Ok(all)
+    Ok(Unlocked { backend_pid: row.try_get(0)?, all })
 }
 
 /// Turns an exclusive lock into a shared one, without a moment in which nobody holds it.
@@ -224,13 +323,71 @@ pub(crate) async fn unlock_if_held(
     conn: &mut PgConnection,
     key: KeyId,
     mode: Mode,
+    put_back: bool,
 ) -> Result<(), sqlx::Error> {
     let select = match mode {
         Mode::Exclusive => format!("SELECT pg_advisory_unlock({}) FROM", Args(key)),
         Mode::Shared => format!("SELECT pg_advisory_unlock_shared({}) FROM", Args(key)),
     };
-    let statement = Held { key, mode, select: &select }.to_string();
+    let mut statement = Held { key, mode, select: &select }.to_string();
+    if put_back {
+        statement = format!("{statement}; SELECT {PUT_BACK}");
+    }
     sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn).await.map(drop)
+}
+
+/// What [`holds`] says of a session.
+#[derive(Debug)]
+pub(crate) struct Holding {
+    pub(crate) backend_pid: i32,
+    pub(crate) held: bool,
+}
+
+/// Asks the session whether it holds a lock.
+pub(crate) async fn holds(
+    conn: &mut PgConnection,
+    key: KeyId,
+    mode: Mode,
+) -> Result<Holding, sqlx::Error> {
+    let held = Held { key, mode, select: "SELECT FROM" };
+    let row = fetch(conn, format!("SELECT pg_backend_pid(), EXISTS ({held})")).await?;
+    Ok(Holding { backend_pid: row.try_get(0)?, held: row.try_get(1)? })
+}
+
+/// Asks on any connection whether a session of the same database still holds some advisory lock.
+pub(crate) async fn backend_holds_locks(
+    conn: &mut PgConnection,
+    backend_pid: i32,
+) -> Result<bool, sqlx::Error> {
+    let statement = format!(
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted \
+         AND pid = {backend_pid} \
+         AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+    );
+    fetch(conn, statement).await?.try_get(0)
+}
+
+/// Returns the process of the server behind a connection.
+pub(crate) async fn backend_pid(conn: &mut PgConnection) -> Result<i32, sqlx::Error> {
+    fetch(conn, "SELECT pg_backend_pid()".to_owned()).await?.try_get(0)
+}
+
+/// Draws a number that is greater than every one drawn before on this server: a transaction id.
+///
+/// The server could forget after a crash that it gave an id to a transaction that wrote nothing. So
+/// this one writes a message into the write-ahead log, which nobody reads, and its commit waits until
+/// the log is on disk, whatever `synchronous_commit` says.
+pub(crate) async fn draw_token(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    let transaction_id = if conn.server_version_num() >= Some(130_000) {
+        "pg_current_xact_id()::text::int8"
+    } else {
+        "txid_current()"
+    };
+    let statement = format!(
+        "SELECT {transaction_id}, set_config('synchronous_commit', 'on', true), \
+         pg_logical_emit_message(true, 'pglock', '')"
+    );
+    fetch(conn, statement).await?.try_get(0)
 }
 
 /// Ends a transaction that was left open. Returns whether there was one.

@@ -160,8 +160,13 @@ impl Ledger {
         Some(tell)
     }
 
-    fn has_guards(&self) -> bool {
+    pub(crate) fn has_guards(&self) -> bool {
         self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
+    }
+
+    /// Whether a statement under way is the last that the session needs.
+    pub(crate) fn is_last(&self) -> bool {
+        !self.has_guards() && self.under_way == 1
     }
 
     /// Ends the session for all its guards, and leaves one statement to do: to unlock what the

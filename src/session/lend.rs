@@ -10,7 +10,7 @@ use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::conn::Conn;
 use super::task::Task;
-use super::{Session, within};
+use super::{DEADLINE, Session, within};
 use crate::error::{Error, Loss, Result};
 use crate::key::Key;
 use crate::sql;
@@ -46,7 +46,7 @@ use crate::sql;
 pub struct SessionConnection<'g> {
     session: Arc<Session>,
     // Invariant: `Some` until dropped.
-    conn: Option<OwnedMappedMutexGuard<Option<Conn>, Conn>>,
+    conn: Option<OwnedMappedMutexGuard<Option<Conn>, PgConnection>>,
     guard: PhantomData<&'g ()>,
 }
 
@@ -55,43 +55,54 @@ const TAKEN: &str = "BUG: the connection is used after it was given back";
 impl Session {
     /// Lends the connection; waits while it is lent to somebody else or used for a statement of ours.
     pub(crate) async fn lend<'g>(self: &Arc<Self>, key: &Key) -> Result<SessionConnection<'g>> {
-        let lost = |reason| Error::Lost { key: key.clone(), reason };
         let mut slot = Arc::clone(&self.conn).lock_owned().await;
+        let tidied = match slot.as_mut() {
+            Some(conn) => within(DEADLINE, self.make_fit(conn)).await,
+            None => Ok(()),
+        };
+        if let Err(error) = tidied {
+            drop(slot.take());
+            self.lose(&Loss::Disconnected(Arc::new(error)));
+        }
         if let Some(reason) = self.loss() {
-            return Err(lost(reason));
+            return Err(Error::lost(key, reason));
         }
-        if let Some(conn) = slot.as_mut() {
-            let fit = within(super::DEADLINE, async {
-                self.tidy(conn).await?;
-                // Or what the application writes would end with somebody else's transaction.
-                if !conn.checked {
-                    sql::end_transaction(conn).await?;
-                    conn.checked = true;
-                }
-                Ok(())
-            });
-            if let Err(error) = fit.await {
-                return Err(lost(self.discard(&mut slot, Loss::Disconnected(Arc::new(error)))));
-            }
+        let lent = OwnedMutexGuard::try_map(slot, |slot| {
+            let conn = slot.as_mut()?;
             conn.lent = true;
-        }
-        match OwnedMutexGuard::try_map(slot, Option::as_mut) {
+            conn.pg().ok()
+        });
+        match lent {
             Ok(conn) => Ok(SessionConnection {
                 session: Arc::clone(self),
                 conn: Some(conn),
                 guard: PhantomData,
             }),
             // Only an ended session is empty, and a guard is proof that this one was not released.
-            Err(_) => Err(lost(self.loss().unwrap_or(Loss::NotHeld))),
+            Err(_) => Err(Error::lost(key, Loss::NotHeld)),
         }
+    }
+
+    async fn make_fit(&self, conn: &mut Conn) -> std::result::Result<(), sqlx::Error> {
+        self.tidy(conn).await?;
+        // Or what the application writes would end with somebody else's transaction.
+        if !conn.checked {
+            sql::end_transaction(conn.pg()?).await?;
+            conn.checked = true;
+        }
+        Ok(())
     }
 
     /// Tidies the connection that was lent, so that it keeps nothing open while the guard lives on.
     async fn take_back(self: Arc<Self>) {
-        let mut slot = Arc::clone(&self.conn).lock_owned().await;
+        let mut slot = self.connection().await;
+        if self.is_broken() {
+            return;
+        }
         let Some(conn) = slot.as_mut() else { return };
-        if let Err(error) = within(super::DEADLINE, self.tidy(conn)).await {
-            self.discard(&mut slot, Loss::Disconnected(Arc::new(error)));
+        if let Err(error) = within(DEADLINE, self.tidy(conn)).await {
+            drop(slot.take());
+            self.lose(&Loss::Disconnected(Arc::new(error)));
         }
     }
 }

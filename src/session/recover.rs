@@ -5,15 +5,29 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection, PgConnection};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use super::conn::Conn;
 use super::{DEADLINE, Session};
 use crate::sql;
 
-/// How many connections of a process may be open beside its pools, just to cancel something.
-static BESIDE_THE_POOL: Semaphore = Semaphore::const_new(16);
+/// How many connections of a process may be open beside its pools, to cancel something.
+static CANCELLING: Semaphore = Semaphore::const_new(16);
+
+/// A connection beside the pool.
+#[derive(Debug)]
+pub(super) struct Beside {
+    pub(super) conn: PgConnection,
+    _permit: Option<SemaphorePermit<'static>>,
+}
+
+impl Beside {
+    /// Says goodbye to the server. If that fails, the connection is closed all the same.
+    pub(super) async fn close(self) {
+        drop(self.conn.close().await);
+    }
+}
 
 /// How long a cancel is given to take effect before it is sent again: the first may have arrived
 /// before the statement that it was for.
@@ -24,8 +38,8 @@ impl Session {
     pub(super) async fn tidy(&self, conn: &mut Conn) -> Result<(), sqlx::Error> {
         if conn.lent {
             // A query of the application whose future was dropped still runs; most end by themselves.
-            self.drain(conn, Duration::from_millis(100)).await?;
-            if sql::end_transaction(conn).await? {
+            self.drain(conn.pg()?, Duration::from_millis(100)).await?;
+            if sql::end_transaction(conn.pg()?).await? {
                 tracing::debug!(
                     backend_pid = self.backend_pid(),
                     "rolled back the transaction that was left open on a lock's connection"
@@ -76,14 +90,12 @@ impl Session {
         if let Some(pooled) = self.pool.try_acquire() {
             let mut conn = Conn::new(pooled, self.runtime.clone());
             let known_for = backend.known_since.elapsed();
-            sql::cancel_backend(&mut conn, backend.pid, known_for).await?;
+            sql::cancel_backend(conn.pg()?, backend.pid, known_for).await?;
             conn.give_back();
             return Ok(());
         }
-        // Never closed, so never an error.
-        let _permit = BESIDE_THE_POOL.acquire().await;
-        let mut conn = match PgConnection::connect_with(&self.pool.connect_options()).await {
-            Ok(conn) => conn,
+        let mut beside = match self.connect_beside(&CANCELLING).await {
+            Ok(beside) => beside,
             Err(error) => {
                 tracing::debug!(
                     backend_pid = backend.pid,
@@ -93,13 +105,25 @@ impl Session {
                 return Ok(());
             }
         };
-        sql::cancel_backend(&mut conn, backend.pid, backend.known_since.elapsed()).await?;
-        drop(conn.close().await);
+        let known_for = backend.known_since.elapsed();
+        sql::cancel_backend(&mut beside.conn, backend.pid, known_for).await?;
+        beside.close().await;
         Ok(())
+    }
+
+    /// Opens a connection beside the pool, for one short question.
+    pub(super) async fn connect_beside(
+        &self,
+        at_once: &'static Semaphore,
+    ) -> Result<Beside, sqlx::Error> {
+        // Never closed, so never an error.
+        let permit = at_once.acquire().await.ok();
+        let conn = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        Ok(Beside { conn, _permit: permit })
     }
 }
 
-fn silence() -> sqlx::Error {
-    let message = "the server does not end a statement that was given up";
+pub(super) fn silence() -> sqlx::Error {
+    let message = "the server does not answer";
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message))
 }

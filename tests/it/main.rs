@@ -11,6 +11,7 @@ mod drop;
 mod errors;
 mod go_pglock;
 mod interop;
+mod loss;
 mod model;
 mod statements;
 mod tidy;
