@@ -134,6 +134,8 @@ impl Session {
     }
 
     pub(crate) fn join(&self, key: &Key, mode: Mode) -> Join {
+        // Nobody is to join a session that has been silent for too long.
+        drop(self.loss());
         self.ledger().join(key.id(), mode)
     }
 
@@ -220,7 +222,7 @@ impl Session {
     /// Ends the session under its guards, which are told that it is lost.
     pub(crate) fn close(self: Arc<Self>) -> Task<Result<(), Loss>> {
         let locks = self.ledger().close();
-        self.loss.send_replace(Some(Loss::Closed));
+        self.tell(&Loss::Closed);
         let runtime = self.runtime.clone();
         Task::start(&runtime, async move { self.let_go(LetGo::All(locks)).await })
     }
@@ -299,13 +301,7 @@ impl Session {
             drop(slot.take());
         }
         if self.ledger().loss().is_some() {
-            self.loss.send_if_modified(|told| {
-                let first = told.is_none();
-                if first {
-                    *told = Some(loss.clone());
-                }
-                first
-            });
+            self.tell(loss);
         }
         tracing::warn!(
             backend_pid = self.backend_pid(),
@@ -313,6 +309,17 @@ impl Session {
             reason = loss as &dyn std::error::Error,
             "closed a lock session instead of returning it to the pool"
         );
+    }
+
+    /// Tells whoever waits for a loss; the first one counts.
+    fn tell(&self, loss: &Loss) {
+        self.loss.send_if_modified(|told| {
+            let first = told.is_none();
+            if first {
+                *told = Some(loss.clone());
+            }
+            first
+        });
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
