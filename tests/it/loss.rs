@@ -10,7 +10,7 @@ use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, borrow_all, no_locks};
+use crate::support::{SOON, borrow_all, locks_are, no_locks};
 
 /// After which a hold is watched by listening.
 const WATCHED: Duration = Duration::from_millis(100);
@@ -147,7 +147,10 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
     server.resume();
     drop(conn);
     says_lost(guard).await;
-    no_locks(&mut db.admin().await).await;
+    // Before PostgreSQL 14, a server that is busy does not notice that its client has gone.
+    if server.version() >= 14 {
+        locks_are(&mut db.admin().await, 0, SOON * 5).await;
+    }
 }
 
 #[tokio::test]

@@ -49,7 +49,7 @@ async fn a_long_wait_costs_others_nothing() {
             let xmin: Option<String> = sqlx::query_scalar(
                 "SELECT backend_xmin::text FROM pg_stat_activity \
                  WHERE wait_event_type = 'Lock' AND wait_event = 'advisory' \
-                   AND pg_current_xact_id() IS NOT NULL",
+                   AND txid_current() IS NOT NULL",
             )
             .fetch_optional(&mut admin)
             .await
