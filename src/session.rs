@@ -26,6 +26,7 @@ pub(crate) mod watch;
 
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -239,7 +240,7 @@ impl Session {
             return self.ledger().loss().map_or(Ok(()), Err);
         };
         let put_back = self.idle_limited.load(Ordering::Relaxed) && self.ledger().is_last();
-        let answer = within(DEADLINE, async {
+        let answer = within_task(DEADLINE, async {
             self.tidy(conn).await?;
             match &what {
                 LetGo::All(locks) => {
@@ -364,4 +365,15 @@ pub(crate) async fn within<T>(
             format!("the server did not answer within {limit:?}"),
         )))
     })
+}
+
+/// The same inside a [`Task`], whose first step must not poll the timer.
+pub(crate) async fn within_task<T>(
+    limit: Duration,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
+    match task::later(pin!(statement)).await {
+        Ok(output) => output,
+        Err(statement) => within(limit, statement).await,
+    }
 }

@@ -10,7 +10,7 @@ use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::conn::Conn;
 use super::task::Task;
-use super::{DEADLINE, Session, within};
+use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result};
 use crate::key::Key;
 use crate::sql;
@@ -100,7 +100,7 @@ impl Session {
             return;
         }
         let Some(conn) = slot.as_mut() else { return };
-        if let Err(error) = within(DEADLINE, self.tidy(conn)).await {
+        if let Err(error) = within_task(DEADLINE, self.tidy(conn)).await {
             drop(slot.take());
             self.lose(&Loss::Disconnected(Arc::new(error)));
         }

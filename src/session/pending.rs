@@ -13,7 +13,7 @@ use tokio::time::{timeout, timeout_at};
 use super::conn::Conn;
 use super::recover::silence;
 use super::task::Task;
-use super::{Backend, ConnGuard, DEADLINE, Session, servers, within};
+use super::{Backend, ConnGuard, DEADLINE, Session, servers, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer, sqlstate};
 use crate::guard::Held;
 use crate::key::Key;
@@ -424,7 +424,7 @@ impl Session {
             let waiting = stage == Stage::Waiting;
             let grace = if waiting { Duration::ZERO } else { Duration::from_secs(1) };
             let ends = !self.ledger().has_guards();
-            let settled = within(DEADLINE, async {
+            let settled = within_task(DEADLINE, async {
                 self.drain(conn.pg()?, grace).await?;
                 sql::unlock_if_held(conn.pg()?, key.id(), mode, ends).await
             });

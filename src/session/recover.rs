@@ -60,6 +60,8 @@ impl Session {
         conn: &mut PgConnection,
         grace: Duration,
     ) -> Result<(), sqlx::Error> {
+        // This may be the first step of a task, which must not poll the timers below.
+        tokio::task::yield_now().await;
         let started = Instant::now();
         let mut answered = pin!(conn.ping());
         let mut patience = grace;

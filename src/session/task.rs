@@ -1,6 +1,7 @@
 //! Work that is finished even if nobody waits for it any more.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
@@ -14,8 +15,7 @@ use super::conn::enter;
 /// server does the rest, even if nobody drives the runtime any more (a current-thread one between two
 /// calls of `block_on`).
 ///
-/// No step may poll a timer before it has polled a socket: where the runtime is gone, the socket says
-/// so with an error, and a timer panics.
+/// The first step may not poll a timer: where the runtime is gone, a timer panics. Use [`later`].
 ///
 /// # Drop
 ///
@@ -62,7 +62,11 @@ impl<T: Send + 'static> Future for Task<T> {
             State::Ready(output) => Poll::Ready(output),
             State::Pending(mut future) => {
                 // Whoever awaits it may do so on another runtime, or on none.
-                let polled = enter(&self.runtime, || future.as_mut().poll(cx));
+                let polled = if Handle::try_current().is_ok() {
+                    future.as_mut().poll(cx)
+                } else {
+                    enter(&self.runtime, || future.as_mut().poll(cx))
+                };
                 if polled.is_pending() {
                     self.state = State::Pending(future);
                 }
@@ -71,6 +75,17 @@ impl<T: Send + 'static> Future for Task<T> {
             State::Taken => panic!("BUG: a task is polled after its end"),
         }
     }
+}
+
+/// Takes the first step of a future, and returns its output if that was all; else lets the task's own
+/// first step end with it, so that what follows may have a timer.
+pub(crate) async fn later<F: Future + Unpin>(mut future: F) -> Result<F::Output, F> {
+    let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut future).poll(cx))).await;
+    if let Poll::Ready(output) = first {
+        return Ok(output);
+    }
+    tokio::task::yield_now().await;
+    Err(future)
 }
 
 impl<T: Send + 'static> Drop for Task<T> {
