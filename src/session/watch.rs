@@ -70,7 +70,10 @@ pub(super) async fn watch(session: Weak<Session>) {
             Event::Ended => return,
         };
         if let Err(loss) = lost {
-            session.lose(&loss);
+            // Without a guard, it is just being released: then that is why it holds nothing.
+            if session.ledger().has_guards() {
+                session.lose(&loss);
+            }
             return;
         }
     }
