@@ -260,11 +260,14 @@ mod tests {
             dir
         }
 
+        /// Written by another process: a program that is open for writing anywhere does not run
+        /// (`ETXTBSY`), and what this process has open is for a moment open in each child that
+        /// another test starts meanwhile.
         fn script(&self, path: &str, text: &str) {
             let (dir, name) = path.rsplit_once('/').unwrap();
             let file = self.dir(dir).join(name);
-            fs::write(&file, format!("#!/bin/sh\n{text}\n")).unwrap();
-            fs::set_permissions(file, Permissions::from_mode(0o755)).unwrap();
+            let write = "printf '#!/bin/sh\\n%s\\n' \"$1\" >\"$2\" && chmod 755 \"$2\"";
+            run(Command::new("sh").args(["-c", write, "sh", text]).arg(file)).unwrap();
         }
 
         fn server(&self, bin: &str, version: &str) -> PathBuf {
@@ -368,7 +371,8 @@ mod tests {
         let machine = Machine::empty("broken");
         machine.server("path", "15.18");
         machine.script("path/postgres", "echo 'no such library' >&2; exit 127");
-        assert!(machine.refused().contains("no such library"));
+        let refused = machine.refused();
+        assert!(refused.contains("no such library"), "{refused}");
     }
 
     #[test]

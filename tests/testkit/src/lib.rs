@@ -2,7 +2,8 @@
 //!
 //! [`pool`] is all that an example needs. A test takes a [`TestDb`], a database of its own, so
 //! that tests run side by side with the same keys. A test that breaks the server takes a
-//! [`Server`] of its own: it can be stopped, killed, paused and started again.
+//! [`Server`] of its own: it can be stopped, killed, paused and started again, have a hot standby that
+//! is promoted, or a [`PgBouncer`] in front.
 //!
 //! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server
 //! is started for the process, from the binaries found on this machine; it goes away with the
@@ -25,8 +26,13 @@
 mod db;
 mod locks;
 mod cancel;
+mod role;
+mod network;
+mod proxy;
+mod clock;
 mod server;
 mod options;
+mod pgbouncer;
 mod data;
 mod watchdog;
 mod process;
@@ -35,7 +41,12 @@ mod find;
 mod npm;
 
 pub use crate::cancel::{cancel_after, eventually};
+pub use crate::clock::{WallClock, monotonic};
 pub use crate::db::{TestDb, pool};
 pub use crate::locks::{AdvisoryLock, advisory_locks};
+pub use crate::network::{Direction, Network};
 pub use crate::options::ServerOptions;
+pub use crate::pgbouncer::PgBouncer;
+pub use crate::proxy::Proxy;
+pub use crate::role::{Cues, Role, cues, say, stand_still};
 pub use crate::server::{Server, Shutdown};

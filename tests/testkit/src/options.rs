@@ -26,6 +26,7 @@ const SETTINGS: [(&str, &str); 10] = [
 #[must_use = "nothing runs until `start`"]
 pub struct ServerOptions {
     settings: Vec<(String, String)>,
+    pub(crate) env: Vec<(String, String)>,
     hba: Vec<String>,
     pub(crate) listen: Option<String>,
 }
@@ -48,6 +49,12 @@ impl ServerOptions {
         self
     }
 
+    /// Sets an environment variable of the server.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// Adds a line to `pg_hba.conf`; the first call replaces the default, which trusts everyone.
     /// What no line decides is still trusted on the unix socket, for [`Server::connect_options`].
     pub fn hba(mut self, line: &str) -> Self {
@@ -59,6 +66,18 @@ impl ServerOptions {
     pub fn start(self) -> Server {
         match Server::launch(&self) {
             Ok(server) => server,
+            Err(reason) => panic!("{reason}"),
+        }
+    }
+
+    /// Starts the server as a primary, and a hot standby that follows it: first one, then the other.
+    ///
+    /// Panics, saying why, if that fails.
+    pub fn start_with_standby(self) -> (Server, Server) {
+        let options = self.setting("wal_level", "replica").setting("max_wal_senders", "2");
+        let primary = options.clone().start();
+        match primary.launch_standby(options) {
+            Ok(standby) => (primary, standby),
             Err(reason) => panic!("{reason}"),
         }
     }
@@ -104,7 +123,8 @@ impl ServerOptions {
         if lines.is_empty() {
             lines.push("host all all all trust".to_owned());
         }
-        lines.push("local all all trust\n".to_owned());
+        lines.push("local all all trust".to_owned());
+        lines.push("local replication all trust\n".to_owned());
         lines.join("\n")
     }
 }

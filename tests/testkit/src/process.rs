@@ -50,10 +50,13 @@ pub(crate) fn signal(pid: u32, signal: Signal) -> io::Result<()> {
 /// Stops `pid` and waits until it stands still.
 pub(crate) fn stop(pid: u32) {
     if signal(pid, Signal::SIGSTOP).is_ok() {
-        wait_until("a process stands still", || {
-            Process::find(pid).is_none_or(|process| matches!(process.state, 'T' | 't' | 'Z'))
-        });
+        wait_until("a process stands still", || stands_still(pid));
     }
+}
+
+/// Whether `pid` is stopped, or gone.
+pub(crate) fn stands_still(pid: u32) -> bool {
+    Process::find(pid).is_none_or(|process| matches!(process.state, 'T' | 't' | 'Z'))
 }
 
 /// Whether `pid` is gone, or only its exit code is left.

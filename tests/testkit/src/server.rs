@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use crate::account::Account;
+use crate::account::{Account, run};
 use crate::data::{Template, make_dir, write_settings};
 use crate::find::{Installation, Search};
 use crate::options::ServerOptions;
@@ -47,6 +47,7 @@ pub struct Server {
     data: PathBuf,
     port: u16,
     listen: Option<String>,
+    env: Vec<(String, String)>,
     running: Mutex<Running>,
 }
 
@@ -174,6 +175,15 @@ impl Server {
         }
     }
 
+    /// Makes a hot standby a primary, and waits until it is one. Its clients stay connected.
+    pub fn promote(&self) {
+        let mut promote = self.account.command(self.bin_dir().join("pg_ctl"));
+        promote.arg("promote").arg("-D").arg(&self.data);
+        if let Err(reason) = run(&mut promote) {
+            panic!("{reason}");
+        }
+    }
+
     /// Lets the postmaster and all its children stand still, as a machine that hangs.
     pub fn pause(&self) {
         let pid = self.running().pid();
@@ -213,19 +223,7 @@ impl Server {
     }
 
     pub(crate) fn launch(options: &ServerOptions) -> Result<Self, String> {
-        let account = Account::for_server()?;
-        let installation = Search::from_env(account).run().map_err(|error| error.to_string())?;
-        let dir = make_dir(&account)?;
-        let watchdog = Watchdog::over(&dir).inspect_err(|_| drop(fs::remove_dir(&dir)))?;
-        let mut server = Self {
-            installation,
-            account,
-            data: dir.join("data"),
-            dir,
-            port: 0,
-            listen: options.listen.clone(),
-            running: Mutex::new(Running { postmaster: None, watchdog }),
-        };
+        let mut server = Self::place(options)?;
         let mut tries = 5;
         loop {
             server.port = options.port()?;
@@ -239,6 +237,43 @@ impl Server {
                 result => return result.map(|()| server),
             }
         }
+    }
+
+    /// Starts a hot standby, from a copy of what this server has; stands still meanwhile.
+    pub(crate) fn launch_standby(&self, options: ServerOptions) -> Result<Self, String> {
+        let primary = format!("host={} port={} user=postgres", self.dir.display(), self.port);
+        let options = options
+            .setting("primary_conninfo", &primary)
+            // It may look for the primary before that is there.
+            .setting("wal_retrieve_retry_interval", "50ms");
+        let mut standby = Self::place(&options)?;
+        standby.port = options.port()?;
+        self.stop(Shutdown::Fast);
+        run(self.account.command("cp").arg("-a").arg(&self.data).arg(&standby.data))?;
+        self.run()?;
+        standby.configure(&options)?;
+        write_settings(&standby.account, &standby.data.join("standby.signal"), "")?;
+        standby.run()?;
+        Ok(standby)
+    }
+
+    /// A server's place, with nothing in it yet.
+    fn place(options: &ServerOptions) -> Result<Self, String> {
+        let account = Account::for_server()?;
+        let installation = Search::from_env(account).run().map_err(|error| error.to_string())?;
+        let dir = make_dir(&account)?;
+        let watchdog = Watchdog::over(&dir, "data/postmaster.pid", "QUIT");
+        let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+        Ok(Self {
+            installation,
+            account,
+            data: dir.join("data"),
+            dir,
+            port: 0,
+            listen: options.listen.clone(),
+            env: options.env.clone(),
+            running: Mutex::new(Running { postmaster: None, watchdog }),
+        })
     }
 
     /// Makes the cluster and runs the server for the first time.
@@ -275,6 +310,7 @@ impl Server {
         let mut postgres = self.account.command(self.bin_dir().join("postgres"));
         // In a process group of its own: Ctrl-C is not for it.
         postgres.arg("-D").arg(&self.data).stdout(log).stderr(errors).process_group(0);
+        postgres.envs(self.env.iter().map(|(name, value)| (name, value)));
 
         let mut running = self.running();
         running.watchdog.tell("starting")?;

@@ -12,11 +12,13 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Watches over the server in `dir`, and over `dir` itself.
-    pub(crate) fn over(dir: &Path) -> Result<Self, String> {
+    /// Watches over the server in `dir`, which writes its pid to `pid_file` there and is ended by
+    /// `signal`, and over `dir` itself.
+    pub(crate) fn over(dir: &Path, pid_file: &str, signal: &str) -> Result<Self, String> {
         let shell = Command::new("/bin/sh")
             .args(["-c", include_str!("watchdog.sh"), "pglock-watchdog"])
             .arg(dir)
+            .args([pid_file, signal])
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

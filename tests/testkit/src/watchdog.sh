@@ -3,6 +3,8 @@
 # started, and "started" after.
 
 dir=$1
+pid_file=$dir/$2
+signal=$3
 trap '' HUP INT TERM
 
 state=
@@ -10,16 +12,16 @@ while read -r line; do state=$line; done
 
 pause() { sleep 0.02 2>/dev/null || sleep 1; }
 
-# The postmaster's pid, if it still is one: a pid in a stale file may be anybody's by now.
-postmaster() {
+# The server's pid, if it still is one: a pid in a stale file may be anybody's by now.
+server() {
     pid=
-    read -r pid 2>/dev/null <"$dir/data/postmaster.pid" || return 1
+    read -r pid 2>/dev/null <"$pid_file" || return 1
     if [ -d /proc/self ]; then
         command=$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline")
     else
         command=$(ps -o command= -p "$pid" 2>/dev/null)
     fi
-    case $command in *"$dir/data"*) ;; *) return 1 ;; esac
+    case $command in *"$dir/"*) ;; *) return 1 ;; esac
 }
 
 children() {
@@ -37,34 +39,34 @@ children() {
 
 # A server about to start has no pid file yet.
 tries=0
-while [ "$state" = starting ] && ! postmaster && [ $tries -lt 100 ]; do
+while [ "$state" = starting ] && ! server && [ $tries -lt 100 ]; do
     tries=$((tries + 1))
     pause
 done 2>/dev/null
 
-if postmaster; then
-    server=$pid
-    backends=$(children "$server")
-    kill -QUIT "$server"
+if server; then
+    main=$pid
+    backends=$(children "$main")
+    kill "-$signal" "$main"
     # Whoever was paused must wake up to hear of it.
-    kill -CONT "$server" $backends
+    kill -CONT "$main" $backends
     tries=0
-    while [ $tries -lt 300 ] && postmaster; do
+    while [ $tries -lt 300 ] && server; do
         tries=$((tries + 1))
         pause
     done
-    if postmaster; then
-        kill -STOP "$server"
-        kill -KILL $(children "$server") "$server"
+    if server; then
+        kill -STOP "$main"
+        kill -KILL $(children "$main") "$main"
     fi
 fi 2>/dev/null
 
-# What a killed server could not give back itself: line 7 ends with its shared memory's id.
+# What a killed PostgreSQL could not give back itself: line 7 ends with its shared memory's id.
 line=0
 while read -r _ id; do
     line=$((line + 1))
     [ $line = 7 ] && ipcrm -m "$id"
-done 2>/dev/null <"$dir/data/postmaster.pid"
+done 2>/dev/null <"$pid_file"
 
 # Again, in case something was still writing.
 tries=0

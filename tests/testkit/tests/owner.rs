@@ -19,7 +19,7 @@ use std::{env, process};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
-use pglock_testkit::{Server, Shutdown};
+use pglock_testkit::{PgBouncer, Server, Shutdown};
 
 const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
 
@@ -27,6 +27,8 @@ const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
 #[ignore = "is the owner: the other tests run it as a process to be killed"]
 fn owner() {
     let server = Server::shared();
+    let _pooler =
+        (env::var(SITUATION).as_deref() == Ok("pooled")).then(|| PgBouncer::start(server, &[]));
     match env::var(SITUATION).as_deref() {
         Ok("paused") => server.pause(),
         Ok("killed") => server.kill(),
@@ -115,7 +117,7 @@ fn an_owner_that_ends_leaves_nothing() {
 
 #[test]
 fn an_owner_that_is_killed_leaves_nothing() {
-    for situation in ["running", "paused", "killed", "stopped", "restarted"] {
+    for situation in ["running", "pooled", "paused", "killed", "stopped", "restarted"] {
         let mut owner = Owner::start(env::temp_dir(), situation);
         let child = owner.ready();
         kill(owner.pid(), Signal::SIGKILL).unwrap();

@@ -1,0 +1,192 @@
+//! A far side: a network of its own for processes, whose link can be cut.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::{self, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::unistd::geteuid;
+
+use crate::account::run;
+use crate::process::is_gone;
+
+/// What the names of our networks begin with. The id of the process that made it follows.
+const PREFIX: &str = "pglk";
+
+/// The addresses are four at a time of this block, which is private.
+const BLOCK: [u8; 2] = [10, 213];
+
+/// A network of its own, the far side, with one link to us.
+///
+/// A [`Role`](crate::Role) that is started under [`far_side`](Self::far_side) reaches a server that
+/// listens on [`address`](Self::address), until the link is cut. Then packets vanish, and nobody is
+/// told. Only Linux has this, and only root may do it.
+///
+/// # Drop
+///
+/// Takes the network and its link away. What a killed process has left of its networks, the next
+/// one that makes some takes away.
+///
+/// # Examples
+///
+/// ```no_run
+/// use pglock_testkit::{Direction, Network, Role, Server};
+///
+/// let Some(network) = Network::new() else { return };
+/// let server = Server::options().listen(network.address()).start();
+/// let port = server.port().to_string();
+/// let role = Role::start_under(&network.far_side(), "behind_the_link", &[("PORT", &port)]);
+/// network.cut(Direction::Both);
+/// network.heal();
+/// # drop(role);
+/// ```
+#[derive(Debug)]
+pub struct Network {
+    /// Of the namespace, and of our end of the link.
+    name: String,
+    address: String,
+}
+
+/// Which packets a cut link loses.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(clippy::exhaustive_enums, reason = "a link has exactly two directions")]
+pub enum Direction {
+    /// All.
+    Both,
+    /// Those that come from the far side to us.
+    FromFarSide,
+    /// Those that go from us to the far side.
+    ToFarSide,
+}
+
+impl Network {
+    /// Makes a network. `None`, and a line that says why, if we may not.
+    #[expect(clippy::print_stderr, reason = "a test that cannot run says so")]
+    pub fn new() -> Option<Self> {
+        if !geteuid().is_root() {
+            eprintln!("skipped: only root can make a network of its own");
+            return None;
+        }
+        remove_leftovers();
+        match Self::make() {
+            Ok(network) => Some(network),
+            Err(reason) if reason.contains("Operation not permitted") => {
+                eprintln!("skipped: here not even root can make a network of its own: {reason}");
+                None
+            }
+            Err(reason) => panic!("iproute2 and nftables are needed: {reason}"),
+        }
+    }
+
+    fn make() -> Result<Self, String> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}{}-{number}", process::id());
+        let (near, far) = free_addresses(number)?;
+        ip(&["netns", "add", &name])?;
+        // From here on, its drop cleans up.
+        let network = Self { name, address: near.to_string() };
+        let name = &network.name;
+        ip(&["link", "add", name, "type", "veth", "peer", "name", "near", "netns", name])?;
+        ip(&["addr", "add", &format!("{near}/30"), "dev", name])?;
+        ip(&["link", "set", name, "up"])?;
+        ip(&["-netns", name, "addr", "add", &format!("{far}/30"), "dev", "near"])?;
+        ip(&["-netns", name, "link", "set", "near", "up"])?;
+        ip(&["-netns", name, "link", "set", "lo", "up"])?;
+        // Below IP, so that no sender is told that its packet was dropped.
+        network.nft(
+            "add table netdev cut; \
+             add chain netdev cut to { type filter hook ingress device near priority 0; }; \
+             add chain netdev cut from { type filter hook egress device near priority 0; }",
+        )?;
+        Ok(network)
+    }
+
+    /// Our address, as the far side sees it.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The command under which a program runs on the far side.
+    pub fn far_side(&self) -> [&str; 4] {
+        ["ip", "netns", "exec", &self.name]
+    }
+
+    /// Drops all packets of a direction from now on. Neither side is told.
+    pub fn cut(&self, direction: Direction) {
+        let chains: &[_] = match direction {
+            Direction::Both => &["to", "from"],
+            Direction::FromFarSide => &["from"],
+            Direction::ToFarSide => &["to"],
+        };
+        let rules: Vec<_> = chains
+            .iter()
+            .map(|chain| format!("add rule netdev cut {chain} ip protocol tcp drop"))
+            .collect();
+        self.nft(&rules.join("; ")).expect("the link can be cut");
+    }
+
+    /// Drops all packets of one connection from now on: that whose port on the far side this is.
+    pub fn cut_connection(&self, port: u16) {
+        self.nft(&format!(
+            "add rule netdev cut to tcp dport {port} drop; \
+             add rule netdev cut from tcp sport {port} drop"
+        ))
+        .expect("a connection can be cut");
+    }
+
+    /// Lets all packets pass again.
+    pub fn heal(&self) {
+        self.nft("flush table netdev cut").expect("the link can be healed");
+    }
+
+    fn nft(&self, commands: &str) -> Result<(), String> {
+        let [ip, netns, exec, name] = self.far_side();
+        run(Command::new(ip).args([netns, exec, name, "nft", commands])).map(drop)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        remove(&self.name);
+    }
+}
+
+fn ip(words: &[&str]) -> Result<String, String> {
+    run(Command::new("ip").args(words))
+}
+
+fn remove(name: &str) {
+    // A process on the far side would keep the link alive with the namespace. Best effort: it may
+    // never have been made.
+    drop(ip(&["link", "del", name]));
+    drop(ip(&["netns", "del", name]));
+}
+
+/// Removes the networks of processes that are gone.
+fn remove_leftovers() {
+    let list = ip(&["netns", "list"]).unwrap_or_default();
+    for name in list.lines().filter_map(|line| line.split_whitespace().next()) {
+        let pid = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse().ok());
+        if pid.is_some_and(is_gone) {
+            remove(name);
+        }
+    }
+}
+
+/// Two addresses that nobody on this machine has: ours, and the far side's.
+fn free_addresses(number: u32) -> Result<(Ipv4Addr, Ipv4Addr), String> {
+    // Starts at a place of our own, so that processes seldom meet.
+    let start = process::id().wrapping_mul(101).wrapping_add(number);
+    for step in 0..100_u32 {
+        let index = start.wrapping_add(step.wrapping_mul(37)) % (1 << 14);
+        let [.., high, low] = (index * 4).to_be_bytes();
+        let [first, second] = BLOCK;
+        let [near, far] = [1, 2].map(|host| Ipv4Addr::new(first, second, high, low + host));
+        // Only an address of ours can be bound to.
+        if TcpListener::bind((near, 0)).is_err() {
+            return Ok((near, far));
+        }
+    }
+    Err("no free addresses".to_owned())
+}

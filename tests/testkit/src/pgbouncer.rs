@@ -1,0 +1,162 @@
+//! A PgBouncer in front of a server, started by us and gone with us.
+
+use std::env;
+use std::fmt::Write;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Child;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::PgConnectOptions;
+
+use crate::account::Account;
+use crate::data::{make_dir, write_settings};
+use crate::server::Server;
+use crate::watchdog::Watchdog;
+
+/// Where the distributions put it, if that is not on `PATH`.
+const PLACES: [&str; 5] =
+    ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"];
+
+/// A part of the socket's name, in a directory of its own.
+const PORT: u16 = 6432;
+
+/// A PgBouncer in front of a server, started by us and gone with us.
+///
+/// Each has an address of its own, which nobody has met before. It is reached through a unix socket,
+/// and lets everyone in to every database as `postgres`.
+///
+/// # Drop
+///
+/// Stops it and removes its directory. The same happens, by way of a watchdog, when this process ends
+/// in any other manner, SIGKILL included.
+#[derive(Debug)]
+pub struct PgBouncer {
+    account: Account,
+    dir: PathBuf,
+    watchdog: Watchdog,
+    process: Option<Child>,
+}
+
+impl PgBouncer {
+    /// Starts a PgBouncer in front of `server`, with these settings of `pgbouncer.ini`.
+    ///
+    /// Panics, saying why, if that fails, and above all if there is no PgBouncer on this machine.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock_testkit::{PgBouncer, Server};
+    ///
+    /// let server = Server::start();
+    /// let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")]);
+    /// # let _ = pooler.connect_options();
+    /// ```
+    pub fn start(server: &Server, settings: &[(&str, &str)]) -> Self {
+        match Self::launch(server, settings) {
+            Ok(pooler) => pooler,
+            Err(reason) => panic!("{reason}"),
+        }
+    }
+
+    /// How to connect to the server's database `postgres`, through the PgBouncer.
+    pub fn connect_options(&self) -> PgConnectOptions {
+        PgConnectOptions::new_without_pgpass()
+            .socket(&self.dir)
+            .port(PORT)
+            .username("postgres")
+            .database("postgres")
+    }
+
+    /// All that it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).expect("the log is readable")
+    }
+
+    fn launch(server: &Server, settings: &[(&str, &str)]) -> Result<Self, String> {
+        let account = Account::for_server()?;
+        let program = find()?;
+        let dir = make_dir(&account)?;
+        // It has nothing to tidy, and ignores SIGQUIT if whoever started us does.
+        let watchdog = Watchdog::over(&dir, "pgbouncer.pid", "KILL");
+        let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+        let mut pooler = Self { account, dir, watchdog, process: None };
+        pooler.run(program, &ini(server, &pooler.dir.display().to_string(), settings))?;
+        Ok(pooler)
+    }
+
+    /// Runs it until it takes clients.
+    fn run(&mut self, program: PathBuf, ini: &str) -> Result<(), String> {
+        let path = self.dir.join("pgbouncer.ini");
+        write_settings(&self.account, &path, ini)?;
+        let log = File::create(self.dir.join("log"));
+        let log = log.map_err(|error| format!("cannot write the log: {error}"))?;
+        let mut command = self.account.command(program);
+        // In a process group of its own: Ctrl-C is not for it.
+        command.arg(&path).stderr(log).process_group(0);
+
+        self.watchdog.tell("starting")?;
+        let process = command.spawn();
+        let process = process.map_err(|error| format!("pgbouncer does not run: {error}"))?;
+        let process = self.process.insert(process);
+        let socket = self.dir.join(format!(".s.PGSQL.{PORT}"));
+        let start = Instant::now();
+        while UnixStream::connect(&socket).is_err() {
+            let ended = process.try_wait().map_err(|error| error.to_string())?.is_some();
+            if ended || start.elapsed() > Duration::from_mins(1) {
+                return Err(format!("pgbouncer does not start:\n{}", self.log()));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        self.watchdog.tell("started")
+    }
+}
+
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        self.watchdog.release();
+        if let Some(mut process) = self.process.take() {
+            // Gone already, unless somebody has killed the watchdog.
+            drop(process.kill());
+            drop(process.wait());
+        }
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}
+
+fn find() -> Result<PathBuf, String> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let places = env::split_paths(&path).chain(PLACES.map(PathBuf::from));
+    places.map(|dir| dir.join("pgbouncer")).find(|program| program.is_file()).ok_or_else(|| {
+        format!(
+            "there is no pgbouncer on PATH, nor in {}; install the distribution's package \
+             `pgbouncer`, which this test puts in front of the server",
+            PLACES.join(", ")
+        )
+    })
+}
+
+/// The content of `pgbouncer.ini`. The last of two lines for one setting counts.
+fn ini(server: &Server, dir: &str, settings: &[(&str, &str)]) -> String {
+    let (host, port) = (server.socket_dir().display(), server.port());
+    let port_of_ours = PORT.to_string();
+    let pidfile = format!("{dir}/pgbouncer.pid");
+    let usual = [
+        ("listen_addr", ""),
+        ("listen_port", &port_of_ours),
+        ("unix_socket_dir", dir),
+        ("pidfile", &pidfile),
+        ("auth_type", "any"),
+        // sqlx sends it, and PgBouncer refuses what it does not know.
+        ("ignore_startup_parameters", "extra_float_digits"),
+    ];
+    let mut ini =
+        format!("[databases]\n* = host={host} port={port} user=postgres\n\n[pgbouncer]\n");
+    for (name, value) in usual.iter().chain(settings) {
+        writeln!(ini, "{name} = {value}").expect("a string takes what is written");
+    }
+    ini
+}

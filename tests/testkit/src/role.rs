@@ -1,0 +1,195 @@
+//! A process of its own, that plays one ignored test of the program that starts it.
+
+use std::env;
+use std::fmt::Display;
+use std::io::{self, Write, stdout};
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill, raise};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::timeout;
+
+use crate::cancel::eventually;
+
+/// How long a role may take to answer before a test fails.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What stands before the words of a role, so that they are not taken for the test runner's.
+const MARK: &str = "» ";
+
+/// A process of its own, that plays one ignored test of the program that starts it.
+///
+/// The role is told what to do on its standard input, a line each, and answers on its standard
+/// output. What it says on its standard error shows.
+///
+/// # Drop
+///
+/// Kills the process.
+///
+/// # Examples
+///
+/// ```no_run
+/// use pglock_testkit::{Role, cues, say};
+///
+/// #[tokio::test]
+/// #[ignore = "is a role: another test runs it as a process"]
+/// async fn parrot() {
+///     let mut cues = cues();
+///     while let Some(cue) = cues.next_line().await.unwrap() {
+///         say(cue);
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let mut parrot = Role::start("parrot", &[("COLOUR", "green")]);
+/// assert_eq!(parrot.ask("hello").await, "hello");
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Role {
+    name: String,
+    process: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Role {
+    /// Runs the ignored test `name`, its whole path, with these environment variables.
+    pub fn start(name: &str, env: &[(&str, &str)]) -> Self {
+        Self::start_under(&[], name, env)
+    }
+
+    /// Runs it under another command, such as `["ip", "netns", "exec", "there"]`, which must replace
+    /// itself by what it runs.
+    pub fn start_under(command: &[&str], name: &str, env: &[(&str, &str)]) -> Self {
+        let program = env::current_exe().expect("this program knows where it is");
+        let mut words = command.iter().map(AsRef::as_ref).chain([program.as_os_str()]);
+        let mut process = Command::new(words.next().expect("there is the program at least"))
+            .args(words)
+            .args([name, "--exact", "--ignored", "--nocapture"])
+            .envs(env.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("this program runs once more");
+        let input = process.stdin.take().expect("it was asked for");
+        let output = process.stdout.take().expect("it was asked for");
+        Self { name: name.to_owned(), process, input, output: BufReader::new(output).lines() }
+    }
+
+    /// Tells the role what to do next. Panics if the process has ended.
+    pub async fn tell(&mut self, cue: &str) {
+        let told = self.input.write_all(format!("{cue}\n").as_bytes()).await;
+        assert!(told.is_ok(), "{} ended before it was told {cue:?}", self.name);
+    }
+
+    /// What the role says next. Panics if its process ends instead, or says nothing for a minute.
+    pub async fn answer(&mut self) -> String {
+        let next = timeout(PATIENCE, self.next());
+        let Ok(next) = next.await else { panic!("{} says nothing", self.name) };
+        next.unwrap_or_else(|| panic!("{} ended instead of an answer", self.name))
+    }
+
+    /// What the role says next, without a limit. `None` at the end of its process.
+    pub async fn next(&mut self) -> Option<String> {
+        loop {
+            let line = self.output.next_line().await.expect("a pipe is readable")?;
+            if let Some((_, words)) = line.split_once(MARK) {
+                return Some(words.to_owned());
+            }
+        }
+    }
+
+    /// Tells, and waits for the answer.
+    pub async fn ask(&mut self, cue: &str) -> String {
+        self.tell(cue).await;
+        self.answer().await
+    }
+
+    /// Lets the process stand still.
+    pub fn pause(&self) {
+        crate::process::stop(self.pid());
+    }
+
+    /// Waits until the process stands still by itself: see [`stand_still`].
+    pub async fn stands_still(&self) {
+        let still = || async { crate::process::stands_still(self.pid()) };
+        eventually("the role stands still", PATIENCE, still).await;
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Kills the process, and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.process.kill().await.expect("a child can be killed");
+    }
+
+    /// Whether the process has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.try_wait().expect("a child can be waited for").is_some()
+    }
+
+    /// The id of the process. Panics if it was killed.
+    pub fn pid(&self) -> u32 {
+        self.process.id().expect("the role is being played")
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).expect("a child takes signals");
+    }
+}
+
+/// Answers, from inside a role.
+#[expect(clippy::print_stdout, reason = "that is where it is heard")]
+pub fn say(words: impl Display) {
+    // Whatever the test runner has left without an end of line.
+    println!("\n{MARK}{words}");
+    // Whoever has stopped listening ends the role anyway.
+    drop(stdout().flush());
+}
+
+/// What the role is told, from inside it: see [`cues`].
+#[derive(Debug)]
+pub struct Cues(UnboundedReceiver<io::Result<String>>);
+
+/// What the role is told, from inside it. Ends when nobody is left to tell.
+///
+/// Read on a thread of its own: tokio's runtime, at its end, would wait for its own reader of standard
+/// input, and a role that panics would not end.
+pub fn cues() -> Cues {
+    let (tell, told) = unbounded_channel();
+    thread::spawn(move || {
+        for line in io::stdin().lines() {
+            if tell.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    Cues(told)
+}
+
+impl Cues {
+    /// The next cue. `None` when nobody is left to tell.
+    ///
+    /// # Errors
+    ///
+    /// If standard input can't be read.
+    pub async fn next_line(&mut self) -> io::Result<Option<String>> {
+        self.0.recv().await.transpose()
+    }
+}
+
+/// Lets this process stand still, from inside a role, until [`Role::resume`] lets it go on. What
+/// comes next is the first thing that it does then.
+pub fn stand_still() {
+    raise(Signal::SIGSTOP).expect("a process may stop itself");
+}
