@@ -1,0 +1,68 @@
+//! `pglock doctor`: whether locks mean anything on a server.
+
+use clap::Args;
+use pglock::LockOptions;
+use pglock::doctor::{Finding, Severity, examine};
+use serde_json::{Value, json};
+
+use crate::connect::{connect, disconnect};
+use crate::exit::{Exit, Failure, print};
+
+/// Tell whether locks mean anything on a server, and what to change there
+///
+/// Looks for a standby, a pooler in transaction mode, settings that end sessions, missing rights, and
+/// how many locks and connections are free; and takes a lock, to see that it can be done.
+#[derive(Args, Debug)]
+#[command(after_long_help = MORE)]
+pub(crate) struct DoctorArgs {
+    /// Print an array of findings, with check, severity, seen and advice
+    #[arg(long)]
+    json: bool,
+}
+
+const MORE: &str = "\
+Exit codes:
+   0  all is fine
+   1  there are warnings: locks hold what they promise, but not all of the time, or not for everything
+   2  something is broken: locks can't be had, or would mean nothing (or the command line is wrong)
+  69  the database can't be reached, or failed";
+
+pub(crate) async fn run(args: &DoctorArgs, url: Option<&str>) -> Result<Exit, Failure> {
+    let pool = connect(url).await?;
+    let findings = examine(&pool, &LockOptions::new()).await;
+    disconnect(pool).await;
+    let findings = findings?;
+    let text = if args.json { as_json(&findings) } else { as_lines(&findings) };
+    print(text.as_bytes())?;
+    let worst = findings.iter().map(|finding| finding.severity).max();
+    Ok(Exit::Code(match worst {
+        Some(Severity::Broken) => 2,
+        Some(Severity::Warning) => 1,
+        Some(_) | None => 0,
+    }))
+}
+
+fn as_json(findings: &[Finding]) -> String {
+    let findings: Value = findings
+        .iter()
+        .map(|finding| {
+            json!({
+                "check": finding.check,
+                "severity": finding.severity.to_string(),
+                "seen": finding.seen,
+                "advice": finding.advice,
+            })
+        })
+        .collect();
+    format!("{findings:#}\n")
+}
+
+fn as_lines(findings: &[Finding]) -> String {
+    let mut lines = Vec::new();
+    let width = findings.iter().map(|finding| finding.check.len()).max().unwrap_or_default();
+    for Finding { check, severity, seen, advice, .. } in findings {
+        lines.push(format!("{severity:7}  {check:width$}  {seen}\n"));
+        lines.extend(advice.as_ref().map(|advice| format!("{:7}  {:width$}  {advice}\n", "", "")));
+    }
+    lines.concat()
+}

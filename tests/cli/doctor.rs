@@ -1,0 +1,112 @@
+//! `pglock doctor`: what it finds, and what a script learns.
+
+use pglock_testkit::{PgBouncer, Server, ServerOptions, TestDb};
+use sqlx::AssertSqlSafe;
+
+use crate::support::{Ended, Running, pglock, run, url};
+
+/// The finding of a check, of those that were printed with `--json`.
+fn finding(ended: &Ended, check: &str) -> serde_json::Value {
+    let findings: serde_json::Value = serde_json::from_str(&ended.output).unwrap();
+    let found = findings.as_array().unwrap().iter().find(|finding| finding["check"] == check);
+    found.expect("the check is there").clone()
+}
+
+/// From PostgreSQL 14 on there is nothing to find on a new server.
+#[tokio::test]
+async fn a_new_server_is_fine() {
+    let server = Server::options().tcp().start();
+    let port = server.port();
+    let tcp = format!("postgres://postgres@127.0.0.1:{port}/postgres?sslmode=disable");
+    let db = TestDb::on(&server).await;
+    let expected = i32::from(server.version() < 14);
+    for url in [db.url(), tcp] {
+        let lines = run(&db, &["doctor", "--url", &url]).await;
+        assert_eq!(lines.code(), Some(expected), "{}{}", lines.output, lines.errors);
+        assert!(lines.output.starts_with("fine     primary "), "{}", lines.output);
+        let json = run(&db, &["doctor", "--url", &url, "--json"]).await;
+        assert_eq!(json.code(), Some(expected));
+        assert_eq!(finding(&json, "dead holder")["severity"], "fine");
+        assert_eq!(finding(&json, "fencing token")["advice"], serde_json::Value::Null);
+    }
+}
+
+#[tokio::test]
+async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let as_role = async |admin: &mut sqlx::PgConnection, change: &str| {
+        sqlx::raw_sql(AssertSqlSafe(change.to_owned())).execute(admin).await.unwrap();
+        let mut doctor = pglock(&db, &["doctor", "--json"]);
+        doctor.env("DATABASE_URL", db.url().replace("postgres@", "app@"));
+        Running::start(doctor).finish().await
+    };
+
+    let plain = as_role(&mut admin, "CREATE ROLE app LOGIN").await;
+    let advice = finding(&plain, "other roles")["advice"].as_str().unwrap().to_owned();
+    assert!(advice.contains("GRANT pg_read_all_stats TO \"app\""), "{advice}");
+    let grants = "GRANT pg_read_all_stats TO app; GRANT pg_signal_backend TO app";
+    let granted = as_role(&mut admin, grants).await;
+    assert_eq!(finding(&granted, "other roles")["advice"], serde_json::Value::Null);
+
+    for (change, check, severity, code, back) in [
+        (
+            "ALTER ROLE app SET idle_in_transaction_session_timeout = '1min'",
+            "limits on transactions",
+            "warning",
+            1,
+            "ALTER ROLE app RESET ALL",
+        ),
+        (
+            "ALTER ROLE app SET statement_timeout = 300",
+            "statement_timeout",
+            "warning",
+            1,
+            "ALTER ROLE app RESET ALL",
+        ),
+        (
+            "ALTER ROLE app CONNECTION LIMIT 3",
+            "connections",
+            "warning",
+            1,
+            "ALTER ROLE app CONNECTION LIMIT -1",
+        ),
+        (
+            "REVOKE EXECUTE ON FUNCTION pg_advisory_lock(bigint) FROM PUBLIC",
+            "functions",
+            "broken",
+            2,
+            "GRANT EXECUTE ON FUNCTION pg_advisory_lock(bigint) TO PUBLIC",
+        ),
+    ] {
+        let ended = as_role(&mut admin, change).await;
+        assert_eq!(ended.code(), Some(code), "{change}: {}{}", ended.output, ended.errors);
+        assert_eq!(finding(&ended, check)["severity"], severity, "{}", ended.output);
+        let ended = as_role(&mut admin, back).await;
+        assert_eq!(finding(&ended, check)["severity"], "fine", "{back}: {}", ended.output);
+    }
+}
+
+#[tokio::test]
+async fn where_a_lock_would_mean_nothing_it_says_so() {
+    let (_primary, standby) = ServerOptions::default().start_with_standby();
+    let server = Server::start();
+    let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")]);
+    let db = TestDb::on(&server).await;
+    for (url, check) in
+        [(url(&standby.connect_options()), "primary"), (url(&pooler.connect_options()), "pooler")]
+    {
+        let ended = run(&db, &["doctor", "--json", "--url", &url]).await;
+        assert_eq!(ended.code(), Some(2), "{}{}", ended.output, ended.errors);
+        assert_eq!(finding(&ended, check)["severity"], "broken", "{}", ended.output);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_no_finding() {
+    let db = TestDb::new().await;
+    let url = "postgres://postgres@127.0.0.1:1/postgres";
+    let ended = run(&db, &["doctor", "--url", url]).await;
+    assert_eq!((ended.code(), &*ended.output), (Some(69), ""));
+}

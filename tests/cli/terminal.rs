@@ -1,0 +1,91 @@
+//! A terminal with a shell in it, and somebody who types.
+
+use std::path::PathBuf;
+use std::process::{self, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{env, fs};
+
+use pglock_testkit::{TestDb, eventually};
+
+use crate::support::{PATIENCE, PGLOCK};
+
+/// Whose prompt can be waited for.
+const SHELL: &str = "PS1='shell> ' HISTFILE= exec bash --norc --noprofile -i";
+
+/// A terminal of tmux(1), in which bash runs.
+///
+/// # Drop
+///
+/// Closes it.
+#[derive(Debug)]
+pub(crate) struct Terminal {
+    dir: PathBuf,
+}
+
+impl Terminal {
+    /// Opens one, where `pglock` is a command that finds the database. `None` if there is no tmux.
+    #[expect(clippy::print_stdout, reason = "who runs the tests may want to install it")]
+    pub(crate) async fn open(db: &TestDb) -> Option<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+
+        if Command::new("tmux").arg("-V").output().is_err() {
+            println!("there is no tmux, so nothing is seen of a terminal");
+            return None;
+        }
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir = env::temp_dir().join(format!("pglock-tmux-{}-{number}", process::id()));
+        fs::create_dir(&dir).unwrap();
+        let terminal = Self { dir };
+        let path = env::var("PATH").unwrap();
+        let programs = PathBuf::from(PGLOCK);
+        let programs = programs.parent().unwrap().to_str().unwrap();
+        let mut start = terminal.tmux(&["-f", "/dev/null", "new-session", "-d"]);
+        start.args(["-x", "120", "-y", "50", SHELL]);
+        start.env("PATH", format!("{programs}:{path}")).env("DATABASE_URL", db.url());
+        assert!(start.status().unwrap().success());
+        terminal.shows("shell>").await;
+        Some(terminal)
+    }
+
+    /// Types a line.
+    pub(crate) fn types(&self, line: &str) {
+        assert!(self.tmux(&["send-keys", "-l", line]).status().unwrap().success());
+        self.presses("Enter");
+    }
+
+    /// Presses a key, by the name that tmux has for it.
+    pub(crate) fn presses(&self, key: &str) {
+        assert!(self.tmux(&["send-keys", key]).status().unwrap().success());
+    }
+
+    /// Waits until the text is on the screen.
+    pub(crate) async fn shows(&self, text: &str) {
+        let shown = || async { self.screen().contains(text) };
+        eventually(&format!("the terminal shows {text:?}"), PATIENCE, shown).await;
+    }
+
+    /// What is on the screen.
+    pub(crate) fn screen(&self) -> String {
+        let captured = self.tmux(&["capture-pane", "-p", "-J"]).output().unwrap();
+        String::from_utf8(captured.stdout).unwrap()
+    }
+
+    /// Has the shell say the exit code of what ran last.
+    pub(crate) async fn exit_code_is(&self, code: u8) {
+        self.types("echo \"<$?>\"");
+        self.shows(&format!("\n<{code}>\n")).await;
+    }
+
+    fn tmux(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("tmux");
+        command.arg("-S").arg(self.dir.join("socket")).args(args);
+        command
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        drop(self.tmux(&["kill-server"]).output());
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}
