@@ -1,7 +1,11 @@
 //! Everything that can go wrong, and what to do about it.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
+
+use sqlx::error::{DatabaseError, ErrorKind};
 
 use crate::key::Key;
 
@@ -164,6 +168,18 @@ pub enum Error {
         source: sqlx::Error,
     },
 
+    /// The guard is a [manager](crate::LockManager)'s, whose session is not its own, so there is no
+    /// connection to lend.
+    #[error(
+        "lock {key}: it may share its session with many others, so there is no connection to lend; \
+         take the lock with Lock::new for that"
+    )]
+    #[non_exhaustive]
+    SharedSession {
+        /// The lock's key.
+        key: Key,
+    },
+
     /// The server is a hot standby, whose locks exclude nobody on the primary.
     #[error(
         "lock {key}: the server is a hot standby, whose advisory locks exclude nobody elsewhere; \
@@ -196,6 +212,9 @@ pub enum Error {
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Loss {
+    /// The tokio runtime of the acquire was shut down, and with it what watched the session.
+    #[error("the runtime on which the lock was acquired was shut down")]
+    Abandoned,
     /// The handle was closed: [`Lock::close`](crate::Lock::close).
     #[error("the handle was closed while the guard lived")]
     Closed,
@@ -211,6 +230,13 @@ pub enum Loss {
     /// The server said that the session does not hold the lock: something else unlocked it.
     #[error("the server says that the session does not hold the lock: something else unlocked it")]
     NotHeld,
+}
+
+impl Loss {
+    /// What a statement that failed says of its session.
+    pub(crate) fn broken(error: sqlx::Error) -> Self {
+        if is_not_prepared(&error) { Self::Pooled } else { Self::Disconnected(Arc::new(error)) }
+    }
 }
 
 /// What went wrong with the pool, told from the two waits that must never look alike.
@@ -245,6 +271,7 @@ impl Error {
             | Self::Pool { key, .. }
             | Self::Pooled { key }
             | Self::Settings { key, .. }
+            | Self::SharedSession { key }
             | Self::Standby { key } => key,
         }
     }
@@ -286,7 +313,54 @@ impl Error {
             Self::Options { .. }
             | Self::Pooled { .. }
             | Self::Settings { .. }
+            | Self::SharedSession { .. }
             | Self::Standby { .. } => false,
+        }
+    }
+
+    pub(crate) fn deadlock(key: &Key) -> Self {
+        let reason = "who shares it cannot wait for another who does";
+        let source = sqlx::Error::Io(io::Error::new(io::ErrorKind::Deadlock, reason));
+        Self::Deadlock { key: key.clone(), source }
+    }
+
+    /// The session was lost before it answered an acquire.
+    pub(crate) fn broken(key: &Key, loss: &Loss) -> Self {
+        let key = key.clone();
+        match loss {
+            Loss::Pooled => Self::Pooled { key },
+            Loss::Abandoned
+            | Loss::Closed
+            | Loss::Disconnected(_)
+            | Loss::NotHeld
+            | Loss::Silent => {
+                let kind = io::ErrorKind::ConnectionAborted;
+                Self::Disconnected {
+                    key,
+                    source: sqlx::Error::Io(io::Error::new(kind, loss.clone())),
+                }
+            }
+        }
+    }
+
+    /// The same for another key that was asked for in the same statement, or on the same session.
+    pub(crate) fn again(self: &Arc<Self>, key: &Key) -> Self {
+        let key = key.clone();
+        let source = || again(self);
+        match &**self {
+            Self::Cancelled { .. } => Self::Cancelled { key, source: source() },
+            Self::Connect { .. } => Self::Connect { key, source: source() },
+            Self::Database { .. } => Self::Database { key, source: source() },
+            Self::Deadlock { .. } => Self::Deadlock { key, source: source() },
+            Self::Disconnected { .. } => Self::Disconnected { key, source: source() },
+            Self::Lost { reason, .. } => Self::Lost { key, reason: reason.clone() },
+            Self::Options { reason, .. } => Self::Options { key, reason: reason.clone() },
+            Self::OutOfLocks { .. } => Self::OutOfLocks { key, source: source() },
+            Self::Pool { .. } => Self::Pool { key, source: source() },
+            Self::Pooled { .. } => Self::Pooled { key },
+            Self::Settings { .. } => Self::Settings { key, source: source() },
+            Self::SharedSession { .. } => Self::SharedSession { key },
+            Self::Standby { .. } => Self::Standby { key },
         }
     }
 
@@ -294,9 +368,11 @@ impl Error {
         let key = key.clone();
         match reason {
             Loss::Pooled => Self::Pooled { key },
-            Loss::Closed | Loss::Disconnected(_) | Loss::NotHeld | Loss::Silent => {
-                Self::Lost { key, reason }
-            }
+            Loss::Abandoned
+            | Loss::Closed
+            | Loss::Disconnected(_)
+            | Loss::NotHeld
+            | Loss::Silent => Self::Lost { key, reason },
         }
     }
 
@@ -306,13 +382,77 @@ impl Error {
         match sqlstate(&source).as_deref() {
             Some("40P01") => Self::Deadlock { key, source },
             Some("53200") => Self::OutOfLocks { key, source },
-            // A prepared statement is not where it was prepared, or another's is there.
-            Some("26000" | "42P05") => Self::Pooled { key },
+            _ if is_not_prepared(&source) => Self::Pooled { key },
             Some("57014") => Self::Cancelled { key, source },
             Some(_) if is_answer(&source) => Self::Database { key, source },
             None if !matches!(source, sqlx::Error::Io(_)) => Self::Database { key, source },
             Some(_) | None => Self::Disconnected { key, source },
         }
+    }
+}
+
+/// The source of an error that several are told, which sqlx's own can't be cloned for.
+fn again(error: &Arc<Error>) -> sqlx::Error {
+    let source = std::error::Error::source(&**error).and_then(|source| source.downcast_ref());
+    match source {
+        Some(sqlx::Error::PoolTimedOut) => sqlx::Error::PoolTimedOut,
+        Some(sqlx::Error::PoolClosed) => sqlx::Error::PoolClosed,
+        Some(sqlx::Error::Database(_)) => sqlx::Error::Database(Box::new(Again(Arc::clone(error)))),
+        Some(sqlx::Error::Io(source)) => {
+            sqlx::Error::Io(io::Error::new(source.kind(), Again(Arc::clone(error))))
+        }
+        Some(_) | None => sqlx::Error::Io(io::Error::other(Again(Arc::clone(error)))),
+    }
+}
+
+/// What another was told, word for word.
+#[derive(Debug)]
+struct Again(Arc<Error>);
+
+impl Again {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&*self.0)
+    }
+
+    fn database(&self) -> Option<&dyn DatabaseError> {
+        self.source()?.downcast_ref::<sqlx::Error>()?.as_database_error()
+    }
+}
+
+impl fmt::Display for Again {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.source() {
+            Some(source) => fmt::Display::fmt(source, f),
+            None => fmt::Display::fmt(&self.0, f),
+        }
+    }
+}
+
+impl std::error::Error for Again {}
+
+impl DatabaseError for Again {
+    fn message(&self) -> &str {
+        self.database().map_or("", DatabaseError::message)
+    }
+
+    fn code(&self) -> Option<Cow<'_, str>> {
+        self.database()?.code()
+    }
+
+    fn as_error(&self) -> &(dyn std::error::Error + Send + Sync + 'static) {
+        self
+    }
+
+    fn as_error_mut(&mut self) -> &mut (dyn std::error::Error + Send + Sync + 'static) {
+        self
+    }
+
+    fn into_error(self: Box<Self>) -> Box<dyn std::error::Error + Send + Sync + 'static> {
+        self
+    }
+
+    fn kind(&self) -> ErrorKind {
+        self.database().map_or(ErrorKind::Other, DatabaseError::kind)
     }
 }
 
@@ -330,6 +470,12 @@ impl fmt::Display for PoolAdvice<'_> {
 /// The five characters by which the server classifies its error.
 pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
+}
+
+/// Whether a prepared statement is not where it was prepared, or another's is there: a pooler in
+/// transaction mode.
+fn is_not_prepared(error: &sqlx::Error) -> bool {
+    sqlstate(error).is_some_and(|code| code == "26000" || code == "42P05")
 }
 
 /// Whether the server answered a statement, and lives to hear the next.

@@ -1,5 +1,7 @@
 //! What is locked: a number, a pair of numbers, or a name.
 
+mod schemes;
+
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -20,6 +22,12 @@ use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 /// | `(i32, i32)` | that pair of `int` | `pg_advisory_lock(1, 2)` |
 /// | `&str`, `String` | its hash, a `bigint` | sqlx: `PgAdvisoryLock::new("name")` |
 /// | [`Key::fnv1a`] | its hash, a `bigint` | Go: FNV-1a 64 as `int64`, go-pglock's recipe |
+/// | [`Key::hashtext`] | its hash, a `bigint` | SQL: `pg_advisory_lock(hashtext('name'))` |
+/// | [`Key::hashtextextended`] | its hash, a `bigint` | SQL: `pg_advisory_lock(hashtextextended('name', 0))` |
+/// | [`Key::with_advisory_lock`] | its CRC-32 and 0, a pair | Ruby: `with_advisory_lock` |
+/// | [`Key::rails_migrations`] | of the database's CRC-32, a `bigint` | Ruby on Rails: `rails db:migrate` |
+/// | [`Key::django_pglocks_v1`], [`_v2`](Key::django_pglocks_v2) | its CRC-32, its SHA-256, a `bigint` | Python: django-pglocks 1 and 2 |
+/// | [`Key::django_pglock`] | its SHA-256, a `bigint` | Python: django-pglock |
 ///
 /// # Examples
 ///
@@ -47,6 +55,11 @@ pub(crate) enum KeyId {
 }
 
 impl Key {
+    /// A key without its name.
+    pub(crate) fn unnamed(id: KeyId) -> Self {
+        Self { id, name: None }
+    }
+
     /// Hashes a name with 64-bit FNV-1a, as Go services that use go-pglock do.
     ///
     /// The hash is the one of Go's `hash/fnv` (`fnv.New64a`), converted to `int64`. Use it to share
@@ -85,6 +98,15 @@ impl Key {
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()
+    }
+
+    /// The same key under a name of our own.
+    pub(crate) fn called(self, name: String) -> Self {
+        Self { name: Some(name.into()), ..self }
+    }
+
+    pub(crate) fn from_id(id: KeyId) -> Self {
+        Self { id, name: None }
     }
 
     pub(crate) fn id(&self) -> KeyId {
@@ -171,7 +193,8 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.name, self.id) {
             (Some(name), KeyId::BigInt(number)) => write!(f, "{name:?} ({number})"),
-            (_, id) => write!(f, "{id}"),
+            (Some(name), pair @ KeyId::IntPair(..)) => write!(f, "{name:?} {pair}"),
+            (None, id) => write!(f, "{id}"),
         }
     }
 }

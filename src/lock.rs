@@ -1,22 +1,19 @@
 //! The handle: an owner of locks on one key, with six ways to acquire.
 
 use std::fmt;
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sqlx::PgPool;
-use tracing::Instrument;
-use tracing::field::{Empty, display};
 
-use crate::error::{Error, Result};
-use crate::guard::{ExclusiveGuard, Held, SharedGuard};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::guard::{ExclusiveGuard, SharedGuard};
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::options::LockOptions;
-use crate::session::Session;
-use crate::session::ledger::Join;
-use crate::session::pending::{Patience, Pending};
-use crate::sql::Verdict;
+use crate::owner::Owner;
+use crate::request::Request;
 
 /// A handle on the lock of one key: an owner, in whose name guards are held.
 ///
@@ -68,11 +65,8 @@ use crate::sql::Verdict;
 /// # Ok(()) }
 /// ```
 pub struct Lock {
-    pool: PgPool,
     key: Key,
-    options: LockOptions,
-    /// The session of the guards that this handle has given out, while any live.
-    session: Weak<Session>,
+    owner: Owner,
 }
 
 impl Lock {
@@ -94,11 +88,11 @@ impl Lock {
     /// ```
     #[must_use]
     pub fn new(pool: &PgPool, key: impl Into<Key>) -> Self {
-        Self::with_options(pool, key.into(), LockOptions::new())
+        Self::with_owner(key.into(), Owner::new(pool, LockOptions::new()))
     }
 
-    pub(crate) fn with_options(pool: &PgPool, key: Key, options: LockOptions) -> Self {
-        Self { pool: pool.clone(), key, options, session: Weak::new() }
+    pub(crate) fn with_owner(key: Key, owner: Owner) -> Self {
+        Self { key, owner }
     }
 
     /// Returns the key.
@@ -161,7 +155,8 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn acquire(&mut self) -> Result<ExclusiveGuard> {
-        self.wait_for(Mode::Exclusive).await.map(ExclusiveGuard::new)
+        let request = self.request(Mode::Exclusive);
+        self.owner.acquire(&request).await.map(ExclusiveGuard::new)
     }
 
     /// Acquires the lock exclusively if that is possible at once. `None` if others hold it.
@@ -195,7 +190,8 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire(&mut self) -> Result<Option<ExclusiveGuard>> {
-        let held = self.take(Mode::Exclusive, Patience::Never).await?;
+        let request = self.request(Mode::Exclusive);
+        let held = self.owner.try_acquire(&request).await?;
         Ok(held.map(ExclusiveGuard::new))
     }
 
@@ -234,7 +230,8 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire_for(&mut self, timeout: Duration) -> Result<Option<ExclusiveGuard>> {
-        let held = self.take(Mode::Exclusive, patience(timeout)).await?;
+        let request = self.request(Mode::Exclusive);
+        let held = self.owner.try_acquire_for(&request, timeout).await?;
         Ok(held.map(ExclusiveGuard::new))
     }
 
@@ -269,7 +266,8 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn acquire_shared(&mut self) -> Result<SharedGuard> {
-        self.wait_for(Mode::Shared).await.map(SharedGuard::new)
+        let request = self.request(Mode::Shared);
+        self.owner.acquire(&request).await.map(SharedGuard::new)
     }
 
     /// Acquires the lock shared if that is possible at once. `None` if it is held exclusively.
@@ -303,7 +301,8 @@ impl Lock {
     /// # drop(writing); Ok(()) }
     /// ```
     pub async fn try_acquire_shared(&mut self) -> Result<Option<SharedGuard>> {
-        let held = self.take(Mode::Shared, Patience::Never).await?;
+        let request = self.request(Mode::Shared);
+        let held = self.owner.try_acquire(&request).await?;
         Ok(held.map(SharedGuard::new))
     }
 
@@ -340,7 +339,8 @@ impl Lock {
         &mut self,
         timeout: Duration,
     ) -> Result<Option<SharedGuard>> {
-        let held = self.take(Mode::Shared, patience(timeout)).await?;
+        let request = self.request(Mode::Shared);
+        let held = self.owner.try_acquire_for(&request, timeout).await?;
         Ok(held.map(SharedGuard::new))
     }
 
@@ -375,110 +375,18 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn close(&mut self) -> Result<()> {
-        let Some(session) = std::mem::take(&mut self.session).upgrade() else { return Ok(()) };
-        session.close().await.map_err(|reason| Error::lost(&self.key, reason))
+        self.owner.close(&self.key).await
     }
 
-    async fn wait_for(&mut self, mode: Mode) -> Result<Held> {
-        loop {
-            // Patience without an end never ends in `None`.
-            if let Some(held) = self.take(mode, Patience::Forever).await? {
-                return Ok(held);
-            }
-        }
-    }
-
-    /// Acquires, inside a span that tells how it went.
-    async fn take(&mut self, mode: Mode, patience: Patience) -> Result<Option<Held>> {
-        let span = tracing::debug_span!(
-            "acquire",
-            key = %self.key.id(),
-            name = self.key.name(),
-            %mode,
-            outcome = Empty,
-            waited_ms = Empty,
-        );
-        let ending = Ending { span: span.clone(), started: Instant::now(), outcome: "cancelled" };
-        let taken = self.take_from_session(mode, patience).instrument(span).await;
-        ending.was(match &taken {
-            Ok(Some(_)) => "acquired",
-            Ok(None) => "busy",
-            Err(_) => "failed",
-        });
-        taken
-    }
-
-    async fn take_from_session(&mut self, mode: Mode, patience: Patience) -> Result<Option<Held>> {
-        let joined = match self.session.upgrade() {
-            Some(session) => match session.join(&self.key, mode) {
-                Join::Covered => return Ok(Some(Held::new(session, self.key.clone(), mode))),
-                Join::Ask => {
-                    let joining = Pending::join(session, &self.key, mode, &self.options);
-                    let Some(joined) = patience.bound(joining).await else { return Ok(None) };
-                    joined
-                }
-                Join::Ended => {
-                    // Or this handle would find the lock busy that it has just let go of.
-                    let ended = patience.bound(session.ended()).await;
-                    if ended.is_none() {
-                        return Ok(None);
-                    }
-                    None
-                }
-            },
-            None => None,
-        };
-        let (pending, verdict) = match joined {
-            Some(pending) => pending.try_now(patience).await?,
-            None => Pending::open(&self.pool, &self.key, mode, &self.options, patience).await?,
-        };
-        let held = match verdict {
-            Verdict::Granted => Some(pending.granted().await?),
-            Verdict::Standby => {
-                pending.withdraw();
-                return Err(Error::Standby { key: self.key.clone() });
-            }
-            Verdict::Busy => pending.wait(self.options.slice(), patience).await?,
-        };
-        if let Some(held) = &held {
-            self.session = Arc::downgrade(held.session());
-        }
-        Ok(held)
-    }
-}
-
-/// Patience that ends after `timeout`: at once, later, or never if that is too far to count.
-fn patience(timeout: Duration) -> Patience {
-    if timeout.is_zero() {
-        return Patience::Never;
-    }
-    Instant::now().checked_add(timeout).map_or(Patience::Forever, Patience::Until)
-}
-
-/// Writes into the span how the acquire ended, even if its future was dropped.
-struct Ending {
-    span: tracing::Span,
-    started: Instant,
-    outcome: &'static str,
-}
-
-impl Ending {
-    fn was(mut self, outcome: &'static str) {
-        self.outcome = outcome;
-    }
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let waited = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.span.record("outcome", display(self.outcome)).record("waited_ms", waited);
+    fn request(&self, mode: Mode) -> Request {
+        Request::one(&self.key, mode)
     }
 }
 
 impl Clone for Lock {
     /// Makes another owner: it shares the pool, the key and the options, and holds nothing.
     fn clone(&self) -> Self {
-        Self::with_options(&self.pool, self.key.clone(), self.options.clone())
+        Self { key: self.key.clone(), owner: self.owner.another() }
     }
 }
 
@@ -486,7 +394,7 @@ impl fmt::Debug for Lock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lock")
             .field("key", &self.key)
-            .field("options", &self.options)
+            .field("options", &self.owner.options)
             .finish_non_exhaustive()
     }
 }

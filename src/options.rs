@@ -1,12 +1,19 @@
 //! How a lock behaves: the settings that have a good default.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgPool;
 
+use crate::election::Election;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::lock::Lock;
+use crate::manager::LockManager;
+use crate::mode::Mode;
+use crate::multi::MultiLock;
+use crate::owner::Owner;
+use crate::semaphore::Semaphore;
 use crate::session::watch::Heartbeat;
 use crate::sql::Vigilance;
 
@@ -24,12 +31,13 @@ use crate::sql::Vigilance;
 /// let guard = lock.acquire().await?;
 /// # drop(guard); Ok(()) }
 /// ```
-#[expect(missing_copy_implementations, reason = "settings to come need not be Copy")]
 #[derive(Clone, Debug)]
 pub struct LockOptions {
     wait_slice: Duration,
     heartbeat: Heartbeat,
     server_gives_up: ServerGivesUp,
+    /// What tells these settings from others on the server.
+    mark: Arc<str>,
     require_settings: bool,
     allow_standby: bool,
 }
@@ -43,8 +51,23 @@ struct ServerGivesUp {
 }
 
 impl ServerGivesUp {
+    /// How long a client is silent at least before it is given up.
+    ///
+    /// A client whose connection is lent says nothing of its own accord, so it may have been idle
+    /// already: only the probes count.
     fn bound(self) -> Duration {
-        self.idle + self.interval * self.count
+        self.interval * self.count
+    }
+
+    fn vigilance(self) -> Vigilance {
+        // Whole seconds, and no more than an hour: checked when the lock was made.
+        let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+        Vigilance {
+            keepalives_idle_s: seconds(self.idle),
+            keepalives_interval_s: seconds(self.interval),
+            keepalives_count: self.count,
+            check_interval_ms: 1000,
+        }
     }
 }
 
@@ -64,17 +87,19 @@ impl LockOptions {
     /// ```
     #[must_use]
     pub fn new() -> Self {
+        let server_gives_up = ServerGivesUp {
+            idle: Duration::from_secs(3),
+            interval: Duration::from_secs(1),
+            count: 5,
+        };
         Self {
             wait_slice: Duration::from_secs(5),
             heartbeat: Heartbeat {
                 interval: Duration::from_secs(2),
                 deadline: Duration::from_secs(2),
             },
-            server_gives_up: ServerGivesUp {
-                idle: Duration::from_secs(4),
-                interval: Duration::from_secs(1),
-                count: 4,
-            },
+            server_gives_up,
+            mark: server_gives_up.vigilance().mark(),
             require_settings: false,
             allow_standby: false,
         }
@@ -85,8 +110,8 @@ impl LockOptions {
     ///
     /// A guard whose session has not answered for the sum of both is lost: see
     /// [`ExclusiveGuard::lost`](crate::ExclusiveGuard::lost). The sum must be at least a second less
-    /// than what [`server_gives_up`](Self::server_gives_up) comes to, so that the holder always gives
-    /// up before the server lets anybody else in. A closed connection is noticed at once, whatever
+    /// than the probes of [`server_gives_up`](Self::server_gives_up) take, so that the holder always
+    /// gives up before the server lets anybody else in. A closed connection is noticed at once, whatever
     /// these are.
     ///
     /// The questions are asked by a task. If the runtime makes no progress for the sum of both, because
@@ -108,8 +133,12 @@ impl LockOptions {
         self
     }
 
-    /// Sets when the server gives up a client that is silent. Default: idle for 4 s, then 4 probes,
+    /// Sets when the server gives up a client that is silent. Default: idle for 3 s, then 5 probes,
     /// one each 1 s; so after 8 s. Whole seconds.
+    ///
+    /// The probes must take at least a second longer than the [`heartbeat`](Self::heartbeat) comes to.
+    /// The idle time does not count: a session whose connection is lent may have been idle for as long
+    /// when the network fails.
     ///
     /// These are the server's `tcp_keepalives_idle`, `tcp_keepalives_interval` and
     /// `tcp_keepalives_count` for the lock's session; `tcp_user_timeout` is set to what they come to.
@@ -125,12 +154,13 @@ impl LockOptions {
     ///
     /// // A host that vanishes keeps its locks for 20 s at most.
     /// let second = Duration::from_secs(1);
-    /// let options = LockOptions::new().server_gives_up(second * 10, second * 2, 5);
+    /// let options = LockOptions::new().server_gives_up(second * 10, second * 2, 5); // 10 + 2 * 5
     /// # let _ = options;
     /// ```
     #[must_use]
     pub fn server_gives_up(mut self, idle: Duration, interval: Duration, count: u32) -> Self {
         self.server_gives_up = ServerGivesUp { idle, interval, count };
+        self.mark = self.server_gives_up.vigilance().mark();
         self
     }
 
@@ -155,6 +185,10 @@ impl LockOptions {
     /// Allows locks on a hot standby, which exclude only others on the same standby.
     ///
     /// Without, an acquire there is an [`Error::Standby`].
+    ///
+    /// When the standby is promoted, its sessions live on, and their locks with them. Whoever holds the
+    /// same key on the old primary holds it there, and is not excluded. A fencing token can only be drawn
+    /// once the standby is promoted.
     ///
     /// # Examples
     ///
@@ -212,40 +246,140 @@ impl LockOptions {
     /// # }
     /// ```
     pub fn lock(&self, pool: &PgPool, key: impl Into<Key>) -> Result<Lock> {
-        const SHORTEST: Duration = Duration::from_secs(2);
-        const LONGEST: Duration = Duration::from_hours(1);
-
         let key = key.into();
-        match self.contradiction(SHORTEST, LONGEST) {
-            Some(reason) => Err(Error::Options { key, reason }),
-            None => Ok(Lock::with_options(pool, key, self.clone())),
+        let owner = self.owner(pool, &key)?;
+        Ok(Lock::with_owner(key, owner))
+    }
+
+    /// Makes a handle on several locks with these settings, at first on one key, to be held
+    /// exclusively. Sends nothing to the server.
+    ///
+    /// # Errors
+    ///
+    /// As for [`lock`](Self::lock).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::LockOptions;
+    ///
+    /// let locks = LockOptions::new().multi_lock(&pool, "account-1")?.and("account-2");
+    /// # let _ = locks; Ok(()) }
+    /// ```
+    pub fn multi_lock(&self, pool: &PgPool, key: impl Into<Key>) -> Result<MultiLock> {
+        let key = key.into();
+        Ok(MultiLock::with_owner(&key, Mode::Exclusive, self.owner(pool, &key)?))
+    }
+
+    /// Makes a semaphore with these settings. Sends nothing to the server.
+    ///
+    /// # Errors
+    ///
+    /// As for [`lock`](Self::lock), and for [`Semaphore::new`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::LockOptions;
+    ///
+    /// let printers = LockOptions::new().require_settings().semaphore(&pool, "printers", 3)?;
+    /// # let _ = printers; Ok(()) }
+    /// ```
+    pub fn semaphore(
+        &self,
+        pool: &PgPool,
+        key: impl Into<Key>,
+        permits: usize,
+    ) -> Result<Semaphore> {
+        let key = key.into();
+        let owner = self.owner(pool, &key)?;
+        Semaphore::with_owner(key, permits, owner)
+    }
+
+    /// Makes an election with these settings. Sends nothing to the server.
+    ///
+    /// # Errors
+    ///
+    /// As for [`lock`](Self::lock).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::LockOptions;
+    ///
+    /// let election = LockOptions::new().require_settings().election(&pool, "billing")?;
+    /// # let _ = election; Ok(()) }
+    /// ```
+    pub fn election(&self, pool: &PgPool, key: impl Into<Key>) -> Result<Election> {
+        let key = key.into();
+        let owner = self.owner(pool, &key)?;
+        Ok(Election::with_owner(key, owner))
+    }
+
+    /// Makes a manager of many locks with these options. Sends nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Options`] if the options contradict each other; its key is 0.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use pglock::LockOptions;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let second = Duration::from_secs(1);
+    /// let manager = LockOptions::new().heartbeat(second, second).manager(&pool)?;
+    /// let _guard = manager.lock("invoice-17").acquire().await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn manager(&self, pool: &PgPool) -> Result<LockManager> {
+        self.owner(pool, &Key::from(0))?;
+        Ok(LockManager::with_options(pool, self.clone()))
+    }
+
+    fn owner(&self, pool: &PgPool, key: &Key) -> Result<Owner> {
+        match self.contradiction() {
+            Some(reason) => Err(Error::Options { key: key.clone(), reason }),
+            None => Ok(Owner::new(pool, self.clone())),
         }
     }
 
-    fn contradiction(&self, shortest: Duration, longest: Duration) -> Option<String> {
+    fn contradiction(&self) -> Option<String> {
+        const SHORTEST: Duration = Duration::from_secs(2);
+        const LONGEST: Duration = Duration::from_hours(1);
         const MARGIN: Duration = Duration::from_secs(1);
         const TICK: Duration = Duration::from_millis(100);
 
         let Self { wait_slice, heartbeat, server_gives_up, .. } = self;
-        if !(shortest..=longest).contains(wait_slice) {
+        if !(SHORTEST..=LONGEST).contains(wait_slice) {
             return Some(format!(
-                "wait_slice is {wait_slice:?}; it must be from {shortest:?} to {longest:?}"
+                "wait_slice is {wait_slice:?}; it must be from {SHORTEST:?} to {LONGEST:?}"
             ));
         }
         let Heartbeat { interval, deadline } = heartbeat;
         for (name, value) in [("interval", interval), ("deadline", deadline)] {
-            if !(TICK..=longest).contains(value) {
+            if !(TICK..=LONGEST).contains(value) {
                 return Some(format!(
-                    "the heartbeat's {name} is {value:?}; it must be from {TICK:?} to {longest:?}"
+                    "the heartbeat's {name} is {value:?}; it must be from {TICK:?} to {LONGEST:?}"
                 ));
             }
         }
         let ServerGivesUp { idle, interval: between, count } = server_gives_up;
         for (name, value) in [("idle", idle), ("interval", between)] {
-            if value.subsec_nanos() != 0 || !(MARGIN..=longest).contains(value) {
+            if value.subsec_nanos() != 0 || !(MARGIN..=LONGEST).contains(value) {
                 return Some(format!(
                     "server_gives_up has {name} = {value:?}; it must be whole seconds, from \
-                     {MARGIN:?} to {longest:?}"
+                     {MARGIN:?} to {LONGEST:?}"
                 ));
             }
         }
@@ -256,8 +390,9 @@ impl LockOptions {
         (holder + MARGIN > server).then(|| {
             format!(
                 "the holder would give up after {interval:?} + {deadline:?} = {holder:?}, and the \
-                 server after {idle:?} + {count} * {between:?} = {server:?}; the holder must be at \
-                 least {MARGIN:?} earlier, or two could believe that they hold the lock"
+                 server after {count} * {between:?} = {server:?}, if the client was idle before; \
+                 the holder must be at least {MARGIN:?} earlier, or two could believe that they hold \
+                 the lock"
             )
         })
     }
@@ -271,14 +406,12 @@ impl LockOptions {
     }
 
     pub(crate) fn vigilance(&self) -> Vigilance {
-        // Whole seconds, and no more than an hour: checked when the lock was made.
-        let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
-        Vigilance {
-            keepalives_idle_s: seconds(self.server_gives_up.idle),
-            keepalives_interval_s: seconds(self.server_gives_up.interval),
-            keepalives_count: self.server_gives_up.count,
-            check_interval_ms: 1000,
-        }
+        self.server_gives_up.vigilance()
+    }
+
+    /// The mark of the same, written once and not for each acquire.
+    pub(crate) fn mark(&self) -> &str {
+        &self.mark
     }
 
     pub(crate) fn settings_required(&self) -> bool {

@@ -18,17 +18,23 @@
 pub(crate) mod conn;
 pub(crate) mod ledger;
 pub(crate) mod lend;
+mod nursery;
 pub(crate) mod pending;
+mod pooler;
+mod question;
 pub(crate) mod recover;
 pub(crate) mod servers;
+pub(crate) mod shared;
 pub(crate) mod task;
 pub(crate) mod watch;
 
+use std::future::poll_fn;
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
@@ -38,10 +44,13 @@ use tokio::time::timeout;
 
 use crate::error::{Error, Loss, Result};
 use crate::key::{Key, KeyId};
-use crate::mode::Mode;
+use crate::manager::Farewell;
+use crate::options::LockOptions;
+use crate::request::Request;
 use crate::sql::{self, Protocol};
 use conn::Conn;
-use ledger::{Join, Leave, Ledger, Modes, Tell};
+use ledger::{Join, Leave, Ledger, Modes};
+use servers::Server;
 use task::Task;
 use watch::Heartbeat;
 
@@ -58,13 +67,21 @@ pub(crate) struct Session {
     ledger: Mutex<Ledger>,
     backend: OnceLock<Backend>,
     heartbeat: Heartbeat,
+    options: LockOptions,
     /// When the question was asked that the session answered last.
     asked: Mutex<Instant>,
     loss: tokio::sync::watch::Sender<Option<Loss>>,
+    /// How the connection broke, if it did: after the last guard has left the ledger does not say.
+    broke: OnceLock<Loss>,
     watched: AtomicBool,
-    /// The role's limit on idle sessions was lifted, and is to be put back.
-    idle_limited: AtomicBool,
+    /// The watch hears at once when the idle connection is closed.
+    listened_to: AtomicBool,
+    /// A setting was changed that the application would notice, and is to be put back.
+    changed: AtomicBool,
+    /// How many locks a manager holds on the session, beside those of the ledger.
+    managed: AtomicUsize,
     pool: PgPool,
+    server: Arc<Server>,
     runtime: Handle,
 }
 
@@ -85,6 +102,8 @@ struct Backend {
 pub(crate) struct ConnGuard {
     slot: OwnedMutexGuard<Option<Conn>>,
     session: Arc<Session>,
+    /// It is used again so soon that nobody need listen until then.
+    quiet: bool,
 }
 
 impl Deref for ConnGuard {
@@ -106,24 +125,37 @@ impl Drop for ConnGuard {
         if self.session.is_broken() {
             drop(self.slot.take());
         }
-        self.session.used.notify_one();
+        if !self.quiet {
+            self.session.used.notify_one();
+        }
     }
 }
 
 impl Session {
     /// A session that takes over `conn` for a pending acquire.
-    fn open(pool: &PgPool, conn: Conn, runtime: Handle, heartbeat: Heartbeat) -> Arc<Self> {
+    pub(crate) fn open(
+        pool: &PgPool,
+        server: &Arc<Server>,
+        conn: impl Into<Option<Conn>>,
+        runtime: Handle,
+        options: &LockOptions,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            conn: Arc::new(tokio::sync::Mutex::new(Some(conn))),
+            conn: Arc::new(tokio::sync::Mutex::new(conn.into())),
             used: Notify::new(),
             ledger: Mutex::new(Ledger::opening()),
             backend: OnceLock::new(),
-            heartbeat,
+            heartbeat: options.beat(),
+            options: options.clone(),
             asked: Mutex::new(Instant::now()),
             loss: tokio::sync::watch::Sender::new(None),
+            broke: OnceLock::new(),
             watched: AtomicBool::new(false),
-            idle_limited: AtomicBool::new(false),
+            listened_to: AtomicBool::new(false),
+            changed: AtomicBool::new(false),
+            managed: AtomicUsize::new(0),
             pool: pool.clone(),
+            server: Arc::clone(server),
             runtime,
         })
     }
@@ -131,19 +163,33 @@ impl Session {
     /// Waits for the connection, behind all who asked before.
     async fn connection(self: &Arc<Self>) -> ConnGuard {
         let slot = Arc::clone(&self.conn).lock_owned().await;
-        ConnGuard { slot, session: Arc::clone(self) }
+        ConnGuard { slot, session: Arc::clone(self), quiet: false }
     }
 
-    pub(crate) fn join(&self, key: &Key, mode: Mode) -> Join {
+    /// The same for one who uses it so often that it would cost too much to wake the watch each time.
+    async fn quietly(self: &Arc<Self>) -> ConnGuard {
+        let slot = Arc::clone(&self.conn).lock_owned().await;
+        ConnGuard { slot, session: Arc::clone(self), quiet: true }
+    }
+
+    pub(crate) fn join(&self, request: &Request) -> Join {
         // Nobody is to join a session that has been silent for too long.
         drop(self.loss());
-        self.ledger().join(key.id(), mode)
+        self.ledger().join(request)
     }
 
     /// Waits until the connection of an ended session has gone, and its locks with it.
     pub(crate) async fn ended(&self) {
         // Whoever ends the session is in the mutex's queue already.
         drop(self.conn.lock().await);
+    }
+
+    pub(crate) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    pub(crate) fn options(&self) -> &LockOptions {
+        &self.options
     }
 
     pub(crate) fn backend_pid(&self) -> i32 {
@@ -167,13 +213,21 @@ impl Session {
     }
 
     /// Waits until the session is lost.
+    ///
+    /// Looks at the clock whenever it is polled: in a process that was stopped for too long, whoever
+    /// awaits this may be polled before the watch is.
     pub(crate) async fn lost(&self) -> Loss {
         let mut loss = self.loss.subscribe();
-        // The sender lives as long as `self`, so this is never an error.
-        match loss.wait_for(Option::is_some).await.map(|loss| loss.clone()) {
-            Ok(Some(loss)) => loss,
-            Ok(None) | Err(_) => std::future::pending().await,
-        }
+        let mut told = pin!(loss.wait_for(Option::is_some));
+        poll_fn(|cx| match self.loss() {
+            Some(loss) => Poll::Ready(loss),
+            // The sender lives as long as `self`, so this is never an error.
+            None => told.as_mut().poll(cx).map(|told| match told.as_deref() {
+                Ok(Some(loss)) => loss.clone(),
+                Ok(None) | Err(_) => Loss::NotHeld,
+            }),
+        })
+        .await
     }
 
     fn is_broken(&self) -> bool {
@@ -197,27 +251,41 @@ impl Session {
     /// Has a session watched that holds something.
     fn watch(self: &Arc<Self>) {
         if !self.watched.swap(true, Ordering::Relaxed) {
-            // Detach: it ends with the session.
-            drop(self.runtime.spawn(watch::watch(Arc::downgrade(self))));
+            nursery::admit(self);
         }
     }
 
+    /// Has what the application would notice put back at the end.
+    fn to_put_back(&self) {
+        self.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a guard of this key is alive, and may be believed.
+    pub(crate) fn guards(&self, key: &Key) -> bool {
+        self.loss().is_none() && self.ledger().has_guard(key.id())
+    }
+
     /// Gives up one guard's share. Only if that changes what the server knows, a task tells it.
-    pub(crate) fn release(self: Arc<Self>, key: &Key, mode: Mode, protocol: Protocol) -> Release {
-        let leave = self.ledger().leave(key.id(), mode);
+    pub(crate) fn release(self: Arc<Self>, request: &Request, protocol: Protocol) -> Release {
+        let leave = self.ledger().leave(request);
         match leave {
             Leave::Keep => return Release::Done(Ok(())),
             Leave::Lost(reason) => {
-                return Release::Done(Err(Error::lost(key, reason)));
+                return Release::Done(Err(Error::lost(request.key(), reason)));
             }
             Leave::Tell => {}
         }
         let runtime = self.runtime.clone();
-        let key = key.clone();
-        Release::Running(Task::start(&runtime, async move {
-            let told = self.let_go(LetGo::Excess(key.id(), protocol)).await;
+        let request = request.clone();
+        let telling = async move {
+            let key = request.key().clone();
+            let told = self.let_go(LetGo::Excess(request, protocol)).await;
             told.map_err(|reason| Error::lost(&key, reason))
-        }))
+        };
+        Release::Running(match protocol {
+            Protocol::Extended => Task::to_await(&runtime, telling),
+            Protocol::Simple => Task::start(&runtime, telling),
+        })
     }
 
     /// Ends the session under its guards, which are told that it is lost.
@@ -232,48 +300,55 @@ impl Session {
     ///
     /// The pool gets it only when the server has confirmed that every lock was held and is free now.
     async fn let_go(self: Arc<Self>, what: LetGo) -> Result<(), Loss> {
-        // Whether the answer came from another session than the one that was asked.
-        let mut elsewhere = false;
         let mut slot = self.connection().await;
         let Some(conn) = slot.as_mut() else {
             self.done(slot);
-            return self.ledger().loss().map_or(Ok(()), Err);
+            // Another release has told the server for both; or the connection broke while this one waited
+            // for it, and nobody has told the server anything.
+            let loss = self.ledger().loss().or_else(|| self.broke.get().cloned());
+            return loss.map_or(Ok(()), Err);
         };
-        let put_back = self.idle_limited.load(Ordering::Relaxed) && self.ledger().is_last();
-        let answer = within_task(DEADLINE, async {
+        let put_back = self.changed.load(Ordering::Relaxed) && self.ledger().is_last();
+        let mut locks = Vec::new();
+        let unlocked = within_task(DEADLINE, async {
             self.tidy(conn).await?;
-            match &what {
-                LetGo::All(locks) => {
-                    let unlocked = sql::unlock_all(conn.pg()?, locks, put_back).await?;
-                    elsewhere = unlocked.backend_pid != self.backend_pid();
-                    Ok(unlocked.all)
-                }
-                LetGo::Excess(key, protocol) => {
-                    let tell = self.ledger().tell(*key);
-                    match tell {
-                        Some(Tell::Downgrade) => sql::downgrade(conn.pg()?, *key).await,
-                        Some(Tell::Unlock(modes)) => {
-                            let unlocked =
-                                sql::unlock(conn.pg()?, *key, modes, *protocol, put_back).await?;
-                            elsewhere = unlocked.backend_pid != self.backend_pid();
-                            Ok(unlocked.all)
+            let (given_up, protocol) = match &what {
+                LetGo::All(locks) => (locks.clone(), Protocol::Simple),
+                LetGo::Excess(request, protocol) => {
+                    let tell = self.ledger().tell(request);
+                    for key in tell.downgrade {
+                        if !sql::downgrade(conn.pg()?, key).await? {
+                            return Ok(Some(false));
                         }
-                        // A release that came later was sooner here, and told the server for both.
-                        None => Ok(true),
                     }
+                    (tell.unlock, *protocol)
                 }
+            };
+            if given_up.is_empty() && !put_back {
+                return Ok(Some(true));
             }
+            locks = given_up;
+            let unlocked = sql::unlock(conn.pg()?, &locks, protocol, put_back).await?;
+            Ok((unlocked.backend_pid == self.backend_pid()).then_some(unlocked.all))
         });
-        match answer.await {
-            _ if elsewhere => Err(self.fail(slot, Loss::Pooled)),
-            Ok(true) => {
+        let loss = match unlocked.await {
+            Ok(Some(true)) => {
                 tracing::trace!(backend_pid = self.backend_pid(), ?what, "released");
+                if put_back {
+                    self.changed.store(false, Ordering::Relaxed);
+                }
                 self.done(slot);
-                Ok(())
+                return Ok(());
             }
-            Ok(false) => Err(self.fail(slot, Loss::NotHeld)),
-            Err(error) => Err(self.fail(slot, Loss::Disconnected(Arc::new(error)))),
+            Ok(Some(false)) => Loss::NotHeld,
+            // Another session than the one that was asked has answered.
+            Ok(None) => Loss::Pooled,
+            Err(error) => Loss::broken(error),
+        };
+        if matches!(loss, Loss::Pooled) {
+            self.retrieve(conn, self.backend_pid(), &locks).await;
         }
+        Err(self.fail(slot, loss))
     }
 
     /// Counts a statement as done that failed, after which nobody knows what the session holds.
@@ -288,15 +363,31 @@ impl Session {
     /// more: the good end of a session.
     fn done(&self, mut slot: ConnGuard) {
         if self.ledger().done()
-            && let Some(conn) = slot.take()
+            && let Some(mut conn) = slot.take()
         {
-            conn.give_back();
+            if !self.changed.load(Ordering::Relaxed) {
+                conn.give_back();
+                return;
+            }
+            // Mostly the last unlock has put it back. Detach: if it fails, the connection is closed.
+            drop(Task::start(&self.runtime, async move {
+                let put_back = within_task(DEADLINE, async { sql::put_back(conn.pg()?).await });
+                if put_back.await.is_ok() {
+                    conn.give_back();
+                }
+            }));
         }
     }
 
     /// Tells all guards, and closes the connection, which the pool must not have: the bad end of a
     /// session. If somebody uses the connection, it is closed when he gives it back.
     fn lose(&self, loss: &Loss) {
+        if matches!(loss, Loss::Pooled) {
+            // Whoever found none before was wrong.
+            self.server.set_direct(false);
+        }
+        // The first one counts.
+        self.broke.set(loss.clone()).ok();
         let locks = self.ledger().lose(loss.clone());
         if let Ok(mut slot) = self.conn.try_lock() {
             drop(slot.take());
@@ -304,12 +395,20 @@ impl Session {
         if self.ledger().loss().is_some() {
             self.tell(loss);
         }
-        tracing::warn!(
-            backend_pid = self.backend_pid(),
-            locks = locks.len(),
-            reason = loss as &dyn std::error::Error,
-            "closed a lock session instead of returning it to the pool"
-        );
+        let backend_pid = self.backend_pid();
+        let locks = locks.len() + self.managed.swap(0, Ordering::Relaxed);
+        let reason = loss as &dyn std::error::Error;
+        // A runtime that goes down takes its guards along, mostly as it is meant to.
+        if matches!(loss, Loss::Abandoned) {
+            tracing::debug!(backend_pid, locks, reason, "closed a lock session with its runtime");
+        } else {
+            tracing::warn!(
+                backend_pid,
+                locks,
+                reason,
+                "closed a lock session instead of returning it to the pool"
+            );
+        }
     }
 
     /// Tells whoever waits for a loss; the first one counts.
@@ -333,8 +432,8 @@ impl Session {
 enum LetGo {
     /// These locks, whatever the ledger says.
     All(Vec<(KeyId, Modes)>),
-    /// What no guard of this key needs any more.
-    Excess(KeyId, Protocol),
+    /// What no guard of these keys needs any more.
+    Excess(Request, Protocol),
 }
 
 /// A release that is done, or on its way.
@@ -342,6 +441,8 @@ enum LetGo {
 pub(crate) enum Release {
     Done(Result<()>),
     Running(Task<Result<()>>),
+    /// A manager does it.
+    Told(Farewell),
 }
 
 impl Release {
@@ -350,6 +451,7 @@ impl Release {
         match self {
             Self::Done(result) => result,
             Self::Running(task) => task.await,
+            Self::Told(farewell) => farewell.answered().await,
         }
     }
 }

@@ -5,17 +5,22 @@
 //! the server, and asks the ledger what at that moment, so it does not matter in which order guards
 //! that go at once get their turn.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::mem;
 
 use crate::error::Loss;
 use crate::key::KeyId;
 use crate::mode::Mode;
+use crate::request::{Need, Request};
 
 /// The guards of one session.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     // Invariant: every entry has a guard, or something that the server has granted.
-    keys: HashMap<KeyId, Counts>,
+    // Mostly one, of which a hash would cost as much as all else here.
+    keys: BTreeMap<KeyId, Counts>,
+    /// Guards of the session itself, which is open for what is not counted here.
+    keepers: usize,
     /// Statements under way that change what the server has granted. They keep the session open.
     under_way: usize,
     ended: Option<Ended>,
@@ -65,13 +70,22 @@ pub(crate) enum Leave {
     Tell,
 }
 
-/// What the server is to be told, so that it holds no more of a key than is needed.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Tell {
-    /// Take the key shared, then give its exclusive lock up: only shared guards are left.
-    Downgrade,
-    /// Give the key up in these modes.
-    Unlock(Modes),
+/// What the server is to be told, so that it holds no more than is needed.
+#[derive(Debug, Default)]
+pub(crate) struct Tell {
+    /// Take these keys shared, then give their exclusive locks up: only shared guards are left.
+    pub(crate) downgrade: Vec<KeyId>,
+    /// Give these keys up, in these modes.
+    pub(crate) unlock: Vec<(KeyId, Modes)>,
+}
+
+/// What the server holds of a key beyond what is needed.
+#[derive(Clone, Copy, Debug)]
+enum Excess {
+    /// Exclusive, where shared would do.
+    Exclusive,
+    /// In these modes.
+    Modes(Modes),
 }
 
 impl Ledger {
@@ -81,34 +95,52 @@ impl Ledger {
     }
 
     /// Counts a guard if what the session holds covers it.
-    pub(crate) fn join(&mut self, key: KeyId, mode: Mode) -> Join {
+    pub(crate) fn join(&mut self, request: &Request) -> Join {
         if self.ended.is_some() {
             return Join::Ended;
         }
-        if let Some(counts) = self.keys.get_mut(&key)
-            && counts.covers(mode)
-        {
-            *counts.of(mode) += 1;
+        if request.need == Need::All && self.missing(request).is_empty() {
+            for (key, mode) in request.ids() {
+                *self.keys.entry(key).or_default().of(mode) += 1;
+            }
             return Join::Covered;
         }
         self.under_way += 1;
         Join::Ask
     }
 
-    /// Counts the guard that the server granted, in place of the statement that asked for it.
+    /// What the session does not hold yet of what is wanted.
+    ///
+    /// For whoever has the connection: what is missing changes with every statement.
+    pub(crate) fn missing(&self, request: &Request) -> Vec<(KeyId, Mode)> {
+        let covered = |key, mode| self.keys.get(&key).is_some_and(|counts| counts.covers(mode));
+        request.ids().filter(|&(key, mode)| !covered(key, mode)).collect()
+    }
+
+    /// Counts a guard for which the server granted what was missing, in place of the statement that
+    /// asked for it.
     ///
     /// The session may have been lost while the answer was on its way; then there is no guard, and
     /// what was granted is still to be given up.
-    pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) -> Result<(), Loss> {
+    pub(crate) fn granted(
+        &mut self,
+        request: &Request,
+        missing: &[(KeyId, Mode)],
+    ) -> Result<(), Loss> {
         if let Some(loss) = self.loss() {
             return Err(loss);
         }
         self.under_way -= 1;
-        let counts = self.keys.entry(key).or_default();
-        *counts.of(mode) += 1;
-        match mode {
-            Mode::Exclusive => counts.server.exclusive = true,
-            Mode::Shared => counts.server.shared = true,
+        self.keepers += usize::from(request.need == Need::Nothing);
+        for (key, mode) in request.ids() {
+            *self.keys.entry(key).or_default().of(mode) += 1;
+        }
+        for &(key, mode) in missing {
+            let server = &mut self.keys.entry(key).or_default().server;
+            match mode {
+                Mode::Exclusive => server.exclusive = true,
+                Mode::Shared => server.shared = true,
+            }
         }
         Ok(())
     }
@@ -124,14 +156,20 @@ impl Ledger {
     }
 
     /// Takes a guard out.
-    pub(crate) fn leave(&mut self, key: KeyId, mode: Mode) -> Leave {
+    pub(crate) fn leave(&mut self, request: &Request) -> Leave {
         if let Some(loss) = self.loss() {
             return Leave::Lost(loss);
         }
-        // A guard that is not counted has nothing to give up.
-        let Some(counts) = self.keys.get_mut(&key) else { return Leave::Keep };
-        *counts.of(mode) -= 1;
-        if counts.excess().is_none() {
+        let mut excess = request.need == Need::Nothing;
+        self.keepers -= usize::from(excess);
+        for (key, mode) in request.ids() {
+            // A guard that is not counted has nothing to give up.
+            if let Some(counts) = self.keys.get_mut(&key) {
+                *counts.of(mode) -= 1;
+                excess |= counts.excess().is_some();
+            }
+        }
+        if !excess {
             return Leave::Keep;
         }
         if !self.has_guards() && self.under_way == 0 {
@@ -141,27 +179,49 @@ impl Ledger {
         Leave::Tell
     }
 
-    /// Returns what the server is to be told of a key, and counts it as told.
+    /// Returns what the server is to be told of the keys of a guard that left, and counts it as told.
     ///
     /// For whoever has the connection; if the server then does not do it, the session is lost.
-    pub(crate) fn tell(&mut self, key: KeyId) -> Option<Tell> {
-        let counts = self.keys.get_mut(&key)?;
-        let tell = counts.excess()?;
-        match tell {
-            Tell::Downgrade => counts.server = Modes { exclusive: false, shared: true },
-            Tell::Unlock(modes) => {
-                counts.server.exclusive &= !modes.exclusive;
-                counts.server.shared &= !modes.shared;
+    pub(crate) fn tell(&mut self, request: &Request) -> Tell {
+        let mut tell = Tell::default();
+        for (key, _) in request.ids() {
+            let Some(counts) = self.keys.get_mut(&key) else { continue };
+            match counts.excess() {
+                Some(Excess::Exclusive) => {
+                    counts.server = Modes { exclusive: false, shared: true };
+                    tell.downgrade.push(key);
+                }
+                Some(Excess::Modes(modes)) => {
+                    counts.server.exclusive &= !modes.exclusive;
+                    counts.server.shared &= !modes.shared;
+                    tell.unlock.push((key, modes));
+                }
+                // A release that came later was sooner here, and told the server for both.
+                None => {}
+            }
+            if counts.is_unused() {
+                self.keys.remove(&key);
             }
         }
-        if counts.is_unused() {
-            self.keys.remove(&key);
-        }
-        Some(tell)
+        tell
+    }
+
+    /// Whether it is open for what is not counted here.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.keepers > 0
     }
 
     pub(crate) fn has_guards(&self) -> bool {
-        self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
+        self.is_kept() || self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
+    }
+
+    /// What the server has granted.
+    pub(crate) fn granted_by_server(&self) -> Vec<(KeyId, Modes)> {
+        self.keys.iter().map(|(key, counts)| (*key, counts.server)).collect()
+    }
+
+    pub(crate) fn has_guard(&self, key: KeyId) -> bool {
+        self.keys.get(&key).is_some_and(|counts| counts.exclusive + counts.shared > 0)
     }
 
     /// Whether a statement under way is the last that the session needs.
@@ -181,7 +241,7 @@ impl Ledger {
         if self.ended.is_none() {
             self.ended = Some(Ended::Lost(loss));
         }
-        self.keys.drain().map(|(key, counts)| (key, counts.server)).collect()
+        mem::take(&mut self.keys).into_iter().map(|(key, counts)| (key, counts.server)).collect()
     }
 
     pub(crate) fn loss(&self) -> Option<Loss> {
@@ -204,18 +264,18 @@ impl Counts {
     /// What the server has granted beyond what the guards need.
     ///
     /// A shared lock beside an exclusive one is left until both go: it costs nothing to keep.
-    fn excess(&self) -> Option<Tell> {
+    fn excess(&self) -> Option<Excess> {
         let Modes { exclusive, shared } = self.server;
         if self.exclusive > 0 {
             None
         } else if self.shared > 0 {
             exclusive.then_some(if shared {
-                Tell::Unlock(Modes { exclusive: true, shared: false })
+                Excess::Modes(Modes { exclusive: true, shared: false })
             } else {
-                Tell::Downgrade
+                Excess::Exclusive
             })
         } else {
-            (exclusive || shared).then_some(Tell::Unlock(self.server))
+            (exclusive || shared).then_some(Excess::Modes(self.server))
         }
     }
 
@@ -230,3 +290,6 @@ impl Counts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,7 +62,7 @@ impl Session {
         };
         if let Err(error) = tidied {
             drop(slot.take());
-            self.lose(&Loss::Disconnected(Arc::new(error)));
+            self.lose(&Loss::broken(error));
         }
         if let Some(reason) = self.loss() {
             return Err(Error::lost(key, reason));
@@ -102,7 +102,7 @@ impl Session {
         let Some(conn) = slot.as_mut() else { return };
         if let Err(error) = within_task(DEADLINE, self.tidy(conn)).await {
             drop(slot.take());
-            self.lose(&Loss::Disconnected(Arc::new(error)));
+            self.lose(&Loss::broken(error));
         }
     }
 }

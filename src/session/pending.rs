@@ -1,29 +1,42 @@
 //! An acquire under way: from the pool's connection to the guard.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
 use sqlx::{PgPool, Postgres};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio::time::{timeout, timeout_at};
 
 use super::conn::Conn;
+use super::ledger::Modes;
 use super::recover::silence;
+use super::servers::Server;
 use super::task::Task;
-use super::{Backend, ConnGuard, DEADLINE, Session, servers, within, within_task};
+use super::{Backend, ConnGuard, DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer, sqlstate};
-use crate::guard::Held;
-use crate::key::Key;
+use crate::held::Held;
+use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::LockOptions;
-use crate::sql::{self, Tried, Verdict, WaitLimit};
+use crate::request::{Need, Request};
+use crate::sql::{self, WaitLimit, Waited};
+
+/// What the server said.
+#[derive(Debug)]
+pub(crate) enum Verdict {
+    Busy,
+    Granted,
+    /// A pooler in transaction mode sits in between.
+    Pooled,
+    Standby,
+}
 
 /// For how long an acquire waits for a busy lock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Patience {
+    /// Never for the lock, and until then for the pool.
+    ForPool(Instant),
     Forever,
     Never,
     Until(Instant),
@@ -41,8 +54,10 @@ pub(crate) struct Pending {
     session: Arc<Session>,
     // Invariant: `Some` until the acquire is settled one way or the other.
     slot: Option<ConnGuard>,
-    key: Key,
-    mode: Mode,
+    request: Request,
+    /// What of it the session did not hold before; the server has granted the first `taken`.
+    missing: Vec<(KeyId, Mode)>,
+    taken: usize,
     options: LockOptions,
     /// The role has a limit on idle sessions, which a holder may be.
     idle_limited: bool,
@@ -61,8 +76,8 @@ enum Stage {
     Waiting,
 }
 
-/// How many connections of a process may be open beside its pools, to look for a pooler.
-static PROBING: Semaphore = Semaphore::const_new(4);
+/// How long an acquire looks for a pooler.
+const PROBE: Duration = Duration::from_secs(1);
 
 /// How much later than the server a bounded wait gives up, if the server does not answer.
 const GRACE: Duration = Duration::from_millis(500);
@@ -72,14 +87,16 @@ impl Patience {
     pub(crate) async fn bound<T>(self, future: impl Future<Output = T>) -> Option<T> {
         match self {
             Self::Forever | Self::Never => Some(future.await),
-            Self::Until(deadline) => timeout_at(deadline.into(), future).await.ok(),
+            Self::ForPool(deadline) | Self::Until(deadline) => {
+                timeout_at(deadline.into(), future).await.ok()
+            }
         }
     }
 
     /// How long an answer may take that needs no wait.
     fn deadline(self) -> Duration {
         match self {
-            Self::Forever | Self::Never => DEADLINE,
+            Self::ForPool(_) | Self::Forever | Self::Never => DEADLINE,
             Self::Until(_) => self.left().map_or(DEADLINE, |left| DEADLINE.min(left + GRACE)),
         }
     }
@@ -87,7 +104,7 @@ impl Patience {
     fn left(self) -> Option<Duration> {
         match self {
             Self::Forever => None,
-            Self::Never => Some(Duration::ZERO),
+            Self::ForPool(_) | Self::Never => Some(Duration::ZERO),
             Self::Until(deadline) => Some(deadline.saturating_duration_since(Instant::now())),
         }
     }
@@ -99,21 +116,11 @@ impl Pending {
     /// Waits for its connection. `None` if the session ended before it was free.
     pub(crate) async fn join(
         session: Arc<Session>,
-        key: &Key,
-        mode: Mode,
+        request: &Request,
         options: &LockOptions,
     ) -> Option<Self> {
-        let mut pending = Self {
-            session: Arc::clone(&session),
-            slot: None,
-            key: key.clone(),
-            mode,
-            options: options.clone(),
-            idle_limited: false,
-            stage: Stage::Nothing,
-            settled: false,
-        };
-        let slot = session.connection().await;
+        let mut pending = Self::new(session, request, options);
+        let slot = pending.session.connection().await;
         let open = slot.is_some();
         pending.slot = Some(slot);
         open.then_some(pending)
@@ -126,19 +133,19 @@ impl Pending {
     /// goes with the ping.) Only then the pool is asked properly, which may wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
-        key: &Key,
-        mode: Mode,
+        server: &Arc<Server>,
+        request: &Request,
         options: &LockOptions,
         patience: Patience,
     ) -> Result<(Self, Verdict)> {
         let runtime = Handle::current();
         if let Some(idle) = pool.try_acquire() {
-            let mut pending = Self::start(pool, idle, &runtime, key, mode, options).await;
+            let mut pending = Self::start(pool, server, idle, &runtime, request, options).await;
             match pending.ask(patience).await {
                 Ok(verdict) => return Ok((pending, verdict)),
                 Err(error) if is_answer(&error) => return Err(pending.fail(error).await),
                 Err(error) => tracing::debug!(
-                    %key,
+                    key = %request.key(),
                     error = &error as &dyn std::error::Error,
                     "an idle connection of the pool was dead; taking another"
                 ),
@@ -146,8 +153,8 @@ impl Pending {
             // Before the pool is asked: this may be its only connection.
             pending.close();
         }
-        let pooled = lend(pool, key, patience).await?;
-        let mut pending = Self::start(pool, pooled, &runtime, key, mode, options).await;
+        let pooled = lend(pool, request.key(), patience).await?;
+        let mut pending = Self::start(pool, server, pooled, &runtime, request, options).await;
         match pending.ask(patience).await {
             Ok(verdict) => Ok((pending, verdict)),
             Err(error) => Err(pending.fail(error).await),
@@ -156,21 +163,27 @@ impl Pending {
 
     async fn start(
         pool: &PgPool,
+        server: &Arc<Server>,
         pooled: PoolConnection<Postgres>,
         runtime: &Handle,
-        key: &Key,
-        mode: Mode,
+        request: &Request,
         options: &LockOptions,
     ) -> Self {
         let conn = Conn::new(pooled, runtime.clone());
-        let session = Session::open(pool, conn, runtime.clone(), options.beat());
+        let session = Session::open(pool, server, conn, runtime.clone(), options);
+        let mut pending = Self::new(session, request, options);
         // Nobody else knows the session yet, so this does not wait.
-        let slot = session.connection().await;
+        pending.slot = Some(pending.session.connection().await);
+        pending
+    }
+
+    fn new(session: Arc<Session>, request: &Request, options: &LockOptions) -> Self {
         Self {
             session,
-            slot: Some(slot),
-            key: key.clone(),
-            mode,
+            slot: None,
+            request: request.clone(),
+            missing: Vec::new(),
+            taken: 0,
             options: options.clone(),
             idle_limited: false,
             stage: Stage::Nothing,
@@ -178,81 +191,101 @@ impl Pending {
         }
     }
 
-    /// Asks the server once: the whole of an acquire of a free lock.
+    /// Asks the server once: the whole of an acquire of what is free.
     ///
     /// A transaction that somebody left open on the pooled connection is ended; a session lock does
     /// not depend on it.
     async fn ask(&mut self, patience: Patience) -> Result<Verdict, sqlx::Error> {
-        let Self { session, slot, key, mode, options, idle_limited, stage, .. } = self;
+        let Self { session, slot, request, missing, taken, options, stage, .. } = self;
         let Some(conn) = slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
         };
         let asked = Instant::now();
+        let need = request.need;
+        if *taken == 0 {
+            // Another handle of the session may have been here since it was joined.
+            *missing = session.ledger().missing(request);
+            if missing.is_empty() && need != Need::Nothing {
+                return Ok(Verdict::Granted);
+            }
+        }
+        let rest = missing.get(*taken..).unwrap_or_default();
         let allow_standby = options.standby_allowed();
         let answer = within(patience.deadline(), async {
             session.tidy(conn).await?;
-            *stage = Stage::Trying;
             let pg = conn.pg()?;
-            let found = servers::findings(&session.pool);
-            let vigilance = (!found.refuses_settings).then(|| options.vigilance());
-            match sql::try_lock(pg, key.id(), *mode, vigilance, allow_standby).await {
+            let server = &session.server;
+            if !server.is_direct() {
+                let limit = patience.deadline().min(PROBE);
+                // Without an answer the next acquire asks again.
+                match timeout(limit, Box::pin(session.is_pooled(pg))).await {
+                    Ok(Ok(Some(true))) => return Ok(None),
+                    Ok(Ok(Some(false))) => server.set_direct(true),
+                    Ok(Ok(None)) | Err(_) => {}
+                    Ok(Err(error)) => return Err(error),
+                }
+            }
+            *stage = Stage::Trying;
+            let without = server.refuses_settings() && !options.settings_required();
+            let vigilance = (!without).then(|| (options.vigilance(), options.mark()));
+            let tried = match sql::try_lock(pg, rest, need, vigilance, allow_standby).await {
                 Err(error) if sqlstate(&error).as_deref() == Some("25P02") => {
                     sql::end_transaction(pg).await?;
-                    sql::try_lock(pg, key.id(), *mode, vigilance, allow_standby).await
+                    sql::try_lock(pg, rest, need, vigilance, allow_standby).await
                 }
                 Err(error) if refuses_settings(&error) && !options.settings_required() => {
-                    // In case the server took the lock first.
-                    sql::unlock_if_held(pg, key.id(), *mode, false).await?;
-                    servers::learn(&session.pool, |found| found.refuses_settings = true);
+                    // In case the server took a lock first.
+                    sql::unlock_if_held(pg, rest).await?;
+                    server.refused_settings();
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
                         "the server refuses a setting by which it would notice a dead client; a host \
                          that vanishes keeps its locks for as long as the server's own settings say"
                     );
-                    sql::try_lock(pg, key.id(), *mode, None, allow_standby).await
+                    sql::try_lock(pg, rest, need, None, allow_standby).await
                 }
                 tried => tried,
-            }
+            };
+            tried.map(Some)
         });
-        let Tried { backend_pid, verdict, idle_limited: limited } = answer.await?;
-        *idle_limited = limited;
-        session.backend.get_or_init(|| Backend { pid: backend_pid, known_since: Instant::now() });
-        if !matches!(verdict, Verdict::Granted) {
-            *stage = Stage::Nothing;
+        let Some(tried) = answer.await? else { return Ok(Verdict::Pooled) };
+        let backend = Backend { pid: tried.backend_pid, known_since: Instant::now() };
+        if session.backend.get_or_init(|| backend).pid != tried.backend_pid {
+            session.retrieve(conn, tried.backend_pid, &all_modes(rest)).await;
+            return Ok(Verdict::Pooled);
         }
         session.trust(asked);
-        Ok(verdict)
+        self.idle_limited = tried.idle_limited;
+        Ok(self.judge(tried.count))
     }
 
-    /// Makes sure, once for each server, that the session has a server connection to itself.
-    ///
-    /// A transaction pooler gives it to whoever comes next: then another session of ours is answered
-    /// by the same process that is to hold the lock. One question may miss that, four hardly do.
-    async fn is_pooled(&self) -> bool {
-        const QUESTIONS: usize = 4;
-
-        let session = &self.session;
-        if servers::findings(&session.pool).direct {
-            return false;
-        }
-        let asked = timeout(Duration::from_secs(1), async {
-            let mut beside = session.connect_beside(&PROBING).await?;
-            for _ in 0..QUESTIONS {
-                if sql::backend_pid(&mut beside.conn).await? == session.backend_pid() {
-                    return Ok(true);
+    /// Takes in what was granted of what was tried.
+    fn judge(&mut self, count: Option<usize>) -> Verdict {
+        let granted = match (count, self.request.need) {
+            (None, _) => {
+                self.stage = self.at_rest();
+                return Verdict::Standby;
+            }
+            (Some(count), Need::All) => {
+                self.taken += count;
+                self.taken == self.missing.len()
+            }
+            (Some(_), Need::Nothing) => true,
+            (Some(count), Need::Any) => {
+                let granted = self.missing.get(count).and_then(|&(key, _)| self.request.only(key));
+                if let Some(request) = granted {
+                    self.missing = request.ids().collect();
+                    self.request = request;
+                    self.taken = 1;
                 }
+                self.taken == 1
             }
-            beside.close().await;
-            Ok::<_, sqlx::Error>(false)
-        });
-        match asked.await {
-            Ok(Ok(pooled)) => {
-                servers::learn(&session.pool, |found| found.direct = !pooled);
-                pooled
-            }
-            // No connection to be had: the next acquire asks again.
-            Ok(Err(_)) | Err(_) => false,
+        };
+        if granted {
+            return Verdict::Granted;
         }
+        self.stage = self.at_rest();
+        Verdict::Busy
     }
 
     /// Takes the answer of [`ask`](Self::ask) on a session that other guards need.
@@ -263,19 +296,34 @@ impl Pending {
         }
     }
 
-    /// Waits in the server's queue, slice by slice. `None` if the patience ran out.
-    pub(crate) async fn wait(
-        mut self,
-        slice: Duration,
-        patience: Patience,
-    ) -> Result<Option<Held>> {
+    /// Does what the server's answer calls for. `None` if the patience ran out.
+    pub(crate) async fn settle(self, verdict: Verdict, patience: Patience) -> Result<Option<Held>> {
+        match verdict {
+            Verdict::Granted => self.granted().await.map(Some),
+            Verdict::Busy => self.wait(patience).await,
+            // The drop of `self` gives up what may have been granted.
+            Verdict::Pooled => Err(Error::Pooled { key: self.request.key().clone() }),
+            Verdict::Standby => {
+                let key = self.request.key().clone();
+                self.withdraw().await;
+                Err(Error::Standby { key })
+            }
+        }
+    }
+
+    /// Waits in the server's queue, slice by slice, for one lock after the other. `None` if the
+    /// patience ran out.
+    async fn wait(mut self, patience: Patience) -> Result<Option<Held>> {
+        let slice = self.options.slice();
         loop {
             let left = patience.left();
             if left.is_some_and(|left| left.is_zero()) {
-                self.withdraw();
+                self.withdraw().await;
                 return Ok(None);
             }
-            let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else {
+            let wanted = self.missing.get(self.taken).copied();
+            let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
+            let (Some((key, mode)), Some(conn)) = (wanted, conn) else {
                 return Err(self.fail(sqlx::Error::PoolClosed).await);
             };
             self.stage = Stage::Waiting;
@@ -285,32 +333,53 @@ impl Pending {
                 Ok(pg) => pg,
                 Err(error) => return Err(self.fail(error).await),
             };
-            let waiting = sql::wait(pg, self.key.id(), self.mode, limit);
+            let waiting = sql::wait(pg, key, mode, limit);
             let answer = match timeout(limit.longest() + GRACE, waiting).await {
                 Ok(answer) => answer,
                 // The server is silent; the drop of `self` cleans up.
                 Err(_) if left.is_some_and(|left| limit.longest() == left) => return Ok(None),
-                Err(_) => return Err(Error::acquiring(&self.key, silence())),
+                Err(_) => return Err(Error::acquiring(self.request.key(), silence())),
             };
             match answer {
-                Ok(true) => {
+                Ok(Waited { backend_pid, .. }) if backend_pid != self.session.backend_pid() => {
+                    self.session.retrieve(conn, backend_pid, &all_modes(&[(key, mode)])).await;
+                    return Err(Error::Pooled { key: self.request.key().clone() });
+                }
+                Ok(Waited { granted: true, .. }) => {
                     self.stage = Stage::Trying;
                     self.session.trust(asked);
-                    return self.confirm(asked).await.map(Some);
+                    self.taken += 1;
+                    if self.taken == self.missing.len() {
+                        return self.confirm(asked).await.map(Some);
+                    }
+                    // The next ones may be free.
+                    match self.ask(patience).await {
+                        Ok(Verdict::Granted) => return self.granted().await.map(Some),
+                        Ok(Verdict::Busy) => {}
+                        // It was neither when the first one was granted.
+                        Ok(Verdict::Pooled | Verdict::Standby) => {
+                            return Err(Error::Pooled { key: self.request.key().clone() });
+                        }
+                        Err(error) => return Err(self.fail(error).await),
+                    }
                 }
-                Ok(false) => self.stage = Stage::Nothing,
+                Ok(Waited { granted: false, .. }) => self.stage = self.at_rest(),
                 // The timeout was not caught, so the slice is over, and the lock may be held.
                 Err(error) if sqlstate(&error).as_deref() == Some("55P03") => {
                     self.stage = Stage::Trying;
-                    let held = sql::unlock_if_held(pg, self.key.id(), self.mode, false);
-                    if let Err(error) = held.await {
+                    if let Err(error) = sql::unlock_if_held(pg, &[(key, mode)]).await {
                         return Err(self.fail(error).await);
                     }
-                    self.stage = Stage::Nothing;
+                    self.stage = self.at_rest();
                 }
                 Err(error) => return Err(self.fail(error).await),
             }
         }
+    }
+
+    /// What is left of the acquire between two statements that did not grant anything.
+    fn at_rest(&self) -> Stage {
+        if self.taken == 0 { Stage::Nothing } else { Stage::Trying }
     }
 
     /// Makes sure that the server still hears us, after a wait in which it was not told anything.
@@ -334,33 +403,34 @@ impl Pending {
     /// Lifts the limit that a role may have on idle sessions, as long as the session holds something.
     async fn lift_idle_timeout(&mut self) -> Result<(), sqlx::Error> {
         let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else { return Ok(()) };
-        if self.idle_limited && !self.session.idle_limited.swap(true, Ordering::Relaxed) {
+        if self.idle_limited {
+            self.session.to_put_back();
             within(DEADLINE, async { sql::lift_idle_timeout(conn.pg()?).await }).await?;
         }
         Ok(())
     }
 
     /// Makes the guard's part of what the server granted.
-    pub(crate) async fn granted(mut self) -> Result<Held> {
+    async fn granted(mut self) -> Result<Held> {
         if let Err(error) = self.lift_idle_timeout().await {
             return Err(self.fail(error).await);
         }
-        if self.is_pooled().await {
-            // The drop of `self` gives the lock up.
-            return Err(Error::Pooled { key: self.key.clone() });
-        }
-        let counted = self.session.ledger().granted(self.key.id(), self.mode);
+        let counted = self.session.ledger().granted(&self.request, &self.missing);
         if let Err(reason) = counted {
-            // The drop of `self` gives the lock up.
-            return Err(Error::lost(&self.key, reason));
+            // The drop of `self` gives the locks up.
+            return Err(Error::lost(self.request.key(), reason));
         }
         self.settled = true;
         self.session.watch();
-        Ok(Held::new(Arc::clone(&self.session), self.key.clone(), self.mode))
+        Ok(Held::new(Arc::clone(&self.session), self.request.clone()))
     }
 
-    /// Takes an acquire back that was refused: the server has granted nothing.
-    pub(crate) fn withdraw(mut self) {
+    /// Takes an acquire back that was refused, and what it was granted before.
+    async fn withdraw(mut self) {
+        if self.taken > 0 {
+            self.undo().await;
+            return;
+        }
         self.settled = true;
         if let Some(slot) = self.slot.take() {
             self.session.done(slot);
@@ -385,15 +455,16 @@ impl Pending {
         // If the runtime is going down, so is the connection.
         self.undo().await;
         if refuses_settings(&error) && self.options.settings_required() {
-            return Error::Settings { key: self.key.clone(), source: error };
+            return Error::Settings { key: self.request.key().clone(), source: error };
         }
-        Error::acquiring(&self.key, error)
+        Error::acquiring(self.request.key(), error)
     }
 
     fn undo(&mut self) -> Task<()> {
         self.settled = true;
         let session = Arc::clone(&self.session);
-        let undo = session.undo(self.slot.take(), self.key.clone(), self.mode, self.stage);
+        let missing = std::mem::take(&mut self.missing);
+        let undo = session.undo(self.slot.take(), self.request.clone(), missing, self.stage);
         Task::start(&self.session.runtime, undo)
     }
 }
@@ -408,7 +479,13 @@ impl Drop for Pending {
 }
 
 impl Session {
-    async fn undo(self: Arc<Self>, slot: Option<ConnGuard>, key: Key, mode: Mode, stage: Stage) {
+    async fn undo(
+        self: Arc<Self>,
+        slot: Option<ConnGuard>,
+        request: Request,
+        missing: Vec<(KeyId, Mode)>,
+        stage: Stage,
+    ) {
         let mut slot = match slot {
             Some(slot) => slot,
             None => self.connection().await,
@@ -417,24 +494,32 @@ impl Session {
             && stage != Stage::Nothing
         {
             tracing::debug!(
-                %key, %mode, backend_pid = self.backend_pid(), ?stage,
+                key = %request.key(), mode = %request.mode(), backend_pid = self.backend_pid(), ?stage,
                 "giving up an acquire that was abandoned or failed"
             );
             // A try ends by itself; a wait does not.
             let waiting = stage == Stage::Waiting;
             let grace = if waiting { Duration::ZERO } else { Duration::from_secs(1) };
-            let ends = !self.ledger().has_guards();
             let settled = within_task(DEADLINE, async {
-                self.drain(conn.pg()?, grace).await?;
-                sql::unlock_if_held(conn.pg()?, key.id(), mode, ends).await
+                Box::pin(self.drain(conn.pg()?, grace)).await?;
+                sql::unlock_if_held(conn.pg()?, &missing).await
             });
             if let Err(error) = settled.await {
-                self.fail(slot, Loss::Disconnected(Arc::new(error)));
+                self.fail(slot, Loss::broken(error));
                 return;
             }
         }
         self.done(slot);
     }
+}
+
+/// What an unlock says of locks that one statement has taken.
+fn all_modes(locks: &[(KeyId, Mode)]) -> Vec<(KeyId, Modes)> {
+    let modes = |mode| match mode {
+        Mode::Exclusive => Modes { exclusive: true, shared: false },
+        Mode::Shared => Modes { exclusive: false, shared: true },
+    };
+    locks.iter().map(|&(key, mode)| (key, modes(mode))).collect()
 }
 
 /// A setting may be out of the role's rights, unknown, fixed, or not supported by the platform.
@@ -446,9 +531,14 @@ fn refuses_settings(error: &sqlx::Error) -> bool {
 /// Asks the pool for a connection, for no longer than the caller has patience.
 ///
 /// One who only tries has no patience with the lock, but waits for the pool like any query.
-async fn lend(pool: &PgPool, key: &Key, patience: Patience) -> Result<PoolConnection<Postgres>> {
+pub(crate) async fn lend(
+    pool: &PgPool,
+    key: &Key,
+    patience: Patience,
+) -> Result<PoolConnection<Postgres>> {
     let key = key.clone();
-    let Some(lent) = patience.bound(pool.acquire()).await else {
+    // Boxed, or every acquire would be a future of 18 kB: as large as what may have to log in.
+    let Some(lent) = patience.bound(Box::pin(pool.acquire())).await else {
         return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut });
     };
     lent.map_err(|source| {

@@ -38,7 +38,8 @@ impl Session {
     pub(super) async fn tidy(&self, conn: &mut Conn) -> Result<(), sqlx::Error> {
         if conn.lent {
             // A query of the application whose future was dropped still runs; most end by themselves.
-            self.drain(conn.pg()?, Duration::from_millis(100)).await?;
+            // Boxed: it is large, for it may have to log in, and part of almost everything else.
+            Box::pin(self.drain(conn.pg()?, Duration::from_millis(100))).await?;
             if sql::end_transaction(conn.pg()?).await? {
                 tracing::debug!(
                     backend_pid = self.backend_pid(),

@@ -1,43 +1,73 @@
 //! What this process has found out about the servers behind its pools.
 
 use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
 
 /// What is known of one server, as one user sees it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Findings {
+#[derive(Debug, Default)]
+pub(crate) struct Server {
     /// Asked often enough to trust that no transaction pooler sits in between.
-    pub(crate) direct: bool,
+    direct: AtomicBool,
     /// It refuses the settings by which it would notice a dead client.
-    pub(crate) refuses_settings: bool,
+    refuses_settings: AtomicBool,
 }
 
-static SERVERS: LazyLock<Mutex<HashMap<String, Findings>>> = LazyLock::new(Mutex::default);
+impl Server {
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Relaxed)
+    }
 
-/// Returns what is known of the server behind a pool.
-pub(crate) fn findings(pool: &PgPool) -> Findings {
-    servers().get(&address(pool)).copied().unwrap_or_default()
+    pub(super) fn set_direct(&self, direct: bool) {
+        self.direct.store(direct, Ordering::Relaxed);
+    }
+
+    pub(super) fn refuses_settings(&self) -> bool {
+        self.refuses_settings.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn refused_settings(&self) {
+        self.refuses_settings.store(true, Ordering::Relaxed);
+    }
 }
 
-/// Writes down something new about the server behind a pool.
-pub(crate) fn learn(pool: &PgPool, what: impl FnOnce(&mut Findings)) {
-    what(servers().entry(address(pool)).or_default());
+/// The server behind a pool, looked up once for as long as the pool's options stay what they are.
+#[derive(Clone, Debug)]
+pub(crate) struct Behind {
+    options: Arc<PgConnectOptions>,
+    server: Arc<Server>,
 }
 
-fn servers() -> MutexGuard<'static, HashMap<String, Findings>> {
-    SERVERS.lock().unwrap_or_else(PoisonError::into_inner)
+impl Behind {
+    pub(crate) fn of(pool: &PgPool) -> Self {
+        let options = pool.connect_options();
+        let server = find(&options);
+        Self { options, server }
+    }
+
+    /// The server of now. An application may give its pool other options.
+    pub(crate) fn server(&mut self, pool: &PgPool) -> &Arc<Server> {
+        if !Arc::ptr_eq(&self.options, &pool.connect_options()) {
+            *self = Self::of(pool);
+        }
+        &self.server
+    }
 }
 
-fn address(pool: &PgPool) -> String {
-    let options = pool.connect_options();
-    format!(
+fn find(options: &PgConnectOptions) -> Arc<Server> {
+    static SERVERS: LazyLock<Mutex<HashMap<String, Arc<Server>>>> = LazyLock::new(Mutex::default);
+
+    let address = format!(
         "{:?} {} {} {} {:?}",
         options.get_socket(),
         options.get_host(),
         options.get_port(),
         options.get_username(),
         options.get_database(),
-    )
+    );
+    let mut servers = SERVERS.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(servers.entry(address).or_default())
 }

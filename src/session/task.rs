@@ -34,6 +34,14 @@ enum State<T> {
 }
 
 impl<T: Send + 'static> Task<T> {
+    /// A future that takes its first step when it is awaited, which is now.
+    pub(crate) fn to_await(
+        runtime: &Handle,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Self {
+        Self { state: State::Pending(Box::pin(future)), runtime: runtime.clone() }
+    }
+
     /// Takes the first step of a future.
     pub(crate) fn start(
         runtime: &Handle,

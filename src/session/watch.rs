@@ -10,6 +10,7 @@
 
 use std::future::poll_fn;
 use std::pin::pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -19,10 +20,10 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 
 use super::conn::Conn;
-use super::{DEADLINE, Session, within};
-use crate::error::{Error, Loss, Result, is_answer};
-use crate::key::Key;
+use super::{Session, within};
+use crate::error::{Error, Loss, Result};
 use crate::mode::Mode;
+use crate::request::Request;
 use crate::sql;
 
 /// How often a session is asked, and how long it may take to answer.
@@ -39,13 +40,10 @@ impl Heartbeat {
     }
 }
 
-/// Holds that are shorter are not watched, and cost nothing.
-const SHORT: Duration = Duration::from_millis(20);
-
 /// How many connections of a process may be open beside its pools, to ask about lent sessions.
 static ASKING: Semaphore = Semaphore::const_new(16);
 
-/// How long to wait before a question is asked again that could not be asked.
+/// How long to wait before what could not be done is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// What the watch saw.
@@ -54,29 +52,74 @@ enum Event {
     Beat,
     /// The other side closed the connection.
     Closed(sqlx::Error),
+    /// Time to try once more to listen.
+    Listen,
     /// The session ended well, or somebody else saw the loss.
     Ended,
 }
 
-/// Watches a session until it ends.
-pub(super) async fn watch(session: Weak<Session>) {
-    sleep(SHORT).await;
-    let Some(session) = session.upgrade() else { return };
+/// Starts to watch a session, until it ends.
+pub(super) fn start(session: Weak<Session>) {
+    // Most have ended by now.
+    let Some(living) = session.upgrade() else { return };
+    // Detach: it ends with the session.
+    drop(living.runtime.spawn(watch(Watching::new(session))));
+}
+
+/// The promise to notice the loss of a session.
+///
+/// # Drop
+///
+/// Whoever should have noticed it goes down with its runtime. So does the connection: gives the
+/// session up at once, rather than let its guards believe until the clock tells them.
+pub(super) struct Watching(Weak<Session>);
+
+impl Watching {
+    pub(super) fn new(session: Weak<Session>) -> Self {
+        Self(session)
+    }
+
+    /// Nothing is left to notice.
+    fn keep(mut self) {
+        self.0 = Weak::new();
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if let Some(session) = self.0.upgrade()
+            && session.ledger().has_guards()
+        {
+            session.lose(&Loss::Abandoned);
+        }
+    }
+}
+
+async fn watch(watching: Watching) {
+    let Some(session) = watching.0.upgrade() else { return };
     session.listen().await;
     loop {
         let lost = match session.next_event().await {
             Event::Beat => session.beat().await,
-            Event::Closed(error) => Err(Loss::Disconnected(Arc::new(error))),
-            Event::Ended => return,
+            Event::Closed(error) => Err(Loss::broken(error)),
+            Event::Listen => {
+                // To open a connection for it, once in a heartbeat is often enough.
+                if session.pool.num_idle() > 0 {
+                    session.listen().await;
+                }
+                Ok(())
+            }
+            Event::Ended => break,
         };
         if let Err(loss) = lost {
             // Without a guard, it is just being released: then that is why it holds nothing.
             if session.ledger().has_guards() {
                 session.lose(&loss);
             }
-            return;
+            break;
         }
     }
+    watching.keep();
 }
 
 fn is_plain(conn: Option<&Conn>) -> bool {
@@ -87,7 +130,7 @@ impl Session {
     /// Makes the connection one that can be listened to, if the pool has one to spare just now.
     ///
     /// Without, a loss is noticed by the heartbeat only, and the next one tries again.
-    async fn listen(&self) {
+    pub(super) async fn listen(&self) {
         let Ok(plain) = self.conn.try_lock().map(|slot| is_plain(slot.as_ref())) else { return };
         let spare = self.pool.num_idle() > 0
             || self.pool.size() < self.pool.options().get_max_connections();
@@ -95,24 +138,31 @@ impl Session {
             return;
         }
         // The session's own connection is free meanwhile, but the heartbeat must not wait.
-        let connecting = timeout(self.heartbeat.interval / 2, PgListener::connect_with(&self.pool));
+        let connecting =
+            timeout(self.heartbeat.interval / 2, Box::pin(PgListener::connect_with(&self.pool)));
         let Ok(Ok(listener)) = connecting.await else { return };
-        if let Ok(mut slot) = self.conn.try_lock()
-            && is_plain(slot.as_ref())
+        let Ok(mut slot) = self.conn.try_lock() else { return };
+        if is_plain(slot.as_ref())
             && let Some(conn) = slot.as_mut()
-            && let Err(error) = conn.move_into(Box::new(listener))
         {
-            tracing::debug!(
-                backend_pid = self.backend_pid(),
-                error = &error as &dyn std::error::Error,
-                "cannot listen to a lock session; the heartbeat watches it"
-            );
+            match conn.move_into(Box::new(listener)) {
+                Ok(()) => self.listened_to.store(true, Ordering::Relaxed),
+                Err(error) => tracing::debug!(
+                    backend_pid = self.backend_pid(),
+                    error = &error as &dyn std::error::Error,
+                    "cannot listen to a lock session; the heartbeat watches it"
+                ),
+            }
         }
     }
 
-    /// Waits until the connection is closed, the session ends, or it is time to ask.
+    /// Waits until the connection is closed, the session ends, or it is time to do something.
     async fn next_event(&self) -> Event {
-        let mut beat = pin!(sleep_until((self.asked() + self.heartbeat.interval).into()));
+        let beat = self.asked() + self.heartbeat.interval;
+        let again = Instant::now() + AGAIN;
+        let listening = self.listened_to.load(Ordering::Relaxed);
+        let due = if listening { beat } else { beat.min(again) };
+        let mut alarm = pin!(sleep_until(due.into()));
         loop {
             // Made first: a connection that is used and given back between the look and the wait
             // must not be missed, for whoever used it is woken in our place.
@@ -121,8 +171,9 @@ impl Session {
                 if let Poll::Ready(event) = self.poll_closed(cx) {
                     return Poll::Ready(Some(event));
                 }
-                if beat.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Some(Event::Beat));
+                if alarm.as_mut().poll(cx).is_ready() {
+                    let event = if due < beat { Event::Listen } else { Event::Beat };
+                    return Poll::Ready(Some(event));
                 }
                 used.as_mut().poll(cx).map(|()| None)
             });
@@ -149,6 +200,15 @@ impl Session {
         let answer = async {
             loop {
                 let Ok(mut slot) = Arc::clone(&self.conn).try_lock_owned() else {
+                    // It may hold nothing just now, which others could not tell from a loss. Its
+                    // connection is not lent, but in use for a moment, and then it has answered.
+                    if self.ledger().is_kept() {
+                        if self.asked() >= asked {
+                            return Ok(Ok(()));
+                        }
+                        sleep(AGAIN / 10).await;
+                        continue;
+                    }
                     match self.ask_elsewhere().await {
                         Ok(answer) => return Ok(answer),
                         // That says nothing about the session. It may be asked itself by now.
@@ -163,8 +223,12 @@ impl Session {
                 };
                 let Some(conn) = slot.as_mut() else { return Ok(Ok(())) };
                 self.tidy(conn).await?;
-                let same = sql::backend_pid(conn.pg()?).await? == self.backend_pid();
-                return Ok::<_, sqlx::Error>(if same { Ok(()) } else { Err(Loss::Pooled) });
+                if sql::backend_pid(conn.pg()?).await? != self.backend_pid() {
+                    let locks = self.ledger().granted_by_server();
+                    self.retrieve(conn, self.backend_pid(), &locks).await;
+                    return Ok(Err(Loss::Pooled));
+                }
+                return Ok::<_, sqlx::Error>(Ok(()));
             }
         };
         match timeout_at(self.trusted_until().into(), answer).await {
@@ -175,7 +239,7 @@ impl Session {
                 Ok(())
             }
             Ok(Ok(Err(loss))) => Err(loss),
-            Ok(Err(error)) => Err(Loss::Disconnected(Arc::new(error))),
+            Ok(Err(error)) => Err(Loss::broken(error)),
             Err(_) => Err(Loss::Silent),
         }
     }
@@ -197,30 +261,33 @@ impl Session {
         Ok(holds(answer))
     }
 
-    /// Asks the session whether it holds a lock, on behalf of a guard.
-    pub(crate) async fn verify(self: &Arc<Self>, key: &Key, mode: Mode) -> Result<()> {
+    /// Asks the session whether it holds what a guard stands for.
+    pub(crate) async fn verify(self: &Arc<Self>, request: &Request) -> Result<()> {
+        let key = request.key();
         let mut slot = self.connection().await;
         if let Some(reason) = self.loss() {
             return Err(Error::lost(key, reason));
         }
         let Some(conn) = slot.as_mut() else { return Err(Error::lost(key, Loss::NotHeld)) };
-        // A shared guard may be covered by the exclusive lock of another one.
-        let modes = match mode {
-            Mode::Exclusive => &[Mode::Exclusive][..],
-            Mode::Shared => &[Mode::Shared, Mode::Exclusive],
-        };
         let asked = Instant::now();
         let answer = within(self.heartbeat.deadline, async {
             self.tidy(conn).await?;
-            let mut held = false;
-            for &mode in modes {
-                let holding = sql::holds(conn.pg()?, key.id(), mode).await?;
+            for (key, mode) in request.ids() {
+                let holding = sql::holds(conn.pg()?, key, mode).await?;
                 if holding.backend_pid != self.backend_pid() {
+                    let locks = self.ledger().granted_by_server();
+                    self.retrieve(conn, self.backend_pid(), &locks).await;
                     return Ok(Err(Loss::Pooled));
                 }
-                held |= holding.held;
+                // A shared guard may be covered by the exclusive lock of another one.
+                let held = holding.held
+                    || mode == Mode::Shared
+                        && sql::holds(conn.pg()?, key, Mode::Exclusive).await?.held;
+                if !held {
+                    return Ok(Err(Loss::NotHeld));
+                }
             }
-            Ok(if held { Ok(()) } else { Err(Loss::NotHeld) })
+            Ok(Ok(()))
         });
         let loss = match answer.await {
             Ok(Ok(())) => {
@@ -228,34 +295,10 @@ impl Session {
                 return Ok(());
             }
             Ok(Err(loss)) => loss,
-            Err(error) => Loss::Disconnected(Arc::new(error)),
+            Err(error) => Loss::broken(error),
         };
         drop(slot.take());
         self.lose(&loss);
         Err(Error::lost(key, loss))
-    }
-
-    /// Draws a fencing token for a guard.
-    pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<u64> {
-        let mut slot = self.connection().await;
-        if let Some(reason) = self.loss() {
-            return Err(Error::lost(key, reason));
-        }
-        let Some(conn) = slot.as_mut() else { return Err(Error::lost(key, Loss::NotHeld)) };
-        let answer = within(DEADLINE, async {
-            self.tidy(conn).await?;
-            sql::draw_token(conn.pg()?).await
-        });
-        match answer.await {
-            Ok(token) => Ok(token.cast_unsigned()),
-            // The session lives, and its lock is held.
-            Err(source) if is_answer(&source) => Err(Error::Database { key: key.clone(), source }),
-            Err(error) => {
-                let loss = Loss::Disconnected(Arc::new(error));
-                drop(slot.take());
-                self.lose(&loss);
-                Err(Error::lost(key, loss))
-            }
-        }
     }
 }

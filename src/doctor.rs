@@ -1,0 +1,444 @@
+//! Whether locks mean anything on a server, and what to change there.
+//!
+//! For a start-up check, or for whoever has to say why a lock was lost. The command `pglock doctor`
+//! prints what is found here.
+//!
+//! ```
+//! use pglock::LockOptions;
+//! use pglock::doctor::{Severity, examine};
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+//! # let pool = pglock_testkit::pool().await;
+//! for finding in examine(&pool, &LockOptions::new()).await? {
+//!     if finding.severity > Severity::Fine {
+//!         eprintln!("{finding}");
+//!     }
+//! }
+//! # Ok(()) }
+//! ```
+
+use std::fmt;
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio::runtime::Handle;
+
+use crate::error::{Error, Result};
+use crate::key::Key;
+use crate::options::LockOptions;
+use crate::session::conn::Conn;
+use crate::session::pending::{Patience, lend};
+use crate::session::{DEADLINE, within};
+use crate::sql::{self, Circumstances};
+
+/// One thing that was looked at.
+///
+/// # Examples
+///
+/// As for [`examine`].
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Finding {
+    /// What was looked at, in a word or two that stay the same.
+    pub check: &'static str,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What was seen.
+    pub seen: String,
+    /// What to change. `None` if nothing need be; of what is fine, it is what else there would be.
+    pub advice: Option<String>,
+}
+
+/// How bad a finding is.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::doctor::Severity;
+///
+/// assert!(Severity::Fine < Severity::Warning && Severity::Warning < Severity::Broken);
+/// assert_eq!(Severity::Broken.to_string(), "broken");
+/// ```
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[non_exhaustive]
+pub enum Severity {
+    /// As it should be.
+    Fine,
+    /// Locks hold what they promise, but not all of the time, or not for everything.
+    Warning,
+    /// Locks can't be had, or would mean nothing.
+    Broken,
+}
+
+/// How few connections or locks are few.
+const FEW: i64 = 4;
+
+/// Examines the server behind a pool, for locks with these options.
+///
+/// Asks for settings, rights and free places, and takes a lock to see that it can be done. Six
+/// statements, and those by which a first acquire looks for a pooler.
+///
+/// # Cancel safety
+///
+/// Cancel safe: as for [`Lock::acquire`](crate::Lock::acquire).
+///
+/// # Errors
+///
+/// As for [`Lock::acquire`](crate::Lock::acquire), but that a server on which a lock would mean nothing
+/// is a finding; [`Error::Options`] if the options contradict each other.
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::LockOptions;
+/// use pglock::doctor::{Severity, examine};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let findings = examine(&pool, &LockOptions::new()).await?;
+/// let worst = findings.iter().map(|finding| finding.severity).max();
+/// assert!(worst < Some(Severity::Broken), "{findings:?}");
+/// # Ok(()) }
+/// ```
+pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding>> {
+    let key = Key::from("pglock doctor");
+    let lock = options.lock(pool, &key)?;
+    let failed = |source| Error::Database { key: key.clone(), source };
+
+    let pooled = lend(pool, &key, Patience::Forever).await?;
+    let mut conn = Conn::new(pooled, Handle::current());
+    let asking = within(DEADLINE, async {
+        let pg = conn.pg()?;
+        let refused = sql::look_after(pg, options.vigilance()).await.err();
+        // Asked after that, to see the settings of a session that holds a lock.
+        Ok((refused, sql::circumstances(pg).await?))
+    });
+    let (refused, seen) = asking.await.map_err(failed)?;
+    conn.give_back();
+
+    let mut findings = vec![primary(&seen), functions(&seen)];
+    findings.extend(try_out(lock, &seen).await?);
+    findings.extend([
+        dead_holder(&seen, options, refused.as_ref()),
+        dead_waiter(&seen),
+        idle_session(&seen),
+        transactions(&seen),
+        statements(&seen),
+        locks(&seen),
+        connections(&seen),
+        rights(&seen),
+    ]);
+    Ok(findings)
+}
+
+impl Finding {
+    fn fine(check: &'static str, seen: impl Into<String>) -> Self {
+        Self { check, severity: Severity::Fine, seen: seen.into(), advice: None }
+    }
+
+    fn but(self, severity: Severity, advice: impl Into<String>) -> Self {
+        Self { severity, advice: Some(advice.into()), ..self }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { check, severity, seen, advice } = self;
+        write!(f, "{severity}: {check}: {seen}")?;
+        match advice {
+            Some(advice) => write!(f, "; {advice}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Fine => "fine",
+            Self::Warning => "warning",
+            Self::Broken => "broken",
+        })
+    }
+}
+
+fn primary(seen: &Circumstances) -> Finding {
+    let version = seen.version;
+    let number = format!("PostgreSQL {}.{}", version / 10_000, version % 10_000);
+    if seen.standby {
+        let finding = Finding::fine("primary", format!("a hot standby, {number}"));
+        return finding.but(
+            Severity::Broken,
+            "its locks exclude nobody on the primary: connect to the primary",
+        );
+    }
+    Finding::fine("primary", format!("a primary, {number}"))
+}
+
+fn functions(seen: &Circumstances) -> Finding {
+    match &seen.forbidden {
+        Some(forbidden) => Finding::fine("functions", format!("not allowed: {forbidden}")).but(
+            Severity::Broken,
+            format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {:?}", seen.role),
+        ),
+        None => Finding::fine("functions", "all that a lock needs may be called"),
+    }
+}
+
+/// Takes a lock, and draws a token.
+async fn try_out(mut lock: crate::Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    if seen.forbidden.is_some() {
+        return Ok(Vec::new());
+    }
+    let direct = |seen: &str| Finding::fine("pooler", seen);
+    let guard = match lock.try_acquire_for(PATIENCE).await {
+        Ok(Some(guard)) => guard,
+        // Another doctor is here.
+        Ok(None) => return Ok(vec![direct("no pooler in transaction mode was found")]),
+        Err(Error::Pooled { .. }) => {
+            return Ok(vec![direct("a pooler in transaction mode sits in between").but(
+                Severity::Broken,
+                "locks exclude nobody through it: connect directly, or through a pooler in session \
+                 mode",
+            )]);
+        }
+        // Both are findings of their own.
+        Err(Error::Standby { .. } | Error::Settings { .. }) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let token = match guard.fencing_token().await {
+        Ok(token) => Finding::fine("fencing token", format!("can be drawn: {token}")),
+        Err(error) => Finding::fine("fencing token", error.to_string()).but(
+            Severity::Warning,
+            "locks can be held, but elections, and the program `pglock run`, need a token",
+        ),
+    };
+    guard.release().await?;
+    Ok(vec![direct("no pooler in transaction mode was found"), token])
+}
+
+/// When the server gives up a holder whose host vanishes, and whether that holder has by then.
+fn dead_holder(
+    seen: &Circumstances,
+    options: &LockOptions,
+    refused: Option<&sqlx::Error>,
+) -> Finding {
+    // What the kernel has, mostly, where the server says 0.
+    let or = |name, default| match seen.setting(name) {
+        0 => default,
+        set => set,
+    };
+    if !seen.tcp {
+        return Finding::fine("dead holder", "over a unix socket, one that dies is known at once");
+    }
+    let idle = or("tcp_keepalives_idle", 7200);
+    let probes = or("tcp_keepalives_interval", 75) * or("tcp_keepalives_count", 9);
+    let user_timeout = seen.setting("tcp_user_timeout") / 1000;
+    // Where it is set, it counts instead of the probes.
+    let silent = if user_timeout == 0 { probes } else { probes.min(user_timeout) };
+    let holder = options.beat().bound();
+    let server = Duration::from_secs(silent.try_into().unwrap_or_default());
+    let finding = Finding::fine(
+        "dead holder",
+        format!("the holder gives up after {holder:?}, and the server after {} s", idle + probes),
+    );
+    if holder >= server {
+        return finding.but(
+            Severity::Broken,
+            format!(
+                "a holder that is cut off may be given up after {silent} s, and another let in, \
+                 while it still believes: raise tcp_keepalives_interval and tcp_keepalives_count, \
+                 or lower the heartbeat"
+            ),
+        );
+    }
+    match refused {
+        Some(error) => finding.but(
+            Severity::Warning,
+            format!(
+                "the server refuses the settings by which it would notice a dead client sooner \
+                 ({error}); set tcp_keepalives_idle = 3, tcp_keepalives_interval = 1 and \
+                 tcp_keepalives_count = 5 on the server"
+            ),
+        ),
+        None => finding,
+    }
+}
+
+fn dead_waiter(seen: &Circumstances) -> Finding {
+    let name = "client_connection_check_interval";
+    let check = |seen: String| Finding::fine("dead waiter", seen);
+    if seen.version < 140_000 {
+        return check(format!("before PostgreSQL 14 there is no {name}")).but(
+            Severity::Warning,
+            "whoever dies while it waits keeps its place in the queue until its turn: upgrade",
+        );
+    }
+    match seen.setting(name) {
+        0 => check(format!("{name} is 0, and can't be set")).but(
+            Severity::Warning,
+            format!(
+                "whoever dies while it waits keeps its place in the queue until its turn: set {name} \
+                 to 1s on the server, or let the role set it"
+            ),
+        ),
+        set => check(format!("noticed after {set} ms")),
+    }
+}
+
+fn idle_session(seen: &Circumstances) -> Finding {
+    let check = "idle_session_timeout";
+    match seen.setting(check) {
+        0 => Finding::fine(check, "no limit"),
+        limit => Finding::fine(check, format!("{limit} ms; lifted while a lock is held")),
+    }
+}
+
+fn transactions(seen: &Circumstances) -> Finding {
+    let check = "limits on transactions";
+    let names = ["idle_in_transaction_session_timeout", "transaction_timeout"];
+    let set: Vec<_> = names.into_iter().filter(|name| seen.setting(name) > 0).collect();
+    if set.is_empty() {
+        return Finding::fine(check, "none");
+    }
+    let limits = set.iter().map(|name| format!("{name} is {} ms", seen.setting(name)));
+    let resets = set.iter().map(|name| format!("ALTER ROLE {:?} SET {name} = 0", seen.role));
+    Finding::fine(check, limits.collect::<Vec<_>>().join(", ")).but(
+        Severity::Warning,
+        format!(
+            "the server ends a session for that, and with it all its locks: keep transactions short \
+             that hold a lock, or run on a guard's connection, or {}",
+            resets.collect::<Vec<_>>().join("; ")
+        ),
+    )
+}
+
+fn statements(seen: &Circumstances) -> Finding {
+    /// Less than this may strike on a busy server where nothing waits for a lock.
+    const SHORT: i64 = 1000;
+
+    let check = "statement_timeout";
+    match seen.setting(check) {
+        0 => Finding::fine(check, "no limit"),
+        limit if limit < SHORT => Finding::fine(check, format!("{limit} ms")).but(
+            Severity::Warning,
+            format!(
+                "a busy server may take longer to answer a heartbeat, and the lock is lost then: \
+                 ALTER ROLE {:?} SET {check} = '{SHORT}ms', or more",
+                seen.role
+            ),
+        ),
+        limit => Finding::fine(check, format!("{limit} ms; lifted while a lock is waited for")),
+    }
+}
+
+fn locks(seen: &Circumstances) -> Finding {
+    let sessions = seen.setting("max_connections") + seen.setting("max_prepared_transactions");
+    let room = seen.setting("max_locks_per_transaction") * sessions;
+    let free = room - seen.locks;
+    let finding = Finding::fine("lock table", format!("{} of {room} locks in use", seen.locks));
+    if free >= room / 5 {
+        return finding;
+    }
+    let severity = if free < FEW { Severity::Broken } else { Severity::Warning };
+    finding.but(severity, "raise max_locks_per_transaction, and restart the server")
+}
+
+fn connections(seen: &Circumstances) -> Finding {
+    let free = seen.free_connections;
+    let finding = Finding::fine("connections", format!("{free} more are free"));
+    if free >= FEW {
+        return finding;
+    }
+    finding.but(
+        Severity::Warning,
+        "each lock that is held or waited for takes one, and one more for a moment to be watched: \
+         raise max_connections, or the CONNECTION LIMIT of the role or the database",
+    )
+}
+
+fn rights(seen: &Circumstances) -> Finding {
+    let check = "other roles";
+    let role = &seen.role;
+    let grants = [
+        (seen.sees_all, "to see who of another role holds", sql::SEES_ALL),
+        (seen.ends_all, "to end a session of another role", sql::ENDS_ALL),
+    ];
+    let missing: Vec<_> = grants
+        .into_iter()
+        .filter(|(granted, ..)| !granted)
+        .map(|(_, purpose, grant)| format!("{purpose}, GRANT {grant} TO {role:?}"))
+        .collect();
+    if missing.is_empty() {
+        return Finding::fine(check, format!("{role} sees and may end the sessions of others"));
+    }
+    // That is how most roles are, and locks need no more.
+    Finding::fine(check, format!("{role} sees and may end what is its own"))
+        .but(Severity::Fine, missing.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(settings: &[(&str, i64)]) -> Circumstances {
+        Circumstances {
+            version: 150_018,
+            role: "app".to_owned(),
+            standby: false,
+            tcp: true,
+            forbidden: None,
+            sees_all: false,
+            ends_all: false,
+            locks: 90,
+            free_connections: 100,
+            settings: settings.iter().map(|&(name, value)| (name.to_owned(), value)).collect(),
+        }
+    }
+
+    /// A server that lets nobody set them is seldom, so none is started for it.
+    #[test]
+    fn a_server_that_gives_up_before_the_holder_breaks_locks() {
+        let refused = sqlx::Error::RowNotFound;
+        for (idle, interval, count, user_timeout, refused, severity) in [
+            (3, 1, 5, 8000, None, Severity::Fine),
+            (0, 0, 0, 0, Some(&refused), Severity::Warning),
+            (1, 1, 4, 0, Some(&refused), Severity::Broken),
+            (7200, 75, 9, 4000, Some(&refused), Severity::Broken),
+        ] {
+            let seen = with(&[
+                ("tcp_keepalives_idle", idle),
+                ("tcp_keepalives_interval", interval),
+                ("tcp_keepalives_count", count),
+                ("tcp_user_timeout", user_timeout),
+            ]);
+            let found = dead_holder(&seen, &LockOptions::new(), refused);
+            assert_eq!(found.severity, severity, "{found}");
+        }
+    }
+
+    #[test]
+    fn a_lock_table_that_is_nearly_full_is_told() {
+        for (connections, severity) in
+            [(100, Severity::Fine), (10, Severity::Warning), (9, Severity::Broken)]
+        {
+            let seen = with(&[("max_connections", connections), ("max_locks_per_transaction", 10)]);
+            assert_eq!(locks(&seen).severity, severity, "{}", locks(&seen));
+        }
+    }
+
+    #[test]
+    fn a_server_that_does_not_look_after_who_waits_is_told() {
+        let name = "client_connection_check_interval";
+        assert_eq!(dead_waiter(&with(&[(name, 1000)])).severity, Severity::Fine);
+        assert_eq!(dead_waiter(&with(&[(name, 0)])).severity, Severity::Warning);
+        let old = Circumstances { version: 130_023, ..with(&[]) };
+        assert_eq!(dead_waiter(&old).severity, Severity::Warning);
+    }
+}

@@ -1,0 +1,674 @@
+//! One leader among many candidates.
+
+use std::fmt;
+use std::pin::pin;
+use std::process;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sqlx::PgPool;
+use tokio::time::sleep;
+
+use crate::error::{Error, Result};
+use crate::held::{Held, methods};
+use crate::key::Key;
+use crate::mode::Mode;
+use crate::options::LockOptions;
+use crate::owner::Owner;
+use crate::request::Request;
+use crate::session::{DEADLINE, Session, within};
+use crate::sql::{self, Holder};
+
+/// A candidate for a post that one holds at a time.
+///
+/// Candidates wait in the server's queue, so that the next one is elected as soon as the leader is
+/// gone, without polling. The leader's name, term and time of election show on the server, in
+/// `application_name`, so that everybody can ask who [leads](Self::leader); there is no table.
+///
+/// A leader that loses its session is told ([`Leadership::lost`]), and steps down before anybody else
+/// can be elected; see the [page on loss](crate#loss). What it can't stop in time, fence with the
+/// [term](Leadership::term).
+///
+/// A candidate uses one connection of the pool, waiting or leading.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Election;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let mut election = Election::new(&pool, "billing").candidate("node-7");
+/// let leadership = election.campaign().await?; // waits to be elected
+/// println!("leading, term {}", leadership.term());
+/// leadership.resign().await?;
+/// # Ok(()) }
+/// ```
+pub struct Election {
+    key: Key,
+    candidate: String,
+    owner: Owner,
+    status: LeaderStatus,
+}
+
+/// How long to wait before a campaign is tried again that failed for a reason that passes.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// How often an observer looks.
+const LOOK: Duration = Duration::from_millis(500);
+
+impl Election {
+    /// Makes a candidate with the default options, named after its process. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::Election;
+    ///
+    /// let election = Election::new(&pool, "billing");
+    /// # let _ = election; }
+    /// ```
+    #[must_use]
+    pub fn new(pool: &PgPool, key: impl Into<Key>) -> Self {
+        Self::with_owner(key.into(), Owner::new(pool, LockOptions::new()))
+    }
+
+    pub(crate) fn with_owner(key: Key, owner: Owner) -> Self {
+        let candidate = format!("process-{}", process::id());
+        Self { key, candidate, owner, status: LeaderStatus::default() }
+    }
+
+    /// Sets the candidate's name, which others see when it leads.
+    ///
+    /// The server shows 63 bytes, of which term and time of election take up to 33; what is longer is
+    /// cut off. Characters other than printable ASCII show as `?`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::Election;
+    ///
+    /// let election = Election::new(&pool, "billing").candidate("node-7");
+    /// # let _ = election; }
+    /// ```
+    #[must_use]
+    pub fn candidate(mut self, name: impl Into<String>) -> Self {
+        self.candidate = name.into();
+        self
+    }
+
+    /// Returns the key.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::{Election, Key};
+    ///
+    /// assert_eq!(Election::new(&pool, "billing").key(), &Key::from("billing"));
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// Waits until this candidate is elected.
+    ///
+    /// Sends what [`Lock::acquire`](crate::Lock::acquire) does, and two statements more when elected,
+    /// to draw the term and to show the name. If this candidate leads already, it is the same term, and
+    /// nothing is sent.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: the candidate loses its place in the queue, or resigns, and leaves nothing behind.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Lock::acquire`](crate::Lock::acquire); [`Error::Lost`] if the post was lost at once;
+    /// [`Error::Database`] on a standby, which can't draw a term.
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # async fn lead() {}
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let leadership = Election::new(&pool, "billing").campaign().await?;
+    /// leadership.while_held(lead()).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn campaign(&mut self) -> Result<Leadership> {
+        let held = self.owner.acquire(&self.request()).await?;
+        self.lead(held).await
+    }
+
+    /// Is elected if nobody leads and nobody waits to. `None` otherwise.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`campaign`](Self::campaign).
+    ///
+    /// # Errors
+    ///
+    /// As for [`campaign`](Self::campaign).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let leadership = Election::new(&pool, "billing").try_campaign().await?;
+    /// assert!(leadership.is_some());
+    /// assert!(Election::new(&pool, "billing").try_campaign().await?.is_none());
+    /// # Ok(()) }
+    /// ```
+    pub async fn try_campaign(&mut self) -> Result<Option<Leadership>> {
+        let held = self.owner.try_acquire(&self.request()).await?;
+        match held {
+            Some(held) => self.lead(held).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Campaigns, leads, steps down, and campaigns again, until `stop` is ready.
+    ///
+    /// `lead` is called with each leadership; what it returns runs for as long as that lasts. When it
+    /// ends, the candidate resigns, so that others get their turn, and campaigns again. On loss it is
+    /// dropped; only when it has ended, the next campaign begins. If it panics, the candidate resigns,
+    /// and the panic goes on. What it has handed to other tasks goes on too; let it end there.
+    ///
+    /// A campaign that fails for a reason that passes ([`Error::is_transient`]) is tried again each
+    /// second.
+    ///
+    /// Whoever keeps a clone of the leadership does not prolong it: once the turn is over, it is lost.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops what leads, and resigns.
+    ///
+    /// # Errors
+    ///
+    /// As for [`campaign`](Self::campaign), if the reason does not pass.
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    /// use std::time::Duration;
+    /// use tokio::sync::oneshot;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let (shut_down, told) = oneshot::channel::<()>();
+    /// # drop(shut_down);
+    /// let stop = async { drop(told.await) };
+    /// let mut election = Election::new(&pool, "billing");
+    /// election
+    ///     .run(stop, |leadership| async move {
+    ///         println!("leading, term {}", leadership.term());
+    ///         loop {
+    ///             // Send the invoices.
+    ///             tokio::time::sleep(Duration::from_secs(60)).await;
+    ///         }
+    ///     })
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn run<F, L>(&mut self, stop: impl Future<Output = ()>, mut lead: F) -> Result<()>
+    where
+        F: FnMut(Arc<Leadership>) -> L,
+        L: Future<Output = ()>,
+    {
+        let mut stop = pin!(stop);
+        loop {
+            let leadership = tokio::select! {
+                biased;
+                () = &mut stop => return Ok(()),
+                elected = self.campaign_until_elected() => Arc::new(elected?),
+            };
+            let turn = Turn(Some(Arc::clone(leadership.held.session())));
+            let stopped = tokio::select! {
+                biased;
+                () = &mut stop => true,
+                // A loss ends it too; the next campaign tells of it.
+                _ended = leadership.while_held(lead(Arc::clone(&leadership))) => false,
+            };
+            turn.end().await;
+            if stopped {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn campaign_until_elected(&mut self) -> Result<Leadership> {
+        loop {
+            match self.campaign().await {
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(
+                        key = %self.key,
+                        error = &error as &dyn std::error::Error,
+                        "a campaign failed; trying again"
+                    );
+                    sleep(AGAIN).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Returns what tells, anywhere and at any time, whether this candidate leads.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing");
+    /// let status = election.status(); // give a clone to every handler
+    /// assert!(!status.is_leader());
+    ///
+    /// let leadership = election.campaign().await?;
+    /// assert!(status.is_leader());
+    /// drop(leadership);
+    /// assert!(!status.is_leader());
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn status(&self) -> LeaderStatus {
+        self.status.clone()
+    }
+
+    /// Asks the server who leads. One statement, on a connection of the pool.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: it only asks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Pool`] or [`Error::Connect`] if no connection was to be had, [`Error::Database`] if the
+    /// server or the connection failed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing").candidate("node-7");
+    /// assert!(election.leader().await?.is_none());
+    ///
+    /// let leadership = election.campaign().await?;
+    /// let leader = election.leader().await?.expect("somebody leads");
+    /// assert_eq!(leader.name, "node-7");
+    /// assert_eq!(leader.term, Some(leadership.term()));
+    /// # Ok(()) }
+    /// ```
+    pub async fn leader(&self) -> Result<Option<Leader>> {
+        let mut conn = self.owner.connection(&self.key).await?;
+        let holder = within(DEADLINE, async { sql::holder(conn.pg()?, self.key.id()).await });
+        let holder =
+            holder.await.map_err(|source| Error::Database { key: self.key.clone(), source })?;
+        conn.give_back();
+        Ok(holder.map(Leader::from))
+    }
+
+    /// Observes who leads, from now on.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing").candidate("node-7");
+    /// let mut observer = election.observe();
+    /// assert!(observer.changed().await?.is_none());
+    ///
+    /// let leadership = election.campaign().await?;
+    /// assert_eq!(observer.changed().await?.map(|leader| leader.name), Some("node-7".into()));
+    /// # drop(leadership); Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn observe(&self) -> Observer {
+        let election = Self {
+            key: self.key.clone(),
+            candidate: String::new(),
+            owner: self.owner.another(),
+            status: LeaderStatus::default(),
+        };
+        Observer { election, told: false, seen: None, glimpsed: None }
+    }
+
+    fn request(&self) -> Request {
+        Request::one(&self.key, Mode::Exclusive)
+    }
+
+    /// Makes a leader of who was granted the lock.
+    async fn lead(&self, held: Held) -> Result<Leadership> {
+        if let Some(term) = self.status.term() {
+            return Ok(Leadership { held, term });
+        }
+        let term = held.fencing_token().await?;
+        let name = Leader::show(&self.candidate, term, SystemTime::now());
+        held.session().show_name(&self.key, &name).await?;
+        let session = Arc::downgrade(held.session());
+        *self.status.post() = Some(Post { session, key: self.key.clone(), term });
+        Ok(Leadership { held, term })
+    }
+}
+
+impl fmt::Debug for Election {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Election")
+            .field("key", &self.key)
+            .field("candidate", &self.candidate)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A turn of [`Election::run`]. When it ends, whoever has kept a clone of the leadership does not lead
+/// any more.
+///
+/// # Drop
+///
+/// Ends it, on a task.
+struct Turn(Option<Arc<Session>>);
+
+impl Turn {
+    async fn end(mut self) {
+        if let Some(session) = self.0.take() {
+            // What was lost needs no resigning.
+            drop(session.close().await);
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let Some(session) = self.0.take() {
+            // Detach: nobody is left to wait for it.
+            drop(session.close());
+        }
+    }
+}
+
+/// The post, held. Dropping it resigns.
+///
+/// # Drop
+///
+/// As for [`ExclusiveGuard`](crate::ExclusiveGuard).
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Election;
+///
+/// # async fn send_invoices() {}
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let leadership = Election::new(&pool, "billing").campaign().await?;
+/// tokio::select! {
+///     loss = leadership.lost() => eprintln!("stepping down: {loss}"),
+///     () = send_invoices() => leadership.resign().await?,
+/// }
+/// # Ok(()) }
+/// ```
+#[must_use = "if unused, the candidate resigns at once"]
+#[clippy::has_significant_drop]
+pub struct Leadership {
+    held: Held,
+    term: u64,
+}
+
+impl Leadership {
+    /// Returns the term: a number greater than that of every leader before.
+    ///
+    /// It is the [fencing token](Self::fencing_token), drawn when the leader was elected.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing");
+    /// let first = election.campaign().await?.term();
+    /// let second = election.campaign().await?.term();
+    /// assert!(second > first);
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn term(&self) -> u64 {
+        self.term
+    }
+
+    /// Returns the key of the election.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Election, Key};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let leadership = Election::new(&pool, "billing").campaign().await?;
+    /// assert_eq!(leadership.key(), &Key::from("billing"));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn key(&self) -> &Key {
+        self.held.key()
+    }
+}
+
+methods!(Leadership, resign, "Election", "Election::new(&pool, \"billing\").campaign().await?");
+
+/// Tells whether a candidate leads. Cheap, and to be cloned to whoever wants to know.
+///
+/// # Examples
+///
+/// As for [`Election::status`].
+#[derive(Clone, Debug, Default)]
+pub struct LeaderStatus {
+    post: Arc<Mutex<Option<Post>>>,
+}
+
+#[derive(Debug)]
+struct Post {
+    session: Weak<Session>,
+    key: Key,
+    term: u64,
+}
+
+impl LeaderStatus {
+    /// Returns whether the candidate leads. False from the moment that a loss is known, or that it
+    /// resigns. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// As for [`Election::status`].
+    #[must_use]
+    pub fn is_leader(&self) -> bool {
+        self.term().is_some()
+    }
+
+    /// Returns the term of the candidate, if it leads.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing");
+    /// let leadership = election.campaign().await?;
+    /// assert_eq!(election.status().term(), Some(leadership.term()));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn term(&self) -> Option<u64> {
+        let post = self.post();
+        let Post { session, key, term } = post.as_ref()?;
+        session.upgrade()?.guards(key).then_some(*term)
+    }
+
+    fn post(&self) -> MutexGuard<'_, Option<Post>> {
+        self.post.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Who leads, as the server shows it.
+///
+/// # Examples
+///
+/// As for [`Election::leader`].
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Leader {
+    /// The name of the candidate.
+    pub name: String,
+    /// The term. `None` for a moment after the election, and if another program holds the lock.
+    pub term: Option<u64>,
+    /// Since when it leads, to the second, by the leader's clock. `None` as for the term.
+    pub since: Option<SystemTime>,
+    /// The process id of the server's backend for the leader's session.
+    pub backend_pid: i32,
+    /// The address of the leader. `None` over a unix socket, and where our role may not see it: that
+    /// takes the leader's own role, or `pg_read_all_stats`.
+    pub client_addr: Option<String>,
+}
+
+impl Leader {
+    /// As it shows: the name, then term and time in a form that is short and can be read back.
+    fn show(name: &str, term: u64, since: SystemTime) -> String {
+        // NAMEDATALEN - 1.
+        const MOST: usize = 63;
+
+        let since = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let suffix = format!(" {term}@{since}");
+        // The server would do so too, but from PostgreSQL 16 on with four characters for each byte,
+        // for which the suffix would be cut off.
+        let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
+        let room = MOST.saturating_sub(suffix.len());
+        name.chars().map(printable).take(room).chain(suffix.chars()).collect()
+    }
+
+    fn read(shown: &str) -> Option<(String, u64, SystemTime)> {
+        let (name, suffix) = shown.rsplit_once(' ')?;
+        let (term, since) = suffix.split_once('@')?;
+        let since = UNIX_EPOCH.checked_add(Duration::from_secs(since.parse().ok()?))?;
+        Some((name.to_owned(), term.parse().ok()?, since))
+    }
+}
+
+impl From<Holder> for Leader {
+    fn from(holder: Holder) -> Self {
+        let Holder { backend_pid, application_name, client_addr } = holder;
+        let (name, term, since) = match Self::read(&application_name) {
+            Some((name, term, since)) => (name, Some(term), Some(since)),
+            None => (application_name, None, None),
+        };
+        Self { name, term, since, backend_pid, client_addr }
+    }
+}
+
+/// Observes who leads: made by [`Election::observe`].
+///
+/// # Examples
+///
+/// As for [`Election::observe`].
+#[derive(Debug)]
+pub struct Observer {
+    election: Election,
+    /// Whether anything was told, and what last.
+    told: bool,
+    seen: Option<Leader>,
+    /// What the last look saw.
+    glimpsed: Option<Leader>,
+}
+
+impl Observer {
+    /// Returns who leads, at once the first time, and from then on when it is somebody else, or
+    /// nobody. Looks every half second; a leader that came and went in between is not seen.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: a change is told by the next call.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Election::leader`]. The next call goes on.
+    ///
+    /// # Examples
+    ///
+    /// As for [`Election::observe`].
+    pub async fn changed(&mut self) -> Result<Option<Leader>> {
+        loop {
+            let leader = self.election.leader().await?;
+            // For a moment after the election, its name does not show. Another program's never does.
+            let settled = leader.as_ref().is_none_or(|leader| leader.term.is_some())
+                || self.glimpsed == leader;
+            self.glimpsed.clone_from(&leader);
+            if settled && !(self.told && self.seen == leader) {
+                self.told = true;
+                self.seen.clone_from(&leader);
+                return Ok(leader);
+            }
+            sleep(LOOK).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leader_is_read_back_as_it_was_shown() {
+        let since = UNIX_EPOCH + Duration::from_secs(1_764_000_007);
+        for (name, shown_name) in [
+            ("node-7", "node-7"),
+            ("two words", "two words"),
+            ("", ""),
+            (&"long-".repeat(20), &"long-".repeat(20)[..41]),
+            ("café \n\0", "caf? ??"),
+            (&"é".repeat(50), &"?".repeat(41)),
+        ] {
+            let shown = Leader::show(name, 4_711_000_000, since);
+            assert!(shown.len() <= 63, "{shown}");
+            let read = Leader::read(&shown);
+            assert_eq!(read, Some((shown_name.to_owned(), 4_711_000_000, since)));
+        }
+        assert_eq!(Leader::read("psql"), None);
+        assert_eq!(Leader::read("a b@c"), None);
+    }
+}

@@ -1,0 +1,33 @@
+//! How to use it, what it promises, and how to run it: pages to read.
+//!
+//! This module is made for the documentation, and holds nothing else.
+//!
+//! | page | answers |
+//! |---|---|
+//! | [cookbook] | How do I …? Tasks, each with code to copy; and how to move here from another library |
+//! | [guarantees] | What can I rely on, and what not? Loss, fencing, isolation, failover, clocks, poolers |
+//! | [operations] | How do I run it? Pools, poolers, managed services, settings, monitoring, queries for `psql` |
+//! | [cost] | What does it cost, and how does that grow? Connections, memory, statements, the server's limits; more than one server |
+//! | [comparison] | What else is there, and when is that the better choice? |
+//! | [architecture] | How does it work inside? Modules, who owns the connection, the life of an acquire |
+//!
+//! The code on these pages is compiled and run by the tests, against a real server. So are the queries
+//! for `psql`.
+
+#[doc = include_str!("guide/cookbook.md")]
+pub mod cookbook {}
+
+#[doc = include_str!("guide/guarantees.md")]
+pub mod guarantees {}
+
+#[doc = include_str!("guide/operations.md")]
+pub mod operations {}
+
+#[doc = include_str!("guide/cost.md")]
+pub mod cost {}
+
+#[doc = include_str!("guide/comparison.md")]
+pub mod comparison {}
+
+#[doc = include_str!("guide/architecture.md")]
+pub mod architecture {}

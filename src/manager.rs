@@ -1,0 +1,385 @@
+//! Many locks on few connections: a process holds all that is free on one session.
+
+mod batch;
+mod dedicated;
+mod managed;
+mod shared;
+mod table;
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+#[cfg(not(test))]
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+#[cfg(test)]
+use shuttle::sync::{Mutex, MutexGuard};
+use sqlx::PgPool;
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::error::{Error, Loss};
+use crate::key::{Key, KeyId};
+use crate::lock::Lock;
+use crate::options::LockOptions;
+use crate::owner::Owner;
+use crate::session::Session;
+use crate::session::ledger::Modes;
+use batch::Batch;
+pub(crate) use managed::{Farewell, Managed};
+use table::{Bound, Effect, OwnerId, Seat, Step, Table, Taken};
+
+/// A lock is passed on inside the process this often, and for this long, before others get their turn.
+const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
+
+/// Makes locks that share a connection.
+///
+/// A [`Lock`] from [`Lock::new`] has a connection of the pool for as long as it is held, or waited for.
+/// Those of a manager share one, however many there are: a thousand held locks, or a hundred thousand,
+/// are one connection. They are the same [`Lock`] and the same guards, and exclude everybody else's
+/// locks on the same keys, whoever made them.
+///
+/// * What many tasks ask at the same time travels in one statement.
+/// * Tasks of one process that want the same key queue in the process, in order, and pass it on without
+///   a word to the server: at most 100 times, and for 10 ms. Then it goes back to the server's queue, so
+///   that other processes get their turn.
+/// * The shared session never waits. A key that somebody else holds is waited for on a connection of its
+///   own, one for the key however many tasks want it, which then holds it.
+///
+/// So a process needs one connection for all that it holds undisputed, and one more for each key that it
+/// waits for, or got by waiting. The shared one goes back to the pool after a second without a lock, and
+/// at once when the pool is closed and the last guard has gone.
+///
+/// # What is different
+///
+/// * A loss of the shared session is a loss of all locks on it; each guard is told.
+/// * [`connection`](crate::ExclusiveGuard::connection) has none to lend:
+///   [`Error::SharedSession`].
+/// * A guard that is dropped tells the server on the manager's task, so the runtime must go on: on one
+///   that nobody drives any more, the lock is held until the connection closes.
+/// * A handle that shares a lock, and wants it exclusively, gets it if nobody else shares it; waiting for
+///   others in the process is in order, but for another process's it is
+///   [`Error::Deadlock`].
+/// * The server's deadlock detector sees the process, not its tasks: two tasks that take two keys in
+///   opposite order wait for each other for ever, as with two mutexes.
+/// * Elections, several keys at once ([`MultiLock`](crate::MultiLock)) and permits
+///   ([`Semaphore`](crate::Semaphore)) need a session of their own, and have it.
+///
+/// # Sent to the server
+///
+/// One prepared statement for up to 1,000 keys that are acquired or released at once; nothing for a
+/// lock that is passed on in the process.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::LockManager;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let manager = LockManager::new(&pool);
+/// let mut guards = Vec::new();
+/// for invoice in 0..100 {
+///     guards.push(manager.lock(invoice).acquire().await?);
+/// }
+/// assert!(guards.iter().all(|guard| guard.backend_pid() == guards[0].backend_pid()));
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct LockManager {
+    manager: Arc<Manager>,
+}
+
+impl LockManager {
+    /// Makes a manager with the default options. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::LockManager;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let manager = LockManager::new(&pool);
+    /// let _guard = manager.lock("invoice-17").acquire().await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn new(pool: &PgPool) -> Self {
+        Self::with_options(pool, LockOptions::new())
+    }
+
+    pub(crate) fn with_options(pool: &PgPool, options: LockOptions) -> Self {
+        Self { manager: Arc::new(Manager::new(pool, options)) }
+    }
+
+    /// Makes a handle for a lock: an owner of its own, that shares the manager's connection. Sends
+    /// nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::LockManager;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let manager = LockManager::new(&pool);
+    /// let mut lock = manager.lock((17, 4));
+    /// let mut other = manager.lock((17, 4));
+    ///
+    /// let _guard = lock.acquire().await?;
+    /// assert!(other.try_acquire().await?.is_none());
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn lock(&self, key: impl Into<Key>) -> Lock {
+        let manager = &self.manager;
+        let owner = Owner::new(&manager.pool, manager.options.clone());
+        Lock::with_owner(key.into(), owner.managed_by(Managed::new(manager)))
+    }
+}
+
+impl fmt::Debug for LockManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockManager")
+            .field("options", &self.manager.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a manager's handles and guards have in common.
+pub(crate) struct Manager {
+    pool: PgPool,
+    options: LockOptions,
+    state: Mutex<State>,
+    /// There are steps to take for the shared session.
+    work: Notify,
+    owners: AtomicU64,
+}
+
+struct State {
+    table: Table<Place, Tell>,
+    /// Keys with a step to take on the shared session. Some may have been called off.
+    to_do: VecDeque<KeyId>,
+    /// Who waits for a key on a session of its own, or holds it there.
+    dedicated: HashMap<KeyId, mpsc::UnboundedSender<Taken>>,
+    /// Somebody takes the steps.
+    driven: bool,
+    /// He opens the session, so that the server was asked for nothing yet.
+    opening: bool,
+}
+
+/// A session on which the manager holds something.
+#[derive(Clone)]
+struct Place {
+    session: Arc<Session>,
+    shared: bool,
+}
+
+/// How somebody is told how it went.
+type Tell = oneshot::Sender<Told>;
+
+/// How it went.
+enum Told {
+    Granted(Place),
+    Refused,
+    Deadlock,
+    Released(Result<(), Loss>),
+    Failed(Arc<Error>),
+}
+
+impl Seat for Place {
+    fn is_shared(&self) -> bool {
+        self.shared
+    }
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.session, &other.session)
+    }
+}
+
+impl Manager {
+    fn new(pool: &PgPool, options: LockOptions) -> Self {
+        let state = State {
+            table: Table::new(BOUND),
+            to_do: VecDeque::new(),
+            dedicated: HashMap::new(),
+            driven: false,
+            opening: false,
+        };
+        Self {
+            pool: pool.clone(),
+            options,
+            state: Mutex::new(state),
+            work: Notify::new(),
+            owners: AtomicU64::new(0),
+        }
+    }
+
+    fn next_owner(&self) -> OwnerId {
+        self.owners.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The steps that are to be taken on the shared session.
+    fn next_batch(&self) -> Batch {
+        let mut batch = Batch::default();
+        let mut state = self.state();
+        while !batch.is_full()
+            && let Some(key) = state.to_do.pop_front()
+        {
+            if state.table.is_for_shared(key) == Some(true)
+                && let Some(taken) = state.table.take(key)
+            {
+                batch.add(key, taken);
+            }
+        }
+        batch
+    }
+
+    /// A step was taken. Returns whether it still counted.
+    fn taken(self: &Arc<Self>, key: KeyId, id: u64, place: &Place, yes: bool) -> bool {
+        let mut effects = Vec::new();
+        let mut state = self.state();
+        let counted = state.table.taken(key, id, (place, yes), Instant::now(), &mut effects);
+        self.settle(&mut state, effects);
+        counted
+    }
+
+    /// Many steps were taken, and the state is asked for once, as all who are told will want it.
+    fn all_taken(self: &Arc<Self>, place: &Place, steps: impl Iterator<Item = (KeyId, u64, bool)>) {
+        let now = Instant::now();
+        let mut effects = Vec::new();
+        let mut state = self.state();
+        for (key, id, yes) in steps {
+            state.table.taken(key, id, (place, yes), now, &mut effects);
+        }
+        self.settle(&mut state, effects);
+    }
+
+    /// A step failed. Tells who waited for it; without an error they ask again.
+    fn failed(&self, key: KeyId, id: u64, error: Option<&Arc<Error>>) {
+        let mut state = self.state();
+        let waiters = state.table.failed(key, id);
+        if waiters.is_some() {
+            state.dedicated.remove(&key);
+        }
+        for tell in waiters.into_iter().flatten() {
+            if let Some(error) = error {
+                drop(tell.send(Told::Failed(Arc::clone(error))));
+            }
+        }
+        self.rest_if_empty(&state);
+    }
+
+    /// This is what the server has granted, after a step that failed half-way.
+    fn corrected(self: &Arc<Self>, key: KeyId, place: &Place, server: Modes) {
+        let mut effects = Vec::new();
+        let mut state = self.state();
+        state.table.corrected(key, (place, server), Instant::now(), &mut effects);
+        self.settle(&mut state, effects);
+    }
+
+    /// A key was given up that had a session of its own.
+    fn gave_up(self: &Arc<Self>, key: KeyId, id: u64, place: &Place) {
+        let mut effects = Vec::new();
+        let mut state = self.state();
+        if state.table.is_seated(key, place) {
+            state.dedicated.remove(&key);
+        }
+        state.table.taken(key, id, (place, true), Instant::now(), &mut effects);
+        self.settle(&mut state, effects);
+        self.rest_if_empty(&state);
+    }
+
+    /// A session was lost, and with it all that was held there.
+    fn lost(self: &Arc<Self>, place: &Place, loss: &Loss) {
+        let mut effects = Vec::new();
+        let mut state = self.state();
+        let farewells = state.table.lost(place, Instant::now(), &mut effects);
+        self.tell_lost(&mut state, effects, farewells, loss);
+    }
+
+    /// The same for a key that had a session of its own.
+    fn lost_key(self: &Arc<Self>, key: KeyId, place: &Place, loss: &Loss) {
+        let mut effects = Vec::new();
+        let mut state = self.state();
+        if state.table.is_seated(key, place) {
+            state.dedicated.remove(&key);
+        }
+        let farewells = state.table.lost_key(key, place, Instant::now(), &mut effects);
+        self.tell_lost(&mut state, effects, farewells, loss);
+        self.rest_if_empty(&state);
+    }
+
+    /// Lets the driver end if nobody needs anything. Returns whether it may.
+    fn retire(&self) -> bool {
+        let mut state = self.state();
+        state.driven = !state.table.is_empty();
+        !state.driven
+    }
+
+    /// Lets the driver see that nobody needs it any more, where that was not its own doing.
+    fn rest_if_empty(&self, state: &State) {
+        if state.table.is_empty() {
+            self.work.notify_one();
+        }
+    }
+
+    fn tell_lost(
+        self: &Arc<Self>,
+        state: &mut State,
+        effects: Vec<Effect<Place, Tell>>,
+        farewells: Vec<Tell>,
+        loss: &Loss,
+    ) {
+        for tell in farewells {
+            drop(tell.send(Told::Released(Err(loss.clone()))));
+        }
+        self.settle(state, effects);
+    }
+
+    /// Does what follows from a change. Whoever is told, is told before anybody can see the change.
+    fn settle(self: &Arc<Self>, state: &mut State, effects: Vec<Effect<Place, Tell>>) {
+        for effect in effects {
+            // Who has gone meanwhile, looks himself whether he was told.
+            match effect {
+                Effect::Granted(tell, place) => drop(tell.send(Told::Granted(place))),
+                Effect::Refused(tell) => drop(tell.send(Told::Refused)),
+                Effect::Deadlock(tell) => drop(tell.send(Told::Deadlock)),
+                Effect::Released(tell) => drop(tell.send(Told::Released(Ok(())))),
+                Effect::Start(key) => self.start(state, key),
+                Effect::Abandon(key) => drop(state.dedicated.remove(&key)),
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>, state: &mut State, key: KeyId) {
+        match state.table.is_for_shared(key) {
+            Some(true) => {
+                state.to_do.push_back(key);
+                self.work.notify_one();
+            }
+            Some(false) => {
+                let Some(taken) = state.table.take(key) else { return };
+                if let Step::Wait(mode) = taken.step {
+                    let orders = dedicated::start(self, key, taken.id, mode);
+                    state.dedicated.insert(key, orders);
+                } else if let Some(orders) = state.dedicated.get(&key) {
+                    // If it has just gone, it says itself that the session is lost.
+                    orders.send(taken).ok();
+                }
+            }
+            None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod threads;

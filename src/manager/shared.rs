@@ -1,0 +1,310 @@
+//! The session that a manager's keys share, and the task that takes their steps on it.
+//!
+//! The task lives while there is something to do or to hold, and a little longer. It opens the session
+//! for the first step that needs it, makes one statement of all steps that have come up since the
+//! last, and hands the answers to the table.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio::runtime::Handle;
+use tokio::time::sleep;
+
+use super::batch::{Answer, Batch};
+use super::table::Step;
+use super::{Manager, Place, State};
+use crate::error::{Error, Loss};
+use crate::held::Held;
+use crate::key::{Key, KeyId};
+use crate::mode::Mode;
+use crate::owner::Owner;
+use crate::request::Request;
+use crate::session::ledger::Modes;
+use crate::session::shared::Called;
+
+/// After so long without a step, the session is listened to again.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// So many answers are handed to the table before others may look at it.
+const AT_ONCE: usize = 64;
+
+/// After so long without a key, the connection goes back to the pool.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Has somebody take the steps, if nobody does.
+pub(super) fn drive(manager: &Arc<Manager>, runtime: &Handle, state: &mut State) {
+    if !state.driven && !state.table.is_empty() {
+        state.driven = true;
+        let driver = Driver::new(manager);
+        // Detach: it ends when there is nothing left to do.
+        drop(runtime.spawn(driver.run()));
+    }
+}
+
+/// Takes the steps.
+///
+/// # Drop
+///
+/// Whoever holds something on the session is told that it is lost, and who waits asks again: the runtime
+/// goes down. At its own end, nobody is left.
+struct Driver {
+    manager: Arc<Manager>,
+    owner: Owner,
+    /// Keeps the session open.
+    keeper: Option<Held>,
+    under_way: Batch,
+    retired: bool,
+}
+
+enum Rest {
+    Over,
+    Retired,
+}
+
+impl Driver {
+    fn new(manager: &Arc<Manager>) -> Self {
+        Self {
+            manager: Arc::clone(manager),
+            owner: Owner::new(&manager.pool, manager.options.clone()),
+            keeper: None,
+            under_way: Batch::default(),
+            retired: false,
+        }
+    }
+
+    async fn run(mut self) {
+        loop {
+            self.under_way = self.manager.next_batch();
+            if self.under_way.is_empty() {
+                if let Rest::Retired = self.rest().await {
+                    break;
+                }
+            } else {
+                self.step().await;
+            }
+        }
+    }
+
+    /// Waits for something to do.
+    async fn rest(&mut self) -> Rest {
+        let manager = Arc::clone(&self.manager);
+        let mut listened_to = false;
+        loop {
+            let Some(session) = self.keeper.as_ref().map(|keeper| Arc::clone(keeper.session()))
+            else {
+                if self.retire() {
+                    return Rest::Retired;
+                }
+                manager.work.notified().await;
+                return Rest::Over;
+            };
+            let closed = manager.pool.is_closed();
+            if closed && self.let_go() {
+                continue;
+            }
+            let wanted = listened_to && is_exhausted(&manager.pool);
+            let time = if listened_to && !wanted { IDLE } else { QUIET };
+            tokio::select! {
+                biased;
+                () = manager.work.notified() => return Rest::Over,
+                loss = session.lost() => {
+                    self.lose(&loss);
+                    return Rest::Over;
+                }
+                () = manager.pool.close_event(), if listened_to && !closed => {}
+                () = async {
+                    sleep(time).await;
+                    session.is_quiet().await;
+                } => {
+                    if listened_to {
+                        self.let_go();
+                    }
+                    listened_to = true;
+                }
+            }
+        }
+    }
+
+    /// Gives the connection back if nothing is held on it. Returns whether it did.
+    fn let_go(&mut self) -> bool {
+        let needed = self.manager.state().table.needs_shared();
+        if !needed {
+            // Detach: nobody waits for it.
+            drop(self.keeper.take());
+        }
+        !needed
+    }
+
+    /// Ends if nobody needs anything.
+    fn retire(&mut self) -> bool {
+        self.retired = self.manager.retire();
+        self.retired
+    }
+
+    /// Takes the steps that are under way, in one statement.
+    async fn step(&mut self) {
+        if let Some(loss) = self.keeper.as_ref().and_then(Held::loss) {
+            self.lose(&loss);
+        }
+        let is_new = self.keeper.is_none();
+        if is_new {
+            // What was held on the old session has been called off.
+            self.under_way.keep_only_locks();
+            self.manager.state().opening = true;
+            let opened = self.open().await;
+            self.manager.state().opening = false;
+            match opened {
+                Ok(keeper) => self.keeper = keeper,
+                Err(error) => {
+                    end_with_the_runtime().await;
+                    self.fail(Some(&Arc::new(error)));
+                }
+            }
+        }
+        let Some(keeper) = &self.keeper else { return };
+        let session = Arc::clone(keeper.session());
+        let place = Place { session: Arc::clone(&session), shared: true };
+        let called = tokio::select! {
+            biased;
+            called = session.call(self.under_way.calls()) => called,
+            loss = session.lost() => Called::Lost(loss),
+        };
+        match called {
+            Called::Answers(answers) => match self.under_way.read(&answers) {
+                Some(answers) => self.take(&place, &answers),
+                None => self.broke(&Loss::NotHeld),
+            },
+            Called::Failed(error, held) => self.sort_out(&place, error, &held),
+            Called::Lost(loss) => {
+                end_with_the_runtime().await;
+                // As with a pool's idle connection that was dead: whoever asks for a lock does not hear of
+                // it, but of one that breaks when it has just been opened.
+                if !is_new && matches!(loss, Loss::Disconnected(_)) {
+                    self.ask_again(&loss);
+                } else {
+                    self.broke(&loss);
+                }
+            }
+        }
+        self.under_way = Batch::default();
+    }
+
+    /// Opens the session, for the sake of the first key.
+    async fn open(&mut self) -> Result<Option<Held>, Error> {
+        let Some((key, _)) = self.under_way.steps().first() else { return Ok(None) };
+        self.owner.try_acquire(&Request::session(&Key::unnamed(*key))).await
+    }
+
+    fn take(&mut self, place: &Place, answers: &[Answer]) {
+        let steps = self.under_way.steps();
+        for (steps, answers) in steps.chunks(AT_ONCE).zip(answers.chunks(AT_ONCE)) {
+            let taken =
+                steps.iter().zip(answers).filter_map(|((key, taken), answer)| match answer {
+                    Answer::Taken(yes) => Some((*key, taken.id, *yes)),
+                    Answer::NotHeld => None,
+                });
+            self.manager.all_taken(place, taken);
+        }
+        if answers.contains(&Answer::NotHeld) {
+            self.broke(&Loss::NotHeld);
+        }
+    }
+
+    /// The server failed the statement half-way: finds out for each step how far it came.
+    fn sort_out(&self, place: &Place, error: sqlx::Error, held: &[(KeyId, Mode)]) {
+        let held: HashSet<&(KeyId, Mode)> = held.iter().collect();
+        let holds = |key, mode| held.contains(&(key, mode));
+        let error = Arc::new(Error::acquiring(&self.first_key(), error));
+        for (key, taken) in self.under_way.steps() {
+            let server = Modes {
+                exclusive: holds(*key, Mode::Exclusive),
+                shared: holds(*key, Mode::Shared),
+            };
+            let granted = match taken.step {
+                Step::Lock(Mode::Exclusive) | Step::Upgrade => server.exclusive,
+                Step::Lock(Mode::Shared) => server.shared,
+                Step::Unlock | Step::Downgrade => true,
+                Step::Look | Step::Renew(_) | Step::Wait(_) => false,
+            };
+            if !granted {
+                self.manager.failed(*key, taken.id, Some(&error));
+            }
+            self.manager.corrected(*key, place, server);
+        }
+    }
+
+    /// Tells who waits for the steps that are under way; without an error they ask again.
+    fn fail(&mut self, error: Option<&Arc<Error>>) {
+        for (key, taken) in std::mem::take(&mut self.under_way).steps() {
+            self.manager.failed(*key, taken.id, error);
+        }
+    }
+
+    /// The session broke before the steps that were under way, which are tried on another.
+    fn ask_again(&mut self, loss: &Loss) {
+        self.lose(loss);
+        // The others have been called off.
+        self.under_way.keep_only_locks();
+        self.fail(None);
+    }
+
+    /// The session broke under the steps that were under way.
+    fn broke(&mut self, loss: &Loss) {
+        self.lose(loss);
+        // The others have been called off.
+        self.under_way.keep_only_locks();
+        let error = Error::broken(&self.first_key(), loss);
+        self.fail(Some(&Arc::new(error)));
+    }
+
+    fn first_key(&self) -> Key {
+        let first = self.under_way.steps().first();
+        Key::unnamed(first.map_or(KeyId::BigInt(0), |(key, _)| *key))
+    }
+
+    /// Tells the guards on the session.
+    fn lose(&mut self, loss: &Loss) {
+        let Some(keeper) = self.keeper.take() else { return };
+        let session = Arc::clone(keeper.session());
+        session.give_up(loss);
+        self.manager.lost(&Place { session, shared: true }, loss);
+    }
+}
+
+/// A runtime that goes down fails what is under way on it, and then drops its tasks. Whoever waits for
+/// them asks again elsewhere, and need not hear of that.
+pub(super) async fn end_with_the_runtime() {
+    tokio::task::yield_now().await;
+}
+
+/// Somebody may wait for a connection.
+pub(super) fn is_exhausted(pool: &PgPool) -> bool {
+    pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections()
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if self.retired {
+            return;
+        }
+        {
+            let mut state = self.manager.state();
+            state.driven = false;
+            state.opening = false;
+        }
+        self.lose(&Loss::Abandoned);
+        // Who waits asks again, on a runtime that lives.
+        let mut orphans = std::mem::take(&mut self.under_way);
+        loop {
+            for (key, taken) in orphans.steps() {
+                self.manager.failed(*key, taken.id, None);
+            }
+            orphans = self.manager.next_batch();
+            if orphans.is_empty() {
+                break;
+            }
+        }
+    }
+}

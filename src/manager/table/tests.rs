@@ -1,0 +1,391 @@
+//! The table against a server that is played here, through random histories.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::{Bound, Effect, Left, Modes, Seat, Step, Table, Taken, Want};
+use crate::key::KeyId;
+use crate::mode::Mode;
+
+/// The shared session is 0, the others are sessions of one key.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+struct Session(u32);
+
+impl Seat for Session {
+    fn is_shared(&self) -> bool {
+        self.0 < 1000
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Want {
+        owner: u64,
+        key: i64,
+        mode: Mode,
+        patient: bool,
+    },
+    Leave {
+        which: usize,
+    },
+    Cancel {
+        which: usize,
+    },
+    Close {
+        owner: u64,
+        key: i64,
+    },
+    /// The server answers the oldest step.
+    Answer,
+    /// Another process takes or gives up a key.
+    Others {
+        key: i64,
+        mode: Option<Mode>,
+    },
+    /// The shared session breaks.
+    Break,
+    Later,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let mode = || prop_oneof![Just(Mode::Exclusive), Just(Mode::Shared)];
+    let key = 0..3_i64;
+    prop_oneof![
+        6 => (0..5_u64, key.clone(), mode(), any::<bool>())
+            .prop_map(|(owner, key, mode, patient)| Act::Want { owner, key, mode, patient }),
+        6 => (0..20_usize).prop_map(|which| Act::Leave { which }),
+        2 => (0..20_usize).prop_map(|which| Act::Cancel { which }),
+        1 => (0..5_u64, key.clone()).prop_map(|(owner, key)| Act::Close { owner, key }),
+        12 => Just(Act::Answer),
+        2 => (key, prop_oneof![Just(None), mode().prop_map(Some)])
+            .prop_map(|(key, mode)| Act::Others { key, mode }),
+        1 => Just(Act::Break),
+        1 => Just(Act::Later),
+    ]
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Guard {
+    key: KeyId,
+    owner: u64,
+    mode: Mode,
+    seat: Session,
+}
+
+/// Everything around the table.
+struct World {
+    table: Table<Session, u64>,
+    now: Instant,
+    /// The shared session of now.
+    session: u32,
+    guards: Vec<Guard>,
+    /// Who waits: what he wants, and the number that the table gave him.
+    waiting: HashMap<u64, (Guard, u64)>,
+    wishes: u64,
+    /// What each session has been granted.
+    server: HashMap<(KeyId, Session), Modes>,
+    others: HashMap<KeyId, Mode>,
+    to_do: VecDeque<KeyId>,
+    under_way: VecDeque<(KeyId, Taken, Session)>,
+    /// A key that was found busy just now.
+    busy: Option<KeyId>,
+}
+
+const NOBODY: Option<fn() -> u64> = None;
+
+impl World {
+    fn new() -> Self {
+        let bound = Bound { count: 3, time: Duration::from_millis(10) };
+        Self {
+            table: Table::new(bound),
+            now: Instant::now(),
+            session: 0,
+            guards: Vec::new(),
+            waiting: HashMap::new(),
+            wishes: 0,
+            server: HashMap::new(),
+            others: HashMap::new(),
+            to_do: VecDeque::new(),
+            under_way: VecDeque::new(),
+            busy: None,
+        }
+    }
+
+    fn act(&mut self, act: Act) {
+        let mut effects = Vec::new();
+        match act {
+            Act::Want { owner, key, mode, patient } => {
+                let key = KeyId::BigInt(key);
+                // One owner has one wish at a time.
+                if self.waiting.values().any(|(wish, _)| wish.key == key && wish.owner == owner) {
+                    return;
+                }
+                self.wishes += 1;
+                let wish = self.wishes;
+                let wants = (mode, patient);
+                let want = self.table.want(key, owner, wants, || wish, self.now, &mut effects);
+                let guard = Guard { key, owner, mode, seat: Session(0) };
+                match want {
+                    Want::Granted(seat) => self.guards.push(Guard { seat, ..guard }),
+                    Want::Queued(id) => drop(self.waiting.insert(wish, (guard, id))),
+                    Want::Busy => assert!(!patient),
+                    Want::Deadlock => assert!(patient && mode == Mode::Exclusive),
+                }
+            }
+            Act::Leave { which } => {
+                if which < self.guards.len() {
+                    let Guard { key, owner, mode, seat } = self.guards.swap_remove(which);
+                    let left =
+                        self.table.leave(key, (owner, mode), &seat, NOBODY, self.now, &mut effects);
+                    assert_ne!(left, Left::Stale);
+                }
+            }
+            Act::Cancel { which } => {
+                let wish = self.waiting.keys().copied().min_by_key(|wish| wish % 7 + which as u64);
+                if let Some((guard, id)) = wish.and_then(|wish| self.waiting.remove(&wish)) {
+                    assert!(self.table.cancel(guard.key, id, self.now, &mut effects));
+                }
+            }
+            Act::Close { owner, key } => {
+                let key = KeyId::BigInt(key);
+                if !self.waiting.values().any(|(wish, _)| wish.key == key && wish.owner == owner) {
+                    self.table.close(key, owner, || 0, self.now, &mut effects);
+                    self.guards.retain(|guard| guard.key != key || guard.owner != owner);
+                }
+            }
+            Act::Answer => self.answer(&mut effects),
+            Act::Others { key, mode } => {
+                let key = KeyId::BigInt(key);
+                self.others.remove(&key);
+                if let Some(mode) = mode
+                    && self.is_free(key, mode, None)
+                {
+                    self.others.insert(key, mode);
+                }
+            }
+            Act::Break => {
+                let seat = Session(self.session);
+                self.session += 1;
+                self.server.retain(|(_, session), _| *session != seat);
+                self.guards.retain(|guard| guard.seat != seat);
+                let under_way = std::mem::take(&mut self.under_way);
+                self.table.lost(&seat, self.now, &mut effects);
+                for (key, taken, session) in under_way {
+                    if session.is_shared() && matches!(taken.step, Step::Lock(_)) {
+                        for wish in self.table.failed(key, taken.id).into_iter().flatten() {
+                            assert!(self.waiting.remove(&wish).is_some());
+                        }
+                    } else if !session.is_shared() {
+                        self.under_way.push_back((key, taken, session));
+                    }
+                }
+            }
+            Act::Later => self.now += Duration::from_millis(11),
+        }
+        self.settle(effects);
+        self.start();
+        self.busy = None;
+        self.check();
+    }
+
+    fn is_free(&self, key: KeyId, mode: Mode, except: Option<Session>) -> bool {
+        let conflicts = |held: Modes| held.exclusive || held.shared && mode == Mode::Exclusive;
+        let of_others = self
+            .others
+            .get(&key)
+            .is_some_and(|&held| held == Mode::Exclusive || mode == Mode::Exclusive);
+        let of_ours = self.server.iter().any(|((held, session), modes)| {
+            *held == key && Some(*session) != except && conflicts(*modes)
+        });
+        !of_others && !of_ours
+    }
+
+    /// What the server does for the oldest step that it can do.
+    fn answer(&mut self, effects: &mut Vec<Effect<Session, u64>>) {
+        for _ in 0..self.under_way.len() {
+            let Some((key, taken, session)) = self.under_way.pop_front() else { return };
+            let Modes { exclusive, shared } =
+                self.server.get(&(key, session)).copied().unwrap_or_default();
+            assert_eq!(taken.server, Modes { exclusive, shared }, "{key:?} {taken:?}");
+            let mut held = taken.server;
+            let lock = |world: &Self, mode: Mode, held: &mut Modes| {
+                let free = world.is_free(key, mode, Some(session));
+                held.exclusive |= free && mode == Mode::Exclusive;
+                held.shared |= free && mode == Mode::Shared;
+                free
+            };
+            let yes = match taken.step {
+                Step::Lock(mode) => {
+                    let free = lock(self, mode, &mut held);
+                    self.busy = (!free).then_some(key);
+                    free
+                }
+                Step::Wait(mode) => {
+                    if !lock(self, mode, &mut held) {
+                        self.under_way.push_back((key, taken, session));
+                        continue;
+                    }
+                    true
+                }
+                Step::Look => self.others.contains_key(&key),
+                Step::Upgrade => lock(self, Mode::Exclusive, &mut held),
+                Step::Downgrade => {
+                    held = Modes { exclusive: false, shared: true };
+                    true
+                }
+                Step::Renew(mode) => {
+                    held = Modes::default();
+                    self.server.remove(&(key, session));
+                    lock(self, mode, &mut held)
+                }
+                Step::Unlock => {
+                    held = Modes::default();
+                    true
+                }
+            };
+            if held == Modes::default() {
+                self.server.remove(&(key, session));
+            } else {
+                self.server.insert((key, session), held);
+            }
+            if !self.table.taken(key, taken.id, (&session, yes), self.now, effects) {
+                // It was called off: nobody may hold on to it.
+                assert!(matches!(taken.step, Step::Wait(_)), "{taken:?}");
+                self.server.remove(&(key, session));
+            }
+            return;
+        }
+    }
+
+    fn settle(&mut self, effects: Vec<Effect<Session, u64>>) {
+        for effect in effects {
+            match effect {
+                Effect::Granted(wish, seat) => {
+                    let (guard, _) = self.waiting.remove(&wish).expect("it waits");
+                    self.guards.push(Guard { seat, ..guard });
+                }
+                Effect::Refused(wish) | Effect::Deadlock(wish) => {
+                    assert!(self.waiting.remove(&wish).is_some());
+                }
+                Effect::Released(_) => {}
+                Effect::Start(key) => self.to_do.push_back(key),
+                Effect::Abandon(key) => {
+                    self.under_way.retain(|(other, taken, _)| {
+                        *other != key || !matches!(taken.step, Step::Wait(_))
+                    });
+                }
+            }
+        }
+    }
+
+    /// Steps are under way as soon as they come up.
+    fn start(&mut self) {
+        while let Some(key) = self.to_do.pop_front() {
+            let Some(shared) = self.table.is_for_shared(key) else { continue };
+            let Some(taken) = self.table.take(key) else { continue };
+            if self.busy == Some(key) {
+                assert!(matches!(taken.step, Step::Wait(_)), "{taken:?} is asked for again");
+            }
+            let own =
+                self.server.keys().find(|(held, session)| *held == key && !session.is_shared());
+            let session = match (shared, own) {
+                (true, _) => Session(self.session),
+                (false, Some((_, own))) => *own,
+                (false, None) => Session(1000 + u32::try_from(taken.id).expect("few steps")),
+            };
+            self.under_way.push_back((key, taken, session));
+        }
+    }
+
+    /// What must always hold.
+    fn check(&self) {
+        for (key, taken, _) in &self.under_way {
+            let wanted = self.waiting.values().any(|(wish, _)| wish.key == *key);
+            assert!(wanted || !matches!(taken.step, Step::Wait(_)), "nobody wants {key:?}");
+        }
+        // With nothing under way, who could share a lock shares it, unless others have waited for it.
+        for (wish, _) in self.waiting.values().filter(|_| self.under_way.is_empty()) {
+            let excludes = |other: &Guard| other.key == wish.key && other.mode == Mode::Exclusive;
+            let waiting = self.waiting.values().map(|(wish, _)| wish);
+            assert!(
+                wish.mode == Mode::Exclusive
+                    || self.guards.iter().chain(waiting).any(excludes)
+                    || self.table.keys.get(&wish.key).is_some_and(|entry| entry.closing),
+                "{wish:?} is left waiting"
+            );
+        }
+        for guard in &self.guards {
+            let held = self.server.get(&(guard.key, guard.seat)).copied().unwrap_or_default();
+            assert!(
+                held.exclusive || guard.mode == Mode::Shared && held.shared,
+                "{guard:?} is not held at the server: {held:?}"
+            );
+            let others = self
+                .guards
+                .iter()
+                .filter(|other| other.key == guard.key && other.owner != guard.owner);
+            for other in others {
+                assert!(
+                    guard.mode == Mode::Shared && other.mode == Mode::Shared,
+                    "{guard:?} and {other:?}"
+                );
+            }
+        }
+    }
+
+    /// Lets everything come to its end: all wishes are granted, nothing is left.
+    fn finish(&mut self) {
+        self.others.clear();
+        for round in 0.. {
+            assert!(round < 10_000, "it never ends: {:?} wait", self.waiting.len());
+            // Who shares a lock and wants it alone waits for the others, so all let go.
+            if !self.guards.is_empty() {
+                self.act(Act::Leave { which: 0 });
+            } else if !self.under_way.is_empty() {
+                self.act(Act::Answer);
+            } else {
+                break;
+            }
+        }
+        assert!(self.waiting.is_empty(), "somebody waits for ever: {:?}", self.waiting);
+        assert!(self.server.is_empty(), "something is held: {:?}", self.server);
+        assert!(self.table.is_empty(), "something is left: {:?}", self.table);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 3000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn holds_what_it_grants_and_leaves_nobody_waiting(acts in prop::collection::vec(act(), 0..80)) {
+        let mut world = World::new();
+        for act in acts {
+            world.act(act);
+        }
+        world.finish();
+    }
+}
+
+/// A key that is passed on goes back to the server after so many owners.
+#[test]
+fn others_get_their_turn() {
+    let mut world = World::new();
+    for owner in 0..5 {
+        world.act(Act::Want { owner, key: 1, mode: Mode::Exclusive, patient: true });
+    }
+    let mut steps = Vec::new();
+    for _ in 0..20 {
+        steps.extend(world.under_way.iter().map(|(_, taken, _)| taken.step));
+        world.act(Act::Answer);
+        world.act(Act::Leave { which: 0 });
+    }
+    let steps: HashSet<String> = steps.iter().map(|step| format!("{step:?}")).collect();
+    assert!(steps.contains("Renew(Exclusive)"), "{steps:?}");
+    world.finish();
+}

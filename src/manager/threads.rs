@@ -1,0 +1,237 @@
+//! Threads that meet at a manager's state, in orders that a model checker chooses.
+//!
+//! The state's lock is shuttle's, which lets another thread run whenever one takes or leaves it. All that is
+//! told is told under that lock, so these are all the points at which threads can meet. The manager, its
+//! table, and what acquires and lets go through them are as they are; the driver, who takes the steps at the
+//! server, is played, for he needs one. Nothing is busy elsewhere, so nobody waits on a session of its own.
+
+use std::future::poll_fn;
+use std::mem::ManuallyDrop;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+
+use shuttle::future::block_on;
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::scheduler::RandomScheduler;
+use shuttle::{Config, Runner, thread};
+use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::runtime::{Builder, Handle};
+
+use super::table::Step;
+use super::{Managed, Manager, Place};
+use crate::error::{Error, Loss};
+use crate::held::Held;
+use crate::key::Key;
+use crate::mode::Mode;
+use crate::options::LockOptions;
+use crate::request::Request;
+use crate::session::Session;
+use crate::session::pending::Patience;
+
+const ORDERS: usize = 3000;
+const KEYS: i64 = 2;
+const ROUNDS: usize = 3;
+
+#[test]
+fn nobody_is_let_in_beside_another_or_left_waiting() {
+    // There must be one, but nothing runs on it. It never ends, for the drivers that are started there would
+    // end with it, and the manager's lock is none outside of shuttle.
+    let runtime = ManuallyDrop::new(Builder::new_current_thread().enable_all().build().unwrap());
+    let _entered = runtime.enter();
+    let nowhere = PgConnectOptions::new_without_pgpass().socket("/nonexistent");
+    let pool = PgPoolOptions::new().connect_lazy_with(nowhere);
+    let mut config = Config::new();
+    // Shuttle's threads have little room, and these futures are not small.
+    config.stack_size = 1 << 20;
+    Runner::new(RandomScheduler::new(ORDERS), config).run(move || meet(&pool));
+}
+
+/// Three threads with two owners, and the one who takes the steps. Who waits for ever is found by shuttle.
+fn meet(pool: &PgPool) {
+    let manager = Arc::new(Manager::new(pool, LockOptions::new()));
+    let over = Arc::new(AtomicBool::new(false));
+    let driver = thread::spawn({
+        let (manager, over) = (Arc::clone(&manager), Arc::clone(&over));
+        move || drive(&manager, &over)
+    });
+    let inside = Arc::new(Inside::default());
+    let (one, two) = (Managed::new(&manager), Managed::new(&manager));
+    let threads = [(0, one.clone()), (0, one), (1, two)].map(|(owner, managed)| {
+        let inside = Arc::clone(&inside);
+        thread::spawn(move || (0..ROUNDS).for_each(|_| take_a_turn(owner, &managed, &inside)))
+    });
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    over.store(true, Ordering::Relaxed);
+    driver.join().unwrap();
+}
+
+/// Takes the steps, as [`shared`](super::shared) does, whenever a driver is started, until everything is over
+/// and given up.
+fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
+    let mut place = open(manager);
+    loop {
+        let batch = manager.next_batch();
+        if batch.is_empty() {
+            if !manager.retire() {
+                block_on(manager.work.notified());
+                continue;
+            }
+            while !manager.state().driven {
+                if over.load(Ordering::Relaxed) {
+                    return;
+                }
+                thread::yield_now();
+            }
+            continue;
+        }
+        if one_in(8) {
+            // What is under way may have been done, and may not.
+            place.session.give_up(&Loss::Silent);
+            manager.lost(&place, &Loss::Silent);
+            let error = Arc::new(Error::broken(&Key::from(0), &Loss::Silent));
+            let error = one_in(2).then_some(&error);
+            for (key, taken) in batch.steps() {
+                if matches!(taken.step, Step::Lock(_)) {
+                    manager.failed(*key, taken.id, error);
+                }
+            }
+            place = open(manager);
+            continue;
+        }
+        for (key, taken) in batch.steps() {
+            let yes = match taken.step {
+                // Another process shares the lock, or waits for it.
+                Step::Look | Step::Upgrade => one_in(2),
+                Step::Downgrade | Step::Lock(_) | Step::Renew(_) | Step::Unlock => true,
+                Step::Wait(_) => unreachable!("nothing is busy elsewhere"),
+            };
+            manager.taken(*key, taken.id, &place, yes);
+        }
+    }
+}
+
+fn open(manager: &Manager) -> Place {
+    let (server, options) = (Arc::default(), LockOptions::new());
+    let session = Session::open(&manager.pool, &server, None, Handle::current(), &options);
+    Place { session, shared: true }
+}
+
+fn one_in(times: u32) -> bool {
+    thread_rng().gen_ratio(1, times)
+}
+
+/// Acquires in one of several ways, perhaps wants more, and lets go in one of two.
+fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
+    let key = Key::from(thread_rng().gen_range(0..KEYS));
+    let request = |mode| Request::one(&key, mode);
+    let mode = if one_in(2) { Mode::Exclusive } else { Mode::Shared };
+    let wanted = request(mode);
+    let acquired = match thread_rng().gen_range(0..4) {
+        0 => block_on(managed.acquire(&wanted, Patience::Never)),
+        1 => {
+            let polls = thread_rng().gen_range(1..4);
+            let given_up = given_up(polls, managed.acquire(&wanted, Patience::Forever));
+            block_on(given_up).unwrap_or(Ok(None))
+        }
+        _ => block_on(managed.acquire(&wanted, Patience::Forever)),
+    };
+    let Some(held) = unless_it_passes(acquired) else { return };
+    let entered = inside.enter(owner, &held, mode);
+    if mode == Mode::Shared && one_in(2) {
+        let exclusive = request(Mode::Exclusive);
+        let upgraded = if one_in(2) {
+            block_on(held.and(&exclusive))
+        } else {
+            block_on(managed.acquire(&exclusive, Patience::Forever))
+        };
+        if let Some(more) = unless_it_passes(upgraded) {
+            let entered = inside.enter(owner, &more, Mode::Exclusive);
+            thread::yield_now();
+            inside.leave(&entered);
+            drop(more);
+        }
+    }
+    thread::yield_now();
+    inside.leave(&entered);
+    if one_in(2) {
+        drop(block_on(held.release()));
+    }
+}
+
+/// A deadlock and a loss are no lock.
+fn unless_it_passes(acquired: Result<Option<Held>, Error>) -> Option<Held> {
+    match acquired {
+        Ok(held) => held,
+        Err(Error::Deadlock { .. } | Error::Disconnected { .. } | Error::Lost { .. }) => None,
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
+/// Polls a future so often, whoever wakes it, and drops it then.
+async fn given_up<T>(polls: usize, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = Box::pin(future);
+    let mut left = polls;
+    let polled = poll_fn(|cx| {
+        if let Poll::Ready(output) = future.as_mut().poll(cx) {
+            return Poll::Ready(Some(output));
+        }
+        left -= 1;
+        if left == 0 {
+            return Poll::Ready(None);
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    });
+    polled.await
+}
+
+/// Who is inside. Not a place to meet: its lock is an ordinary one.
+#[derive(Default)]
+struct Inside(Mutex<Vec<Hold>>);
+
+#[derive(Clone)]
+struct Hold {
+    owner: usize,
+    key: Key,
+    mode: Mode,
+    session: Arc<Session>,
+}
+
+impl Hold {
+    fn excludes(&self, other: &Self) -> bool {
+        self.owner != other.owner
+            && self.key == other.key
+            && (self.mode == Mode::Exclusive || other.mode == Mode::Exclusive)
+            && self.session.loss().is_none()
+            && other.session.loss().is_none()
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        self.owner == other.owner
+            && self.key == other.key
+            && self.mode == other.mode
+            && Arc::ptr_eq(&self.session, &other.session)
+    }
+}
+
+impl Inside {
+    fn enter(&self, owner: usize, guard: &Held, mode: Mode) -> Hold {
+        let (key, session) = (guard.key().clone(), Arc::clone(guard.session()));
+        let hold = Hold { owner, key, mode, session };
+        let mut holds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let other = holds.iter().find(|other| hold.excludes(other));
+        assert!(other.is_none(), "owner {owner} has {} {mode} beside another", hold.key);
+        holds.push(hold.clone());
+        hold
+    }
+
+    fn leave(&self, hold: &Hold) {
+        let mut holds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = holds.iter().position(|other| hold.is(other)).unwrap();
+        holds.swap_remove(place);
+    }
+}

@@ -1,0 +1,324 @@
+//! Several locks at once: all of them or none, and never a deadlock.
+
+use std::fmt;
+use std::time::Duration;
+
+use sqlx::PgPool;
+
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::held::{Held, methods};
+use crate::key::Key;
+use crate::mode::Mode;
+use crate::options::LockOptions;
+use crate::owner::Owner;
+use crate::request::Request;
+
+/// A handle on the locks of several keys, which are held all at once or not at all.
+///
+/// The keys are taken in one order, whatever order they are given in, so two that want the same ones
+/// never wait for each other. A key that is given twice is taken once; exclusively, if either asks for
+/// that. All are held by one session, and so use one connection. When all are free, they are taken in
+/// one statement.
+///
+/// While it waits for a key that is busy, it holds those before it in the order. Use few keys: each is
+/// an entry of the server's lock table, which is of limited size.
+///
+/// Like [`Lock`](crate::Lock), a handle is an owner: it stacks, and a [clone](Clone::clone) is another
+/// owner.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::MultiLock;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let mut accounts = MultiLock::new(&pool, "account-1").and("account-2").and_shared("rates");
+/// let _guard = accounts.acquire().await?;
+/// // Nobody else moves money between the two, and the rates stay as they are.
+/// # Ok(()) }
+/// ```
+pub struct MultiLock {
+    request: Request,
+    owner: Owner,
+}
+
+impl MultiLock {
+    /// Makes a handle on one key, to be held exclusively, with the default options. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::MultiLock;
+    ///
+    /// let invoices = [17, 4, 23];
+    /// let locks = invoices.iter().fold(MultiLock::new(&pool, "customer-9"), |locks, id| {
+    ///     locks.and(format!("invoice-{id}"))
+    /// });
+    /// assert_eq!(locks.keys().count(), 4);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn new(pool: &PgPool, key: impl Into<Key>) -> Self {
+        Self::with_owner(&key.into(), Mode::Exclusive, Owner::new(pool, LockOptions::new()))
+    }
+
+    /// Makes a handle on one key, to be held shared, with the default options. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::MultiLock;
+    ///
+    /// let locks = MultiLock::new_shared(&pool, "rates").and_shared("fees").and("account-1");
+    /// # let _ = locks; }
+    /// ```
+    #[must_use]
+    pub fn new_shared(pool: &PgPool, key: impl Into<Key>) -> Self {
+        Self::with_owner(&key.into(), Mode::Shared, Owner::new(pool, LockOptions::new()))
+    }
+
+    pub(crate) fn with_owner(key: &Key, mode: Mode, owner: Owner) -> Self {
+        Self { request: Request::one(key, mode), owner }
+    }
+
+    /// Adds a key, to be held exclusively.
+    ///
+    /// # Examples
+    ///
+    /// As for [`new`](Self::new).
+    #[must_use]
+    pub fn and(self, key: impl Into<Key>) -> Self {
+        self.with(key.into(), Mode::Exclusive)
+    }
+
+    /// Adds a key, to be held shared.
+    ///
+    /// # Examples
+    ///
+    /// As for [`new_shared`](Self::new_shared).
+    #[must_use]
+    pub fn and_shared(self, key: impl Into<Key>) -> Self {
+        self.with(key.into(), Mode::Shared)
+    }
+
+    /// What is held already is of another set of keys, and stays with its guards.
+    fn with(self, key: Key, mode: Mode) -> Self {
+        Self { request: self.request.and(key, mode), owner: self.owner.another() }
+    }
+
+    /// Returns the keys in the order in which they are taken, each with its mode.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// # let pool = pglock_testkit::pool().await;
+    /// use pglock::{Key, Mode, MultiLock};
+    ///
+    /// let locks = MultiLock::new(&pool, 2).and_shared(1).and_shared(2);
+    /// let keys: Vec<_> = locks.keys().collect();
+    /// assert_eq!(keys, [(&Key::from(1), Mode::Shared), (&Key::from(2), Mode::Exclusive)]);
+    /// # }
+    /// ```
+    pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
+        self.request.locks().iter().map(|(key, mode)| (key, *mode))
+    }
+
+    /// Acquires all the locks, and waits for as long as others hold any of them.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe, as [`Lock::acquire`](crate::Lock::acquire): what was granted of them is given up.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Lock::acquire`](crate::Lock::acquire); nothing is held after an error. An error names
+    /// the first of the keys. [`Error::Deadlock`] only if something else takes the same keys in another
+    /// order.
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::MultiLock;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let one_way = MultiLock::new(&pool, "account-1").and("account-2").acquire().await?;
+    /// one_way.release().await?;
+    /// let or_the_other = MultiLock::new(&pool, "account-2").and("account-1").acquire().await?;
+    /// # drop(or_the_other); Ok(()) }
+    /// ```
+    pub async fn acquire(&mut self) -> Result<MultiGuard> {
+        self.owner.acquire(&self.request).await.map(MultiGuard::new)
+    }
+
+    /// Acquires all the locks if that is possible at once. `None` if others hold any of them.
+    ///
+    /// One statement if it succeeds; one more if it is refused half-way, to give up the others.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe, as [`Lock::try_acquire`](crate::Lock::try_acquire).
+    ///
+    /// # Errors
+    ///
+    /// As for [`acquire`](Self::acquire).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::MultiLock;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let both = MultiLock::new(&pool, 1).and(2).acquire().await?;
+    /// assert!(MultiLock::new(&pool, 2).and(3).try_acquire().await?.is_none());
+    /// # drop(both); Ok(()) }
+    /// ```
+    pub async fn try_acquire(&mut self) -> Result<Option<MultiGuard>> {
+        Ok(self.owner.try_acquire(&self.request).await?.map(MultiGuard::new))
+    }
+
+    /// Acquires all the locks, and waits for at most `timeout` in all. `None` if that passes.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`acquire`](Self::acquire).
+    ///
+    /// # Errors
+    ///
+    /// As for [`Lock::try_acquire_for`](crate::Lock::try_acquire_for).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::MultiLock;
+    /// use std::time::Duration;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut accounts = MultiLock::new(&pool, "account-1").and("account-2");
+    /// let guard = accounts.try_acquire_for(Duration::from_secs(2)).await?;
+    /// assert!(guard.is_some());
+    /// # Ok(()) }
+    /// ```
+    pub async fn try_acquire_for(&mut self, timeout: Duration) -> Result<Option<MultiGuard>> {
+        let held = self.owner.try_acquire_for(&self.request, timeout).await?;
+        Ok(held.map(MultiGuard::new))
+    }
+
+    /// Lets go of everything that this handle holds: as [`Lock::close`](crate::Lock::close).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`Lock::close`](crate::Lock::close).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the locks were lost before.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::MultiLock;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut locks = MultiLock::new(&pool, 1).and(2);
+    /// let guard = locks.acquire().await?;
+    /// locks.close().await?;
+    /// assert!(guard.is_lost());
+    /// # Ok(()) }
+    /// ```
+    pub async fn close(&mut self) -> Result<()> {
+        self.owner.close(self.request.key()).await
+    }
+}
+
+impl Clone for MultiLock {
+    /// Makes another owner: it shares the pool, the keys and the options, and holds nothing.
+    fn clone(&self) -> Self {
+        Self { request: self.request.clone(), owner: self.owner.another() }
+    }
+}
+
+impl fmt::Debug for MultiLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MultiLock")
+            .field("keys", &self.request.locks())
+            .field("options", &self.owner.options)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Several locks that are held. Dropping it releases them all.
+///
+/// # Drop
+///
+/// As for [`ExclusiveGuard`](crate::ExclusiveGuard); one statement for all.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::MultiLock;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let guard = MultiLock::new(&pool, 1).and(2).acquire().await?;
+/// assert_eq!(guard.keys().count(), 2);
+/// # Ok(()) }
+/// ```
+#[must_use = "if unused, the locks are released at once"]
+#[clippy::has_significant_drop]
+pub struct MultiGuard {
+    held: Held,
+}
+
+impl MultiGuard {
+    pub(crate) fn new(held: Held) -> Self {
+        Self { held }
+    }
+
+    /// Returns the keys of the locks, each with its mode.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Key, Mode, MultiLock};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let guard = MultiLock::new(&pool, 1).acquire().await?;
+    /// assert_eq!(guard.keys().next(), Some((&Key::from(1), Mode::Exclusive)));
+    /// # Ok(()) }
+    /// ```
+    pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
+        self.held.request().locks().iter().map(|(key, mode)| (key, *mode))
+    }
+}
+
+methods!(
+    MultiGuard,
+    release,
+    "MultiLock",
+    "MultiLock::new(&pool, \"account-1\").and(\"account-2\").acquire().await?"
+);

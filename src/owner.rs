@@ -1,0 +1,208 @@
+//! An owner: who acquires, on the session of what it holds already, or on a new one.
+
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use tokio::runtime::Handle;
+use tracing::Instrument;
+use tracing::field::{Empty, display};
+
+use crate::error::{Error, Result};
+use crate::held::Held;
+use crate::key::Key;
+use crate::manager::Managed;
+use crate::options::LockOptions;
+use crate::request::Request;
+use crate::session::Session;
+use crate::session::conn::Conn;
+use crate::session::ledger::Join;
+use crate::session::pending::{self, Patience, Pending};
+use crate::session::servers::Behind;
+
+/// What every kind of handle is made of: it stacks what it acquires on one session.
+#[derive(Clone, Debug)]
+pub(crate) struct Owner {
+    pool: PgPool,
+    server: Behind,
+    pub(crate) options: LockOptions,
+    /// The session of the guards that this owner has given out, while any live.
+    session: Weak<Session>,
+    /// Somebody else takes the locks.
+    managed: Option<Managed>,
+}
+
+impl Owner {
+    pub(crate) fn new(pool: &PgPool, options: LockOptions) -> Self {
+        let server = Behind::of(pool);
+        Self { pool: pool.clone(), server, options, session: Weak::new(), managed: None }
+    }
+
+    /// The same, but a manager takes its locks.
+    pub(crate) fn managed_by(self, managed: Managed) -> Self {
+        Self { managed: Some(managed), ..self }
+    }
+
+    /// The owner of what a session holds.
+    pub(crate) fn of(session: &Arc<Session>, managed: Option<&Managed>) -> Self {
+        let session_of = Self::new(session.pool(), session.options().clone());
+        let managed = managed.map(Managed::another);
+        Self { session: Arc::downgrade(session), managed, ..session_of }
+    }
+
+    /// An owner like this one, that holds nothing.
+    pub(crate) fn another(&self) -> Self {
+        let managed = self.managed.as_ref().map(Managed::another);
+        Self { session: Weak::new(), managed, ..self.clone() }
+    }
+
+    /// Lets go of everything, however many guards are alive.
+    pub(crate) async fn close(&mut self, key: &Key) -> Result<()> {
+        if let Some(managed) = &mut self.managed {
+            return managed.close(key).await;
+        }
+        let Some(session) = std::mem::take(&mut self.session).upgrade() else { return Ok(()) };
+        session.close().await.map_err(|reason| Error::lost(key, reason))
+    }
+
+    pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Held> {
+        loop {
+            // Patience without an end never ends in `None`.
+            if let Some(held) = self.take(request, Patience::Forever).await? {
+                return Ok(held);
+            }
+        }
+    }
+
+    pub(crate) async fn try_acquire(&mut self, request: &Request) -> Result<Option<Held>> {
+        self.take(request, Patience::Never).await
+    }
+
+    /// The same, with patience for the pool until then.
+    pub(crate) async fn try_acquire_by(
+        &mut self,
+        request: &Request,
+        deadline: Instant,
+    ) -> Result<Option<Held>> {
+        self.take(request, Patience::ForPool(deadline)).await
+    }
+
+    pub(crate) async fn try_acquire_for(
+        &mut self,
+        request: &Request,
+        timeout: Duration,
+    ) -> Result<Option<Held>> {
+        self.take(request, patience(timeout)).await
+    }
+
+    /// A connection of the pool, for a question that no session of ours has to answer.
+    pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
+        let pooled = pending::lend(&self.pool, key, Patience::Forever).await?;
+        Ok(Conn::new(pooled, Handle::current()))
+    }
+
+    /// Acquires, inside a span that tells how it went.
+    async fn take(&mut self, request: &Request, patience: Patience) -> Result<Option<Held>> {
+        let span = tracing::debug_span!(
+            "acquire",
+            key = %request.key().id(),
+            name = request.key().name(),
+            mode = %request.mode(),
+            outcome = Empty,
+            waited_ms = Empty,
+        );
+        let ending = Ending { span: span.clone(), started: Instant::now(), outcome: "cancelled" };
+        let taken = self.take_from_session(request, patience).instrument(span).await;
+        ending.was(match &taken {
+            Ok(Some(_)) => "acquired",
+            Ok(None) => "busy",
+            Err(_) => "failed",
+        });
+        taken
+    }
+
+    async fn take_from_session(
+        &mut self,
+        request: &Request,
+        patience: Patience,
+    ) -> Result<Option<Held>> {
+        if let Some(managed) = &self.managed {
+            return managed.acquire(request, patience).await;
+        }
+        let joined = match self.session.upgrade() {
+            Some(session) => match session.join(request) {
+                Join::Covered => return Ok(Some(Held::new(session, request.clone()))),
+                join @ (Join::Ask | Join::Ended) => Some((session, join)),
+            },
+            None => None,
+        };
+        // On the heap, or all who wait in a manager's queue would have room for it.
+        Box::pin(self.take_from_own_session(joined, request, patience)).await
+    }
+
+    async fn take_from_own_session(
+        &mut self,
+        joined: Option<(Arc<Session>, Join)>,
+        request: &Request,
+        patience: Patience,
+    ) -> Result<Option<Held>> {
+        let joined = match joined {
+            Some((session, Join::Covered | Join::Ask)) => {
+                let joining = Pending::join(session, request, &self.options);
+                let Some(joined) = patience.bound(joining).await else { return Ok(None) };
+                joined
+            }
+            Some((session, Join::Ended)) => {
+                // Or this handle would find the lock busy that it has just let go of.
+                let ended = patience.bound(session.ended()).await;
+                if ended.is_none() {
+                    return Ok(None);
+                }
+                None
+            }
+            None => None,
+        };
+        let (pending, verdict) = if let Some(pending) = joined {
+            pending.try_now(patience).await?
+        } else {
+            let Self { pool, server, options, .. } = self;
+            Pending::open(pool, server.server(pool), request, options, patience).await?
+        };
+        let held = pending.settle(verdict, patience).await?;
+        if let Some(held) = &held {
+            self.session = Arc::downgrade(held.session());
+        }
+        Ok(held)
+    }
+}
+
+/// Patience that ends after `timeout`: at once, later, or never if that is too far to count.
+fn patience(timeout: Duration) -> Patience {
+    if timeout.is_zero() {
+        return Patience::Never;
+    }
+    Instant::now().checked_add(timeout).map_or(Patience::Forever, Patience::Until)
+}
+
+/// Writes into the span how the acquire ended, even if its future was dropped.
+struct Ending {
+    span: tracing::Span,
+    started: Instant,
+    outcome: &'static str,
+}
+
+impl Ending {
+    fn was(mut self, outcome: &'static str) {
+        self.outcome = outcome;
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if self.span.is_disabled() {
+            return;
+        }
+        let waited = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.span.record("outcome", display(self.outcome)).record("waited_ms", waited);
+    }
+}

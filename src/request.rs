@@ -1,0 +1,84 @@
+//! What an acquire asks for: one lock, several, one of several, or a session to hold some later.
+
+use std::sync::Arc;
+
+use crate::key::{Key, KeyId};
+use crate::mode::Mode;
+
+/// Locks, in the order in which they are taken.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    // Invariant: never empty, and no key twice.
+    locks: Arc<[(Key, Mode)]>,
+    pub(crate) need: Need,
+}
+
+/// How many of the locks an acquire needs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Need {
+    All,
+    /// The first that is free.
+    Any,
+    /// None yet: a session, on which they will be taken.
+    Nothing,
+}
+
+impl Request {
+    pub(crate) fn one(key: &Key, mode: Mode) -> Self {
+        Self { locks: Arc::new([(key.clone(), mode)]), need: Need::All }
+    }
+
+    /// The first of these keys that is free, exclusively. There must be one at least.
+    pub(crate) fn any(keys: Vec<Key>) -> Self {
+        let locks = keys.into_iter().map(|key| (key, Mode::Exclusive));
+        Self { locks: locks.collect(), need: Need::Any }
+    }
+
+    /// A session, opened for the sake of a key.
+    pub(crate) fn session(key: &Key) -> Self {
+        Self { need: Need::Nothing, ..Self::one(key, Mode::Shared) }
+    }
+
+    /// The same with another lock. Sorted, so that all who want the same ones take them in one order.
+    pub(crate) fn and(&self, key: Key, mode: Mode) -> Self {
+        let mut locks = self.locks.to_vec();
+        match locks.binary_search_by_key(&key.id(), |(key, _)| key.id()) {
+            Ok(same) => {
+                if let Some((_, present)) = locks.get_mut(same) {
+                    // Exclusive is the lesser of the two.
+                    *present = mode.min(*present);
+                }
+            }
+            Err(place) => locks.insert(place, (key, mode)),
+        }
+        Self { locks: locks.into(), need: self.need }
+    }
+
+    /// The key that stands for all of them: errors name it.
+    #[expect(clippy::indexing_slicing, reason = "never empty")]
+    pub(crate) fn key(&self) -> &Key {
+        &self.locks[0].0
+    }
+
+    /// The mode of that key.
+    #[expect(clippy::indexing_slicing, reason = "never empty")]
+    pub(crate) fn mode(&self) -> Mode {
+        self.locks[0].1
+    }
+
+    /// The same for one of the locks.
+    pub(crate) fn only(&self, id: KeyId) -> Option<Self> {
+        let (key, mode) = self.locks.iter().find(|(key, _)| key.id() == id)?;
+        Some(Self::one(key, *mode))
+    }
+
+    pub(crate) fn locks(&self) -> &[(Key, Mode)] {
+        &self.locks
+    }
+
+    /// What the server is asked for.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = (KeyId, Mode)> {
+        let locks = if self.need == Need::Nothing { &[][..] } else { self.locks() };
+        locks.iter().map(|(key, mode)| (key.id(), *mode))
+    }
+}
