@@ -2,11 +2,16 @@
 
 use std::error;
 use std::panic::{RefUnwindSafe, UnwindSafe};
+use std::sync::Arc;
 use std::time::Duration;
 
+use pglock::inspect::{LockInfo, Session};
 use pglock::{
-    Error, ExclusiveGuard, Key, Lock, LockOptions, Loss, Mode, SessionConnection, SharedGuard,
+    Election, Error, ExclusiveGuard, Key, Leader, LeaderStatus, Leadership, Lock, LockManager,
+    LockOptions, Loss, Mode, MultiGuard, MultiLock, Observer, Permit, Semaphore, SessionConnection,
+    SharedGuard, transaction,
 };
+use sqlx::{Postgres, Transaction};
 
 fn is_send<T: Send>() {}
 fn is_sync<T: Sync>() {}
@@ -25,7 +30,11 @@ fn every_type_may_be_sent_to_and_shared_with_another_thread() {
             is_unpin::<$T>();
         )*};
     }
+    check!(LockManager);
     check!(Key, Mode, Lock, LockOptions, ExclusiveGuard, SharedGuard, SessionConnection<'_>);
+    check!(MultiLock, MultiGuard, Semaphore, Permit);
+    check!(Election, Leader, LeaderStatus, Leadership, Observer);
+    check!(LockInfo, Session);
     check!(Error, Loss);
 }
 
@@ -37,6 +46,14 @@ fn only_a_lent_connection_borrows() {
     is_static::<LockOptions>();
     is_static::<ExclusiveGuard>();
     is_static::<SharedGuard>();
+    is_static::<MultiLock>();
+    is_static::<MultiGuard>();
+    is_static::<Semaphore>();
+    is_static::<Permit>();
+    is_static::<Election>();
+    is_static::<LeaderStatus>();
+    is_static::<Leadership>();
+    is_static::<Observer>();
 }
 
 /// Plain values stay usable after a caught panic. What holds a connection promises nothing.
@@ -45,6 +62,7 @@ fn values_are_unwind_safe() {
     is_unwind_safe::<Key>();
     is_unwind_safe::<Mode>();
     is_unwind_safe::<LockOptions>();
+    is_unwind_safe::<Leader>();
 }
 
 #[test]
@@ -58,6 +76,7 @@ fn errors_fit_into_a_box_of_errors() {
 fn every_future_may_be_sent_to_another_thread(
     lock: &mut Lock,
     (exclusive, shared): (ExclusiveGuard, SharedGuard),
+    tx: &mut Transaction<'_, Postgres>,
 ) {
     is_future_of::<pglock::Result<ExclusiveGuard>>(lock.acquire());
     is_future_of::<pglock::Result<Option<ExclusiveGuard>>>(lock.try_acquire());
@@ -72,4 +91,67 @@ fn every_future_may_be_sent_to_another_thread(
     is_future_of::<pglock::Result<SessionConnection<'_>>>(shared.connection());
     is_future_of::<pglock::Result<()>>(exclusive.release());
     is_future_of::<pglock::Result<()>>(shared.release());
+    is_future_of::<pglock::Result<()>>(transaction::acquire(tx, "a"));
+    is_future_of::<pglock::Result<bool>>(transaction::try_acquire(tx, "a".to_owned()));
+    is_future_of::<pglock::Result<bool>>(transaction::try_acquire_for(tx, 1, Duration::ZERO));
+    is_future_of::<pglock::Result<()>>(transaction::acquire_shared(tx, 1_i64));
+    is_future_of::<pglock::Result<bool>>(transaction::try_acquire_shared(tx, (1, 2)));
+    is_future_of::<pglock::Result<bool>>(transaction::try_acquire_shared_for(
+        tx,
+        Key::from(1),
+        Duration::ZERO,
+    ));
+}
+
+/// The same for several locks, and for permits.
+#[expect(dead_code, reason = "the futures are made, and not run")]
+fn the_futures_of_what_is_built_on_locks_may_be_sent_too(
+    locks: &mut MultiLock,
+    semaphore: &Semaphore,
+    (exclusive, shared): (ExclusiveGuard, SharedGuard),
+    (guard, permit): (MultiGuard, Permit),
+) {
+    is_future_of::<pglock::Result<MultiGuard>>(locks.acquire());
+    is_future_of::<pglock::Result<Option<MultiGuard>>>(locks.try_acquire());
+    is_future_of::<pglock::Result<Option<MultiGuard>>>(locks.try_acquire_for(Duration::ZERO));
+    is_future_of::<pglock::Result<()>>(locks.close());
+    is_future_of::<pglock::Result<()>>(guard.release());
+    is_future_of::<pglock::Result<Permit>>(semaphore.acquire());
+    is_future_of::<pglock::Result<Option<Permit>>>(semaphore.try_acquire());
+    is_future_of::<pglock::Result<Option<Permit>>>(semaphore.try_acquire_for(Duration::ZERO));
+    is_future_of::<pglock::Result<()>>(permit.release());
+    is_future_of::<pglock::Result<SharedGuard>>(exclusive.downgrade());
+    is_future_of::<pglock::Result<Result<ExclusiveGuard, SharedGuard>>>(shared.try_upgrade());
+}
+
+/// Of those of an election, `run` is what its arguments are. Compiling is the test.
+#[expect(dead_code, reason = "the futures are made, and not run")]
+fn every_future_of_an_election_may_be_sent_to_another_thread<L: Future<Output = ()> + Send>(
+    election: &mut Election,
+    observer: &mut Observer,
+    leadership: Leadership,
+    stop: impl Future<Output = ()> + Send,
+    lead: impl FnMut(Arc<Leadership>) -> L + Send,
+) {
+    is_future_of::<pglock::Result<Leadership>>(election.campaign());
+    is_future_of::<pglock::Result<Option<Leadership>>>(election.try_campaign());
+    is_future_of::<pglock::Result<()>>(election.run(stop, lead));
+    is_future_of::<pglock::Result<Option<Leader>>>(election.leader());
+    is_future_of::<pglock::Result<Option<Leader>>>(observer.changed());
+    is_future_of::<Loss>(leadership.lost());
+    is_future_of::<pglock::Result<()>>(leadership.verify());
+    is_future_of::<pglock::Result<u64>>(leadership.fencing_token());
+    is_future_of::<pglock::Result<SessionConnection<'_>>>(leadership.connection());
+    is_future_of::<pglock::Result<()>>(leadership.while_held(std::future::pending()));
+    is_future_of::<pglock::Result<()>>(leadership.resign());
+}
+
+/// A task is as large as its future, and thousands of tasks may wait: what an acquire on a session of its
+/// own needs is not part of it.
+#[tokio::test]
+async fn an_acquire_that_waits_is_small() {
+    let pool = sqlx::PgPool::connect_lazy("postgres://localhost/nowhere").unwrap();
+    let mut lock = LockManager::new(&pool).lock(42);
+    assert!(size_of_val(&lock.acquire()) <= 1024);
+    assert!(size_of_val(&lock.try_acquire_for(Duration::from_secs(1))) <= 1024);
 }

@@ -1,19 +1,16 @@
-//! A future dropped at any await leaves nothing behind.
+//! A future dropped at any await leaves nothing behind: what needs a session of its own.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use pglock::Lock;
-use pglock_testkit::{Server, TestDb, cancel_after};
+use pglock::{Lock, MultiLock, Semaphore};
+use pglock_testkit::{TestDb, cancel_after};
 use sqlx::PgPool;
-use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{SOON, borrow_all, locks_are, no_locks};
+use crate::support::{SOON, borrow_all, dropped_at, locks_are, no_locks, unless_it_waits};
 
 /// More polls than any call that does not wait can take.
-const POLLS: usize = 60;
+pub(crate) const POLLS: usize = 60;
 
 /// Fills the pool with idle connections, or leaves it empty.
 async fn prepare(pool: &PgPool, warm: bool) {
@@ -22,11 +19,19 @@ async fn prepare(pool: &PgPool, warm: bool) {
     }
 }
 
-/// Runs `call` on a fresh handle and drops it after every number of polls until it completes, with a
+/// Runs `call` on a fresh pool and drops it after every number of polls until it completes, with a
 /// cold and with a warm pool; after each nothing may be left but what `held` says others hold.
-///
+#[expect(clippy::future_not_send, reason = "it runs where it is made")]
+pub(crate) async fn dropped_at_every_poll_on(
+    held: usize,
+    db: &TestDb,
+    call: impl AsyncFn(&PgPool),
+) {
+    dropped_at(1, async || sweep(held, db, &call).await).await;
+}
+
 /// Returns at how many points it was dropped.
-async fn dropped_at_every_poll(held: usize, db: &TestDb, call: impl AsyncFn(&mut Lock)) -> usize {
+async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
     let mut admin = db.admin().await;
     let mut dropped = 0;
     for warm in [false, true] {
@@ -34,14 +39,13 @@ async fn dropped_at_every_poll(held: usize, db: &TestDb, call: impl AsyncFn(&mut
             assert!(polls < POLLS, "the call never completes");
             let pool = db.pool(2).await;
             prepare(&pool, warm).await;
-            let mut lock = Lock::new(&pool, "nightly-report");
-            // A call that waits is not polled any more, and is dropped in its wait.
-            let cut = cancel_after(polls, call(&mut lock));
-            let outcome = timeout(Duration::from_millis(300), cut).await;
+            let call = Box::pin(call(&pool));
+            let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
 
             locks_are(&mut admin, held, SOON).await;
             borrow_all(&pool).await;
-            if !matches!(outcome, Ok(None)) {
+            // It has completed, or was dropped in its wait.
+            if !matches!(outcome, Some(None)) {
                 break;
             }
             dropped += 1;
@@ -50,112 +54,150 @@ async fn dropped_at_every_poll(held: usize, db: &TestDb, call: impl AsyncFn(&mut
     dropped
 }
 
-/// The six ways to acquire, each dropped at every poll.
-async fn every_acquire_dropped(held: usize, db: &TestDb) {
+/// Three keys, of which the one in the middle of their order is the busy one of these tests.
+fn three(pool: &PgPool) -> MultiLock {
+    MultiLock::new(pool, i64::MAX).and_shared("nightly-report").and(i64::MIN)
+}
+
+async fn several_locks_dropped(held: usize, db: &TestDb) {
     let patience = Duration::from_millis(30);
-    let dropped = [
-        dropped_at_every_poll(held, db, async |lock| drop(lock.acquire().await)).await,
-        dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire().await)).await,
-        dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire_for(patience).await))
-            .await,
-        dropped_at_every_poll(held, db, async |lock| drop(lock.acquire_shared().await)).await,
-        dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire_shared().await)).await,
-        dropped_at_every_poll(held, db, async |lock| {
-            drop(lock.try_acquire_shared_for(patience).await);
-        })
-        .await,
-    ];
-    assert!(dropped.iter().all(|&points| points >= 1), "hardly dropped at all: {dropped:?}");
+    dropped_at_every_poll_on(held, db, async |pool| {
+        let guard = three(pool).acquire().await.unwrap();
+        guard.release().await.unwrap();
+    })
+    .await;
+    dropped_at_every_poll_on(held, db, async |pool| {
+        drop(three(pool).try_acquire().await.unwrap());
+    })
+    .await;
+    dropped_at_every_poll_on(held, db, async |pool| {
+        drop(three(pool).try_acquire_for(patience).await);
+    })
+    .await;
+    dropped_at_every_poll_on(held, db, async |pool| {
+        let mut locks = three(pool);
+        let guard = locks.acquire().await.unwrap();
+        locks.close().await.unwrap();
+        guard.release().await.unwrap_err();
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn acquiring_a_free_lock() {
-    every_acquire_dropped(0, &TestDb::new().await).await;
+async fn acquiring_several_free_locks() {
+    several_locks_dropped(0, &TestDb::new().await).await;
 }
 
 #[tokio::test]
-async fn acquiring_a_busy_lock() {
+async fn acquiring_several_locks_of_which_one_is_busy() {
     let db = TestDb::new().await;
     let pool = db.pool(1).await;
     let _held = Lock::new(&pool, "nightly-report").acquire().await.unwrap();
-    every_acquire_dropped(1, &db).await;
+    several_locks_dropped(1, &db).await;
 }
 
-#[tokio::test]
-async fn acquiring_when_the_pool_has_only_dead_connections() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    for polls in 1.. {
-        assert!(polls < POLLS);
-        let pool = db.pool(2).await;
-        let pids = borrow_all(&pool).await;
-        sqlx::query("SELECT pg_terminate_backend(pid) FROM unnest($1) AS pid")
-            .bind(pids)
-            .execute(&mut admin)
-            .await
-            .unwrap();
-        let mut lock = Lock::new(&pool, "nightly-report");
-        let outcome = cancel_after(polls, async { drop(lock.acquire().await.unwrap()) }).await;
-        no_locks(&mut admin).await;
-        borrow_all(&pool).await;
-        if outcome.is_some() {
-            break;
-        }
-    }
-}
-
-#[tokio::test]
-async fn releasing() {
-    let db = TestDb::new().await;
-    let dropped = dropped_at_every_poll(0, &db, async |lock| {
-        lock.acquire().await.unwrap().release().await.unwrap();
+async fn another_lock_on_the_session_dropped(held: usize, db: &TestDb) {
+    let patience = Duration::from_millis(30);
+    dropped_at_every_poll_on(held, db, async |pool| {
+        let guard = Lock::new(pool, 1).acquire().await.unwrap();
+        drop(guard.lock("nightly-report").acquire().await.unwrap());
     })
     .await;
-    assert!(dropped > 0);
-
-    // Dropped in the release itself: it is done all the same, and the connection kept.
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
-    let mut lock = Lock::new(&pool, "nightly-report");
-    for polls in 1..5 {
-        let guard = lock.acquire().await.unwrap();
-        let pid = guard.backend_pid();
-        drop(cancel_after(polls, guard.release()).await);
-        no_locks(&mut admin).await;
-        assert_eq!(borrow_all(&pool).await, [pid]);
-    }
+    dropped_at_every_poll_on(held, db, async |pool| {
+        let guard = Lock::new(pool, 1).acquire_shared().await.unwrap();
+        let other = guard.lock("nightly-report").try_acquire_for(patience).await.unwrap();
+        guard.release().await.unwrap();
+        drop(other);
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn a_release_that_was_never_polled() {
+async fn acquiring_another_lock_on_the_session() {
+    another_lock_on_the_session_dropped(0, &TestDb::new().await).await;
+}
+
+#[tokio::test]
+async fn acquiring_another_lock_on_the_session_that_is_busy() {
     let db = TestDb::new().await;
     let pool = db.pool(1).await;
-    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
-    drop(guard.release());
-    no_locks(&mut db.admin().await).await;
+    let _held = Lock::new(&pool, "nightly-report").acquire().await.unwrap();
+    another_lock_on_the_session_dropped(1, &db).await;
+}
+
+/// A semaphore of one permit, and of several: the server is asked in different ways.
+async fn permits_dropped(held: usize, permits: usize, db: &TestDb) {
+    let patience = Duration::from_millis(30);
+    let semaphore = |pool: &PgPool| Semaphore::new(pool, "printers", permits).unwrap();
+    dropped_at_every_poll_on(held, db, async |pool| {
+        semaphore(pool).acquire().await.unwrap().release().await.unwrap();
+    })
+    .await;
+    dropped_at_every_poll_on(held, db, async |pool| {
+        drop(semaphore(pool).try_acquire().await.unwrap());
+    })
+    .await;
+    dropped_at_every_poll_on(held, db, async |pool| {
+        drop(semaphore(pool).try_acquire_for(patience).await);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn acquiring_a_free_permit() {
+    let db = TestDb::new().await;
+    permits_dropped(0, 1, &db).await;
+    permits_dropped(0, 3, &db).await;
+}
+
+#[tokio::test]
+async fn acquiring_a_permit_when_none_is_free() {
+    for permits in [1, 2] {
+        let db = TestDb::new().await;
+        let pool = db.pool(2).await;
+        let semaphore = Semaphore::new(&pool, "printers", permits).unwrap();
+        let mut held = Vec::new();
+        for _ in 0..permits {
+            held.push(semaphore.acquire().await.unwrap());
+        }
+        locks_are(&mut db.admin().await, permits, SOON).await;
+        permits_dropped(permits, permits, &db).await;
+    }
+}
+
+/// One who waits in the process, behind another who goes on.
+#[tokio::test]
+async fn waiting_for_a_permit_behind_others() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let semaphore = Semaphore::new(&pool, "printers", 1).unwrap();
+    let held = semaphore.acquire().await.unwrap();
+    let mut first = Box::pin(semaphore.acquire());
+    timeout(Duration::from_millis(200), &mut first).await.unwrap_err();
+    for polls in 1..10 {
+        assert!(
+            cancel_after(polls, timeout(SOON / 50, semaphore.acquire()))
+                .await
+                .is_none_or(|waited| waited.is_err())
+        );
+    }
+    held.release().await.unwrap();
+    let permit = timeout(SOON * 10, first).await.unwrap().unwrap();
+    let second = timeout(SOON * 10, async {
+        permit.release().await.unwrap();
+        semaphore.acquire().await.unwrap()
+    });
+    second.await.unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
     borrow_all(&pool).await;
-}
-
-#[tokio::test]
-async fn closing() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
-    let mut lock = Lock::new(&pool, "nightly-report");
-    for polls in 1..5 {
-        let guard = lock.acquire().await.unwrap();
-        drop(cancel_after(polls, lock.close()).await);
-        no_locks(&mut admin).await;
-        borrow_all(&pool).await;
-        guard.release().await.unwrap_err();
-    }
 }
 
 #[tokio::test]
 async fn borrowing_and_using_the_connection() {
     let db = TestDb::new().await;
-    let dropped = dropped_at_every_poll(0, &db, async |lock| {
-        let guard = lock.acquire().await.unwrap();
+    dropped_at_every_poll_on(0, &db, async |pool| {
+        let guard = Lock::new(pool, "nightly-report").acquire().await.unwrap();
         let mut conn = guard.connection().await.unwrap();
         sqlx::query("SELECT pg_sleep(0.001)").execute(&mut *conn).await.unwrap();
         drop(conn);
@@ -167,7 +209,6 @@ async fn borrowing_and_using_the_connection() {
         guard.release().await.unwrap();
     })
     .await;
-    assert!(dropped > 0);
 }
 
 /// A wait for more than the handle holds already must not cost it what it holds.
@@ -182,15 +223,14 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     let theirs = other.acquire_shared().await.unwrap();
 
     for polls in 1.. {
-        let cut = cancel_after(polls, lock.acquire());
-        let outcome = timeout(Duration::from_millis(200), cut).await;
+        let outcome = unless_it_waits(2, &db, cancel_after(polls, Box::pin(lock.acquire()))).await;
         locks_are(&mut admin, 2, SOON).await;
         // The session still answers, and holds what it held.
         let mut conn = mine.connection().await.unwrap();
         let pid: i32 =
             sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *conn).await.unwrap();
         assert_eq!(pid, mine.backend_pid());
-        if outcome.is_err() {
+        if outcome.is_none() {
             break;
         }
     }
@@ -198,135 +238,6 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     let upgraded = lock.acquire().await.unwrap();
     assert_eq!(upgraded.backend_pid(), mine.backend_pid());
     drop((mine, upgraded));
-    no_locks(&mut admin).await;
-    borrow_all(&pool).await;
-}
-
-/// The guard goes while an upgrade on the same handle waits, and then the wait is dropped too.
-#[tokio::test]
-async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
-    let mut lock = Lock::new(&pool, "nightly-report");
-    let mine = lock.acquire_shared().await.unwrap();
-    let theirs = lock.clone().acquire_shared().await.unwrap();
-
-    let mut upgrade = Box::pin(lock.acquire());
-    timeout(Duration::from_millis(50), &mut upgrade).await.unwrap_err();
-    drop(mine);
-    drop(upgrade);
-    drop(theirs);
-    no_locks(&mut admin).await;
-    borrow_all(&pool).await;
-
-    // Or it is granted, and then the guard holds alone.
-    let mine = lock.acquire_shared().await.unwrap();
-    let theirs = lock.clone().acquire_shared().await.unwrap();
-    let mut upgrade = Box::pin(lock.acquire());
-    timeout(Duration::from_millis(50), &mut upgrade).await.unwrap_err();
-    drop((mine, theirs));
-    let upgraded = timeout(SOON * 10, upgrade).await.unwrap().unwrap();
-    upgraded.release().await.unwrap();
-    no_locks(&mut admin).await;
-    borrow_all(&pool).await;
-}
-
-/// What sqlx's own `PgAdvisoryLock` fails: after ten cancelled acquires its pool of ten is exhausted
-/// until the holder lets go.
-#[tokio::test]
-async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let holder_pool = db.pool(1).await;
-    let held = Lock::new(&holder_pool, "nightly-report").acquire().await.unwrap();
-
-    let pool = db.pool(10).await;
-    let mut waits = JoinSet::new();
-    for _ in 0..100 {
-        let mut lock = Lock::new(&pool, "nightly-report");
-        waits.spawn(async move {
-            timeout(Duration::from_millis(20), lock.acquire()).await.unwrap_err();
-        });
-    }
-    while let Some(finished) = waits.join_next().await {
-        finished.unwrap();
-    }
-    let asked = Instant::now();
-    sqlx::query("SELECT 1").execute(&pool).await.unwrap();
-    assert!(asked.elapsed() < SOON, "the pool answered after {:?}", asked.elapsed());
-    locks_are(&mut admin, 1, SOON).await;
-    borrow_all(&pool).await;
-    held.release().await.unwrap();
-}
-
-/// 10,000 acquires dropped at random points, against 20 contenders that live; nothing is left.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_storm_of_dropped_acquires_leaves_nothing() {
-    const DROPPED: usize = 10_000;
-    const CONTENDERS: usize = 20;
-    const DROPPERS: usize = 12;
-
-    // A server of its own: the storm is also one of connections, for sqlx closes those that it was
-    // about to lend to somebody who gave up.
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(u32::try_from(CONTENDERS + DROPPERS).unwrap()).await;
-    borrow_all(&pool).await;
-    let stop = Arc::new(AtomicBool::new(false));
-    let inside = Arc::new(AtomicBool::new(false));
-    let cut_off = Arc::new(AtomicUsize::new(0));
-
-    let mut contenders = JoinSet::new();
-    for _ in 0..CONTENDERS {
-        let mut lock = Lock::new(&pool, "nightly-report");
-        let (stop, inside) = (Arc::clone(&stop), Arc::clone(&inside));
-        contenders.spawn(async move {
-            let mut left = 10;
-            while left > 0 || !stop.load(Ordering::Relaxed) {
-                let guard = match lock.acquire().await {
-                    Ok(guard) => guard,
-                    Err(error) => {
-                        assert!(error.is_transient(), "{error:?}");
-                        continue;
-                    }
-                };
-                assert!(!inside.swap(true, Ordering::SeqCst), "two exclusive holders");
-                tokio::task::yield_now().await;
-                assert!(inside.swap(false, Ordering::SeqCst));
-                left = i32::max(left - 1, 0);
-                guard.release().await.unwrap();
-            }
-        });
-    }
-    let mut droppers = JoinSet::new();
-    for seed in 0..DROPPERS as u64 {
-        let mut lock = Lock::new(&pool, "nightly-report");
-        let cut_off = Arc::clone(&cut_off);
-        droppers.spawn(async move {
-            let mut random = seed + 1;
-            while cut_off.load(Ordering::Relaxed) < DROPPED {
-                // xorshift64
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                let polls = usize::try_from(random % 12).unwrap() + 1;
-                let wait = Duration::from_micros(random / 16 % 5_000);
-                let outcome = timeout(wait, cancel_after(polls, lock.acquire())).await;
-                if !matches!(outcome, Ok(Some(_))) {
-                    cut_off.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        });
-    }
-    while let Some(finished) = droppers.join_next().await {
-        finished.unwrap();
-    }
-    stop.store(true, Ordering::Relaxed);
-    while let Some(finished) = contenders.join_next().await {
-        finished.unwrap();
-    }
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
 }

@@ -1,5 +1,6 @@
 //! Every behaviour that users can rely on, against a real server: one file per behaviour.
 
+#![expect(clippy::duplicate_mod, reason = "some tests run on two kinds of lock")]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod support;
@@ -7,13 +8,30 @@ mod support;
 mod auto_traits;
 mod cancel;
 mod clean;
-mod drop;
+mod election;
+mod election_run;
 mod errors;
-mod go_pglock;
+mod failover;
+mod fairness;
+mod faults;
+mod guide;
+mod hostile;
+mod inspect;
 mod interop;
+mod keys;
 mod loss;
-mod model;
+mod managed;
+mod manager;
+mod multi;
+mod one_session;
+mod own_session;
+mod partition;
+mod pooler;
+mod semaphore;
+mod standby;
 mod statements;
 mod tidy;
+mod tokens;
 mod traces;
+mod transaction;
 mod wait;

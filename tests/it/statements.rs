@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Lock, LockOptions};
+use pglock::{Lock, LockOptions, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
 
 /// A server that logs every statement.
@@ -114,6 +114,84 @@ async fn a_downgrade_by_dropping_the_exclusive_guard_is_one_message() {
 }
 
 #[tokio::test]
+async fn a_downgrade_and_an_upgrade_cost_one_statement_or_none() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(1).await;
+    let mut lock = Lock::new(&pool, 42);
+    let writing = lock.acquire().await.unwrap();
+
+    let mark = server.log_len();
+    let reading = writing.downgrade().await.unwrap();
+    assert_eq!(statements(&server, mark).len(), 1);
+    let mark = server.log_len();
+    let writing = reading.try_upgrade().await.unwrap().unwrap();
+    assert_eq!(statements(&server, mark).len(), 1);
+
+    // Another guard of the handle holds it exclusively.
+    let mark = server.log_len();
+    let also_writing = lock.acquire().await.unwrap();
+    let reading = writing.downgrade().await.unwrap();
+    let writing = reading.try_upgrade().await.unwrap().unwrap();
+    also_writing.release().await.unwrap();
+    assert_eq!(statements(&server, mark), Vec::<String>::new());
+    // It is held in both modes by now, and given up in one statement.
+    writing.release().await.unwrap();
+    assert_eq!(statements(&server, mark).len(), 1);
+}
+
+#[tokio::test]
+async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    looked_for_a_pooler(&db).await;
+    let pool = db.pool(2).await;
+    let mut locks = (1..200).fold(MultiLock::new(&pool, "first"), |locks, key| match key % 3 {
+        0 => locks.and_shared(key),
+        1 => locks.and((key, key)),
+        _ => locks.and(key),
+    });
+    for round in ["fresh", "used"] {
+        let mark = server.log_len();
+        let guard = locks.acquire().await.unwrap();
+        let acquired = statements(&server, mark);
+        assert_eq!(acquired.len(), 1, "{round}: {acquired:#?}");
+        let mark = server.log_len();
+        let stacked = locks.acquire().await.unwrap();
+        guard.release().await.unwrap();
+        assert_eq!(statements(&server, mark), Vec::<String>::new());
+        stacked.release().await.unwrap();
+        assert_eq!(statements(&server, mark).len(), 1);
+    }
+
+    // Refused half-way: one to ask, one to give up what was granted.
+    let busy = Lock::new(&pool, 198).acquire().await.unwrap();
+    let mark = server.log_len();
+    assert!(locks.try_acquire().await.unwrap().is_none());
+    let refused = statements(&server, mark);
+    assert_eq!(refused.len(), 2, "{refused:#?}");
+    busy.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_free_permit_costs_three_statements_to_acquire_and_one_to_release() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    looked_for_a_pooler(&db).await;
+    let pool = db.pool(1).await;
+    for permits in [1, 1024] {
+        let semaphore = Semaphore::new(&pool, "printers", permits).unwrap();
+        let mark = server.log_len();
+        let permit = semaphore.acquire().await.unwrap();
+        permit.release().await.unwrap();
+        let mut sent = statements(&server, mark);
+        // Once in a second, it asks whether all count alike.
+        sent.retain(|statement| !statement.contains("pg_locks"));
+        assert_eq!(sent.len(), 4, "{sent:#?}");
+    }
+}
+
+#[tokio::test]
 async fn making_handles_and_options_sends_nothing() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
@@ -124,7 +202,10 @@ async fn making_handles_and_options_sends_nothing() {
     let clone = lock.clone();
     let mut third = LockOptions::new().lock(&pool, lock.key()).unwrap();
     third.close().await.unwrap();
-    drop((lock, clone, third));
+    let mut several = MultiLock::new(&pool, 1).and(2);
+    several.close().await.unwrap();
+    let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
+    drop((lock, clone, third, several, semaphore));
 
     assert_eq!(statements(&server, mark), Vec::<String>::new());
 }

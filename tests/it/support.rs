@@ -1,9 +1,67 @@
 //! What several tests ask of the server and of the pool.
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use pglock_testkit::advisory_locks;
+use pglock::LockManager;
+use pglock_testkit::{TestDb, advisory_locks, eventually};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool, Row};
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, JoinSet};
+
+/// Runs a future as a task.
+pub(crate) fn spawn<F>(future: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    Handle::current().spawn(future)
+}
+
+/// A step of xorshift64.
+pub(crate) fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+/// Whether a coin shows heads.
+pub(crate) fn coin(state: &mut u64) -> bool {
+    random(state).is_multiple_of(2)
+}
+
+/// Prints what a test has seen, which the test runner shows if it fails or is asked to.
+#[expect(clippy::print_stdout, reason = "that is what it is for")]
+pub(crate) fn report(seen: impl std::fmt::Display) {
+    println!("{seen}");
+}
+
+thread_local! {
+    /// The managers of the pools of a test, which has a thread of its own.
+    static MANAGERS: RefCell<Vec<(PgPool, LockManager)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How many managers are remembered: more pools than any test has at a time.
+const REMEMBERED: usize = 8;
+
+/// The manager of a pool: one for all locks that the thread makes.
+pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
+    MANAGERS.with_borrow_mut(|managers| {
+        // A pool is known by its options, which are in one place.
+        let same = |known: &PgPool| std::ptr::eq(known.options(), pool.options());
+        if let Some((_, manager)) = managers.iter().find(|(known, _)| same(known)) {
+            return manager.clone();
+        }
+        // What is kept is not closed, so there must be an end.
+        if managers.len() == REMEMBERED {
+            managers.remove(0);
+        }
+        let manager = LockManager::new(pool);
+        managers.push((pool.clone(), manager.clone()));
+        manager
+    })
+}
 
 /// The bound within which nothing may be left behind.
 pub(crate) const SOON: Duration = Duration::from_secs(1);
@@ -44,14 +102,63 @@ pub(crate) async fn backend_is(admin: &mut PgConnection, pid: i32, state: &str, 
     }
 }
 
+/// Waits until the pool has all its connections back, so that the next acquire finds one idle.
+pub(crate) async fn all_are_idle(pool: &PgPool) {
+    let idle = || async { pool.num_idle() == pool.size() as usize };
+    eventually("all connections are idle", SOON * 20, idle).await;
+}
+
+/// Runs a call until it completes or plainly waits: until the server has known for a while of somebody
+/// who waits for a lock, or of one lock more than the `held` that others hold, which is a queue's.
+/// Returns its output if it completed.
+///
+/// The call is polled when it asks for it, never for the looking.
+pub(crate) async fn unless_it_waits<T>(
+    held: usize,
+    db: &TestDb,
+    call: impl Future<Output = T>,
+) -> Option<T> {
+    let mut admin = db.admin().await;
+    let mut waits = JoinSet::new();
+    waits.spawn(async move {
+        loop {
+            let locks = advisory_locks(&mut admin).await;
+            if locks.iter().any(|lock| !lock.granted) || (held > 0 && locks.len() > held) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // Whose patience is short gives up in this time.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    });
+    tokio::select! {
+        biased;
+        output = call => Some(output),
+        _ = waits.join_next() => None,
+    }
+}
+
+/// Sweeps until calls were dropped at so many points in all. On a busy machine an answer is often there
+/// before it is looked for, and a call completes at its first poll.
+pub(crate) async fn dropped_at(points: usize, mut sweep: impl AsyncFnMut() -> usize) {
+    let mut dropped = 0;
+    for _ in 0..100 {
+        dropped += Box::pin(sweep()).await;
+        if dropped >= points {
+            break;
+        }
+    }
+    assert!(dropped >= points, "hardly dropped at all: at {dropped} points, not {points}");
+}
+
 /// Borrows every connection of the pool at once; returns their backends, after asking each whether
 /// it holds a lock or is inside a transaction.
 pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut lent = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
-        // The pool lends all its connections within a second.
-        let mut conn = tokio::time::timeout(SOON, pool.acquire()).await.unwrap().unwrap();
+        // The pool lends all its connections within a second; a manager keeps one for another second.
+        let mut conn = tokio::time::timeout(SOON * 2, pool.acquire()).await.unwrap().unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         let row = sqlx::raw_sql(
             "SELECT pg_backend_pid(), now() <> statement_timestamp(), \
@@ -67,4 +174,11 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
         lent.push(conn);
     }
     pids
+}
+
+/// A pool that soon says so when the server is gone: for half a minute it would go on connecting.
+pub(crate) fn impatient_pool(db: &TestDb) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4);
+    // Lazily, for the first connection may take longer on a busy machine.
+    pool.connect_lazy_with(db.options())
 }

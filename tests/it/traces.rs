@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use pglock::{Error, Lock, Loss};
+use pglock::{Error, Lock, LockManager, Loss, Semaphore};
 use pglock_testkit::{TestDb, advisory_locks, eventually};
 use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
@@ -199,6 +199,24 @@ async fn a_span_shows_the_key_as_it_is() {
     assert_eq!(keys, [(Some("42"), None), (Some("(1, -2)"), None)]);
 }
 
+/// The locks that a semaphore is made of are named after it.
+#[tokio::test]
+async fn a_semaphore_is_told_by_its_name() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
+    let told = Told::from_now_on();
+    semaphore.acquire().await.unwrap().release().await.unwrap();
+    pool.close().await;
+    let error = semaphore.acquire().await.unwrap_err();
+    assert_eq!(error.key().name(), Some("printers, queue of the semaphore"));
+    let spans = told.acquires();
+    assert!(!spans.is_empty());
+    for span in spans {
+        assert_eq!(span.field("name"), error.key().name());
+    }
+}
+
 /// A future that was never polled has acquired nothing, and so tells nothing.
 #[tokio::test]
 async fn an_acquire_never_polled_has_no_span() {
@@ -278,6 +296,29 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(warning.field("backend_pid"), Some(pid.as_str()));
     assert!(warning.field("reason").unwrap().contains("does not hold the lock"));
+}
+
+/// It is one session for many locks: the warning says how many guards have lost theirs.
+#[tokio::test]
+async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut admin = db.admin().await;
+    let manager = LockManager::new(&pool);
+    let mut guards = Vec::new();
+    for key in 1..=5 {
+        guards.push(manager.lock(key).acquire().await.unwrap());
+    }
+    guards.pop().unwrap().release().await.unwrap();
+    let reading = guards.pop().unwrap().downgrade().await.unwrap();
+    let pid = reading.backend_pid();
+
+    let told = Told::from_now_on();
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    timeout(PATIENCE, reading.lost()).await.unwrap();
+    let warnings = told.events(Level::WARN);
+    let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert_eq!(warning.field("locks"), Some("4"));
 }
 
 /// Not even a wait of 2.5 s, which sqlx would call a slow statement after the first of them.

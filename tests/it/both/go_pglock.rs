@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use pglock::{Error, Lock, Loss};
+use pglock::{Error, Loss};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+
+use super::{new_lock, sessions};
 
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -52,7 +54,7 @@ impl Scene {
 
     /// Whether the second service gets the lock when it asks.
     async fn two_can_lock(&self, key: i64) -> bool {
-        let granted = Lock::new(&self.two, key).try_acquire().await.unwrap();
+        let granted = new_lock(&self.two, key).try_acquire().await.unwrap();
         match granted {
             Some(guard) => guard.release().await.is_ok(),
             None => false,
@@ -61,7 +63,7 @@ impl Scene {
 
     /// The same for a shared lock.
     async fn two_can_share(&self, key: i64) -> bool {
-        let granted = Lock::new(&self.two, key).try_acquire_shared().await.unwrap();
+        let granted = new_lock(&self.two, key).try_acquire_shared().await.unwrap();
         match granted {
             Some(guard) => guard.release().await.is_ok(),
             None => false,
@@ -73,7 +75,7 @@ impl Scene {
 #[tokio::test]
 async fn a_new_lock_holds_nothing() {
     let mut scene = Scene::new().await;
-    let lock = Lock::new(&scene.one, 10);
+    let lock = new_lock(&scene.one, 10);
     assert_eq!(lock.key(), &10.into());
     assert_eq!(scene.one.num_idle(), scene.one.size() as usize);
     scene.becomes(0, 0).await;
@@ -83,7 +85,7 @@ async fn a_new_lock_holds_nothing() {
 #[tokio::test]
 async fn an_acquire_never_polled_holds_nothing() {
     let mut scene = Scene::new().await;
-    let mut lock = Lock::new(&scene.one, 10);
+    let mut lock = new_lock(&scene.one, 10);
     drop(lock.acquire());
     drop(lock.try_acquire());
     drop(lock.acquire_shared());
@@ -96,11 +98,11 @@ async fn an_acquire_never_polled_holds_nothing() {
 #[tokio::test]
 async fn an_expired_wait_for_a_busy_lock_holds_nothing() {
     let mut scene = Scene::new().await;
-    let guard = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
     // Each with a pool of its own, for there is no time to wait for a connection.
-    let mut other = Lock::new(&scene.two, 10);
+    let mut other = new_lock(&scene.two, 10);
     assert!(other.try_acquire_for(Duration::ZERO).await.unwrap().is_none());
-    let mut other = Lock::new(&scene.db.pool(1).await, 10);
+    let mut other = new_lock(&scene.db.pool(1).await, 10);
     assert!(other.try_acquire_shared_for(Duration::ZERO).await.unwrap().is_none());
     scene.becomes(1, 0).await;
     guard.release().await.unwrap();
@@ -110,7 +112,7 @@ async fn an_expired_wait_for_a_busy_lock_holds_nothing() {
 #[tokio::test]
 async fn what_is_acquired_is_excluded_until_released() {
     let mut scene = Scene::new().await;
-    let guard = Lock::new(&scene.one, 10).try_acquire().await.unwrap().unwrap();
+    let guard = new_lock(&scene.one, 10).try_acquire().await.unwrap().unwrap();
     assert!(!scene.two_can_lock(10).await);
     guard.release().await.unwrap();
     assert!(scene.two_can_lock(10).await);
@@ -121,7 +123,7 @@ async fn what_is_acquired_is_excluded_until_released() {
 #[tokio::test]
 async fn a_handle_is_reusable() {
     let scene = Scene::new().await;
-    let mut lock = Lock::new(&scene.one, 10);
+    let mut lock = new_lock(&scene.one, 10);
     for _ in 0..5 {
         let guard = lock.acquire().await.unwrap();
         assert!(!scene.two_can_lock(10).await);
@@ -134,7 +136,7 @@ async fn a_handle_is_reusable() {
 #[tokio::test]
 async fn stacking_needs_as_many_releases() {
     let mut scene = Scene::new().await;
-    let mut lock = Lock::new(&scene.one, 10);
+    let mut lock = new_lock(&scene.one, 10);
     let mut guards = Vec::new();
     for _ in 0..3 {
         guards.push(lock.acquire().await.unwrap());
@@ -151,7 +153,7 @@ async fn stacking_needs_as_many_releases() {
 #[tokio::test]
 async fn a_release_takes_nothing_from_the_other_guards() {
     let scene = Scene::new().await;
-    let mut lock = Lock::new(&scene.one, 10);
+    let mut lock = new_lock(&scene.one, 10);
     let first = lock.acquire().await.unwrap();
     let second = lock.acquire().await.unwrap();
     assert_eq!(first.backend_pid(), second.backend_pid());
@@ -166,8 +168,8 @@ async fn a_release_takes_nothing_from_the_other_guards() {
 #[tokio::test]
 async fn acquire_waits_for_the_release() {
     let mut scene = Scene::new().await;
-    let guard = Lock::new(&scene.one, 10).acquire().await.unwrap();
-    let mut other = Lock::new(&scene.two, 10);
+    let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
+    let mut other = new_lock(&scene.two, 10);
 
     let (acquired, ()) = tokio::join!(timeout(PATIENCE, other.acquire()), async {
         scene.becomes(1, 1).await;
@@ -183,8 +185,8 @@ async fn acquire_waits_for_the_release() {
 #[tokio::test]
 async fn a_deadline_ends_the_wait() {
     let mut scene = Scene::new().await;
-    let guard = Lock::new(&scene.one, 10).acquire().await.unwrap();
-    let mut other = Lock::new(&scene.two, 10);
+    let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
+    let mut other = new_lock(&scene.two, 10);
 
     assert!(other.try_acquire_for(MOMENT).await.unwrap().is_none());
     assert!(timeout(MOMENT, other.acquire()).await.is_err());
@@ -201,7 +203,7 @@ async fn ten_workers_exclude_each_other_and_all_finish() {
     let mut workers = JoinSet::new();
     for worker in 0..10 {
         let pool = if worker % 2 == 0 { &scene.one } else { &scene.two };
-        let mut lock = Lock::new(pool, 10);
+        let mut lock = new_lock(pool, 10);
         let inside = Arc::clone(&inside);
         workers.spawn(async move {
             for _ in 0..3 {
@@ -222,7 +224,7 @@ async fn ten_workers_exclude_each_other_and_all_finish() {
 #[tokio::test]
 async fn close_releases_everything() {
     let mut scene = Scene::new().await;
-    let mut lock = Lock::new(&scene.one, 10);
+    let mut lock = new_lock(&scene.one, 10);
     let first = lock.acquire().await.unwrap();
     let second = lock.acquire().await.unwrap();
     let shared = lock.acquire_shared().await.unwrap();
@@ -233,7 +235,7 @@ async fn close_releases_everything() {
     scene.becomes(0, 0).await;
 
     // Now another holds it, and no guard of before can take it away.
-    let other = Lock::new(&scene.two, 10).acquire().await.unwrap();
+    let other = new_lock(&scene.two, 10).acquire().await.unwrap();
     drop(shared);
     for guard in [first, second] {
         let lost = guard.release().await.unwrap_err();
@@ -250,8 +252,8 @@ async fn close_releases_everything() {
 #[tokio::test]
 async fn different_ids_are_independent() {
     let mut scene = Scene::new().await;
-    let ten = Lock::new(&scene.one, 10).acquire().await.unwrap();
-    let eleven = Lock::new(&scene.two, 11).acquire().await.unwrap();
+    let ten = new_lock(&scene.one, 10).acquire().await.unwrap();
+    let eleven = new_lock(&scene.two, 11).acquire().await.unwrap();
     scene.becomes(2, 0).await;
     ten.release().await.unwrap();
     assert!(scene.two_can_lock(10).await);
@@ -265,7 +267,7 @@ async fn locks_held_by_one_task_add_up() {
     let mut scene = Scene::new().await;
     let mut guards = Vec::new();
     for key in 1..=5_i64 {
-        guards.push((key, Lock::new(&scene.one, key).acquire().await.unwrap()));
+        guards.push((key, new_lock(&scene.one, key).acquire().await.unwrap()));
         scene.becomes(guards.len(), 0).await;
     }
     while let Some((key, guard)) = guards.pop() {
@@ -279,10 +281,10 @@ async fn locks_held_by_one_task_add_up() {
 #[tokio::test]
 async fn three_can_share() {
     let mut scene = Scene::new().await;
-    let first = Lock::new(&scene.one, 10).acquire_shared().await.unwrap();
-    let second = Lock::new(&scene.one, 10).try_acquire_shared().await.unwrap().unwrap();
-    let third = Lock::new(&scene.two, 10).try_acquire_shared_for(PATIENCE).await.unwrap().unwrap();
-    scene.becomes(3, 0).await;
+    let first = new_lock(&scene.one, 10).acquire_shared().await.unwrap();
+    let second = new_lock(&scene.one, 10).try_acquire_shared().await.unwrap().unwrap();
+    let third = new_lock(&scene.two, 10).try_acquire_shared_for(PATIENCE).await.unwrap().unwrap();
+    scene.becomes(sessions(3, 2), 0).await;
     for guard in [first, second, third] {
         assert!(!scene.two_can_lock(10).await);
         guard.release().await.unwrap();
@@ -293,8 +295,8 @@ async fn three_can_share() {
 #[tokio::test]
 async fn exclusive_blocks_shared() {
     let mut scene = Scene::new().await;
-    let exclusive = Lock::new(&scene.one, 10).acquire().await.unwrap();
-    let mut reader = Lock::new(&scene.two, 10);
+    let exclusive = new_lock(&scene.one, 10).acquire().await.unwrap();
+    let mut reader = new_lock(&scene.two, 10);
     assert!(reader.try_acquire_shared().await.unwrap().is_none());
     assert!(reader.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
 
@@ -308,8 +310,8 @@ async fn exclusive_blocks_shared() {
 #[tokio::test]
 async fn shared_blocks_exclusive() {
     let mut scene = Scene::new().await;
-    let shared = Lock::new(&scene.one, 10).acquire_shared().await.unwrap();
-    let mut writer = Lock::new(&scene.two, 10);
+    let shared = new_lock(&scene.one, 10).acquire_shared().await.unwrap();
+    let mut writer = new_lock(&scene.two, 10);
     assert!(writer.try_acquire().await.unwrap().is_none());
     assert!(writer.try_acquire_for(MOMENT).await.unwrap().is_none());
 
@@ -324,18 +326,18 @@ async fn shared_blocks_exclusive() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_wait_for_the_writer_and_then_all_share() {
     let mut scene = Scene::new().await;
-    let exclusive = Lock::new(&scene.one, 10).acquire().await.unwrap();
+    let exclusive = new_lock(&scene.one, 10).acquire().await.unwrap();
     let mut readers = JoinSet::new();
     for reader in 0..10 {
         let pool = if reader % 2 == 0 { &scene.one } else { &scene.two };
-        let mut lock = Lock::new(pool, 10);
+        let mut lock = new_lock(pool, 10);
         readers.spawn(async move { lock.acquire_shared().await.unwrap() });
     }
-    scene.becomes(1, 10).await;
+    scene.becomes(1, sessions(10, 1)).await;
     exclusive.release().await.unwrap();
 
     let shared = timeout(PATIENCE, readers.join_all()).await.unwrap();
-    scene.becomes(10, 0).await;
+    scene.becomes(sessions(10, 2), 0).await;
     assert!(!scene.two_can_lock(10).await);
     drop(shared);
     scene.becomes(0, 0).await;
@@ -345,8 +347,8 @@ async fn readers_wait_for_the_writer_and_then_all_share() {
 #[tokio::test]
 async fn a_shared_wait_can_be_cancelled() {
     let mut scene = Scene::new().await;
-    let exclusive = Lock::new(&scene.one, 10).acquire().await.unwrap();
-    let mut reader = Lock::new(&scene.two, 10);
+    let exclusive = new_lock(&scene.one, 10).acquire().await.unwrap();
+    let mut reader = new_lock(&scene.two, 10);
     tokio::select! {
         _ = reader.acquire_shared() => panic!("the lock is held exclusively"),
         () = scene.becomes(1, 1) => {}
@@ -360,7 +362,7 @@ async fn a_shared_wait_can_be_cancelled() {
 #[tokio::test]
 async fn a_shared_release_lets_the_writer_in() {
     let mut scene = Scene::new().await;
-    let shared = Lock::new(&scene.one, 10).acquire_shared().await.unwrap();
+    let shared = new_lock(&scene.one, 10).acquire_shared().await.unwrap();
     assert!(scene.two_can_share(10).await);
     assert!(!scene.two_can_lock(10).await);
     shared.release().await.unwrap();
@@ -371,7 +373,7 @@ async fn a_shared_release_lets_the_writer_in() {
 #[tokio::test]
 async fn shared_stacking_needs_as_many_releases() {
     let mut scene = Scene::new().await;
-    let mut lock = Lock::new(&scene.one, 10);
+    let mut lock = new_lock(&scene.one, 10);
     let mut guards = Vec::new();
     for _ in 0..3 {
         guards.push(lock.acquire_shared().await.unwrap());
@@ -395,7 +397,7 @@ async fn reads_and_writes_mix() {
     let mut workers = JoinSet::new();
     for worker in 0..12 {
         let pool = if worker % 2 == 0 { &scene.one } else { &scene.two };
-        let mut lock = Lock::new(pool, 10);
+        let mut lock = new_lock(pool, 10);
         let inside = Arc::clone(&inside);
         workers.spawn(async move {
             for round in 0..4 {
@@ -427,7 +429,7 @@ async fn readers_are_parallel() {
     let mut readers = JoinSet::new();
     for reader in 0..10 {
         let pool = if reader % 2 == 0 { &scene.one } else { &scene.two };
-        let mut lock = Lock::new(pool, 10);
+        let mut lock = new_lock(pool, 10);
         let all_are_in = Arc::clone(&all_are_in);
         readers.spawn(async move {
             let guard = lock.acquire_shared().await.unwrap();

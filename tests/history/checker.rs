@@ -1,0 +1,333 @@
+//! The rules that no history breaks. Pure: what happened goes in, what was wrong comes out.
+//!
+//! The number of a row is drawn from a sequence inside the insert, so of two inserts, one of which ended
+//! before the other began, the later has the greater number. What is written through a lock's own
+//! session is written while that session holds the lock. So on one key, everything that one hold wrote
+//! that way has smaller numbers than anything that the next one wrote. A begin, and what is written past
+//! the register, draws its number while it has the register's row locked; so these are numbered in the
+//! order in which the register saw them, whatever session they came through.
+//!
+//! A hold of a manager writes nothing through the lock's session. What it writes is fenced: its begin, too,
+//! is refused if the next one has begun. That alone says nothing of the lock, for it is the register that
+//! keeps the order; but whoever is refused was not alone, so he must not be told that he held to the end.
+//! So this proves: between the begin of a hold that was released in order, and the last thing it wrote, no
+//! other hold of the key began, of whichever kind. What goes unnoticed is an overlap in which neither writes
+//! any more, or that is told as a loss.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+/// One row of the history.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Row {
+    /// Drawn from a sequence inside the insert.
+    pub(crate) id: i64,
+    /// When that was, for the reader: the rules don't trust clocks.
+    pub(crate) at: String,
+    pub(crate) key: i64,
+    /// The fencing token, by which a hold is known.
+    pub(crate) token: i64,
+    pub(crate) kind: Kind,
+    pub(crate) worker: i32,
+    /// The server's process that wrote the row.
+    pub(crate) pid: i32,
+}
+
+/// What a row says.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Kind {
+    /// A hold began; raises the register to its token. Through the lock's session, or admitted by the
+    /// register.
+    Begin,
+    /// A hold was about to end. Through the lock's session.
+    End,
+    /// The register admitted a write through a connection of the pool.
+    Guarded,
+    /// The worker was told that the hold is lost. Through the pool.
+    Lost,
+    /// The register refused a write, or the begin. Through the pool.
+    Refused,
+    /// The server confirmed that the hold was kept to its end. Through the pool.
+    Released,
+    /// Something was written through the lock's session.
+    Write,
+}
+
+/// What must hold of every row.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Rule {
+    /// Whatever a hold writes comes after its begin.
+    Begun,
+    /// The register admits nothing of a hold after the next one has begun.
+    Fenced,
+    /// Tokens grow from begin to begin.
+    Growing,
+    /// Who was refused has lost the lock, and is told so.
+    Kept,
+    /// What is written through the lock's session comes before the end.
+    NotEnded,
+    /// What is written through the lock's session comes from one session.
+    OneSession,
+    /// What is written through the lock's session comes before the next hold begins.
+    Alone,
+    /// The register refuses a hold only if the next one has begun.
+    RefusedWithReason,
+    /// No two keys have a token in common.
+    Unique,
+}
+
+/// A row that breaks a rule.
+#[derive(Debug, Eq, PartialEq)]
+pub(crate) struct Violation<'h> {
+    pub(crate) rule: Rule,
+    pub(crate) row: &'h Row,
+}
+
+/// Everything that is wrong with a history, whose rows are in the order of their numbers.
+pub(crate) fn check(history: &[Row]) -> Vec<Violation<'_>> {
+    let mut checker = Checker::default();
+    let broken = |row| checker.broken_by(row).into_iter().map(move |rule| Violation { rule, row });
+    history.iter().flat_map(broken).collect()
+}
+
+/// What is known of the rows so far.
+#[derive(Debug, Default)]
+struct Checker {
+    /// By token.
+    holds: HashMap<i64, Hold>,
+    /// The token of the hold that began last, by key.
+    latest: HashMap<i64, i64>,
+    /// The tokens of those that were refused.
+    refused: HashSet<i64>,
+}
+
+#[derive(Debug)]
+struct Hold {
+    key: i64,
+    pid: i32,
+    ended: bool,
+}
+
+impl Checker {
+    /// The rules that the next row breaks.
+    fn broken_by(&mut self, row: &Row) -> Vec<Rule> {
+        let Row { key, token, kind, pid, .. } = *row;
+        let latest = self.latest.get(&key).copied();
+        if kind == Kind::Begin {
+            self.latest.insert(key, token);
+            let before = self.holds.insert(token, Hold { key, pid, ended: false });
+            return broken([
+                (Rule::Growing, latest.is_none_or(|latest| latest < token)),
+                (Rule::Unique, before.is_none_or(|before| before.key == key)),
+            ]);
+        }
+        let was_refused = self.refused.contains(&token);
+        if kind == Kind::Refused {
+            self.refused.insert(token);
+        }
+        let Some(hold) = self.holds.get_mut(&token).filter(|hold| hold.key == key) else {
+            return match kind {
+                // It came too late to begin.
+                Kind::Refused => {
+                    let late = latest.is_some_and(|latest| latest > token);
+                    broken([(Rule::RefusedWithReason, late)])
+                }
+                Kind::Released if was_refused => vec![Rule::Kept],
+                Kind::Lost if was_refused => Vec::new(),
+                Kind::Begin
+                | Kind::End
+                | Kind::Guarded
+                | Kind::Lost
+                | Kind::Released
+                | Kind::Write => vec![Rule::Begun],
+            };
+        };
+        let succeeded = latest != Some(token);
+        match kind {
+            Kind::Guarded => broken([(Rule::Fenced, !succeeded)]),
+            Kind::Refused => broken([(Rule::RefusedWithReason, succeeded)]),
+            Kind::Released => broken([(Rule::Kept, !was_refused)]),
+            // It may be told late, and says nothing about the lock.
+            Kind::Lost => Vec::new(),
+            Kind::Begin | Kind::End | Kind::Write => {
+                let ended = hold.ended;
+                hold.ended |= kind == Kind::End;
+                broken([
+                    (Rule::Alone, !succeeded),
+                    (Rule::NotEnded, !ended),
+                    (Rule::OneSession, hold.pid == pid),
+                ])
+            }
+        }
+    }
+}
+
+fn broken<const RULES: usize>(rules: [(Rule, bool); RULES]) -> Vec<Rule> {
+    rules.into_iter().filter_map(|(rule, holds)| (!holds).then_some(rule)).collect()
+}
+
+impl Kind {
+    /// By the name that the row has in the database.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        use Kind::{Begin, End, Guarded, Lost, Refused, Released, Write};
+        let all = [Begin, End, Guarded, Lost, Refused, Released, Write];
+        all.into_iter().find(|kind| kind.name() == name)
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Begin => "begin",
+            Self::End => "end",
+            Self::Guarded => "guarded",
+            Self::Lost => "lost",
+            Self::Refused => "refused",
+            Self::Released => "released",
+            Self::Write => "write",
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, at, key, token, kind, worker, pid } = self;
+        write!(f, "{id} at {at}: key {key}, token {token}, {}", kind.name())?;
+        write!(f, " by worker {worker} through session {pid}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A history of one key, from what each row says of which token.
+    fn history(rows: &[(Kind, i64)]) -> Vec<Row> {
+        let numbered = (1..).zip(rows);
+        numbered.map(|(id, &(kind, token))| row(id, 1, token, kind)).collect()
+    }
+
+    /// A row of a hold that has a session and a worker to itself.
+    fn row(id: i64, key: i64, token: i64, kind: Kind) -> Row {
+        let own = i32::try_from(token).unwrap();
+        Row { id, at: String::new(), key, token, kind, worker: own, pid: 100 + own }
+    }
+
+    /// The last row breaks this rule, and nothing else is wrong.
+    #[track_caller]
+    fn forged(history: &[Row], rule: Rule) {
+        let row = history.last().unwrap();
+        assert_eq!(check(history), [Violation { rule, row }]);
+        assert_eq!(check(&history[..history.len() - 1]), []);
+    }
+
+    #[test]
+    fn nothing_is_wrong_with_no_history() {
+        assert_eq!(check(&[]), []);
+    }
+
+    #[test]
+    fn nothing_is_wrong_with_holds_that_follow_each_other() {
+        use Kind::{Begin, End, Guarded, Write};
+        let history = [(Begin, 5), (Write, 5), (Guarded, 5), (End, 5), (Begin, 9), (End, 9)];
+        assert_eq!(check(&self::history(&history)), []);
+    }
+
+    #[test]
+    fn nothing_is_wrong_with_a_hold_that_was_lost_and_refused() {
+        use Kind::{Begin, Guarded, Lost, Refused, Write};
+        let history = [(Begin, 5), (Write, 5), (Begin, 9), (Refused, 5), (Lost, 5), (Guarded, 9)];
+        assert_eq!(check(&self::history(&history)), []);
+    }
+
+    #[test]
+    fn nothing_is_wrong_with_a_late_write_that_nobody_was_before() {
+        use Kind::{Begin, End, Guarded, Lost};
+        let history = [(Begin, 5), (End, 5), (Lost, 5), (Guarded, 5), (Begin, 9)];
+        assert_eq!(check(&self::history(&history)), []);
+    }
+
+    #[test]
+    fn holds_of_two_keys_may_overlap_and_begin_in_any_order() {
+        let begins = [row(1, 1, 9, Kind::Begin), row(2, 2, 5, Kind::Begin)];
+        let ends = [row(3, 1, 9, Kind::End), row(4, 2, 5, Kind::End)];
+        assert_eq!(check(&[begins, ends].concat()), []);
+    }
+
+    #[test]
+    fn a_write_after_the_next_begin_is_found() {
+        use Kind::{Begin, End, Write};
+        forged(&history(&[(Begin, 5), (Begin, 9), (Write, 5)]), Rule::Alone);
+        forged(&history(&[(Begin, 5), (Begin, 9), (End, 9), (End, 5)]), Rule::Alone);
+    }
+
+    #[test]
+    fn a_guarded_write_after_the_next_begin_is_found() {
+        use Kind::{Begin, Guarded};
+        forged(&history(&[(Begin, 5), (Begin, 9), (Guarded, 5)]), Rule::Fenced);
+    }
+
+    #[test]
+    fn a_token_that_does_not_grow_is_found() {
+        use Kind::{Begin, End};
+        forged(&history(&[(Begin, 9), (End, 9), (Begin, 5)]), Rule::Growing);
+        forged(&history(&[(Begin, 9), (End, 9), (Begin, 9)]), Rule::Growing);
+    }
+
+    #[test]
+    fn a_token_of_two_keys_is_found() {
+        forged(&[row(1, 1, 5, Kind::Begin), row(2, 2, 5, Kind::Begin)], Rule::Unique);
+    }
+
+    #[test]
+    fn a_write_without_a_begin_is_found() {
+        use Kind::{Begin, Guarded, Write};
+        forged(&history(&[(Begin, 5), (Write, 9)]), Rule::Begun);
+        forged(&history(&[(Begin, 5), (Guarded, 9)]), Rule::Begun);
+        forged(&[row(1, 1, 5, Begin), row(2, 2, 5, Write)], Rule::Begun);
+    }
+
+    #[test]
+    fn a_write_after_the_end_is_found() {
+        use Kind::{Begin, End, Write};
+        forged(&history(&[(Begin, 5), (End, 5), (Write, 5)]), Rule::NotEnded);
+    }
+
+    #[test]
+    fn a_write_through_another_session_is_found() {
+        let elsewhere = Row { pid: 7, ..row(2, 1, 5, Kind::Write) };
+        forged(&[row(1, 1, 5, Kind::Begin), elsewhere], Rule::OneSession);
+    }
+
+    #[test]
+    fn a_write_that_was_refused_without_a_reason_is_found() {
+        use Kind::{Begin, Refused};
+        forged(&history(&[(Begin, 5), (Refused, 5)]), Rule::RefusedWithReason);
+        forged(&history(&[(Begin, 5), (Begin, 9), (Refused, 9)]), Rule::RefusedWithReason);
+    }
+
+    #[test]
+    fn nothing_is_wrong_with_a_hold_that_came_too_late_to_begin() {
+        use Kind::{Begin, Lost, Refused, Released};
+        let history = [(Begin, 9), (Refused, 5), (Lost, 5), (Refused, 5), (Released, 9)];
+        assert_eq!(check(&self::history(&history)), []);
+        forged(&self::history(&[(Begin, 5), (Refused, 9)]), Rule::RefusedWithReason);
+    }
+
+    #[test]
+    fn a_hold_that_was_refused_and_kept_is_found() {
+        use Kind::{Begin, Guarded, Refused, Released};
+        let history = [(Begin, 5), (Guarded, 5), (Begin, 9), (Refused, 5), (Released, 5)];
+        forged(&self::history(&history), Rule::Kept);
+        forged(&self::history(&[(Begin, 9), (Refused, 5), (Released, 5)]), Rule::Kept);
+    }
+
+    #[test]
+    fn a_release_without_a_begin_is_found() {
+        forged(&history(&[(Kind::Released, 5)]), Rule::Begun);
+    }
+
+    #[test]
+    fn a_kind_is_known_by_its_name() {
+        assert_eq!(Kind::named("refused"), Some(Kind::Refused));
+        assert_eq!(Kind::named("lost "), None);
+    }
+}

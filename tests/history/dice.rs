@@ -1,0 +1,35 @@
+//! Chance that can be repeated: xorshift64*, from a seed.
+
+#[derive(Debug)]
+pub(crate) struct Dice {
+    // Invariant: not zero.
+    state: u64,
+}
+
+impl Dice {
+    pub(crate) fn new(seed: u64) -> Self {
+        // Odd, so that not even the seed 0 makes it zero; and neighbours soon differ.
+        Self { state: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1 }
+    }
+
+    fn roll(&mut self) -> u64 {
+        self.state ^= self.state >> 12;
+        self.state ^= self.state << 25;
+        self.state ^= self.state >> 27;
+        self.state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32
+    }
+
+    /// Any of the numbers from 0 to less than `end`.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.roll() % end
+    }
+
+    pub(crate) fn one_in(&mut self, times: u64) -> bool {
+        self.below(times) == 0
+    }
+
+    /// Any place in what has this length.
+    pub(crate) fn place(&mut self, length: usize) -> usize {
+        usize::try_from(self.below(u64::try_from(length).unwrap())).unwrap()
+    }
+}

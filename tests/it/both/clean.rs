@@ -1,0 +1,83 @@
+//! A connection goes back to the pool only when it holds nothing and is as it was lent.
+
+use std::time::Duration;
+
+use pglock::{Error, Loss};
+use pglock_testkit::{TestDb, eventually};
+
+use super::new_lock;
+use crate::support::{SOON, backend_is, borrow_all, no_locks};
+
+#[tokio::test]
+async fn a_released_connection_is_used_again() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = new_lock(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    guard.release().await.unwrap();
+    assert_eq!(borrow_all(&pool).await, [pid]);
+}
+
+#[tokio::test]
+async fn a_session_killed_while_it_holds_is_a_loss_and_is_replaced() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut lock = new_lock(&pool, "nightly-report");
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    no_locks(&mut admin).await;
+
+    let error = guard.release().await.unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
+    assert!(error.to_string().contains("nightly-report"), "{error}");
+
+    // The same handle acquires again, on a new session.
+    let again = lock.acquire().await.unwrap();
+    assert_ne!(again.backend_pid(), pid);
+    again.release().await.unwrap();
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_pool_gets_its_settings_back_unchanged() {
+    // Those by which the server notices a dead client stay: nobody else notices them.
+    const SETTINGS: &str = "SELECT name || '=' || setting FROM pg_settings WHERE source = 'session' \
+         AND name NOT LIKE 'tcp_%' AND name <> 'client_connection_check_interval' ORDER BY name";
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let before: Vec<String> = sqlx::query_scalar(SETTINGS).fetch_all(&pool).await.unwrap();
+
+    // Each way to end: free, after a wait, refused, timed out.
+    let mut lock = new_lock(&pool, 1);
+    lock.acquire().await.unwrap().release().await.unwrap();
+    let other_pool = db.pool(1).await;
+    let held = new_lock(&other_pool, 1).acquire().await.unwrap();
+    assert!(lock.try_acquire().await.unwrap().is_none());
+    assert!(lock.try_acquire_for(Duration::from_millis(20)).await.unwrap().is_none());
+    let (waited, ()) = tokio::join!(lock.acquire(), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        held.release().await.unwrap();
+    });
+    waited.unwrap().release().await.unwrap();
+
+    let after: Vec<String> = sqlx::query_scalar(SETTINGS).fetch_all(&pool).await.unwrap();
+    assert_eq!(before, after);
+}
+
+#[tokio::test]
+async fn an_old_transaction_left_open_in_the_pool_is_ended_by_the_acquire() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut conn = pool.acquire().await.unwrap();
+    sqlx::raw_sql("BEGIN").execute(&mut *conn).await.unwrap();
+    drop(conn);
+    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+
+    let guard = new_lock(&pool, 1).acquire().await.unwrap();
+    backend_is(&mut admin, guard.backend_pid(), "idle", SOON).await;
+}

@@ -1,0 +1,598 @@
+//! Whatever is done in whatever order, the server holds what a small model of it says.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::env;
+use std::time::Duration;
+
+use pglock::{Error, ExclusiveGuard, Lock, Loss, Mode, MultiGuard, MultiLock, SharedGuard};
+use pglock_testkit::{TestDb, advisory_locks};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use sqlx::{PgConnection, PgPool};
+use tokio::runtime::Builder;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use super::{ALONE, new_lock};
+
+const KEYS: i64 = 3;
+const HANDLES: usize = 6;
+/// Handles on several keys.
+const GROUPS: usize = 2;
+/// How many owners hold something at a time.
+const SESSIONS: usize = 15;
+/// How long a release by drop may take to reach the server.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// One step of a program that uses locks. Numbers are taken modulo what there is.
+#[derive(Clone, Debug)]
+enum Step {
+    /// Acquires through a handle, without patience or with a little.
+    Acquire {
+        handle: usize,
+        mode: Mode,
+        patient: bool,
+    },
+    /// Acquires in the knowledge that nobody is in the way, and so may wait without a limit.
+    AcquireIfFree {
+        handle: usize,
+        mode: Mode,
+    },
+    /// Makes a handle a clone of another: a new owner. The guards of the old one live on.
+    Clone {
+        from: usize,
+        to: usize,
+    },
+    /// Makes a new handle on another key.
+    New {
+        handle: usize,
+        key: i64,
+    },
+    /// Makes a handle one on the session of a guard.
+    Beside {
+        guard: usize,
+        handle: usize,
+        key: i64,
+    },
+    /// Makes a new handle on several keys.
+    Group {
+        group: usize,
+        locks: Vec<(i64, Mode)>,
+    },
+    AcquireGroup {
+        group: usize,
+        patient: bool,
+    },
+    Close {
+        handle: usize,
+    },
+    CloseGroup {
+        group: usize,
+    },
+    Downgrade {
+        guard: usize,
+    },
+    Upgrade {
+        guard: usize,
+    },
+    Drop {
+        guard: usize,
+    },
+    Release {
+        guard: usize,
+    },
+}
+
+fn any_mode() -> impl Strategy<Value = Mode> {
+    prop_oneof![Just(Mode::Exclusive), Just(Mode::Shared)]
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let handle = 0..HANDLES;
+    let guard = any::<usize>();
+    prop_oneof![
+        6 => (handle.clone(), any_mode(), prop::bool::weighted(0.2))
+            .prop_map(|(handle, mode, patient)| Step::Acquire { handle, mode, patient }),
+        3 => (handle.clone(), any_mode())
+            .prop_map(|(handle, mode)| Step::AcquireIfFree { handle, mode }),
+        1 => (handle.clone(), handle.clone()).prop_map(|(from, to)| Step::Clone { from, to }),
+        1 => (handle.clone(), 0..KEYS).prop_map(|(handle, key)| Step::New { handle, key }),
+        2 => (guard, handle.clone(), 0..KEYS)
+            .prop_map(|(guard, handle, key)| Step::Beside { guard, handle, key }),
+        1 => (0..GROUPS, vec((0..KEYS, any_mode()), 1..5))
+            .prop_map(|(group, locks)| Step::Group { group, locks }),
+        2 => (0..GROUPS, prop::bool::weighted(0.2))
+            .prop_map(|(group, patient)| Step::AcquireGroup { group, patient }),
+        1 => handle.prop_map(|handle| Step::Close { handle }),
+        1 => (0..GROUPS).prop_map(|group| Step::CloseGroup { group }),
+        1 => guard.prop_map(|guard| Step::Downgrade { guard }),
+        2 => guard.prop_map(|guard| Step::Upgrade { guard }),
+        3 => guard.prop_map(|guard| Step::Drop { guard }),
+        3 => guard.prop_map(|guard| Step::Release { guard }),
+    ]
+}
+
+/// An owner of locks: a handle, even after the variable that held it has got another; or several that
+/// share a session.
+type Owner = usize;
+
+/// What the server should know: how many guards each owner has, of which keys, in which modes.
+#[derive(Debug, Default)]
+struct Model {
+    guards: BTreeMap<Owner, Vec<(i64, Mode)>>,
+}
+
+impl Model {
+    /// PostgreSQL's rule: an owner never excludes itself; among owners only sharers are compatible.
+    fn grants(&self, owner: Owner, wanted: &[(i64, Mode)]) -> bool {
+        let others = self.guards.iter().filter(|(other, _)| **other != owner);
+        others.flat_map(|(_, held)| held).all(|&(held, theirs)| {
+            let sharers = |ours| ours == Mode::Shared && theirs == Mode::Shared;
+            wanted.iter().all(|&(key, ours)| key != held || sharers(ours))
+        })
+    }
+
+    fn take(&mut self, owner: Owner, locks: &[(i64, Mode)]) {
+        self.guards.entry(owner).or_default().extend(locks);
+    }
+
+    fn give_up(&mut self, owner: Owner, locks: &[(i64, Mode)]) {
+        let Some(held) = self.guards.get_mut(&owner) else { return };
+        for lock in locks {
+            let place = held.iter().position(|held| held == lock).unwrap();
+            held.swap_remove(place);
+        }
+        if held.is_empty() {
+            self.guards.remove(&owner);
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Guard {
+    Exclusive(ExclusiveGuard),
+    Shared(SharedGuard),
+    Several(MultiGuard),
+}
+
+impl Guard {
+    fn backend_pid(&self) -> i32 {
+        match self {
+            Self::Exclusive(guard) => guard.backend_pid(),
+            Self::Shared(guard) => guard.backend_pid(),
+            Self::Several(guard) => guard.backend_pid(),
+        }
+    }
+
+    /// A handle on its session. There is none for several locks.
+    fn lock(&self, key: i64) -> Option<Lock> {
+        match self {
+            Self::Exclusive(guard) => Some(guard.lock(key)),
+            Self::Shared(guard) => Some(guard.lock(key)),
+            Self::Several(_) => None,
+        }
+    }
+
+    async fn release(self) -> pglock::Result<()> {
+        match self {
+            Self::Exclusive(guard) => guard.release().await,
+            Self::Shared(guard) => guard.release().await,
+            Self::Several(guard) => guard.release().await,
+        }
+    }
+}
+
+fn exclusive(held: Option<ExclusiveGuard>) -> Option<Guard> {
+    held.map(Guard::Exclusive)
+}
+
+fn shared(held: Option<SharedGuard>) -> Option<Guard> {
+    held.map(Guard::Shared)
+}
+
+/// A guard, whose it is, and what it stands for.
+struct Hold {
+    owner: Owner,
+    locks: Vec<(i64, Mode)>,
+    guard: Guard,
+}
+
+/// The program under test, beside its model.
+struct Run {
+    handles: Vec<(Owner, i64, Lock)>,
+    groups: Vec<(Owner, MultiLock)>,
+    holds: Vec<Hold>,
+    /// The owners whose guards were closed under them.
+    closed: Vec<Owner>,
+    owners: usize,
+    model: Model,
+    pool: PgPool,
+}
+
+impl Run {
+    fn new(pool: &PgPool) -> Self {
+        let handle = |owner: Owner| {
+            let key = i64::try_from(owner).unwrap() % KEYS;
+            (owner, key, new_lock(pool, key))
+        };
+        let group = |group| (HANDLES + group, MultiLock::new(pool, 0).and(1));
+        Self {
+            handles: (0..HANDLES).map(handle).collect(),
+            groups: (0..GROUPS).map(group).collect(),
+            holds: Vec::new(),
+            closed: Vec::new(),
+            owners: HANDLES + GROUPS,
+            model: Model::default(),
+            pool: pool.clone(),
+        }
+    }
+
+    #[expect(clippy::indexing_slicing, reason = "the steps know how many handles there are")]
+    fn handle(&mut self, handle: usize) -> &mut (Owner, i64, Lock) {
+        &mut self.handles[handle]
+    }
+
+    #[expect(clippy::indexing_slicing, reason = "the steps know how many groups there are")]
+    fn group(&mut self, group: usize) -> &mut (Owner, MultiLock) {
+        &mut self.groups[group]
+    }
+
+    fn new_owner(&mut self) -> Owner {
+        self.owners += 1;
+        self.owners - 1
+    }
+
+    async fn step(&mut self, step: &Step) {
+        match *step {
+            // Each owner that holds something has a connection of the pool.
+            Step::Acquire { .. } | Step::AcquireIfFree { .. } | Step::AcquireGroup { .. }
+                if self.model.guards.len() >= SESSIONS => {}
+            Step::Acquire { handle, mode, patient } => self.acquire(handle, mode, patient).await,
+            Step::AcquireIfFree { handle, mode } => self.acquire_if_free(handle, mode).await,
+            Step::AcquireGroup { group, patient } => self.acquire_group(group, patient).await,
+            Step::Clone { from, to } => {
+                let owner = self.new_owner();
+                let (_, key, lock) = self.handle(from);
+                let clone = (owner, *key, lock.clone());
+                *self.handle(to) = clone;
+            }
+            Step::New { handle, key } => {
+                let new = (self.new_owner(), key, new_lock(&self.pool, key));
+                *self.handle(handle) = new;
+            }
+            Step::Beside { guard, handle, key } => {
+                let index = guard.checked_rem(self.holds.len());
+                let hold = index.and_then(|index| self.holds.get(index));
+                let Some(&Hold { owner, ref guard, .. }) = hold else { return };
+                // What is closed is nobody's session any more.
+                if !self.closed.contains(&owner)
+                    && let Some(lock) = guard.lock(key)
+                {
+                    // A session that many share makes nobody the same owner.
+                    let owner = if ALONE { owner } else { self.new_owner() };
+                    *self.handle(handle) = (owner, key, lock);
+                }
+            }
+            Step::Group { group, ref locks } => {
+                let (&(key, mode), rest) = locks.split_first().unwrap();
+                let first = match mode {
+                    Mode::Exclusive => MultiLock::new(&self.pool, key),
+                    Mode::Shared => MultiLock::new_shared(&self.pool, key),
+                };
+                let several = rest.iter().fold(first, |several, &(key, mode)| match mode {
+                    Mode::Exclusive => several.and(key),
+                    Mode::Shared => several.and_shared(key),
+                });
+                *self.group(group) = (self.new_owner(), several);
+            }
+            Step::Close { handle } => {
+                let (owner, _, lock) = self.handle(handle);
+                let owner = *owner;
+                lock.close().await.unwrap();
+                self.was_closed(owner);
+                // What the handle acquires from now on is not closed.
+                self.handle(handle).0 = self.new_owner();
+            }
+            Step::CloseGroup { group } => {
+                let (owner, several) = self.group(group);
+                let owner = *owner;
+                several.close().await.unwrap();
+                self.was_closed(owner);
+                self.group(group).0 = self.new_owner();
+            }
+            Step::Downgrade { guard } => self.downgrade(guard).await,
+            Step::Upgrade { guard } => self.upgrade(guard).await,
+            Step::Drop { guard } => {
+                if let Some(hold) = self.take_hold(guard) {
+                    drop(hold.guard);
+                }
+            }
+            Step::Release { guard } => {
+                if let Some(Hold { owner, guard, .. }) = self.take_hold(guard) {
+                    let released = guard.release().await;
+                    self.is_told_right(owner, released);
+                }
+            }
+        }
+        self.part_handles();
+    }
+
+    /// A guard that is no more, for the model neither.
+    fn take_hold(&mut self, guard: usize) -> Option<Hold> {
+        let index = guard.checked_rem(self.holds.len())?;
+        let hold = self.holds.swap_remove(index);
+        self.model.give_up(hold.owner, &hold.locks);
+        Some(hold)
+    }
+
+    fn hold(&mut self, owner: Owner, locks: Vec<(i64, Mode)>, guard: Guard) {
+        self.model.take(owner, &locks);
+        self.holds.push(Hold { owner, locks, guard });
+    }
+
+    fn was_closed(&mut self, owner: Owner) {
+        if self.model.guards.remove(&owner).is_some() {
+            self.closed.push(owner);
+        }
+    }
+
+    /// A session that nobody needs any more ends, sooner or later; then its handles part. Here they
+    /// do so at once.
+    fn part_handles(&mut self) {
+        let mut seen = Vec::new();
+        for (owner, _, lock) in &mut self.handles {
+            if !self.model.guards.contains_key(owner) {
+                if seen.contains(owner) || self.closed.contains(owner) {
+                    *lock = lock.clone();
+                    self.owners += 1;
+                    *owner = self.owners - 1;
+                }
+                seen.push(*owner);
+            }
+        }
+    }
+
+    /// A guard learns that its owner was closed, and of no other loss.
+    fn is_told_right<T: std::fmt::Debug>(
+        &self,
+        owner: Owner,
+        answer: pglock::Result<T>,
+    ) -> Option<T> {
+        if !self.closed.contains(&owner) {
+            return Some(answer.unwrap());
+        }
+        let lost = answer.unwrap_err();
+        assert!(
+            matches!(lost, Error::Lost { reason: Loss::Closed, .. }),
+            "a guard of a closed handle: {lost:?}"
+        );
+        None
+    }
+
+    async fn downgrade(&mut self, guard: usize) {
+        let Some(Hold { owner, locks, guard }) = self.take_hold(guard) else { return };
+        let Guard::Exclusive(exclusive) = guard else {
+            return self.put_back(owner, locks, guard);
+        };
+        let pid = exclusive.backend_pid();
+        let answer = exclusive.downgrade().await;
+        if let Some(shared) = self.is_told_right(owner, answer) {
+            assert_eq!(shared.backend_pid(), pid);
+            let locks = locks.iter().map(|&(key, _)| (key, Mode::Shared)).collect();
+            self.hold(owner, locks, Guard::Shared(shared));
+        }
+    }
+
+    async fn upgrade(&mut self, guard: usize) {
+        let Some(Hold { owner, locks, guard }) = self.take_hold(guard) else { return };
+        let Guard::Shared(shared) = guard else {
+            return self.put_back(owner, locks, guard);
+        };
+        let pid = shared.backend_pid();
+        let wanted: Vec<_> = locks.iter().map(|&(key, _)| (key, Mode::Exclusive)).collect();
+        let granted = self.model.grants(owner, &wanted);
+        let answer = shared.try_upgrade().await;
+        match self.is_told_right(owner, answer) {
+            Some(Ok(exclusive)) => {
+                assert!(granted, "owner {owner} wants more of {locks:?}");
+                assert_eq!(exclusive.backend_pid(), pid);
+                self.hold(owner, wanted, Guard::Exclusive(exclusive));
+            }
+            Some(Err(shared)) => {
+                assert!(!granted, "owner {owner} is refused more of {locks:?}");
+                self.hold(owner, locks, Guard::Shared(shared));
+            }
+            None => {}
+        }
+    }
+
+    /// Nothing was done with the guard.
+    fn put_back(&mut self, owner: Owner, locks: Vec<(i64, Mode)>, guard: Guard) {
+        if !self.closed.contains(&owner) {
+            self.model.take(owner, &locks);
+        }
+        self.holds.push(Hold { owner, locks, guard });
+    }
+
+    async fn acquire(&mut self, handle: usize, mode: Mode, patient: bool) {
+        let &mut (owner, key, _) = self.handle(handle);
+        let granted = self.model.grants(owner, &[(key, mode)]);
+        let patience = patience(granted);
+        let (_, _, lock) = self.handle(handle);
+        let answer = match (mode, patient) {
+            (Mode::Exclusive, false) => lock.try_acquire().await.map(exclusive),
+            (Mode::Exclusive, true) => lock.try_acquire_for(patience).await.map(exclusive),
+            (Mode::Shared, false) => lock.try_acquire_shared().await.map(shared),
+            (Mode::Shared, true) => lock.try_acquire_shared_for(patience).await.map(shared),
+        };
+        let held = unless_out_of_patience(answer, patient && !granted);
+        assert_eq!(held.is_some(), granted, "owner {owner} wants key {key} {mode}");
+        if let Some(guard) = held {
+            self.hold(owner, vec![(key, mode)], guard);
+        }
+    }
+
+    async fn acquire_group(&mut self, group: usize, patient: bool) {
+        let (owner, several) = self.group(group);
+        let owner = *owner;
+        let number = |key: &pglock::Key| key.to_string().parse().unwrap();
+        let locks: Vec<(i64, Mode)> =
+            several.keys().map(|(key, mode)| (number(key), mode)).collect();
+        let granted = self.model.grants(owner, &locks);
+        let (_, several) = self.group(group);
+        let answer = if patient {
+            several.try_acquire_for(patience(granted)).await
+        } else {
+            several.try_acquire().await
+        };
+        let answer = answer.map(|held| held.map(Guard::Several));
+        let held = unless_out_of_patience(answer, patient && !granted);
+        assert_eq!(held.is_some(), granted, "owner {owner} wants {locks:?}");
+        if let Some(guard) = held {
+            self.hold(owner, locks, guard);
+        }
+    }
+
+    async fn acquire_if_free(&mut self, handle: usize, mode: Mode) {
+        let &mut (owner, key, _) = self.handle(handle);
+        if !self.model.grants(owner, &[(key, mode)]) {
+            return;
+        }
+        let (_, _, lock) = self.handle(handle);
+        let guard = match mode {
+            Mode::Exclusive => Guard::Exclusive(lock.acquire().await.unwrap()),
+            Mode::Shared => Guard::Shared(lock.acquire_shared().await.unwrap()),
+        };
+        self.hold(owner, vec![(key, mode)], guard);
+    }
+
+    /// The strongest mode in which each session should hold each key. (`Exclusive` sorts first.)
+    fn expected(&self) -> BTreeMap<(i32, i64), Mode> {
+        let mut strongest = BTreeMap::new();
+        for hold in &self.holds {
+            if !self.closed.contains(&hold.owner) {
+                for &(key, mode) in &hold.locks {
+                    let known = strongest.entry((hold.guard.backend_pid(), key)).or_insert(mode);
+                    *known = mode.min(*known);
+                }
+            }
+        }
+        strongest
+    }
+
+    /// Where each owner has a session, he has one, and shares it with nobody.
+    fn each_has_a_session(&self) {
+        let mut sessions = BTreeMap::new();
+        for hold in self.holds.iter().filter(|hold| !self.closed.contains(&hold.owner)) {
+            let owner = *sessions.entry(hold.guard.backend_pid()).or_insert(hold.owner);
+            assert_eq!(owner, hold.owner, "two owners share a session");
+        }
+        assert_eq!(sessions.len(), self.model.guards.len(), "an owner has two sessions");
+    }
+
+    /// Waits until the server knows exactly what the model knows.
+    async fn agrees_with_server(&self, admin: &mut PgConnection) {
+        if ALONE {
+            self.each_has_a_session();
+        }
+        let expected = self.expected();
+        let started = Instant::now();
+        loop {
+            let mut found = BTreeMap::new();
+            let mut unknown = Vec::new();
+            for lock in advisory_locks(admin).await {
+                let mode = match lock.mode.as_str() {
+                    "ExclusiveLock" => Mode::Exclusive,
+                    _ => Mode::Shared,
+                };
+                if lock.granted && lock.classid == 0 && lock.objsubid == 1 {
+                    let strongest = found.entry((lock.pid, lock.objid)).or_insert(mode);
+                    *strongest = mode.min(*strongest);
+                } else {
+                    unknown.push(lock);
+                }
+            }
+            if found == expected && unknown.is_empty() {
+                return;
+            }
+            assert!(
+                started.elapsed() < PATIENCE,
+                "the server has {found:?} and {unknown:?}, the model {expected:?}"
+            );
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+/// A wait that is refused takes all its time, so it gets little.
+fn patience(granted: bool) -> Duration {
+    if granted { PATIENCE } else { Duration::from_millis(50) }
+}
+
+/// So little that it may run out before the pool has lent a connection.
+fn unless_out_of_patience(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
+    match answer {
+        Err(Error::Pool { .. }) if hasty => None,
+        // Who shares a lock through a manager and wants it alone does not wait for other processes.
+        Err(Error::Deadlock { .. }) if hasty && !ALONE => None,
+        answer => answer.unwrap(),
+    }
+}
+
+/// `PROPTEST_CASES` sets how many programs are tried.
+#[test]
+fn the_server_agrees_with_the_model_after_every_step() {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let db = runtime.block_on(TestDb::new());
+    let pool = runtime.block_on(db.pool(20));
+    let admin = RefCell::new(runtime.block_on(db.admin()));
+    let mut config =
+        Config { failure_persistence: None, max_shrink_time: 30_000, ..Config::default() };
+    if env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 64;
+    }
+    let outcome = TestRunner::new(config).run(&vec(any_step(), 1..60), |steps| {
+        let mut admin = admin.borrow_mut();
+        runtime.block_on(async {
+            let mut run = Run::new(&pool);
+            // What the last run has left goes away with it.
+            run.agrees_with_server(&mut admin).await;
+            for step in &steps {
+                run.step(step).await;
+                run.agrees_with_server(&mut admin).await;
+            }
+        });
+        Ok(())
+    });
+    assert!(outcome.is_ok(), "{}", outcome.unwrap_err());
+
+    // Every connection is in the pool again, and so none is broken or forgotten.
+    runtime.block_on(async {
+        let started = Instant::now();
+        while pool.num_idle() != pool.size() as usize {
+            assert!(started.elapsed() < PATIENCE, "{pool:?}");
+            sleep(Duration::from_millis(1)).await;
+        }
+    });
+}
+
+/// The guards of a handle go in any order, on any thread, at the same time: the server agrees with
+/// each of them that it was held to the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn guards_of_one_handle_can_be_released_at_once() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut lock = new_lock(&pool, 42);
+    for round in 0..1000 {
+        let exclusive = lock.acquire().await.unwrap();
+        let shared = lock.acquire_shared().await.unwrap();
+        let mut releases = JoinSet::new();
+        releases.spawn(exclusive.release());
+        releases.spawn(shared.release());
+        for released in releases.join_all().await {
+            assert!(released.is_ok(), "round {round}: {released:?}");
+        }
+    }
+}

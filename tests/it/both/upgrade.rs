@@ -1,0 +1,306 @@
+//! A held lock changes its mode without a moment in which it is not held.
+
+use std::time::Duration;
+
+use pglock::{Error, ExclusiveGuard, Loss, SharedGuard};
+use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks};
+use sqlx::PgConnection;
+use tokio::time::timeout;
+
+use super::new_lock;
+use crate::loss::terminate;
+use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn};
+
+const KEY: i64 = 42;
+
+/// The modes in which a backend holds the key, or waits for it.
+async fn modes(admin: &mut PgConnection, pid: i32) -> Vec<(String, bool)> {
+    let locks = advisory_locks(admin).await;
+    let modes = locks.into_iter().filter(|lock| lock.pid == pid);
+    modes.map(|AdvisoryLock { mode, granted, .. }| (mode, granted)).collect()
+}
+
+fn held(mode: &str) -> Vec<(String, bool)> {
+    vec![(mode.to_owned(), true)]
+}
+
+fn waiting(mode: &str) -> Vec<(String, bool)> {
+    vec![(mode.to_owned(), false)]
+}
+
+/// Waits until there are so many rows, and returns the backend of the last that waits.
+async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
+    locks_are(admin, count, SOON * 10).await;
+    let locks = advisory_locks(admin).await;
+    let mut new = locks.iter().filter(|lock| !lock.granted && !known.contains(&lock.pid));
+    new.next().unwrap().pid
+}
+
+async fn upgraded(guard: SharedGuard) -> ExclusiveGuard {
+    guard.try_upgrade().await.unwrap().unwrap()
+}
+
+async fn refused(guard: SharedGuard) -> SharedGuard {
+    guard.try_upgrade().await.unwrap().unwrap_err()
+}
+
+/// The server hands a lock that is free for an instant to whoever waits for it; so if there was such
+/// an instant, the writer has it.
+#[tokio::test]
+async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, second, third] = [db.pool(2).await, db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    for _ in 0..50 {
+        let writing = lock.acquire().await.unwrap();
+        let pid = writing.backend_pid();
+        let (mut reader, mut writer) = (new_lock(&second, KEY), new_lock(&third, KEY));
+        let reader = spawn(async move { reader.acquire_shared().await.unwrap() });
+        let reader_pid = last_waiter(&mut admin, 2, &[]).await;
+        let writer = spawn(async move { writer.acquire().await.unwrap() });
+        let writer_pid = last_waiter(&mut admin, 3, &[reader_pid]).await;
+
+        let reading = writing.downgrade().await.unwrap();
+        assert_eq!(reading.backend_pid(), pid);
+        assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+        let also_reading = timeout(SOON * 10, reader).await.unwrap().unwrap();
+        assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+        reading.verify().await.unwrap();
+        reading.release().await.unwrap();
+        assert!(!writer.is_finished());
+        also_reading.release().await.unwrap();
+        timeout(SOON * 10, writer).await.unwrap().unwrap().release().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_downgrade_goes_ahead_of_a_writer_who_waits() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, second] = [db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    for _ in 0..50 {
+        let writing = lock.acquire().await.unwrap();
+        let pid = writing.backend_pid();
+        let mut writer = new_lock(&second, KEY);
+        let writer = spawn(async move { writer.acquire().await.unwrap() });
+        let writer_pid = last_waiter(&mut admin, 2, &[]).await;
+        let reading = timeout(SOON * 10, writing.downgrade()).await.unwrap().unwrap();
+        assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+        assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+        drop(reading);
+        timeout(SOON * 10, writer).await.unwrap().unwrap().release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_downgrade_leaves_other_exclusive_guards_what_they_hold() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    let mut other = new_lock(&elsewhere, KEY);
+    let (first, second) = (lock.acquire().await.unwrap(), lock.acquire().await.unwrap());
+    let pid = first.backend_pid();
+    let reading = first.downgrade().await.unwrap();
+    assert_eq!(modes(&mut admin, pid).await, held("ExclusiveLock"));
+    assert!(other.try_acquire_shared().await.unwrap().is_none());
+
+    // The last that holds it exclusively, by going or by a downgrade of its own.
+    second.release().await.unwrap();
+    assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+    assert!(other.try_acquire().await.unwrap().is_none());
+    let third = upgraded(reading).await;
+    let reading = lock.acquire_shared().await.unwrap();
+    let also_reading = third.downgrade().await.unwrap();
+    assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+    reading.release().await.unwrap();
+    assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+    also_reading.release().await.unwrap();
+    no_locks(&mut admin).await;
+    assert!(borrow_all(&pool).await.contains(&pid));
+}
+
+#[tokio::test]
+async fn a_downgrade_of_a_lost_lock_is_lost() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let mut lock = new_lock(&pool, KEY);
+
+    let guard = lock.acquire().await.unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
+    timeout(SOON * 10, guard.lost()).await.unwrap();
+    assert!(matches!(guard.downgrade().await, Err(Error::Lost { .. })));
+    no_locks(&mut admin).await;
+
+    // Nobody has noticed it yet.
+    let guard = lock.acquire().await.unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
+    no_locks(&mut admin).await;
+    assert!(matches!(guard.downgrade().await, Err(Error::Lost { .. })));
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn an_upgrade_of_who_reads_alone_succeeds_on_the_same_session() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    let mut other = new_lock(&elsewhere, KEY);
+    for _ in 0..50 {
+        let reading = lock.acquire_shared().await.unwrap();
+        let pid = reading.backend_pid();
+        let writing = upgraded(reading).await;
+        assert_eq!(writing.backend_pid(), pid);
+        writing.verify().await.unwrap();
+        assert!(other.try_acquire_shared().await.unwrap().is_none());
+        // And back again, and once more.
+        let reading = writing.downgrade().await.unwrap();
+        other.try_acquire_shared().await.unwrap().unwrap().release().await.unwrap();
+        let writing = upgraded(reading).await;
+        assert!(other.try_acquire_shared().await.unwrap().is_none());
+        writing.release().await.unwrap();
+        other.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn an_upgrade_is_refused_while_another_reads() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    let (mut other, mut third) = (new_lock(&elsewhere, KEY), new_lock(&elsewhere, KEY));
+    let reading = lock.acquire_shared().await.unwrap();
+    let theirs = other.acquire_shared().await.unwrap();
+    let pid = reading.backend_pid();
+    let reading = refused(reading).await;
+    assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+    reading.verify().await.unwrap();
+    theirs.release().await.unwrap();
+    assert!(third.try_acquire().await.unwrap().is_none(), "it does not hold any more");
+    upgraded(reading).await.release().await.unwrap();
+    third.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+/// Since version 17 the server lets who holds a lock go ahead of those who wait for it to go.
+#[tokio::test]
+async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    let mut other = new_lock(&elsewhere, KEY);
+    let reading = lock.acquire_shared().await.unwrap();
+    let pid = reading.backend_pid();
+    let writer = spawn(async move { other.acquire().await.unwrap() });
+    let writer_pid = last_waiter(&mut admin, 2, &[]).await;
+    let version: i32 = sqlx::query_scalar("SELECT current_setting('server_version_num')::int")
+        .fetch_one(&mut admin)
+        .await
+        .unwrap();
+    match timeout(SOON * 10, reading.try_upgrade()).await.unwrap().unwrap() {
+        Ok(writing) => {
+            assert!(version >= 170_000);
+            assert!(modes(&mut admin, pid).await.contains(&("ExclusiveLock".to_owned(), true)));
+            assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+            writing.release().await.unwrap();
+        }
+        Err(reading) => {
+            assert!(version < 170_000);
+            assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
+            assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+            reading.release().await.unwrap();
+        }
+    }
+    timeout(SOON * 10, writer).await.unwrap().unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_who_read_and_both_want_to_write_do_not_hang() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
+    let (mut one, mut two) = (new_lock(&pool, KEY), new_lock(&elsewhere, KEY));
+    for _ in 0..100 {
+        let (first, second) =
+            (one.acquire_shared().await.unwrap(), two.acquire_shared().await.unwrap());
+        let upgrades = async { tokio::join!(spawn(first.try_upgrade()), second.try_upgrade()) };
+        let (first, second) = timeout(Duration::from_millis(900), upgrades).await.unwrap();
+        // Both held it to the end, so neither can have got it.
+        let first = first.unwrap().unwrap().unwrap_err();
+        let second = second.unwrap().unwrap_err();
+        first.release().await.unwrap();
+        upgraded(second).await.release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+/// Guards of one handle are one owner, which does not exclude itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_guards_of_one_handle_can_both_be_upgraded() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
+    let mut lock = new_lock(&pool, KEY);
+    let mut other = new_lock(&elsewhere, KEY);
+    for _ in 0..100 {
+        let (first, second) =
+            (lock.acquire_shared().await.unwrap(), lock.acquire_shared().await.unwrap());
+        let (first, second) = tokio::join!(spawn(first.try_upgrade()), second.try_upgrade());
+        let (first, second) = (first.unwrap().unwrap().unwrap(), second.unwrap().unwrap());
+        first.release().await.unwrap();
+        assert!(other.try_acquire_shared().await.unwrap().is_none());
+        second.release().await.unwrap();
+        other.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn an_upgrade_on_a_lost_session_is_an_error_and_no_lock_elsewhere() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let mut lock = new_lock(&pool, KEY);
+
+    let guard = lock.acquire_shared().await.unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
+    timeout(SOON * 10, guard.lost()).await.unwrap();
+    let lost = guard.try_upgrade().await.unwrap_err();
+    assert!(matches!(lost, Error::Lost { .. }), "{lost:?}");
+    no_locks(&mut admin).await;
+
+    // Nobody has noticed it yet.
+    for _ in 0..20 {
+        let guard = lock.acquire_shared().await.unwrap();
+        terminate(&mut admin, guard.backend_pid()).await;
+        no_locks(&mut admin).await;
+        let lost = guard.try_upgrade().await.unwrap_err();
+        assert!(matches!(lost, Error::Lost { .. } | Error::Disconnected { .. }), "{lost:?}");
+        no_locks(&mut admin).await;
+    }
+
+    // The handle was closed under it.
+    let guard = lock.acquire_shared().await.unwrap();
+    lock.close().await.unwrap();
+    let lost = guard.try_upgrade().await.unwrap_err();
+    assert!(matches!(lost, Error::Lost { reason: Loss::Closed, .. }), "{lost:?}");
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}

@@ -1,0 +1,222 @@
+//! A wait keeps its place, costs others nothing, and ends when it should.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use pglock::{Error, LockOptions};
+use pglock_testkit::{Server, TestDb, eventually};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::{new_lock, new_lock_with, sessions};
+use crate::support::{SOON, borrow_all, locks_are, no_locks};
+
+/// Waits that last many slices hold up neither index builds nor vacuum, and write nothing to the
+/// server's log.
+#[tokio::test]
+async fn a_long_wait_costs_others_nothing() {
+    const WAIT: Duration = Duration::from_secs(10);
+    let slice = Duration::from_secs(2);
+
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    sqlx::raw_sql("CREATE TABLE other AS SELECT generate_series(1, 1000) AS x")
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    let pool = db.pool(2).await;
+    let options = LockOptions::new().wait_slice(slice);
+    let held = new_lock_with(&options, &pool, "migrate").acquire().await.unwrap();
+    let mut lock = new_lock_with(&options, &pool, "migrate");
+    let logged = server.log_len();
+
+    let started = Instant::now();
+    let waiter = tokio::task::LocalSet::new();
+    let waiting = waiter.run_until(async {
+        let waiting = tokio::task::spawn_local(async move {
+            lock.acquire().await.unwrap().release().await.unwrap();
+        });
+        locks_are(&mut admin, 2, SOON).await;
+
+        let mut builder = db.admin().await;
+        let index = sqlx::raw_sql("CREATE INDEX CONCURRENTLY other_x ON other (x)");
+        let built = timeout(slice * 3, index.execute(&mut builder)).await;
+        built.expect("the index is built while the lock is waited for").unwrap();
+
+        // Every transaction below moves the horizon on; the waiter must follow.
+        let mut seen = (None, Instant::now());
+        while started.elapsed() < WAIT {
+            let xmin: Option<String> = sqlx::query_scalar(
+                "SELECT backend_xmin::text FROM pg_stat_activity \
+                 WHERE wait_event_type = 'Lock' AND wait_event = 'advisory' \
+                   AND txid_current() IS NOT NULL",
+            )
+            .fetch_optional(&mut admin)
+            .await
+            .unwrap()
+            .flatten();
+            if seen.0 != xmin {
+                seen = (xmin, Instant::now());
+            }
+            let age = seen.1.elapsed();
+            assert!(age < slice * 2, "the waiter's snapshot is {age:?} old");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert!(!waiting.is_finished());
+        assert_eq!(server.log_since(logged), "");
+        held.release().await.unwrap();
+        timeout(SOON * 5, waiting).await.unwrap().unwrap();
+    });
+    waiting.await;
+    assert_eq!(server.log_since(logged), "");
+}
+
+#[tokio::test]
+async fn waiters_within_a_slice_are_served_in_order() {
+    const WAITERS: usize = 5;
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(u32::try_from(WAITERS).unwrap() + 1).await;
+    for _ in 0..5 {
+        let held = new_lock(&pool, 1).acquire().await.unwrap();
+        let served = Arc::new(AtomicUsize::new(0));
+        let mut waiters = JoinSet::new();
+        for place in 0..WAITERS {
+            let (mut lock, served) = (new_lock(&pool, 1), Arc::clone(&served));
+            waiters.spawn(async move {
+                let guard = lock.acquire().await.unwrap();
+                assert_eq!(served.fetch_add(1, Ordering::SeqCst), place);
+                guard.release().await.unwrap();
+            });
+            locks_are(&mut admin, sessions(place + 2, 1), SOON).await;
+        }
+        held.release().await.unwrap();
+        while let Some(finished) = waiters.join_next().await {
+            finished.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_wait_goes_on_over_slices() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let options = LockOptions::new().wait_slice(Duration::from_secs(2));
+    let held = new_lock_with(&options, &pool, 1).acquire().await.unwrap();
+    let mut lock = new_lock_with(&options, &pool, 1);
+    let (guard, ()) = tokio::join!(lock.try_acquire_for(Duration::from_secs(20)), async {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        held.release().await.unwrap();
+    });
+    guard.unwrap().expect("the lock came free in time").release().await.unwrap();
+}
+
+/// Waits until the pool has an idle connection, so that no time goes into opening one.
+async fn borrow_one(pool: &sqlx::PgPool) {
+    drop(pool.acquire().await.unwrap());
+    eventually("the pool has an idle connection", SOON, || async { pool.num_idle() > 0 }).await;
+}
+
+#[tokio::test]
+async fn a_bounded_wait_gives_up_on_time() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let (other, pool) = (db.pool(1).await, db.pool(2).await);
+    let _held = new_lock(&other, 1).acquire().await.unwrap();
+    let mut lock = new_lock(&pool, 1);
+    for patience in [0, 1, 50, 400].map(Duration::from_millis) {
+        borrow_one(&pool).await;
+        let started = Instant::now();
+        assert!(lock.try_acquire_for(patience).await.unwrap().is_none());
+        let waited = started.elapsed();
+        assert!(waited >= patience, "gave up after {waited:?} of {patience:?}");
+        assert!(waited < patience + SOON * 2, "gave up only after {waited:?} of {patience:?}");
+        locks_are(&mut admin, 1, SOON).await;
+    }
+}
+
+#[tokio::test]
+async fn patience_too_long_to_count_is_for_ever() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let held = new_lock(&pool, 1).acquire().await.unwrap();
+    let mut lock = new_lock(&pool, 1);
+    let (guard, ()) = tokio::join!(lock.try_acquire_for(Duration::MAX), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        held.release().await.unwrap();
+    });
+    guard.unwrap().unwrap().release().await.unwrap();
+}
+
+/// The server's timeout can strike after the grant; then the lock is kept or given up, never both
+/// and never neither.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grant_that_races_with_the_timeout_is_never_lost() {
+    const TASKS: u32 = 6;
+    const PATIENCE: Duration = Duration::from_millis(10);
+
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(TASKS).await;
+    let inside = Arc::new(AtomicBool::new(false));
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let (mut lock, inside) = (new_lock(&pool, 1), Arc::clone(&inside));
+        tasks.spawn(async move {
+            let (mut granted, mut refused) = (0, 0);
+            for round in 0..500 {
+                let guard = match lock.try_acquire_for(PATIENCE).await {
+                    Ok(Some(guard)) => guard,
+                    // On a busy machine the time may pass while the pool takes a connection back, and so
+                    // many are opened that the socket can't take them all.
+                    Ok(None) | Err(Error::Pool { .. } | Error::Connect { .. }) => {
+                        refused += 1;
+                        continue;
+                    }
+                    Err(error) => panic!("{error:?}"),
+                };
+                granted += 1;
+                assert!(!inside.swap(true, Ordering::SeqCst), "two exclusive holders");
+                // About as long as the others have patience.
+                let hold =
+                    Duration::from_micros(u64::from((task * 500 + round) % 20) * 200 + 8_000);
+                tokio::time::sleep(hold).await;
+                assert!(inside.swap(false, Ordering::SeqCst));
+                guard.release().await.expect("held until the end");
+            }
+            (granted, refused)
+        });
+    }
+    let (mut granted, mut refused) = (0, 0);
+    while let Some(finished) = tasks.join_next().await {
+        let counts: (u32, u32) = finished.unwrap();
+        granted += counts.0;
+        refused += counts.1;
+    }
+    assert!(granted > 100 && refused > 100, "no race: {granted} granted, {refused} refused");
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let (other, pool) = (db.pool(1).await, db.pool(2).await);
+    let held = new_lock(&other, 1).acquire().await.unwrap();
+    let mut lock = new_lock(&pool, 1);
+    let started = Instant::now();
+    let (got, ()) = tokio::join!(lock.try_acquire_for(Duration::from_secs(1)), async {
+        locks_are(&mut db.admin().await, 2, SOON).await;
+        server.pause();
+    });
+    let waited = started.elapsed();
+    server.resume();
+    assert!(got.unwrap().is_none());
+    assert!(waited < Duration::from_secs(5), "gave up only after {waited:?}");
+    held.release().await.unwrap();
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}

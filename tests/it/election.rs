@@ -1,0 +1,626 @@
+//! One of many candidates leads, and everybody can see who.
+
+use std::time::{Duration, SystemTime};
+
+use pglock::{Election, Error, Lock, LockOptions, Loss};
+use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{PgConnection, PgPool};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{
+    SOON, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, unless_it_waits,
+};
+
+/// After which a hold is watched by listening.
+const WATCHED: Duration = Duration::from_millis(150);
+
+/// More polls than any call that does not wait can take.
+const POLLS: usize = 200;
+
+fn election(pool: &PgPool) -> Election {
+    Election::new(pool, "billing").candidate("node-7")
+}
+
+async fn terminate(admin: &mut PgConnection, pid: i32) {
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(admin).await.unwrap();
+}
+
+async fn pool_of(options: PgConnectOptions, connections: u32) -> PgPool {
+    PgPoolOptions::new().max_connections(connections).connect_with(options).await.unwrap()
+}
+
+/// How many sessions show the name of a leader.
+async fn names_shown(admin: &mut PgConnection) -> i64 {
+    let count = "SELECT count(*) FROM pg_stat_activity \
+         WHERE datname = current_database() AND application_name ~ ' [0-9]+@[0-9]{10}$'";
+    sqlx::query_scalar(count).fetch_one(admin).await.unwrap()
+}
+
+#[tokio::test]
+async fn one_leads_and_the_others_wait_for_their_turn() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let mut other = election(&pool);
+    let leadership = election(&pool).campaign().await.unwrap();
+    assert!(other.try_campaign().await.unwrap().is_none());
+    assert!(!other.status().is_leader());
+
+    let (next, ()) = tokio::join!(other.campaign(), async {
+        locks_are(&mut admin, 2, SOON).await;
+        leadership.resign().await.unwrap();
+    });
+    let next = next.unwrap();
+    assert!(election(&pool).try_campaign().await.unwrap().is_none());
+    next.verify().await.unwrap();
+    next.resign().await.unwrap();
+
+    let tried = other.try_campaign().await.unwrap().expect("nobody leads");
+    drop(tried);
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn terms_grow_from_leader_to_leader_and_over_a_restart() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pools = [db.pool(2).await, db.pool(2).await];
+    let mut last = 0;
+    for turn in 0..20 {
+        if turn == 10 {
+            server.restart();
+        }
+        for pool in &pools {
+            let leadership = election(pool).campaign().await.unwrap();
+            assert!(leadership.term() > last, "{} after {last}", leadership.term());
+            last = leadership.term();
+            assert_eq!(leadership.fencing_token().await.unwrap(), last);
+            leadership.resign().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_leads_already_campaigns_for_the_same_term() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let mut election = election(&pool);
+    let status = election.status();
+    let first = election.campaign().await.unwrap();
+    let leader = election.leader().await.unwrap();
+    // Until the time of election would be another one.
+    sleep(Duration::from_millis(1100)).await;
+
+    let second = election.campaign().await.unwrap();
+    let third = election.try_campaign().await.unwrap().expect("this candidate leads");
+    assert_eq!([second.term(), third.term()], [first.term(); 2]);
+    assert_eq!(election.leader().await.unwrap(), leader);
+    locks_are(&mut admin, 1, SOON).await;
+
+    // The term ends with the last of them.
+    drop(first);
+    second.resign().await.unwrap();
+    assert_eq!(status.term(), Some(third.term()));
+    assert_eq!(election.leader().await.unwrap(), leader);
+    let term = third.term();
+    third.resign().await.unwrap();
+    assert!(!status.is_leader());
+    assert!(election.campaign().await.unwrap().term() > term);
+}
+
+#[tokio::test]
+async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let mut election = election(&pool);
+    let status = election.status();
+    assert_eq!(status.term(), None);
+
+    let leadership = election.campaign().await.unwrap();
+    assert!(status.is_leader());
+    assert_eq!(status.term(), Some(leadership.term()));
+    drop(leadership);
+    assert!(!status.is_leader());
+
+    let leadership = election.campaign().await.unwrap();
+    assert!(status.clone().is_leader());
+    let mut resigning = Box::pin(leadership.resign());
+    // Mostly, the server has still to answer.
+    let resigned = cancel_after(1, &mut resigning).await;
+    assert!(!status.is_leader());
+    assert_eq!(status.term(), None);
+    if resigned.is_none() {
+        resigning.await.unwrap();
+    }
+
+    // Nor does it need its election.
+    let leadership = election.campaign().await.unwrap();
+    drop(election);
+    assert!(status.is_leader());
+    drop(leadership);
+    assert!(!status.is_leader());
+}
+
+#[tokio::test]
+async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let mut election = election(&pool);
+    let status = election.status();
+    let leadership = election.campaign().await.unwrap();
+    sleep(WATCHED).await;
+    assert_eq!(leadership.while_held(async { 42 }).await.unwrap(), 42);
+
+    let (loss, worked, ()) = tokio::join!(
+        async {
+            let loss = timeout(SOON * 5, leadership.lost()).await.unwrap();
+            assert!(!status.is_leader(), "the loss is known");
+            loss
+        },
+        timeout(SOON * 5, leadership.while_held(std::future::pending::<()>())),
+        terminate(&mut admin, leadership.backend_pid()),
+    );
+    assert!(matches!(loss, Loss::Disconnected(_)), "{loss:?}");
+    assert!(matches!(worked.unwrap(), Err(Error::Lost { .. })));
+    assert!(leadership.is_lost());
+
+    // The same candidate can be elected again, while the old leadership still lives.
+    let again = election.campaign().await.unwrap();
+    assert!(again.term() > leadership.term());
+    assert_eq!(status.term(), Some(again.term()));
+    assert!(matches!(leadership.resign().await, Err(Error::Lost { .. })));
+    again.resign().await.unwrap();
+}
+
+/// The heartbeat's bound is up, and nobody has looked meanwhile: no task could run.
+#[tokio::test]
+async fn a_status_says_no_by_the_clock_alone() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let second = Duration::from_secs(1);
+    let options = LockOptions::new().heartbeat(second / 2, second / 2);
+    let mut election = options.election(&pool, "billing").unwrap();
+    let status = election.status();
+    let leadership = election.campaign().await.unwrap();
+    sleep(WATCHED).await;
+    assert!(status.is_leader());
+    // The only thread of the runtime.
+    std::thread::sleep(second * 2);
+    assert!(!status.is_leader());
+    drop(leadership);
+}
+
+#[tokio::test]
+async fn everybody_can_see_who_leads() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut election = election(&pool);
+    assert_eq!(election.leader().await.unwrap(), None);
+
+    let before = SystemTime::now() - Duration::from_secs(1);
+    let leadership = election.campaign().await.unwrap();
+    let other_pool = db.pool(1).await;
+    let leader = Election::new(&other_pool, "billing").leader().await.unwrap().unwrap();
+    assert_eq!(leader.name, "node-7");
+    assert_eq!(leader.term, Some(leadership.term()));
+    assert_eq!(leader.backend_pid, leadership.backend_pid());
+    let since = leader.since.unwrap();
+    assert!(before <= since && since <= SystemTime::now(), "{since:?} is not after {before:?}");
+    assert_eq!(Election::new(&other_pool, "shipping").leader().await.unwrap(), None);
+
+    leadership.resign().await.unwrap();
+    assert_eq!(election.leader().await.unwrap(), None);
+    // Without a name of its own, a candidate has that of its process.
+    let mut nameless = Election::new(&pool, "billing");
+    let _leadership = nameless.campaign().await.unwrap();
+    let leader = nameless.leader().await.unwrap().unwrap();
+    assert_eq!(leader.name, format!("process-{}", std::process::id()));
+    borrow_all(&other_pool).await;
+}
+
+#[tokio::test]
+async fn a_pair_of_numbers_is_an_election_too() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let mut election = Election::new(&pool, (-1, 7)).candidate("node-7");
+    let _leadership = election.campaign().await.unwrap();
+    assert_eq!(election.leader().await.unwrap().unwrap().name, "node-7");
+    assert_eq!(Election::new(&pool, (7, -1)).leader().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_leader_is_seen_with_its_address_by_who_may_see_it() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    sqlx::raw_sql("CREATE ROLE nosy LOGIN").execute(&mut admin).await.unwrap();
+    let tcp = server.tcp_options().database(db.name());
+    let (over_tcp, over_socket) = (pool_of(tcp.clone(), 2).await, db.pool(2).await);
+    let nosy = pool_of(tcp.username("nosy"), 1).await;
+    let seen_by = async |pool: &PgPool| election(pool).leader().await.unwrap().unwrap();
+
+    let leadership = election(&over_tcp).campaign().await.unwrap();
+    let mut leader = seen_by(&over_socket).await;
+    assert_eq!(leader.client_addr.take().as_deref(), Some("127.0.0.1"));
+    // All but the address.
+    assert_eq!(seen_by(&nosy).await, leader);
+    leadership.resign().await.unwrap();
+
+    let leadership = election(&over_socket).campaign().await.unwrap();
+    let leader = seen_by(&over_tcp).await;
+    assert_eq!(leader.client_addr, None);
+    assert_eq!(leader.term, Some(leadership.term()));
+}
+
+#[tokio::test]
+async fn a_name_that_the_server_cannot_show_is_shown_as_far_as_it_can() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    for (name, shown) in [
+        ("", ""),
+        ("two words @ home", "two words @ home"),
+        ("it's \"mine\" \\ $1", "it's \"mine\" \\ $1"),
+        ("café \0\n", "caf? ??"),
+        (&"é".repeat(70), &"?".repeat(70)),
+        (&"long-".repeat(20), &"long-".repeat(20)),
+    ] {
+        let mut election = Election::new(&pool, "billing").candidate(name);
+        let leadership = election.campaign().await.unwrap();
+        let leader = election.leader().await.unwrap().unwrap();
+        assert_eq!(leader.term, Some(leadership.term()), "{name:?}");
+        assert!(leader.since.is_some(), "{name:?}");
+        assert!(shown.starts_with(&leader.name), "{name:?} shows as {:?}", leader.name);
+        assert!(leader.name.len() >= shown.len().min(30), "{:?}", leader.name);
+        leadership.resign().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn another_programs_lock_is_a_leader_without_a_term() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let election = election(&pool);
+    let others = pool_of(db.options().application_name("their program"), 1).await;
+    let mut lock = Lock::new(&others, "billing");
+
+    // Who shares the lock keeps others from leading, and does not lead.
+    let shared = lock.acquire_shared().await.unwrap();
+    assert_eq!(election.leader().await.unwrap(), None);
+    shared.release().await.unwrap();
+
+    let guard = lock.acquire().await.unwrap();
+    let leader = election.leader().await.unwrap().unwrap();
+    assert_eq!(leader.name, "their program");
+    assert_eq!((leader.term, leader.since), (None, None));
+    assert_eq!(leader.backend_pid, guard.backend_pid());
+    // Before its second look, an observer can't know that no term will follow.
+    let told = timeout(SOON * 10, election.observe().changed()).await.unwrap();
+    assert_eq!(told.unwrap(), Some(leader));
+}
+
+#[tokio::test]
+async fn an_observer_tells_each_change_once() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let (mut ada, mut bob) =
+        ["ada", "bob"].map(|name| Election::new(&pool, "billing").candidate(name)).into();
+    let mut observer = ada.observe();
+    let mut next = async || {
+        let told = timeout(SOON * 10, observer.changed()).await.unwrap().unwrap();
+        told.map(|leader| (leader.name, leader.term))
+    };
+    assert_eq!(next().await, None);
+
+    let leadership = ada.campaign().await.unwrap();
+    let first = Some(("ada".to_owned(), Some(leadership.term())));
+    assert_eq!(next().await, first);
+    // Nothing to tell. A call that is dropped takes nothing along, either.
+    timeout(Duration::from_millis(1200), next()).await.unwrap_err();
+    leadership.resign().await.unwrap();
+    assert_eq!(next().await, None);
+
+    let leadership = ada.campaign().await.unwrap();
+    let second = Some(("ada".to_owned(), Some(leadership.term())));
+    assert_ne!(first, second);
+    assert_eq!(next().await, second);
+    // The same leader, but another term; nobody has looked in between.
+    leadership.resign().await.unwrap();
+    let leadership = ada.campaign().await.unwrap();
+    assert_eq!(next().await, Some(("ada".to_owned(), Some(leadership.term()))));
+    leadership.resign().await.unwrap();
+    let leadership = bob.campaign().await.unwrap();
+    assert_eq!(next().await, Some(("bob".to_owned(), Some(leadership.term()))));
+    drop(leadership);
+}
+
+#[tokio::test]
+async fn an_observer_goes_on_after_an_error() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = impatient_pool(&db);
+    let mut observer = election(&pool).observe();
+    assert_eq!(observer.changed().await.unwrap(), None);
+    let mut election = election(&pool);
+    server.kill();
+    observer.changed().await.unwrap_err();
+    server.restart();
+    let _leadership = election.campaign().await.unwrap();
+    let told = loop {
+        // The pool may still hold connections from before.
+        if let Ok(told) = timeout(SOON * 10, observer.changed()).await.unwrap() {
+            break told;
+        }
+    };
+    assert_eq!(told.unwrap().name, "node-7");
+}
+
+/// Every way of letting go, each on a pool whose application has a name, or none.
+#[tokio::test]
+async fn the_applications_own_name_is_put_back() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    for name in ["", "invoices", "it's \"mine\" \\ 1@2"] {
+        // One connection, held shortly; and three, of which one is listened to.
+        for (connections, held_for) in [(1, Duration::ZERO), (3, WATCHED)] {
+            let pool = pool_of(db.options().application_name(name), connections).await;
+            for way in ["resign", "drop", "second resigns", "stop", "end", "drop run", "cancel"] {
+                let pid = let_go(&pool, way, held_for, &mut admin).await;
+                no_locks(&mut admin).await;
+                assert_eq!(names_shown(&mut admin).await, 0, "{way}");
+                let pids = names_are(&pool, name).await;
+                assert!(pids.contains(&pid), "{way}: the connection was not given back");
+            }
+        }
+    }
+}
+
+/// Leads, and lets go. Returns the backend that led.
+async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConnection) -> i32 {
+    let mut election = election(pool);
+    if way == "resign" || way == "drop" || way == "second resigns" {
+        let leadership = election.campaign().await.unwrap();
+        sleep(held_for).await;
+        assert_eq!(names_shown(admin).await, 1);
+        let pid = leadership.backend_pid();
+        match way {
+            "resign" => leadership.resign().await.unwrap(),
+            "drop" => drop(leadership),
+            _ => {
+                let second = election.campaign().await.unwrap();
+                drop(leadership);
+                assert_eq!(names_shown(admin).await, 1);
+                second.resign().await.unwrap();
+            }
+        }
+        return pid;
+    }
+    if way == "cancel" {
+        // At every point, until it is elected.
+        let mut polls = 0;
+        let leadership = loop {
+            polls += 1;
+            assert!(polls < POLLS, "the campaign never ends");
+            if let Some(elected) = cancel_after(polls, election.campaign()).await {
+                break elected.unwrap();
+            }
+            no_locks(admin).await;
+        };
+        return leadership.backend_pid();
+    }
+    let (tell, told) = oneshot::channel();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let mut tell = Some(tell);
+    // The second time it has led, "end" stops, too.
+    let mut stop = Some(stop);
+    let run = election.run(async { drop(stopped.await) }, |leadership| {
+        let again = tell.take().map(|tell| tell.send(leadership.backend_pid()).unwrap()).is_none();
+        if way == "stop" || again {
+            drop(stop.take());
+        }
+        async move {
+            sleep(held_for).await;
+            if way != "end" {
+                std::future::pending::<()>().await;
+            }
+        }
+    });
+    if way == "drop run" {
+        assert!(timeout(held_for + SOON, run).await.is_err());
+    } else {
+        timeout(SOON * 10, run).await.unwrap().unwrap();
+    }
+    told.await.unwrap()
+}
+
+/// What all connections of the pool show is the application's own name. Returns their backends.
+async fn names_are(pool: &PgPool, name: &str) -> Vec<i32> {
+    let pids = borrow_all(pool).await;
+    let shown: Vec<String> =
+        sqlx::query_scalar("SELECT application_name FROM pg_stat_activity WHERE pid = ANY ($1)")
+            .bind(&pids)
+            .fetch_all(pool)
+            .await
+            .unwrap();
+    assert_eq!(shown, vec![name; pids.len()]);
+    pids
+}
+
+#[tokio::test]
+async fn a_name_is_put_back_on_a_connection_that_the_application_has_used() {
+    let db = TestDb::new().await;
+    let pool = pool_of(db.options().application_name("invoices"), 1).await;
+    let leadership = election(&pool).campaign().await.unwrap();
+    let mut conn = leadership.connection().await.unwrap();
+    // A failed transaction, left open.
+    sqlx::raw_sql("BEGIN; SELECT 1 / 0").execute(&mut *conn).await.unwrap_err();
+    drop(conn);
+    leadership.resign().await.unwrap();
+    names_are(&pool, "invoices").await;
+}
+
+/// Runs `call` on a fresh candidate and drops it after every number of polls until it completes, with
+/// a cold and with a warm pool; after each nothing may be left but what `held` says others hold.
+/// Repeats that until it was dropped at so many points in all.
+#[expect(clippy::future_not_send, reason = "it runs where it is made")]
+async fn dropped_at_every_poll(
+    points: usize,
+    held: usize,
+    db: &TestDb,
+    call: impl AsyncFn(&mut Election),
+) {
+    dropped_at(points, async || sweep(held, db, &call).await).await;
+}
+
+/// Returns at how many points it was dropped.
+async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> usize {
+    let mut admin = db.admin().await;
+    let mut dropped = 0;
+    for warm in [false, true] {
+        for polls in 1.. {
+            assert!(polls < POLLS, "the call never completes");
+            let pool = pool_of(db.options().application_name("invoices"), 2).await;
+            if warm {
+                borrow_all(&pool).await;
+            }
+            let mut election = election(&pool);
+            let call = Box::pin(call(&mut election));
+            let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
+
+            assert!(!election.status().is_leader());
+            locks_are(&mut admin, held, SOON).await;
+            names_are(&pool, "invoices").await;
+            assert_eq!(names_shown(&mut admin).await, i64::try_from(held).unwrap());
+            // It has completed, or was dropped in its wait.
+            if !matches!(outcome, Some(None)) {
+                break;
+            }
+            dropped += 1;
+        }
+    }
+    dropped
+}
+
+#[tokio::test]
+async fn campaigning_dropped_at_every_poll() {
+    let db = TestDb::new().await;
+    let campaign = async |election: &mut Election| drop(election.campaign().await.unwrap());
+    let try_campaign = async |election: &mut Election| drop(election.try_campaign().await.unwrap());
+    let resign = async |election: &mut Election| {
+        election.campaign().await.unwrap().resign().await.unwrap();
+    };
+    dropped_at_every_poll(3, 0, &db, campaign).await;
+    dropped_at_every_poll(3, 0, &db, try_campaign).await;
+    dropped_at_every_poll(3, 0, &db, resign).await;
+
+    let pool = db.pool(1).await;
+    let _leadership = election(&pool).campaign().await.unwrap();
+    dropped_at_every_poll(2, 1, &db, campaign).await;
+    dropped_at_every_poll(2, 1, &db, try_campaign).await;
+}
+
+#[tokio::test]
+async fn running_dropped_at_every_poll() {
+    let db = TestDb::new().await;
+    let three_turns = async |election: &mut Election| {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (mut stop, mut turns) = (Some(stop), 0);
+        let run = election.run(async { drop(stopped.await) }, |_leadership| {
+            turns += 1;
+            if turns == 3 {
+                drop(stop.take());
+            }
+            tokio::task::yield_now()
+        });
+        run.await.unwrap();
+    };
+    dropped_at_every_poll(6, 0, &db, three_turns).await;
+}
+
+#[tokio::test]
+async fn looking_dropped_at_every_poll() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let _leadership = election(&pool).campaign().await.unwrap();
+    let leader = async |election: &mut Election| {
+        assert_eq!(election.leader().await.unwrap().unwrap().name, "node-7");
+    };
+    let changed = async |election: &mut Election| {
+        let told = election.observe().changed().await.unwrap();
+        assert_eq!(told.unwrap().name, "node-7");
+    };
+    dropped_at_every_poll(2, 1, &db, leader).await;
+    dropped_at_every_poll(2, 1, &db, changed).await;
+}
+
+/// Candidates that give up at random points keep nobody from being elected.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn never_two_lead_while_others_give_up_at_random() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = pool_of(db.options().application_name("invoices"), 6).await;
+    // Only ever taken by one who finds it free.
+    sqlx::raw_sql("CREATE TABLE post AS SELECT NULL::int8 AS term").execute(&pool).await.unwrap();
+    let mut tasks = JoinSet::new();
+    for seed in 0..5_u64 {
+        let (pool, mut election) = (pool.clone(), election(&pool));
+        tasks.spawn(async move {
+            let mut random = seed + 1;
+            let mut led = 0;
+            while led < 20 {
+                // xorshift64
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let polls =
+                    if random % 3 == 0 { POLLS } else { usize::try_from(random % 12).unwrap() };
+                let wait = Duration::from_millis(random / 16 % 100);
+                let campaign = timeout(wait, cancel_after(polls + 1, election.campaign()));
+                let Ok(Some(elected)) = campaign.await else { continue };
+                let leadership = elected.unwrap();
+                let term = i64::try_from(leadership.term()).unwrap();
+                let mut conn = leadership.connection().await.unwrap();
+                for (now, next) in [(None, Some(term)), (Some(term), None)] {
+                    let took =
+                        sqlx::query("UPDATE post SET term = $2 WHERE term IS NOT DISTINCT FROM $1")
+                            .bind(now)
+                            .bind(next)
+                            .execute(&mut *conn)
+                            .await
+                            .unwrap();
+                    assert_eq!(took.rows_affected(), 1, "two lead");
+                }
+                drop(conn);
+                led += 1;
+                if random % 2 == 0 {
+                    leadership.resign().await.unwrap();
+                }
+            }
+        });
+        drop(pool);
+    }
+    while let Some(finished) = tasks.join_next().await {
+        finished.unwrap();
+    }
+    no_locks(&mut admin).await;
+    names_are(&pool, "invoices").await;
+    assert_eq!(advisory_locks(&mut admin).await, []);
+}
+
+#[tokio::test]
+async fn a_leadership_outlives_its_candidate_and_ends_anywhere() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    // The handle goes first, and its leadership is held all the same.
+    let leadership = election(&pool).campaign().await.unwrap();
+    leadership.verify().await.unwrap();
+    std::thread::spawn(move || drop(leadership)).join().unwrap();
+    no_locks(&mut admin).await;
+    names_are(&pool, "").await;
+}

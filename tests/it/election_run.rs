@@ -1,0 +1,379 @@
+//! A candidate that runs campaigns, leads, steps down, and campaigns again.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use pglock::{Election, Error, Leadership, Loss};
+use pglock_testkit::{Server, TestDb, advisory_locks, eventually};
+use sqlx::PgPool;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{SOON, impatient_pool, locks_are, no_locks};
+
+/// After which a hold is watched by listening.
+const WATCHED: Duration = Duration::from_millis(150);
+
+fn election(pool: &PgPool) -> Election {
+    Election::new(pool, "billing").candidate("node-7")
+}
+
+/// What leads until it is dropped.
+async fn lead() {
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn all_lead_in_turn_until_they_are_stopped() {
+    const CANDIDATES: usize = 3;
+    const TURNS: usize = 10;
+
+    let db = TestDb::new().await;
+    let inside = Arc::new(AtomicBool::new(false));
+    let terms = Arc::new(Mutex::new(Vec::new()));
+    let (stop, stopped) = watch::channel(false);
+    let (led, mut turns) = mpsc::unbounded_channel();
+    let mut candidates = JoinSet::new();
+    for candidate in 0..CANDIDATES {
+        let mut election = election(&db.pool(2).await);
+        let (inside, terms, led) = (Arc::clone(&inside), Arc::clone(&terms), led.clone());
+        let mut stopped = stopped.clone();
+        candidates.spawn(async move {
+            let stop = async move { drop(stopped.wait_for(|stop| *stop).await) };
+            let run = election.run(stop, |leadership| {
+                let (inside, terms, led) = (Arc::clone(&inside), Arc::clone(&terms), led.clone());
+                async move {
+                    assert!(!inside.swap(true, Ordering::SeqCst), "two lead");
+                    terms.lock().unwrap().push(leadership.term());
+                    sleep(Duration::from_millis(1)).await;
+                    assert!(inside.swap(false, Ordering::SeqCst));
+                    led.send(candidate).unwrap();
+                }
+            });
+            run.await
+        });
+    }
+    let mut each = [0; CANDIDATES];
+    while each.iter().any(|&turns| turns < TURNS) {
+        let candidate = timeout(SOON * 30, turns.recv()).await.unwrap().unwrap();
+        *each.get_mut(candidate).unwrap() += 1;
+    }
+    stop.send(true).unwrap();
+    while let Some(finished) = candidates.join_next().await {
+        finished.unwrap().unwrap();
+    }
+    no_locks(&mut db.admin().await).await;
+    let terms = terms.lock().unwrap();
+    assert!(terms.is_sorted_by(|one, next| one < next), "{terms:?}");
+    // Who resigns queues behind the others, so nobody leads much more often.
+    assert!(each.iter().all(|&turns| turns <= TURNS * 3), "{each:?}");
+}
+
+#[tokio::test]
+async fn stopping_ends_a_campaign() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let leadership = election(&pool).campaign().await.unwrap();
+    let mut election = election(&pool);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (ran, ()) = tokio::join!(
+        election.run(async { drop(stopped.await) }, |_| async { panic!("somebody else leads") }),
+        async {
+            locks_are(&mut admin, 2, SOON).await;
+            drop(stop);
+        }
+    );
+    ran.unwrap();
+    locks_are(&mut admin, 1, SOON).await;
+    leadership.verify().await.unwrap();
+}
+
+#[tokio::test]
+async fn stopping_ends_what_leads_and_resigns() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut election = election(&pool);
+    let status = election.status();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let counts = Counts::default();
+    let mut stop = Some(stop);
+    let run = election.run(async { drop(stopped.await) }, |_| {
+        drop(stop.take());
+        let running = counts.begin();
+        async move {
+            lead().await;
+            drop(running);
+        }
+    });
+    timeout(SOON * 5, run).await.unwrap().unwrap();
+    assert!(!counts.run());
+    assert!(!status.is_leader());
+    // It has resigned, and is not only about to.
+    assert_eq!(advisory_locks(&mut admin).await, []);
+    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+}
+
+#[tokio::test]
+async fn who_is_stopped_already_does_not_campaign() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let lead = |_| async { panic!("it leads") };
+    election(&pool).run(std::future::ready(()), lead).await.unwrap();
+}
+
+/// Counts how many have begun and ended, of which never two run at once.
+#[derive(Clone, Default)]
+struct Counts {
+    begun: Arc<AtomicUsize>,
+    ended: Arc<AtomicUsize>,
+}
+
+impl Counts {
+    fn begin(&self) -> Running {
+        let ended = self.ended();
+        assert_eq!(self.begun.fetch_add(1, Ordering::SeqCst), ended, "the one before still runs");
+        Running { counts: self.clone(), ends_after: Duration::ZERO }
+    }
+
+    fn run(&self) -> bool {
+        self.begun.load(Ordering::SeqCst) > self.ended()
+    }
+
+    fn ended(&self) -> usize {
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
+/// Runs until it is dropped, and may take its time to end.
+struct Running {
+    counts: Counts,
+    ends_after: Duration,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        std::thread::sleep(self.ends_after);
+        self.counts.ended.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let mut election = election(&db.pool(3).await);
+    let counts = Counts::default();
+    let (told, mut leads) = mpsc::unbounded_channel();
+    let mut tasks = JoinSet::new();
+    let there = counts.clone();
+    tasks.spawn(async move {
+        let run = election.run(std::future::pending(), |leadership| {
+            let mut running = there.begin();
+            running.ends_after = Duration::from_millis(300);
+            told.send((leadership.backend_pid(), leadership.term())).unwrap();
+            async move {
+                lead().await;
+                drop(running);
+            }
+        });
+        run.await
+    });
+    let mut last = 0;
+    for turn in 0..3 {
+        let (pid, term) = timeout(SOON * 10, leads.recv()).await.unwrap().unwrap();
+        assert!(term > last);
+        last = term;
+        sleep(WATCHED).await;
+        assert!(counts.run());
+        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+        let started = Instant::now();
+        while counts.ended() == turn {
+            let locks = advisory_locks(&mut admin).await;
+            if counts.ended() == turn {
+                // Only that of the session that was terminated.
+                assert!(locks.iter().all(|lock| lock.pid == pid), "campaigns too early");
+            }
+            assert!(started.elapsed() < SOON * 10, "the loss was not told");
+        }
+    }
+    tasks.shutdown().await;
+    no_locks(&mut admin).await;
+}
+
+/// Keeps a clone of a leadership, as a careless program does.
+type Kept = Arc<Mutex<Vec<Arc<Leadership>>>>;
+
+async fn is_closed(kept: &Kept) {
+    let leadership = kept.lock().unwrap().pop().unwrap();
+    assert!(leadership.is_lost());
+    assert!(matches!(leadership.lost().await, Loss::Closed));
+    assert!(matches!(leadership.verify().await, Err(Error::Lost { .. })));
+}
+
+#[tokio::test]
+async fn a_clone_that_somebody_keeps_is_lost_when_the_turn_is_over() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let mut election = election(&db.pool(3).await);
+    let status = election.status();
+    let kept = Kept::default();
+    let (next, elected) = oneshot::channel();
+    let mut next = Some(next);
+    let mut turns = 0;
+    let run = election.run(std::future::pending(), |leadership| {
+        turns += 1;
+        kept.lock().unwrap().push(Arc::clone(&leadership));
+        let next = if turns == 2 { next.take() } else { None };
+        async move {
+            if let Some(next) = next {
+                next.send(leadership.term()).unwrap();
+                lead().await;
+            }
+        }
+    });
+    let second = async {
+        let term = elected.await.unwrap();
+        assert_eq!(status.term(), Some(term));
+        let (first, second) = {
+            let kept = kept.lock().unwrap();
+            let [first, second] = kept.as_slice() else { panic!("{kept:?}") };
+            (Arc::clone(first), Arc::clone(second))
+        };
+        assert!(first.is_lost() && !second.is_lost());
+        assert!(first.term() < second.term());
+        second.verify().await.unwrap();
+    };
+    tokio::select! {
+        ran = run => panic!("{ran:?}"),
+        checked = timeout(SOON * 10, second) => checked.unwrap(),
+    }
+    // The future was dropped, and the clone lives on.
+    assert!(!status.is_leader());
+    is_closed(&kept).await;
+    no_locks(&mut admin).await;
+}
+
+#[tokio::test]
+async fn a_panic_resigns_and_goes_on() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let kept = Kept::default();
+    for synchronous in [false, true] {
+        let (mut election, there) = (election(&pool), Arc::clone(&kept));
+        let status = election.status();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let lead = move |leadership| {
+                there.lock().unwrap().push(leadership);
+                assert!(!synchronous, "as the test demands");
+                async { panic!("as the test demands") }
+            };
+            election.run(std::future::pending(), lead).await
+        });
+        let ended = timeout(SOON * 10, tasks.join_next()).await.unwrap().unwrap();
+        assert!(ended.unwrap_err().is_panic());
+        assert!(!status.is_leader());
+        is_closed(&kept).await;
+        no_locks(&mut admin).await;
+        eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+    }
+}
+
+#[tokio::test]
+async fn a_caught_panic_leaves_a_candidate_that_can_run_again() {
+    use std::future::poll_fn;
+    use std::panic::catch_unwind;
+    use std::pin::pin;
+    use std::task::Poll;
+
+    let db = TestDb::new().await;
+    let mut election = election(&db.pool(1).await);
+    {
+        let mut run = pin!(election.run(std::future::pending(), |_| async { panic!("as asked") }));
+        let caught = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| run.as_mut().poll(cx))) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(ran)) => panic!("{ran:?}"),
+            Err(_) => Poll::Ready(()),
+        });
+        timeout(SOON * 10, caught).await.unwrap();
+    }
+    election.campaign().await.unwrap().resign().await.unwrap();
+}
+
+#[tokio::test]
+async fn dropping_the_future_ends_what_leads_and_resigns() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut election = election(&pool);
+    let counts = Counts::default();
+    let (told, leads) = oneshot::channel();
+    let mut told = Some(told);
+    let run = election.run(std::future::pending(), |_| {
+        told.take().map(|told| told.send(()));
+        let running = counts.begin();
+        async move {
+            lead().await;
+            drop(running);
+        }
+    });
+    tokio::select! {
+        ran = run => panic!("{ran:?}"),
+        led = timeout(SOON * 10, leads) => led.unwrap().unwrap(),
+    }
+    assert!(!counts.run());
+    no_locks(&mut admin).await;
+    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+}
+
+#[tokio::test]
+async fn what_passes_is_tried_again() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut election = election(&impatient_pool(&db));
+    let (told, mut leads) = mpsc::unbounded_channel();
+    let run = election.run(std::future::pending(), |leadership| {
+        told.send(leadership.term()).unwrap();
+        lead()
+    });
+    let restarts = async {
+        let first = leads.recv().await.unwrap();
+        server.restart();
+        let second = leads.recv().await.unwrap();
+        // For long enough that a campaign fails, and more than one.
+        server.kill();
+        sleep(Duration::from_millis(2500)).await;
+        server.restart();
+        let third = leads.recv().await.unwrap();
+        assert!(first < second && second < third, "{first} {second} {third}");
+    };
+    tokio::select! {
+        ran = run => panic!("{ran:?}"),
+        restarted = timeout(SOON * 60, restarts) => restarted.unwrap(),
+    }
+}
+
+#[tokio::test]
+async fn what_does_not_pass_is_returned() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut election = election(&pool);
+    let turns = AtomicUsize::new(0);
+    let run = election.run(std::future::pending(), |_| {
+        turns.fetch_add(1, Ordering::SeqCst);
+        // Closed from its call on, though it waits for the connection that leads.
+        let closing = pool.close();
+        async move { drop(timeout(Duration::from_millis(10), closing).await) }
+    });
+    let error = timeout(SOON * 10, run).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Pool { .. }), "{error:?}");
+    assert!(!error.is_transient());
+    assert_eq!(turns.load(Ordering::SeqCst), 1);
+    no_locks(&mut db.admin().await).await;
+}

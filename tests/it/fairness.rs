@@ -1,0 +1,129 @@
+//! Processes that want one key all get their turns, however many tasks each has.
+//!
+//! `PGLOCK_FAIRNESS_SECONDS` says for how long they want it (3).
+
+use std::env;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use pglock::{Lock, LockManager};
+use pglock_testkit::{Role, TestDb, cues, say};
+use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::task::JoinSet;
+
+use crate::support::{no_locks, report};
+
+const URL: &str = "PGLOCK_FAIRNESS_URL";
+const KEY: &str = "busy";
+
+/// How many tasks a service has.
+const TASKS: usize = 100;
+
+/// Takes the lock and lets go until the time is over. Returns how long each acquire has waited.
+async fn take_turns(mut lock: Lock, time: Duration) -> Vec<Duration> {
+    let started = Instant::now();
+    let mut waits = Vec::new();
+    while started.elapsed() < time {
+        let asked = Instant::now();
+        let guard = lock.acquire().await.unwrap();
+        waits.push(asked.elapsed());
+        guard.release().await.unwrap();
+    }
+    waits
+}
+
+/// What a process does: is told for how many milliseconds, and says how many holds it had, and the median
+/// and the longest of its waits in microseconds.
+async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
+    // Without a database it is nobody's role.
+    let Ok(url) = env::var(URL) else { return };
+    let options = PgConnectOptions::from_str(&url).unwrap();
+    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let locks = locks(&pool);
+    say("ready");
+    let Some(cue) = cues().next_line().await.unwrap() else { return };
+    let time = Duration::from_millis(cue.parse().unwrap());
+    let mut tasks = JoinSet::new();
+    for lock in locks {
+        tasks.spawn(take_turns(lock, time));
+    }
+    let mut waits: Vec<Duration> = tasks.join_all().await.into_iter().flatten().collect();
+    waits.sort_unstable();
+    let micros = |wait: Option<&Duration>| wait.copied().unwrap_or_default().as_micros();
+    say(format_args!(
+        "{} {} {}",
+        waits.len(),
+        micros(waits.get(waits.len() / 2)),
+        micros(waits.last())
+    ));
+}
+
+#[tokio::test]
+#[ignore = "is a role: another test runs it as a process"]
+async fn service() {
+    play(|pool| {
+        let manager = LockManager::new(pool);
+        (0..TASKS).map(|_| manager.lock(KEY)).collect()
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "is a role: another test runs it as a process"]
+async fn loner() {
+    play(|pool| vec![Lock::new(pool, KEY)]).await;
+}
+
+/// What a process says in the end.
+struct Turns {
+    holds: u32,
+    median: Duration,
+    longest: Duration,
+}
+
+impl FromStr for Turns {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(said: &str) -> Result<Self, Self::Err> {
+        let mut numbers = said.split(' ').map(str::parse);
+        let mut next = || numbers.next().unwrap_or(Ok(0));
+        Ok(Self {
+            holds: u32::try_from(next()?).unwrap(),
+            median: Duration::from_micros(next()?),
+            longest: Duration::from_micros(next()?),
+        })
+    }
+}
+
+#[tokio::test]
+async fn two_services_and_a_plain_lock_get_their_shares() {
+    let seconds = env::var("PGLOCK_FAIRNESS_SECONDS").map_or(3, |text| text.parse().unwrap());
+    let db = TestDb::new().await;
+    let start = |role: &str| Role::start(&format!("fairness::{role}"), &[(URL, &db.url())]);
+    let mut roles = [start("service"), start("service"), start("loner")];
+    for role in &mut roles {
+        assert_eq!(role.answer().await, "ready");
+    }
+    for role in &mut roles {
+        role.tell(&(seconds * 1000).to_string()).await;
+    }
+    let mut turns = Vec::new();
+    for role in &mut roles {
+        let said: Turns = role.answer().await.parse().unwrap();
+        let Turns { holds, median, longest } = said;
+        report(format_args!("{holds} holds, waits: median {median:?}, longest {longest:?}"));
+        turns.push(said);
+    }
+    let [one, two, plain] = turns.try_into().ok().unwrap();
+    let both = one.holds + two.holds;
+    report(format_args!("the first service has {} %", one.holds * 100 / both));
+    // What is fair is 40 to 60 %, and ten times the median; a busy machine is given more.
+    assert!((25..=75).contains(&(one.holds * 100 / both)), "{} and {}", one.holds, two.holds);
+    assert!(plain.holds > seconds, "{} turns of the plain lock", plain.holds);
+    for Turns { median, longest, .. } in [one, two, plain] {
+        let bound = median * 20 + Duration::from_secs(1);
+        assert!(longest < bound, "waited for {longest:?}, where {median:?} is usual");
+    }
+    no_locks(&mut db.admin().await).await;
+}

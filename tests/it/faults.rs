@@ -1,0 +1,531 @@
+//! The table of faults in the README: what the holder is told, and when the lock is free for others.
+//!
+//! A test here is a row that no other file has. Another service waits for the lock before the fault,
+//! and gets it after; then nothing is left, on the server or in the pool.
+
+use std::env;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Loss};
+use pglock_testkit::{Proxy, Role, Server, TestDb, WallClock, cues, monotonic, say};
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// After which the impatient holder gives up.
+const BOUND: Duration = SECOND;
+
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn impatient() -> LockOptions {
+    LockOptions::new().heartbeat(BOUND / 2, BOUND / 2).server_gives_up(SECOND, SECOND, 2)
+}
+
+/// Another service, which waits for lock 1.
+struct Next {
+    pool: PgPool,
+    waiting: JoinSet<Duration>,
+}
+
+impl Next {
+    /// Queues, behind `others` that hold the lock or wait for it.
+    async fn after(others: usize, db: &TestDb) -> Self {
+        let pool = db.pool(2).await;
+        let mut waiting = JoinSet::new();
+        let mut lock = Lock::new(&pool, 1);
+        waiting.spawn(async move {
+            let guard = lock.acquire().await.unwrap();
+            let granted = monotonic();
+            guard.release().await.unwrap();
+            granted
+        });
+        locks_are(&mut db.admin().await, others + 1, PATIENCE).await;
+        Self { pool, waiting }
+    }
+
+    fn still_waits(&mut self) -> bool {
+        self.waiting.try_join_next().is_none()
+    }
+
+    /// Waits until it had the lock, and returns when that was. Then nobody has it.
+    async fn had_it(mut self, limit: Duration, db: &TestDb) -> Duration {
+        let granted = timeout(limit, self.waiting.join_next()).await.unwrap().unwrap().unwrap();
+        no_locks(&mut db.admin().await).await;
+        borrow_all(&self.pool).await;
+        granted
+    }
+}
+
+/// Checks that the holder is told of no loss for a time.
+async fn keeps(guard: &ExclusiveGuard, time: Duration) {
+    let told = timeout(time, guard.lost()).await;
+    assert!(told.is_err(), "lost: {told:?}");
+}
+
+/// Holds lock 1 as it is told, and says how that is.
+#[tokio::test]
+#[ignore = "is a role: the tests below run it as a process"]
+async fn service() {
+    let pool = PgPoolOptions::new().max_connections(4);
+    let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
+    // A slice so long that it ends no wait here.
+    let mut lock = impatient().wait_slice(PATIENCE * 3).lock(&pool, 1).unwrap();
+    let mut cues = cues();
+    let mut guard = None;
+    while let Some(cue) = cues.next_line().await.unwrap() {
+        match cue.as_str() {
+            "acquire" => {
+                guard = Some(lock.acquire().await.unwrap());
+                say("holds");
+            }
+            "clock" => say(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()),
+            "verify" => say(guard.as_ref().unwrap().verify().await.is_ok()),
+            "backend" => say(guard.as_ref().unwrap().backend_pid()),
+            "lost" => {
+                guard.take().unwrap().lost().await;
+                say("lost");
+            }
+            _ => {
+                guard.take().unwrap().release().await.unwrap();
+                say("released");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_holder_is_killed() {
+    let db = TestDb::new().await;
+    let mut holder = Role::start("faults::service", &[("URL", &db.url())]);
+    assert_eq!(holder.ask("acquire").await, "holds");
+    let next = Next::after(1, &db).await;
+    holder.kill().await;
+    next.had_it(SOON * 5, &db).await;
+}
+
+#[tokio::test]
+async fn a_waiter_is_killed() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut waiter = Role::start("faults::service", &[("URL", &db.url())]);
+    waiter.tell("acquire").await;
+    locks_are(&mut admin, 2, PATIENCE).await;
+    let next = Next::after(2, &db).await;
+    waiter.kill().await;
+    if admin.server_version_num() >= Some(140_000) {
+        locks_are(&mut admin, 2, SOON * 5).await;
+    }
+    guard.release().await.unwrap();
+    next.had_it(SOON * 5, &db).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_server_crashes() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(3).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut waiter = Lock::new(&pool, 1);
+    let (failed, loss) = tokio::join!(timeout(PATIENCE, waiter.acquire()), async {
+        locks_are(&mut db.admin().await, 2, PATIENCE).await;
+        server.kill();
+        timeout(SOON * 5, guard.lost()).await.unwrap()
+    });
+    let error = failed.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
+    assert!(matches!(loss, Loss::Disconnected(_)), "{loss:?}");
+    assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+
+    server.restart();
+    waiter.acquire().await.unwrap().release().await.unwrap();
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_server_stands_still_for_a_moment() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(3).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut next = Next::after(1, &db).await;
+    server.pause();
+    // Not to wait for something: half of what the default allows.
+    sleep(SECOND * 2).await;
+    server.resume();
+    guard.verify().await.unwrap();
+    assert!(!guard.is_lost() && next.still_waits());
+    guard.release().await.unwrap();
+    next.had_it(SOON * 5, &db).await;
+    borrow_all(&pool).await;
+}
+
+/// A database behind a proxy.
+struct Behind {
+    server: Server,
+    db: TestDb,
+    proxy: Proxy,
+    pool: PgPool,
+}
+
+impl Behind {
+    async fn a_proxy() -> Self {
+        let server = Server::options().tcp().start();
+        let db = TestDb::on(&server).await;
+        let proxy = Proxy::to(server.port()).await;
+        let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+        let pool = PgPoolOptions::new().max_connections(3).connect_with(options).await.unwrap();
+        Self { server, db, proxy, pool }
+    }
+}
+
+#[tokio::test]
+async fn the_connection_is_reset() {
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    for lent in [false, true] {
+        let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+        let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
+        let mut waiter = Lock::new(&pool, 1);
+        let ((failed, loss), next) = tokio::join!(
+            async {
+                tokio::join!(timeout(PATIENCE, waiter.acquire()), timeout(SOON * 5, guard.lost()))
+            },
+            async {
+                locks_are(&mut db.admin().await, 2, PATIENCE).await;
+                let next = Next::after(2, &db).await;
+                proxy.reset();
+                next
+            }
+        );
+        let error = failed.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
+        // Lent, it is asked about elsewhere, and the answer is that it holds nothing any more.
+        let loss = loss.unwrap();
+        assert!(matches!(loss, Loss::Disconnected(_) | Loss::NotHeld), "{loss:?}");
+        drop(connection);
+        drop(guard);
+        next.had_it(SOON * 5, &db).await;
+        borrow_all(&pool).await;
+    }
+}
+
+/// An answer takes 600 ms, and twice that where a connection must be made first, and may take 2 s.
+#[tokio::test]
+async fn the_link_is_slow() {
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    let options =
+        LockOptions::new().heartbeat(SECOND, SECOND * 2).server_gives_up(SECOND, SECOND, 4);
+    for lent in [false, true] {
+        let guard = options.lock(&pool, 1).unwrap().acquire().await.unwrap();
+        proxy.delay(Duration::from_millis(300));
+        let mut next = Next::after(1, &db).await;
+        let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
+        // Long enough for every answer to be needed.
+        keeps(&guard, SECOND * 5).await;
+        assert!(next.still_waits());
+        drop(connection);
+        guard.release().await.unwrap();
+        next.had_it(SOON * 5, &db).await;
+        proxy.delay(Duration::ZERO);
+        all_are_idle(&pool).await;
+        borrow_all(&pool).await;
+    }
+}
+
+#[tokio::test]
+async fn the_link_is_too_slow() {
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let next = Next::after(1, &db).await;
+    proxy.delay(SECOND * 2);
+    let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+    let told = monotonic();
+    assert!(matches!(loss, Loss::Silent), "{loss:?}");
+    // The end of the connection arrives late, too.
+    let granted = next.had_it(PATIENCE, &db).await;
+    assert!(told < granted, "told at {told:?}, granted at {granted:?}");
+    proxy.delay(Duration::ZERO);
+    drop(guard);
+    // What the pool asked for is still on its way.
+    all_are_idle(&pool).await;
+    borrow_all(&pool).await;
+}
+
+/// A link that passes nothing for a while, and then all: what was in it does no harm.
+#[tokio::test]
+async fn the_link_stands_still() {
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let mut next = Next::after(1, &db).await;
+    proxy.freeze();
+    let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+    let told = monotonic();
+    assert!(matches!(loss, Loss::Silent), "{loss:?}");
+    // For the server, the proxy lives, and so does the client.
+    assert!(next.still_waits());
+    proxy.thaw();
+    let granted = next.had_it(SOON * 5, &db).await;
+    assert!(told < granted, "told at {told:?}, granted at {granted:?}");
+    drop(guard);
+    // What the pool asked for is still on its way.
+    all_are_idle(&pool).await;
+    borrow_all(&pool).await;
+}
+
+/// Has a limit of the database end a transaction that is open on the lent connection.
+async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    if admin.server_version_num() < Some(since) {
+        return;
+    }
+    let limit = format!(
+        "CREATE TABLE entry (amount int); ALTER DATABASE {} SET {setting} = '300ms'",
+        db.name()
+    );
+    sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut admin).await.unwrap();
+    let pool = db.pool(2).await;
+    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let next = Next::after(1, &db).await;
+    let mut connection = guard.connection().await.unwrap();
+    let write = format!("BEGIN; INSERT INTO entry VALUES (100); {last}");
+    let (said, loss) = tokio::join!(
+        sqlx::raw_sql(AssertSqlSafe(write)).execute(&mut *connection),
+        timeout(PATIENCE, guard.lost())
+    );
+    next.had_it(SOON * 5, &db).await;
+    let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM entry");
+    assert_eq!(count.fetch_one(&mut admin).await.unwrap(), 0, "it outlives the lock");
+    let loss = loss.unwrap();
+    assert!(matches!(loss, Loss::Disconnected(_) | Loss::NotHeld), "{said:?} {loss:?}");
+    drop(connection);
+    assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_limit_ends_an_idle_transaction_on_the_lent_connection() {
+    let setting = "idle_in_transaction_session_timeout";
+    a_limit_ends_the_lent_session(setting, 0, "SELECT 1").await;
+}
+
+#[tokio::test]
+async fn a_limit_ends_a_long_transaction_on_the_lent_connection() {
+    a_limit_ends_the_lent_session("transaction_timeout", 170_000, "SELECT pg_sleep(60)").await;
+}
+
+/// Connects until the server has no room for another.
+async fn fill(db: &TestDb) -> Vec<PgConnection> {
+    let mut conns = Vec::new();
+    loop {
+        match db.options().connect().await {
+            Ok(conn) => conns.push(conn),
+            Err(error) => {
+                assert_eq!(error.as_database_error().unwrap().code().unwrap(), "53300");
+                return conns;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_server_has_no_connection_left() {
+    let server = Server::options().setting("max_connections", "12").start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(1).await;
+    let mut lock = impatient().lock(&pool, 1).unwrap();
+    let guard = lock.acquire().await.unwrap();
+    let mut next = Next::after(1, &db).await;
+    let mut filling = fill(&db).await;
+
+    let late = PgPoolOptions::new().acquire_timeout(SECOND / 2).connect_lazy_with(db.options());
+    let error = Lock::new(&late, 1).acquire().await.unwrap_err();
+    assert!(matches!(error, Error::Connect { .. }) && error.is_transient(), "{error:?}");
+    // Who holds and who waits is connected already.
+    keeps(&guard, BOUND * 2).await;
+    assert!(next.still_waits());
+
+    // But nobody can ask about a connection that is lent, if the pool has no other.
+    let connection = guard.connection().await.unwrap();
+    let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+    assert!(matches!(loss, Loss::Silent), "{loss:?}");
+    drop(connection);
+    drop(guard);
+    filling.pop().unwrap().close().await.unwrap();
+    next.had_it(SOON * 5, &db).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_clock_of_the_holder_is_set() {
+    let Some(clock) = WallClock::new() else { return };
+    let db = TestDb::new().await;
+    let url = db.url();
+    let mut env = vec![("URL", url.as_str())];
+    env.extend(clock.env());
+    let mut holder = Role::start("faults::service", &env);
+    for hour in [1, -1] {
+        assert_eq!(holder.ask("acquire").await, "holds");
+        let mut next = Next::after(1, &db).await;
+        clock.set(hour * 3600);
+        let shown: i64 = holder.ask("clock").await.parse().unwrap();
+        assert!((shown - now() - hour * 3600).abs() < 60, "the clock was not set");
+        // Not to wait for something, but to let the bound pass.
+        sleep(BOUND * 2).await;
+        assert_eq!(holder.ask("verify").await, "true");
+        assert!(next.still_waits());
+        assert_eq!(holder.ask("release").await, "released");
+        next.had_it(SOON * 5, &db).await;
+
+        // And a loss is still told.
+        assert_eq!(holder.ask("acquire").await, "holds");
+        let pid = holder.ask("backend").await;
+        holder.tell("lost").await;
+        clock.set(0);
+        let terminate = format!("SELECT pg_terminate_backend({pid})");
+        sqlx::raw_sql(AssertSqlSafe(terminate)).execute(&mut db.admin().await).await.unwrap();
+        assert_eq!(holder.answer().await, "lost");
+    }
+}
+
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    i64::try_from(now).unwrap()
+}
+
+/// A server that goes by a clock that can be set. Its timers go by the right one: libfaketime does not
+/// reach into their signal handler.
+fn server_with(clock: &WallClock) -> Server {
+    let options = Server::options();
+    clock.env().iter().fold(options, |options, (name, value)| options.env(name, value)).start()
+}
+
+#[tokio::test]
+async fn the_clock_of_the_server_is_set() {
+    let Some(clock) = WallClock::new() else { return };
+    let server = server_with(&clock);
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(3).await;
+    for hour in [1, -1] {
+        clock.set(0);
+        let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+        clock.set(hour * 3600);
+        let shown: i64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::int8")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        assert!((shown - now() - hour * 3600).abs() < 60, "the clock was not set");
+        keeps(&guard, BOUND * 2).await;
+        guard.verify().await.unwrap();
+        let next = Next::after(1, &db).await;
+        guard.release().await.unwrap();
+        next.had_it(SOON * 5, &db).await;
+    }
+    borrow_all(&pool).await;
+}
+
+/// A wait that is given up leaves the queue all the same, at the latest with its slice.
+#[tokio::test]
+async fn the_clock_of_the_server_is_set_while_another_waits() {
+    let Some(clock) = WallClock::new() else { return };
+    let server = server_with(&clock);
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(3).await;
+    let mut admin = db.admin().await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    // How long it may take until the wait is cancelled. Set back by much, the clock makes our session
+    // look like a newcomer's, so it leaves at the end of its slice.
+    for (seconds, limit) in [(3600, SOON * 4), (-1, SOON * 4), (-3600, PATIENCE)] {
+        clock.set(0);
+        let mut waiter = Lock::new(&pool, 1);
+        let acquired = tokio::select! {
+            acquired = waiter.acquire() => Some(acquired),
+            () = locks_are(&mut admin, 2, PATIENCE) => None,
+        };
+        assert!(acquired.is_none(), "{acquired:?}");
+        clock.set(seconds);
+        locks_are(&mut admin, 1, limit).await;
+        guard.verify().await.unwrap();
+    }
+    drop(guard);
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+/// Nobody is left to look at the session, so it is given up at once.
+#[test]
+fn the_runtime_is_shut_down() {
+    let watcher = Runtime::new().unwrap();
+    let runtime = Runtime::new().unwrap();
+    let db = watcher.block_on(TestDb::new());
+    let guard = runtime.block_on(async {
+        let pool = db.pool(2).await;
+        impatient().lock(&pool, 1).unwrap().acquire().await.unwrap()
+    });
+    let next = watcher.block_on(Next::after(1, &db));
+    runtime.shutdown_timeout(SECOND);
+    watcher.block_on(async {
+        let loss = timeout(SOON * 5, guard.lost()).await.unwrap();
+        assert!(matches!(loss, Loss::Abandoned), "{loss:?}");
+        next.had_it(SOON * 5, &db).await;
+    });
+    assert!(watcher.block_on(guard.release()).is_err());
+}
+
+#[tokio::test]
+async fn the_pool_is_closed() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let mut next = Next::after(1, &db).await;
+    // After which a hold is watched by listening.
+    sleep(Duration::from_millis(100)).await;
+    let closed = pool.close();
+    for lent in [false, true] {
+        let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
+        keeps(&guard, BOUND * 2).await;
+        drop(connection);
+    }
+    guard.verify().await.unwrap();
+    assert!(next.still_waits());
+    guard.release().await.unwrap();
+    timeout(SOON * 5, closed).await.unwrap();
+    next.had_it(SOON * 5, &db).await;
+}
+
+#[test]
+fn every_row_of_the_table_names_a_test_that_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let (_, section) = readme.split_once("\n## Faults\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(!rows.is_empty());
+    for row in rows {
+        let cell = row.trim_end_matches([' ', '|']).rsplit(" | ").next().unwrap();
+        let names: Vec<_> = cell.split('`').filter(|name| name.contains("::")).collect();
+        assert!(!names.is_empty() || cell.starts_with("the same"), "no test: {row}");
+        for name in names {
+            let (file, path) = name.split_once("::").unwrap();
+            let test = path.rsplit("::").next().unwrap();
+            // `cargo test` finds it by that name in both places.
+            let found = ["tests/it", "tests/it/both"].iter().any(|dir| {
+                let code = fs::read_to_string(root.join(dir).join(file).with_extension("rs"));
+                code.is_ok_and(|code| code.contains(&format!("fn {test}()")))
+            });
+            assert!(found, "there is no {name}");
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Names are data: whatever is in one, it never becomes a part of a statement, or of a line of a log.
+
+use std::time::Duration;
+
+use pglock::{Election, Key, Lock, MultiLock, Semaphore, transaction};
+use pglock_testkit::{Server, TestDb};
+use sqlx::PgPool;
+use tokio::time::timeout;
+
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A wait that is meant to run out, in the server's queue.
+const MOMENT: Duration = Duration::from_millis(30);
+
+/// Each would leave a mark, or break the statement, where it got into one.
+const NAMES: [&str; 9] = [
+    "'; DROP TABLE canary; --",
+    "')); DROP TABLE canary; --",
+    "$$; DROP TABLE canary; --",
+    "END $$; DROP TABLE canary; DO $$ BEGIN",
+    "\\'; DROP TABLE canary; --",
+    "\"; DROP TABLE canary; /*",
+    "canary\0'\n\r\t; DROP TABLE canary",
+    "canary {} {0} %s %1$s $1 ? :canary",
+    "canary \u{2019}; \u{202e}\u{0}\u{10ffff}",
+];
+
+/// Every entrance takes every name, on the free path, the busy one, and the one that is cancelled.
+#[tokio::test]
+async fn no_name_gets_into_a_statement() {
+    let server = Server::options().setting("log_statement", "all").start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(8).await;
+    sqlx::raw_sql("CREATE TABLE canary (alive int)").execute(&pool).await.unwrap();
+
+    let mark = server.log_len();
+    let longest = "canary'".repeat(100_000);
+    for name in NAMES.into_iter().chain([longest.as_str()]) {
+        locks(&pool, Key::from(name)).await;
+        locks(&pool, Key::fnv1a(name)).await;
+        semaphores(&pool, name).await;
+        elections(&pool, name).await;
+        transactions(&pool, name).await;
+    }
+    let several = || NAMES.iter().fold(MultiLock::new(&pool, "canary"), |all, name| all.and(*name));
+    let guard = several().acquire().await.unwrap();
+    assert!(several().try_acquire_for(MOMENT).await.unwrap().is_none());
+    guard.verify().await.unwrap();
+    guard.release().await.unwrap();
+    let log = server.log_since(mark);
+
+    // A candidate's name is sent, as a parameter, which the server logs as a detail.
+    let statements = log.lines().filter(|line| !line.contains("DETAIL:"));
+    let named: Vec<&str> = statements.filter(|line| line.contains("canary")).collect();
+    assert!(log.contains("pg_try_advisory_lock"), "the log has no statements: {log}");
+    assert!(named.is_empty(), "{named:#?}");
+    sqlx::raw_sql("SELECT alive FROM canary").execute(&pool).await.unwrap();
+}
+
+async fn locks(pool: &PgPool, key: Key) {
+    let mut lock = Lock::new(pool, &key);
+    let mut other = lock.clone();
+    let guard = lock.acquire().await.unwrap();
+    assert!(other.try_acquire().await.unwrap().is_none());
+    assert!(other.try_acquire_for(MOMENT).await.unwrap().is_none());
+    assert!(other.try_acquire_shared().await.unwrap().is_none());
+    assert!(other.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
+    assert!(timeout(MOMENT, other.acquire()).await.is_err());
+    guard.verify().await.unwrap();
+    guard.fencing_token().await.unwrap();
+    drop(guard.connection().await.unwrap());
+    let shared = guard.downgrade().await.unwrap();
+    let also = timeout(PATIENCE, other.acquire_shared()).await.unwrap().unwrap();
+    also.release().await.unwrap();
+    let guard = shared.try_upgrade().await.unwrap().unwrap();
+    drop(guard.lock(format!("{key} on the same session")).acquire().await.unwrap());
+    guard.release().await.unwrap();
+}
+
+async fn semaphores(pool: &PgPool, name: &str) {
+    let semaphore = Semaphore::new(pool, name, 1).unwrap();
+    let permit = semaphore.acquire().await.unwrap();
+    assert!(semaphore.try_acquire().await.unwrap().is_none());
+    assert!(semaphore.try_acquire_for(MOMENT).await.unwrap().is_none());
+    permit.release().await.unwrap();
+}
+
+async fn elections(pool: &PgPool, name: &str) {
+    let mut election = Election::new(pool, name).candidate(name);
+    let leadership = election.campaign().await.unwrap();
+    let leader = election.leader().await.unwrap().unwrap();
+    assert_eq!(leader.term, Some(leadership.term()));
+    let start = name.split(|c| !matches!(c, ' '..='~')).next().unwrap();
+    let start = start.get(..start.len().min(30)).unwrap();
+    assert!(leader.name.starts_with(start), "{:?} is not {name:?}", leader.name);
+    leadership.resign().await.unwrap();
+}
+
+async fn transactions(pool: &PgPool, name: &str) {
+    let mut tx = pool.begin().await.unwrap();
+    let mut other = pool.begin().await.unwrap();
+    transaction::acquire_shared(&mut tx, name).await.unwrap();
+    transaction::acquire(&mut tx, name).await.unwrap();
+    assert!(!transaction::try_acquire(&mut other, name).await.unwrap());
+    assert!(!transaction::try_acquire_for(&mut other, name, MOMENT).await.unwrap());
+    assert!(!transaction::try_acquire_shared(&mut other, name).await.unwrap());
+    assert!(!transaction::try_acquire_shared_for(&mut other, name, MOMENT).await.unwrap());
+    tx.commit().await.unwrap();
+    other.rollback().await.unwrap();
+}
+
+/// A name with a line break can't pretend to be a line of its own where a key is logged.
+#[test]
+fn a_key_prints_on_one_line() {
+    for name in NAMES {
+        let printed = Key::from(name).to_string();
+        assert!(printed.starts_with(&format!("{name:?} (")), "{printed:?}");
+        assert!(!printed.contains(char::is_control), "{printed:?}");
+        assert!(!printed.contains('\u{202e}'), "{printed:?}");
+        assert_eq!(format!("{:?}", Key::from(name)), format!("Key({printed})"));
+    }
+}

@@ -1,0 +1,415 @@
+//! What the server shows of its locks, and that only the session that was shown is ended.
+
+use std::time::{Duration, SystemTime};
+
+use pglock::inspect::{self, LockInfo, Session};
+use pglock::{Election, Error, Key, Lock, Loss, Mode, Semaphore, transaction};
+use pglock_testkit::{Server, TestDb, eventually};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
+use tokio::time::timeout;
+
+use crate::support::{SOON, locks_are, no_locks, spawn};
+
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn run(conn: &mut PgConnection, statement: &str) {
+    sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.unwrap();
+}
+
+async fn pid(conn: &mut PgConnection) -> i32 {
+    sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(conn).await.unwrap()
+}
+
+/// The one lock that there is.
+async fn only(pool: &PgPool) -> LockInfo {
+    let mut locks = inspect::locks(pool).await.unwrap();
+    assert_eq!(locks.len(), 1, "{locks:#?}");
+    locks.remove(0)
+}
+
+fn first(locks: &[LockInfo]) -> &LockInfo {
+    locks.first().unwrap()
+}
+
+fn session(lock: &LockInfo) -> &Session {
+    lock.session.as_ref().unwrap()
+}
+
+fn pids(locks: &[LockInfo]) -> Vec<i32> {
+    locks.iter().map(|lock| session(lock).backend_pid).collect()
+}
+
+#[tokio::test]
+async fn every_number_is_shown_as_its_key() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let mut other = db.admin().await;
+    let numbers = [i64::MIN, i64::MIN + 1, -1, 0, 1, 0x1_0000_002a, i64::MAX].map(Key::from);
+    let halves = [i32::MIN, -1, 0, 42, i32::MAX];
+    let pairs = halves.iter().flat_map(|&first| halves.map(|second| Key::from((first, second))));
+    for key in numbers.into_iter().chain(pairs) {
+        let guard = Lock::new(&pool, &key).acquire().await.unwrap();
+        let locks = inspect::locks(&mut other).await.unwrap();
+        assert_eq!(locks.iter().map(|lock| &lock.key).collect::<Vec<_>>(), [&key]);
+        assert_eq!(pids(&locks), [guard.backend_pid()]);
+        assert_eq!(inspect::locks_of(&mut other, &key).await.unwrap().len(), 1, "{key}");
+        guard.release().await.unwrap();
+        assert_eq!(inspect::locks_of(&mut other, &key).await.unwrap(), []);
+    }
+}
+
+/// Whoever holds and waits, in whatever way, and whom it waits for.
+#[tokio::test]
+async fn holders_and_waiters_of_all_programs_are_shown() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(3).await, db.admin().await);
+    let options = db.options().application_name("psql");
+    let mut sql = options.connect().await.unwrap();
+    run(&mut sql, "BEGIN; SELECT pg_advisory_xact_lock_shared(42)").await;
+    let holder = pid(&mut sql).await;
+
+    let mut writer = Lock::new(&pool, 42);
+    let mut reader = Lock::new(&pool, 42);
+    let writer = spawn(async move { writer.acquire().await.unwrap() });
+    locks_are(&mut admin, 2, PATIENCE).await;
+    let reader = spawn(async move { reader.acquire_shared().await.unwrap() });
+    locks_are(&mut admin, 3, PATIENCE).await;
+
+    let locks = inspect::locks(&pool).await.unwrap();
+    let [held, exclusive, shared] = locks.as_slice() else { panic!("{locks:#?}") };
+    assert!(held.held && !exclusive.held && !shared.held);
+    assert_eq!(
+        [held.mode, exclusive.mode, shared.mode],
+        [Mode::Shared, Mode::Exclusive, Mode::Shared]
+    );
+    // A waiter waits for those that are ahead of it too.
+    assert!(held.blocked_by.is_empty());
+    assert_eq!(exclusive.blocked_by, [holder]);
+    assert_eq!(shared.blocked_by, [session(exclusive).backend_pid]);
+
+    let seen = session(held);
+    assert_eq!(seen.backend_pid, holder);
+    assert_eq!(seen.application_name.as_deref(), Some("psql"));
+    assert_eq!(seen.state.as_deref(), Some("idle in transaction"));
+    assert!(seen.user.as_ref().is_some_and(|user| !user.is_empty()));
+    let (started, began) = (seen.started_at.unwrap(), seen.transaction_since.unwrap());
+    assert!(started <= began && began <= held.seen_at);
+    assert!(seen.query_since.unwrap() <= seen.state_since.unwrap());
+    assert!(held.ago(started) >= held.ago(began) && held.ago(started) < PATIENCE);
+    assert_eq!(held.waiting_since, None);
+    assert_eq!(held.leader, None);
+
+    let version: i32 = sqlx::query_scalar("SELECT current_setting('server_version_num')::int")
+        .fetch_one(&mut admin)
+        .await
+        .unwrap();
+    for waiter in [exclusive, shared] {
+        assert_eq!(session(waiter).state.as_deref(), Some("active"));
+        match waiter.waiting_since {
+            Some(since) if version >= 140_000 => assert!(since <= waiter.seen_at),
+            None if version < 140_000 => {}
+            other => panic!("{other:?} on {version}"),
+        }
+    }
+
+    run(&mut sql, "COMMIT").await;
+    let writer = timeout(PATIENCE, writer).await.unwrap().unwrap();
+    let locks = inspect::locks(&pool).await.unwrap();
+    assert_eq!((first(&locks).held, session(first(&locks)).transaction_since), (true, None));
+    drop(writer);
+    drop(timeout(PATIENCE, reader).await.unwrap().unwrap());
+    no_locks(&mut admin).await;
+}
+
+/// A session that holds one lock waits for another: it is that one it is blocked for.
+#[tokio::test]
+async fn who_holds_is_not_blocked() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(1).await, db.admin().await);
+    let guard = Lock::new(&pool, 2).acquire().await.unwrap();
+    let mut sql = db.admin().await;
+    run(&mut sql, "SELECT pg_advisory_lock(1)").await;
+    let waiter = spawn(async move { run(&mut sql, "SELECT pg_advisory_lock(2)").await });
+    locks_are(&mut admin, 3, PATIENCE).await;
+    let held = inspect::locks_of(&mut admin, 1).await.unwrap();
+    assert!(first(&held).held && first(&held).blocked_by.is_empty(), "{held:#?}");
+    let waiting = inspect::locks_of(&mut admin, 2).await.unwrap();
+    assert_eq!(waiting.last().unwrap().blocked_by, [guard.backend_pid()]);
+    guard.release().await.unwrap();
+    timeout(PATIENCE, waiter).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn over_tcp_the_address_is_shown() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let mut far = server.tcp_options().database(db.name()).connect().await.unwrap();
+    run(&mut far, "SELECT pg_advisory_lock(1)").await;
+    let pool = db.pool(1).await;
+    assert_eq!(session(&only(&pool).await).client_addr.as_deref(), Some("127.0.0.1"));
+    run(&mut far, "SELECT pg_advisory_unlock(1)").await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut near = db.admin().await;
+    let locks = inspect::locks(&mut near).await.unwrap();
+    assert_eq!(session(first(&locks)).client_addr, None);
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn equal_keys_in_other_databases_are_not_shown() {
+    let (one, two) = (TestDb::new().await, TestDb::new().await);
+    let (one, two) = (one.pool(2).await, two.pool(2).await);
+    let first = Lock::new(&one, 42).acquire().await.unwrap();
+    let second = Lock::new(&two, 42).acquire().await.unwrap();
+    assert_eq!(pids(&inspect::locks(&one).await.unwrap()), [first.backend_pid()]);
+    assert_eq!(pids(&inspect::locks_of(&two, 42).await.unwrap()), [second.backend_pid()]);
+}
+
+#[tokio::test]
+async fn one_key_is_that_key_alone() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let _pair = Lock::new(&pool, (0, 42)).acquire().await.unwrap();
+    let _other = Lock::new(&pool, 0x1_0000_002a_i64).acquire().await.unwrap();
+    assert_eq!(inspect::locks_of(&pool, 42).await.unwrap(), []);
+    let guard = Lock::new(&pool, 42).acquire().await.unwrap();
+    assert_eq!(pids(&inspect::locks_of(&pool, 42).await.unwrap()), [guard.backend_pid()]);
+    assert_eq!(inspect::locks(&pool).await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn who_knows_the_names_can_give_them() {
+    let db = TestDb::new().await;
+    let pool = db.pool(6).await;
+    let printers = Semaphore::new(&pool, "printers", 2).unwrap();
+    let _guards = (
+        Lock::new(&pool, "nightly-report").acquire().await.unwrap(),
+        Lock::new(&pool, Key::fnv1a("foobar")).acquire().await.unwrap(),
+        Lock::new(&pool, "unknown").acquire().await.unwrap(),
+        printers.acquire().await.unwrap(),
+        printers.acquire().await.unwrap(),
+    );
+    let named = async |keys: &[Key]| {
+        let mut locks = inspect::locks(&pool).await.unwrap();
+        assert!(locks.iter().all(|lock| lock.key.name().is_none()));
+        inspect::name_keys(&mut locks, keys);
+        let mut names: Vec<_> =
+            locks.iter().filter_map(|lock| lock.key.name().map(str::to_owned)).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(named(&["foobar".into()]).await, Vec::<String>::new());
+    let keys = [Key::from("nightly-report"), Key::fnv1a("foobar"), Key::from("printers")];
+    assert_eq!(
+        named(&keys).await,
+        ["foobar", "nightly-report", "printers, permit 0 of 2", "printers, permit 1 of 2"]
+    );
+    let locks = inspect::locks_of(&pool, "nightly-report").await.unwrap();
+    assert_eq!(first(&locks).key.name(), Some("nightly-report"));
+}
+
+/// Two names of one CRC-32: the first that is given stays.
+#[tokio::test]
+async fn a_key_keeps_its_name() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let [plumless, buckeroo] = ["plumless", "buckeroo"].map(Key::django_pglocks_v1);
+    assert_eq!(plumless, buckeroo);
+    let _guard = Lock::new(&pool, &plumless).acquire().await.unwrap();
+    let mut locks = inspect::locks(&pool).await.unwrap();
+    inspect::name_keys(&mut locks, [&buckeroo, &plumless]);
+    assert_eq!(first(&locks).key.name(), Some("buckeroo"));
+}
+
+#[tokio::test]
+async fn the_queue_of_a_semaphore_has_a_name() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let semaphore = Semaphore::new(&pool, 7, 1).unwrap();
+    let permit = semaphore.acquire().await.unwrap();
+    let waiter = semaphore.clone();
+    let waiter = spawn(async move { waiter.acquire().await.unwrap() });
+    eventually("the queue shows", PATIENCE, || async {
+        let mut locks = inspect::locks(&pool).await.unwrap();
+        inspect::name_keys(&mut locks, [7]);
+        let names: Vec<_> = locks.iter().filter_map(|lock| lock.key.name()).collect();
+        names.contains(&"7, queue of the semaphore") && names.contains(&"7, permit 0 of 1")
+    })
+    .await;
+    permit.release().await.unwrap();
+    drop(timeout(PATIENCE, waiter).await.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn a_leader_shows_its_name_and_term() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut election = Election::new(&pool, "billing").candidate("node-7");
+    let leadership = election.campaign().await.unwrap();
+    let lock = only(&pool).await;
+    let leader = lock.leader.unwrap();
+    assert_eq!((leader.name.as_str(), leader.term), ("node-7", Some(leadership.term())));
+    assert!(leader.since.unwrap() <= SystemTime::now());
+    leadership.resign().await.unwrap();
+
+    // A name that only looks a little like one.
+    let mut other = db.options().application_name("node 7@x").connect().await.unwrap();
+    run(&mut other, "SELECT pg_advisory_lock(1)").await;
+    let lock = only(&pool).await;
+    assert_eq!(lock.leader, None);
+    assert_eq!(session(&lock).application_name.as_deref(), Some("node 7@x"));
+    // A leader's other lock, which it only shares.
+    run(&mut other, "SELECT pg_advisory_unlock(1), pg_advisory_lock_shared(1)").await;
+    run(&mut other, "SET application_name = 'node-7 5@1764000000'").await;
+    assert_eq!(only(&pool).await.leader, None);
+}
+
+/// Whatever runs a query of sqlx, on any thread.
+#[tokio::test]
+async fn it_runs_on_whatever_runs_a_query() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let look = spawn(async move {
+        let mut seen = Vec::new();
+        let mut conn = pool.acquire().await.unwrap();
+        seen.push(pids(&inspect::locks(&pool).await.unwrap()));
+        seen.push(pids(&inspect::locks(&mut *conn).await.unwrap()));
+        let mut tx = conn.begin().await.unwrap();
+        seen.push(pids(&inspect::locks_of(&mut *tx, 1).await.unwrap()));
+        tx.rollback().await.unwrap();
+        let session = session(first(&inspect::locks(&mut *conn).await.unwrap())).clone();
+        assert!(inspect::terminate(&mut *conn, &session).await.unwrap());
+        seen
+    });
+    assert_eq!(look.await.unwrap(), vec![vec![guard.backend_pid()]; 3]);
+}
+
+/// By process id and by the time at which it was started.
+#[tokio::test]
+async fn only_the_session_that_was_shown_is_ended() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(2).await, db.admin().await);
+    let mut lock = Lock::new(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+    let shown = session(&only(&pool).await).clone();
+
+    // The process id is in use again, by a session that was started a microsecond later.
+    let mut another = shown.clone();
+    another.started_at = shown.started_at.map(|time| time + Duration::from_micros(1));
+    assert!(!inspect::terminate(&pool, &another).await.unwrap());
+    // Another process that was started at the same time.
+    let mut another = shown.clone();
+    another.backend_pid = pid(&mut admin).await;
+    assert!(!inspect::terminate(&pool, &another).await.unwrap());
+    // It is not known when it was started.
+    let mut another = shown.clone();
+    another.started_at = None;
+    assert!(!inspect::terminate(&pool, &another).await.unwrap());
+    guard.verify().await.unwrap();
+
+    assert!(inspect::terminate(&pool, &shown).await.unwrap());
+    let loss = timeout(SOON * 5, guard.lost()).await.unwrap();
+    assert!(matches!(loss, Loss::Disconnected(_)), "{loss:?}");
+    assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+    no_locks(&mut admin).await;
+    let guard = lock.acquire().await.unwrap();
+    assert!(!inspect::terminate(&pool, &shown).await.unwrap());
+    guard.verify().await.unwrap();
+}
+
+/// The server shows a transaction the sessions as they were when it first looked.
+#[tokio::test]
+async fn a_transaction_that_has_looked_before_sees_what_is() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut admin = db.admin().await;
+    let mut tx = admin.begin().await.unwrap();
+    let look = "SELECT count(*) FROM pg_stat_activity";
+    let before: i64 = sqlx::query_scalar(look).fetch_one(&mut *tx).await.unwrap();
+
+    let mut newcomer = db.options().application_name("newcomer").connect().await.unwrap();
+    run(&mut newcomer, "SELECT pg_advisory_lock(1)").await;
+    let after: i64 = sqlx::query_scalar(look).fetch_one(&mut *tx).await.unwrap();
+    assert_eq!(before, after, "the server has no snapshot any more");
+    let locks = inspect::locks(&mut *tx).await.unwrap();
+    assert_eq!(session(first(&locks)).application_name.as_deref(), Some("newcomer"));
+
+    let mut another = db.admin().await;
+    run(&mut another, "SELECT pg_advisory_lock(2)").await;
+    let shown = session(first(&inspect::locks_of(&pool, 2).await.unwrap())).clone();
+    assert!(inspect::terminate(&mut *tx, &shown).await.unwrap());
+    eventually("it is ended", PATIENCE, || async {
+        inspect::locks_of(&pool, 2).await.unwrap().is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_role_sees_and_ends_what_it_may() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    run(&mut admin, "CREATE ROLE holder LOGIN; CREATE ROLE onlooker LOGIN").await;
+    let pool = PgPool::connect_with(db.options().username("holder")).await.unwrap();
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let waiter = spawn({
+        let mut lock = Lock::new(&pool, 1);
+        async move { lock.acquire().await }
+    });
+    locks_are(&mut admin, 2, PATIENCE).await;
+
+    // Keys, modes, processes and users are for everybody.
+    let mut onlooker = db.options().username("onlooker").connect().await.unwrap();
+    let locks = inspect::locks(&mut onlooker).await.unwrap();
+    let [held, waiting] = locks.as_slice() else { panic!("{locks:#?}") };
+    assert_eq!((&held.key, held.mode, held.held), (&Key::from(1), Mode::Exclusive, true));
+    assert_eq!(waiting.blocked_by, [guard.backend_pid()]);
+    let hidden = session(held);
+    assert_eq!(hidden.backend_pid, guard.backend_pid());
+    assert_eq!(hidden.user.as_deref(), Some("holder"));
+    assert_eq!((hidden.started_at, hidden.state.as_ref(), hidden.state_since), (None, None, None));
+    assert!(!inspect::terminate(&mut onlooker, hidden).await.unwrap());
+
+    run(&mut admin, "GRANT pg_read_all_stats TO onlooker").await;
+    let locks = inspect::locks(&mut onlooker).await.unwrap();
+    let shown = session(first(&locks));
+    assert!(shown.started_at.is_some() && shown.state.is_some());
+    let refused = inspect::terminate(&mut onlooker, shown).await.unwrap_err();
+    assert_eq!(refused.as_database_error().unwrap().code().as_deref(), Some("42501"));
+    guard.verify().await.unwrap();
+
+    run(&mut admin, "GRANT pg_signal_backend TO onlooker").await;
+    assert!(inspect::terminate(&mut onlooker, shown).await.unwrap());
+    timeout(PATIENCE, guard.lost()).await.unwrap();
+    drop(timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap());
+
+    // Its own sessions a role sees whole.
+    let _guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    assert!(session(&only(&pool).await).started_at.is_some());
+}
+
+/// It belongs to no session, and is what blocks.
+#[tokio::test]
+async fn a_prepared_transaction_is_shown_by_its_identifier() {
+    let server = Server::options().setting("max_prepared_transactions", "1").start();
+    let db = TestDb::on(&server).await;
+    let (pool, mut admin) = (db.pool(2).await, db.admin().await);
+    let mut tx = pool.begin().await.unwrap();
+    transaction::acquire(&mut tx, 42).await.unwrap();
+    // Prepared, the transaction is over for its connection.
+    run(&mut tx, "PREPARE TRANSACTION 'order 17'").await;
+    let waiter = spawn({
+        let mut lock = Lock::new(&pool, 42);
+        async move { lock.acquire().await.unwrap() }
+    });
+    locks_are(&mut admin, 2, PATIENCE).await;
+    let locks = inspect::locks(&mut admin).await.unwrap();
+    let [held, waiting] = locks.as_slice() else { panic!("{locks:#?}") };
+    assert_eq!((held.held, held.session.as_ref()), (true, None));
+    assert_eq!(held.prepared.as_deref(), Some("order 17"));
+    assert_eq!(waiting.blocked_by, [0]);
+    run(&mut admin, "ROLLBACK PREPARED 'order 17'").await;
+    drop(timeout(PATIENCE, waiter).await.unwrap().unwrap());
+}

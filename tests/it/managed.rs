@@ -1,0 +1,29 @@
+//! Makes locks of a manager, one for each pool, for the tests of all kinds.
+
+use pglock::{Key, Lock, LockOptions};
+use sqlx::PgPool;
+
+use crate::support::manager_of;
+
+pub(crate) fn new_lock(pool: &PgPool, key: impl Into<Key>) -> Lock {
+    manager_of(pool).lock(key)
+}
+
+/// One of a manager of its own.
+pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into<Key>) -> Lock {
+    options.manager(pool).unwrap().lock(key)
+}
+
+/// How many sessions so many handles of so many services have on one key.
+pub(crate) fn sessions(_handles: usize, services: usize) -> usize {
+    services
+}
+
+/// Whether what one handle holds is on a session that no other handle uses.
+pub(crate) const ALONE: bool = false;
+
+/// Whether a dropped guard lets go though nobody drives the runtime.
+pub(crate) const LETS_GO_UNDRIVEN: bool = false;
+
+#[path = "both/all.rs"]
+mod both;

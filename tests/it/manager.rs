@@ -1,0 +1,558 @@
+//! Many locks on few connections.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
+use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after, eventually};
+use sqlx::PgPool;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::cancel::dropped_at_every_poll_on;
+use crate::support::{SOON, borrow_all, locks_are, no_locks, report};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[tokio::test]
+async fn a_thousand_locks_are_one_connection() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let mut guards = Vec::new();
+    for key in 0..1000 {
+        guards.push(manager.lock(key).acquire().await.unwrap());
+    }
+    let pids: HashSet<i32> = guards.iter().map(ExclusiveGuard::backend_pid).collect();
+    assert_eq!(pids.len(), 1);
+    locks_are(&mut admin, 1000, SOON).await;
+    drop(guards);
+    no_locks(&mut admin).await;
+    // The connection goes back.
+    borrow_all(&pool).await;
+}
+
+/// As a dead connection that a pool had idle is no error of whoever takes a lock.
+#[tokio::test]
+async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let mut lock = LockManager::new(&db.pool(2).await).lock(1);
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    guard.release().await.unwrap();
+
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    // Nothing on this runtime runs meanwhile, and so nobody hears of it.
+    std::thread::sleep(Duration::from_millis(200));
+    let guard = lock.acquire().await.unwrap();
+    assert_ne!(guard.backend_pid(), pid);
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn it_excludes_and_is_excluded() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let manager = LockManager::new(&pool);
+    let mut ours = manager.lock("invoice-17");
+    let mut sibling = manager.lock("invoice-17");
+    let mut theirs = Lock::new(&pool, "invoice-17");
+
+    let guard = ours.acquire().await.unwrap();
+    assert!(sibling.try_acquire().await.unwrap().is_none());
+    assert!(sibling.try_acquire_shared().await.unwrap().is_none());
+    assert!(theirs.try_acquire().await.unwrap().is_none());
+    let stacked = ours.try_acquire().await.unwrap().unwrap();
+    guard.release().await.unwrap();
+    assert!(theirs.try_acquire().await.unwrap().is_none());
+    stacked.release().await.unwrap();
+
+    let guard = theirs.try_acquire().await.unwrap().unwrap();
+    assert!(ours.try_acquire().await.unwrap().is_none());
+    assert!(ours.try_acquire_for(SOON / 10).await.unwrap().is_none());
+    guard.release().await.unwrap();
+    ours.try_acquire_for(SOON).await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn shared_locks_admit_each_other() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let manager = LockManager::new(&pool);
+    let one = manager.lock(1).acquire_shared().await.unwrap();
+    let two = manager.lock(1).acquire_shared().await.unwrap();
+    let three = Lock::new(&pool, 1).try_acquire_shared().await.unwrap().unwrap();
+    assert!(manager.lock(1).try_acquire().await.unwrap().is_none());
+    locks_are(&mut admin, 2, SOON).await;
+    drop((one, two, three));
+    no_locks(&mut admin).await;
+}
+
+/// Counts who is inside.
+#[derive(Clone, Default)]
+struct Inside(Arc<AtomicUsize>);
+
+impl Inside {
+    async fn alone(&self) {
+        assert_eq!(self.0.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+        tokio::task::yield_now().await;
+        assert_eq!(self.0.fetch_sub(1, Ordering::SeqCst), 1);
+    }
+}
+
+/// Takes the key in turns, `rounds` times in each of `tasks` tasks.
+fn contend(manager: &LockManager, inside: &Inside, tasks: usize, rounds: usize) -> JoinSet<()> {
+    let mut contenders = JoinSet::new();
+    for _ in 0..tasks {
+        let mut lock = manager.lock("busy");
+        let inside = inside.clone();
+        contenders.spawn(async move {
+            for round in 0..rounds {
+                let guard = lock.acquire().await.unwrap();
+                inside.alone().await;
+                if round % 2 == 0 {
+                    guard.release().await.unwrap();
+                }
+            }
+        });
+    }
+    contenders
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_managers_and_a_plain_lock_take_turns() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let inside = Inside::default();
+    let [first, second, third] = [db.pool(2).await, db.pool(2).await, db.pool(1).await];
+    let one = contend(&LockManager::new(&first), &inside, 20, 50);
+    let two = contend(&LockManager::new(&second), &inside, 20, 50);
+    let mut plain = Lock::new(&third, "busy");
+    for _ in 0..10 {
+        let guard = timeout(PATIENCE, plain.acquire()).await.unwrap().unwrap();
+        inside.alone().await;
+        guard.release().await.unwrap();
+    }
+    timeout(PATIENCE, one.join_all()).await.unwrap();
+    timeout(PATIENCE, two.join_all()).await.unwrap();
+    no_locks(&mut admin).await;
+    for pool in [&first, &second, &third] {
+        borrow_all(pool).await;
+    }
+}
+
+/// The heartbeat finds the session in use, and holding nothing, again and again.
+#[tokio::test]
+async fn a_busy_session_that_holds_nothing_just_now_is_not_lost() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let second = Duration::from_secs(1);
+    let options = LockOptions::new().heartbeat(second / 10, second * 4);
+    let manager = options.server_gives_up(second, second * 3, 3).manager(&pool).unwrap();
+    let mut lock = manager.lock(1);
+    let started = Instant::now();
+    while started.elapsed() < second * 2 {
+        let guard = lock.acquire().await.unwrap();
+        guard.release().await.unwrap();
+    }
+    no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
+    const GUARDS: i64 = 10_000;
+    let server = Server::options().setting("max_locks_per_transaction", "200").start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let mut guards = Vec::new();
+    let mut told = JoinSet::new();
+    for key in 0..GUARDS {
+        let guard = Arc::new(manager.lock(key).acquire().await.unwrap());
+        guards.push(Arc::clone(&guard));
+        told.spawn(async move {
+            let loss = guard.lost().await;
+            assert!(matches!(loss, Loss::Disconnected(_)), "{loss:?}");
+            Instant::now()
+        });
+    }
+    // After which the session is listened to.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let killed = Instant::now();
+    sqlx::query("SELECT pg_terminate_backend($1)")
+        .bind(guards.first().unwrap().backend_pid())
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    let mut last = killed;
+    while let Some(at) = timeout(PATIENCE, told.join_next()).await.unwrap() {
+        last = last.max(at.unwrap());
+    }
+    report(format_args!("{GUARDS} guards told within {:?}", last - killed));
+    // And not at the next heartbeat only.
+    assert!(last - killed < SOON * 3 / 2);
+    assert!(guards.iter().all(|guard| guard.is_lost()));
+
+    let mut again = Vec::new();
+    for key in 0..GUARDS {
+        again.push(manager.lock(key).acquire().await.unwrap());
+    }
+    drop(guards);
+    assert!(again.iter().all(|guard| !guard.is_lost()));
+    locks_are(&mut admin, usize::try_from(GUARDS).unwrap(), SOON).await;
+    drop(again);
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn closing_a_handle_tells_its_guards_and_nobody_elses() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let mut lock = manager.lock(1);
+    let guard = lock.acquire().await.unwrap();
+    let other = manager.lock(2).acquire().await.unwrap();
+    lock.close().await.unwrap();
+    locks_are(&mut admin, 1, SOON).await;
+    assert!(guard.is_lost() && !other.is_lost());
+    assert!(matches!(timeout(SOON, guard.lost()).await.unwrap(), Loss::Closed));
+    let again = lock.acquire().await.unwrap();
+    guard.release().await.unwrap_err();
+    assert!(!again.is_lost());
+    locks_are(&mut admin, 2, SOON).await;
+    again.release().await.unwrap();
+    other.release().await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+#[tokio::test]
+async fn a_full_lock_table_fails_some_and_loses_none() {
+    let server = Server::options()
+        .setting("max_connections", "10")
+        .setting("max_locks_per_transaction", "10")
+        .start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    borrow_all(&pool).await;
+    let manager = LockManager::new(&pool);
+    let mut asking = JoinSet::new();
+    for key in 0..10_000 {
+        let mut lock = manager.lock(key);
+        asking.spawn(async move { lock.acquire().await });
+    }
+    let mut guards = Vec::new();
+    let mut failed = 0;
+    while let Some(acquired) = asking.join_next().await {
+        match acquired.unwrap() {
+            Ok(guard) => guards.push(guard),
+            Err(Error::OutOfLocks { .. }) => failed += 1,
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    assert!(failed > 0);
+    assert!(guards.iter().all(|guard| !guard.is_lost()));
+    // While the table is full, nobody can ask what is in it.
+    for guard in guards {
+        guard.release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_connection_is_not_lent() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let guard = LockManager::new(&pool).lock("invoice-17").acquire().await.unwrap();
+    let error = guard.connection().await.unwrap_err();
+    assert!(matches!(error, Error::SharedSession { .. }), "{error:?}");
+    assert!(error.to_string().contains("invoice-17"), "{error}");
+    guard.verify().await.unwrap();
+    assert!(guard.fencing_token().await.unwrap() > 0);
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_closed_pool_gets_its_connection_back() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    // Idle.
+    manager.lock(1).acquire().await.unwrap().release().await.unwrap();
+    timeout(SOON, pool.close()).await.unwrap();
+    assert!(matches!(manager.lock(1).acquire().await.unwrap_err(), Error::Pool { .. }));
+
+    // With a guard, it waits for that.
+    let pool = db.pool(2).await;
+    let guard = LockManager::new(&pool).lock(1).acquire().await.unwrap();
+    let mut closing = Box::pin(pool.close());
+    timeout(SOON / 5, &mut closing).await.unwrap_err();
+    guard.verify().await.unwrap();
+    drop(guard);
+    timeout(SOON, closing).await.unwrap();
+    no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn one_connection_is_enough_to_wait_with() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let other = db.pool(1).await;
+    let held = Lock::new(&other, 1).acquire().await.unwrap();
+    let manager = LockManager::new(&pool);
+    let mut lock = manager.lock(1);
+    let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
+        eventually("it waits on the server", PATIENCE, || async {
+            let mut admin = db.admin().await;
+            advisory_locks(&mut admin).await.len() == 2
+        })
+        .await;
+        held.release().await.unwrap();
+    });
+    drop(waited.unwrap().unwrap());
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn dropped_at_every_poll() {
+    let db = TestDb::new().await;
+    let acquire = async |pool: &PgPool| {
+        let manager = LockManager::new(pool);
+        // Which opens the session.
+        drop(manager.lock(0).acquire().await.unwrap());
+        let guard = manager.lock("nightly-report").acquire().await.unwrap();
+        guard.release().await.unwrap();
+    };
+    let change = async |pool: &PgPool| {
+        let mut lock = LockManager::new(pool).lock("nightly-report");
+        let shared = lock.acquire_shared().await.unwrap();
+        let exclusive = shared.try_upgrade().await.unwrap().unwrap();
+        exclusive.downgrade().await.unwrap().release().await.unwrap();
+    };
+    let bounded = async |pool: &PgPool| {
+        let mut lock = LockManager::new(pool).lock("nightly-report");
+        drop(lock.try_acquire_for(Duration::from_millis(30)).await.unwrap());
+    };
+    dropped_at_every_poll_on(0, &db, acquire).await;
+    dropped_at_every_poll_on(0, &db, change).await;
+    dropped_at_every_poll_on(0, &db, bounded).await;
+
+    // Busy: the wait is on a session of its own.
+    let pool = db.pool(1).await;
+    let _held = Lock::new(&pool, "nightly-report").acquire().await.unwrap();
+    dropped_at_every_poll_on(1, &db, acquire).await;
+    dropped_at_every_poll_on(1, &db, bounded).await;
+}
+
+/// Somebody in the process has the key, and who waits for him gives up.
+#[tokio::test]
+async fn dropped_in_the_process_queue() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let guard = manager.lock(1).acquire().await.unwrap();
+    let mut first = manager.lock(1);
+    let mut last = manager.lock(1);
+    let mut waits = Box::pin(first.acquire());
+    let mut waits_too = Box::pin(last.acquire());
+    assert!(cancel_after(1, &mut waits).await.is_none());
+    assert!(cancel_after(1, &mut waits_too).await.is_none());
+    drop(waits);
+    guard.release().await.unwrap();
+    let guard = timeout(SOON, waits_too).await.unwrap().unwrap();
+    // Granted, but never told.
+    let mut waits = Box::pin(first.acquire());
+    assert!(cancel_after(1, &mut waits).await.is_none());
+    drop(guard);
+    drop(waits);
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn changing_the_mode() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let manager = LockManager::new(&pool);
+    let mut plain = Lock::new(&pool, 1);
+    let mut lock = manager.lock(1);
+
+    let exclusive = lock.acquire().await.unwrap();
+    assert!(plain.try_acquire_shared().await.unwrap().is_none());
+    let shared = exclusive.downgrade().await.unwrap();
+    let theirs = plain.try_acquire_shared().await.unwrap().unwrap();
+    let shared = shared.try_upgrade().await.unwrap().unwrap_err();
+    // To wait for a lock of another process is refused; it may wait for ours.
+    let error = lock.acquire().await.unwrap_err();
+    assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
+    theirs.release().await.unwrap();
+    let sibling = manager.lock(1).acquire_shared().await.unwrap();
+    let (exclusive, ()) = tokio::join!(timeout(SOON, lock.acquire()), async {
+        sibling.release().await.unwrap();
+    });
+    let exclusive = exclusive.unwrap().unwrap();
+    assert!(plain.try_acquire_shared().await.unwrap().is_none());
+    exclusive.release().await.unwrap();
+    shared.release().await.unwrap();
+    plain.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn two_that_share_a_key_and_want_it_alone_are_a_deadlock_for_one() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let (mut one, mut two) = (manager.lock(1), manager.lock(1));
+    let shared = one.acquire_shared().await.unwrap();
+    let also_shared = two.acquire_shared().await.unwrap();
+    let mut waits = Box::pin(one.acquire());
+    assert!(cancel_after(1, &mut waits).await.is_none());
+    let error = two.acquire().await.unwrap_err();
+    assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
+    drop(also_shared);
+    drop(timeout(SOON, waits).await.unwrap().unwrap());
+    drop(shared);
+    no_locks(&mut db.admin().await).await;
+}
+
+/// A key that was waited for has a session of its own, which is lost alone.
+#[tokio::test]
+async fn a_key_of_its_own_session_is_lost_alone() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let other = db.pool(1).await;
+    let held = Lock::new(&other, 1).acquire().await.unwrap();
+    let manager = LockManager::new(&pool);
+    let free = manager.lock(2).acquire().await.unwrap();
+    let mut lock = manager.lock(1);
+    let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
+        locks_are(&mut admin, 3, PATIENCE).await;
+        held.release().await.unwrap();
+    });
+    let guard = waited.unwrap().unwrap();
+    assert_ne!(guard.backend_pid(), free.backend_pid());
+    sqlx::query("SELECT pg_terminate_backend($1)")
+        .bind(guard.backend_pid())
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    timeout(SOON * 5, guard.lost()).await.unwrap();
+    // The handle takes it again, on the session of the others.
+    let again = timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap();
+    assert_eq!(again.backend_pid(), free.backend_pid());
+    assert!(guard.release().await.is_err());
+    assert!(!free.is_lost() && !again.is_lost());
+    drop((free, again));
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_restart_of_the_server_loses_all_and_all_can_be_acquired_again() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let mut guards = Vec::new();
+    for key in 0..100 {
+        guards.push(manager.lock(key).acquire().await.unwrap());
+    }
+    server.restart();
+    for (key, guard) in (0..).zip(&guards) {
+        timeout(SOON * 5, guard.lost()).await.unwrap();
+        let again = timeout(PATIENCE, manager.lock(key).acquire()).await.unwrap().unwrap();
+        again.release().await.unwrap();
+    }
+    drop(guards);
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}
+
+/// Acquires, though a pooled connection may die with the runtime that opened it.
+async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
+    loop {
+        match manager.lock(1).acquire().await {
+            Ok(guard) => return guard,
+            Err(error) => assert!(error.is_transient(), "{error:?}"),
+        }
+    }
+}
+
+/// Whoever waited in another runtime goes on without the one that is gone.
+#[test]
+fn a_runtime_that_goes_down_leaves_nobody_waiting() {
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+    };
+    let (first, second) = (runtime(), runtime());
+    let db = second.block_on(TestDb::new());
+    let pool = second.block_on(db.pool(4));
+    let manager = LockManager::new(&pool);
+    let guard = first.block_on(async { manager.lock(1).acquire().await.unwrap() });
+    let waiter = second.spawn({
+        let manager = manager.clone();
+        async move { drop(acquire_in_the_end(&manager).await) }
+    });
+    // The waiter is in the queue mostly; where it is late, it finds the key free.
+    second.block_on(async { tokio::time::sleep(Duration::from_millis(50)).await });
+    first.shutdown_timeout(SOON);
+    second.block_on(async { timeout(PATIENCE, waiter).await }).unwrap().unwrap();
+    assert!(guard.is_lost());
+    drop(guard);
+    second.block_on(async {
+        drop(acquire_in_the_end(&manager).await);
+        no_locks(&mut db.admin().await).await;
+    });
+}
+
+/// Nothing of a manager that nobody uses goes on: with the last handle, the pool is gone.
+#[tokio::test]
+async fn an_unused_manager_keeps_no_pool_alive() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let other = db.pool(1).await;
+    let held = Lock::new(&other, 1).acquire().await.unwrap();
+    {
+        let pool = db.pool(3).await;
+        let manager = LockManager::new(&pool);
+        let mut lock = manager.lock(1);
+        // Given up while it waits, and granted after a wait that outlives the shared session.
+        assert!(lock.try_acquire_for(SOON / 10).await.unwrap().is_none());
+        let mut waits = Box::pin(lock.acquire());
+        timeout(SOON * 2, &mut waits).await.unwrap_err();
+        held.release().await.unwrap();
+        drop(timeout(PATIENCE, waits).await.unwrap().unwrap());
+    }
+    other.close().await;
+    let others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+        AND pid <> pg_backend_pid()";
+    let started = Instant::now();
+    while sqlx::query_scalar::<_, i64>(others).fetch_one(&mut admin).await.unwrap() > 0 {
+        assert!(started.elapsed() < PATIENCE, "a connection is left open");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A guard may be dropped where there is no runtime.
+#[tokio::test]
+async fn dropped_on_a_plain_thread() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let guard = manager.lock(1).acquire().await.unwrap();
+    std::thread::spawn(move || drop(guard)).join().unwrap();
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}

@@ -1,0 +1,416 @@
+//! Several locks are held all at once or not at all, and never in a circle.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use pglock::{Error, Key, Lock, Loss, Mode, MultiGuard, MultiLock};
+use pglock_testkit::{AdvisoryLock, Server, TestDb, advisory_locks, eventually};
+use sqlx::{PgConnection, PgPool};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::loss::terminate;
+use crate::support::{SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn};
+
+/// A handle on these numbers, exclusively.
+fn exclusive(pool: &PgPool, keys: &[i64]) -> MultiLock {
+    let (first, rest) = keys.split_first().unwrap();
+    rest.iter().fold(MultiLock::new(pool, *first), |locks, key| locks.and(*key))
+}
+
+/// The number that a row of `pg_locks` is about, and whether it is held.
+fn number(lock: &AdvisoryLock) -> (i64, bool) {
+    (lock.classid << 32 | lock.objid, lock.granted)
+}
+
+/// Waits until the server knows exactly of these numbers, held or waited for.
+async fn becomes(admin: &mut PgConnection, expected: &[(i64, bool)]) {
+    let started = Instant::now();
+    loop {
+        let found: Vec<_> = advisory_locks(admin).await.iter().map(number).collect();
+        if found == expected {
+            return;
+        }
+        assert!(started.elapsed() < SOON * 10, "{found:?}, not {expected:?}");
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+#[tokio::test]
+async fn any_number_of_keys_of_any_kind_is_held_by_one_session() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    // A server's `SELECT` has 1664 columns at most.
+    for count in [1, 2, 200, 2000] {
+        let mut locks = MultiLock::new_shared(&pool, "first");
+        for number in 1..count {
+            locks = match number % 4 {
+                0 => locks.and(number),
+                1 => locks.and_shared((number, -number)),
+                2 => locks.and((number, number)),
+                _ => locks.and_shared(format!("key {number}")),
+            };
+        }
+        let guard = locks.acquire().await.unwrap();
+        let held = advisory_locks(&mut admin).await;
+        assert_eq!(held.len(), usize::try_from(count).unwrap());
+        assert!(held.iter().all(|lock| lock.granted && lock.pid == guard.backend_pid()));
+        let modes = |mode| guard.keys().filter(|(_, held)| *held == mode).count();
+        let rows = |mode| held.iter().filter(|lock| lock.mode == mode).count();
+        assert_eq!(modes(Mode::Exclusive), rows("ExclusiveLock"));
+        assert_eq!(modes(Mode::Shared), rows("ShareLock"));
+        assert_eq!(guard.keys().count(), held.len());
+
+        let pid = guard.backend_pid();
+        guard.release().await.unwrap();
+        no_locks(&mut admin).await;
+        assert_eq!(borrow_all(&pool).await, [pid], "the connection was not kept");
+    }
+}
+
+#[tokio::test]
+async fn keys_are_taken_in_one_order_and_once_each() {
+    let pool = TestDb::new().await.pool(1).await;
+    let key = |text: &str| Key::from(text);
+    let forwards = MultiLock::new(&pool, 1)
+        .and_shared("a")
+        .and_shared((2, 3))
+        .and((-1, 7))
+        .and_shared(1)
+        .and_shared(-5)
+        .and("a");
+    let backwards = MultiLock::new(&pool, "a")
+        .and_shared(-5)
+        .and_shared(1)
+        .and((-1, 7))
+        .and_shared((2, 3))
+        .and_shared("a")
+        .and(1);
+    let sorted = |locks: &MultiLock| -> Vec<_> {
+        locks.keys().map(|(key, mode)| (key.clone(), mode)).collect()
+    };
+    assert_eq!(sorted(&forwards), sorted(&backwards));
+    assert_eq!(forwards.keys().count(), 5);
+    let exclusively: BTreeSet<_> = forwards
+        .keys()
+        .filter(|(_, mode)| *mode == Mode::Exclusive)
+        .map(|(key, _)| key.to_string())
+        .collect();
+    let expected = [Key::from(1), key("a"), Key::from((-1, 7))].map(|key| key.to_string());
+    assert_eq!(exclusively, BTreeSet::from(expected));
+}
+
+#[tokio::test]
+async fn what_is_refused_half_way_holds_nothing() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    for busy in [1, 2, 3] {
+        let held = Lock::new(&pool, busy).acquire().await.unwrap();
+        let mut locks = MultiLock::new(&pool, 1).and_shared(2).and(3);
+        assert!(locks.try_acquire().await.unwrap().is_none());
+        becomes(&mut admin, &[(busy, true)]).await;
+        let patience = Duration::from_millis(50);
+        assert!(locks.try_acquire_for(patience).await.unwrap().is_none());
+        becomes(&mut admin, &[(busy, true)]).await;
+        held.release().await.unwrap();
+        locks.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn many_keys_that_are_refused_at_the_last_are_given_up_in_time() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let keys: Vec<_> = (0..2000).collect();
+    let held = Lock::new(&pool, 1999).acquire().await.unwrap();
+    let mut locks = exclusive(&pool, &keys);
+    let started = Instant::now();
+    assert!(locks.try_acquire().await.unwrap().is_none());
+    report(format_args!("refused and given up after {:?}", started.elapsed()));
+    becomes(&mut admin, &[(1999, true)]).await;
+    held.release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn what_fails_half_way_holds_nothing() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let held = Lock::new(&pool, 2).acquire().await.unwrap();
+    for strike in ["pg_terminate_backend", "pg_cancel_backend"] {
+        let mut locks = exclusive(&pool, &[3, 2, 1]);
+        let waiting = spawn(async move { locks.acquire().await });
+        becomes(&mut admin, &[(1, true), (2, true), (2, false)]).await;
+        let waiters = advisory_locks(&mut admin).await;
+        let waiter = waiters.iter().find(|lock| !lock.granted).unwrap().pid;
+        let strike = sqlx::AssertSqlSafe(format!("SELECT {strike}({waiter})"));
+        sqlx::raw_sql(strike).execute(&mut admin).await.unwrap();
+        let error = timeout(SOON * 10, waiting).await.unwrap().unwrap().unwrap_err();
+        assert!(matches!(error, Error::Disconnected { .. } | Error::Cancelled { .. }), "{error:?}");
+        becomes(&mut admin, &[(2, true)]).await;
+    }
+    held.release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn more_than_the_lock_table_takes_is_an_error_that_holds_nothing() {
+    let server = Server::options()
+        .setting("max_connections", "10")
+        .setting("max_locks_per_transaction", "10")
+        .start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let room: Vec<_> = (0..50).collect();
+    let too_many: Vec<_> = (0..5000).collect();
+    for _ in 0..2 {
+        let error = exclusive(&pool, &too_many).acquire().await.unwrap_err();
+        assert!(matches!(error, Error::OutOfLocks { .. }), "{error:?}");
+        no_locks(&mut admin).await;
+        exclusive(&pool, &room).acquire().await.unwrap().release().await.unwrap();
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_bounded_wait_has_one_bound_for_all_keys() {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let first = Lock::new(&pool, 1).acquire().await.unwrap();
+    let second = Lock::new(&pool, 2).acquire().await.unwrap();
+    let third = Lock::new(&pool, 3).acquire().await.unwrap();
+    let mut locks = exclusive(&pool, &[1, 2, 3]);
+    let started = Instant::now();
+    let (refused, ()) = tokio::join!(timeout(SOON * 20, locks.try_acquire_for(PATIENCE)), async {
+        sleep(PATIENCE / 2).await;
+        first.release().await.unwrap();
+        sleep(PATIENCE / 3).await;
+        second.release().await.unwrap();
+    });
+    let waited = started.elapsed();
+    assert!(refused.unwrap().unwrap().is_none());
+    // With a bound for each key it would be 3.7 s.
+    assert!(waited >= PATIENCE && waited < PATIENCE * 7 / 4, "{waited:?}");
+    becomes(&mut admin, &[(3, true)]).await;
+    third.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_key_after_another_is_waited_for() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let second = Lock::new(&pool, 2).acquire().await.unwrap();
+    let fourth = Lock::new(&pool, 4).acquire_shared().await.unwrap();
+    let mut locks = exclusive(&pool, &[4, 3, 2, 1]);
+    let waiting = spawn(async move { locks.acquire().await.unwrap() });
+    // It takes what is free before the busy one, and nothing after it.
+    becomes(&mut admin, &[(1, true), (2, true), (2, false), (4, true)]).await;
+    Lock::new(&pool, 3).try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    second.release().await.unwrap();
+    becomes(&mut admin, &[(1, true), (2, true), (3, true), (4, true), (4, false)]).await;
+    fourth.release().await.unwrap();
+    let guard = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+    becomes(&mut admin, &[(1, true), (2, true), (3, true), (4, true)]).await;
+    guard.release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_handle_stacks_and_a_clone_is_another_owner() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let mut locks = exclusive(&pool, &[1, 2]);
+    let mut clone = locks.clone();
+    let first = locks.acquire().await.unwrap();
+    let second = locks.try_acquire().await.unwrap().unwrap();
+    assert_eq!(first.backend_pid(), second.backend_pid());
+    becomes(&mut admin, &[(1, true), (2, true)]).await;
+    assert!(clone.try_acquire().await.unwrap().is_none());
+
+    first.release().await.unwrap();
+    second.verify().await.unwrap();
+    assert!(clone.try_acquire().await.unwrap().is_none());
+    // One more key makes another owner of it.
+    let mut wider = locks.and(3);
+    assert!(wider.try_acquire().await.unwrap().is_none());
+    second.release().await.unwrap();
+    let third = wider.try_acquire().await.unwrap().unwrap();
+    assert!(clone.try_acquire().await.unwrap().is_none());
+    third.release().await.unwrap();
+    clone.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn closing_lets_go_of_all_and_tells_the_guards() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    let mut locks = exclusive(&pool, &[1, 2]);
+    let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());
+    let pid = first.backend_pid();
+    locks.close().await.unwrap();
+    no_locks(&mut admin).await;
+    assert!(matches!(first.lost().await, Loss::Closed));
+    assert!(second.is_lost());
+    assert_eq!(borrow_all(&pool).await, [pid], "the connection was not kept");
+    locks.acquire().await.unwrap().release().await.unwrap();
+}
+
+/// What every guard of a lost session says.
+async fn says_lost(guard: MultiGuard) {
+    timeout(SOON * 10, guard.lost()).await.unwrap();
+    assert!(guard.is_lost());
+    assert!(matches!(guard.verify().await, Err(Error::Lost { .. })));
+    assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+}
+
+#[tokio::test]
+async fn a_loss_is_told_whichever_key_it_is_of() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let mut locks = MultiLock::new(&pool, 1).and_shared(2).and(3);
+
+    let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());
+    terminate(&mut admin, first.backend_pid()).await;
+    says_lost(first).await;
+    says_lost(second).await;
+    no_locks(&mut admin).await;
+
+    // One of them is unlocked behind its back.
+    for unlock in ["pg_advisory_unlock(1)", "pg_advisory_unlock_shared(2)", "pg_advisory_unlock(3)"]
+    {
+        let guard = locks.acquire().await.unwrap();
+        let unlock = || sqlx::AssertSqlSafe(format!("SELECT {unlock}"));
+        let mut conn = guard.connection().await.unwrap();
+        sqlx::raw_sql(unlock()).execute(&mut *conn).await.unwrap();
+        drop(conn);
+        assert!(matches!(guard.verify().await, Err(Error::Lost { reason: Loss::NotHeld, .. })));
+        says_lost(guard).await;
+
+        let guard = locks.acquire().await.unwrap();
+        let mut conn = guard.connection().await.unwrap();
+        sqlx::raw_sql(unlock()).execute(&mut *conn).await.unwrap();
+        drop(conn);
+        let released = guard.release().await;
+        assert!(matches!(released, Err(Error::Lost { reason: Loss::NotHeld, .. })));
+        no_locks(&mut admin).await;
+    }
+}
+
+/// Who is inside each key: -1 a writer, else so many readers.
+#[derive(Debug, Default)]
+struct Inside([AtomicI32; 6]);
+
+impl Inside {
+    fn enter(&self, key: usize, mode: Mode) {
+        let inside = self.0.get(key).unwrap();
+        match mode {
+            Mode::Exclusive => {
+                let found = inside.swap(-1, Ordering::SeqCst);
+                assert_eq!(found, 0, "a writer finds somebody with key {key}");
+            }
+            Mode::Shared => {
+                let found = inside.fetch_add(1, Ordering::SeqCst);
+                assert!(found >= 0, "a reader finds a writer with key {key}");
+            }
+        }
+    }
+
+    fn leave(&self, key: usize, mode: Mode) {
+        let inside = self.0.get(key).unwrap();
+        match mode {
+            Mode::Exclusive => assert_eq!(inside.swap(0, Ordering::SeqCst), -1),
+            Mode::Shared => assert!(inside.fetch_sub(1, Ordering::SeqCst) > 0),
+        }
+    }
+}
+
+/// Everybody wants several of a few keys, each in an order and in modes of his own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_random_rounds_without_a_deadlock() {
+    const ROUNDS: usize = 10_000;
+    const TASKS: u64 = 8;
+    // Low, so that a deadlock is found, and not waited out.
+    let server = Server::options().setting("deadlock_timeout", "50ms").start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(u32::try_from(TASKS).unwrap()).await;
+    let inside = Arc::new(Inside::default());
+    let rounds = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for seed in 1..=TASKS {
+        let (pool, inside, rounds) = (pool.clone(), Arc::clone(&inside), Arc::clone(&rounds));
+        tasks.spawn(async move {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut refused = 0;
+            while rounds.fetch_add(1, Ordering::Relaxed) < ROUNDS {
+                // From one to four draws; the same key may come twice.
+                let mut locks: Option<MultiLock> = None;
+                for _ in 0..=random(&mut state) % 4 {
+                    let key = i64::try_from(random(&mut state) % 6).unwrap();
+                    let shared = coin(&mut state);
+                    locks = Some(match (locks, shared) {
+                        (None, false) => MultiLock::new(&pool, key),
+                        (None, true) => MultiLock::new_shared(&pool, key),
+                        (Some(locks), false) => locks.and(key),
+                        (Some(locks), true) => locks.and_shared(key),
+                    });
+                }
+                let mut locks = locks.unwrap();
+                let guard = match random(&mut state) % 8 {
+                    0 => locks.try_acquire().await.unwrap(),
+                    _ => Some(locks.acquire().await.unwrap()),
+                };
+                let Some(guard) = guard else {
+                    refused += 1;
+                    continue;
+                };
+                let keys: Vec<_> = (0..6)
+                    .filter_map(|key| {
+                        let id = Key::from(i64::try_from(key).unwrap());
+                        let (_, mode) = guard.keys().find(|(held, _)| **held == id)?;
+                        Some((key, mode))
+                    })
+                    .collect();
+                for &(key, mode) in &keys {
+                    inside.enter(key, mode);
+                }
+                tokio::task::yield_now().await;
+                for &(key, mode) in &keys {
+                    inside.leave(key, mode);
+                }
+                if coin(&mut state) {
+                    guard.release().await.unwrap();
+                }
+            }
+            refused
+        });
+    }
+    let refused: usize = timeout(SOON * 300, tasks.join_all()).await.unwrap().iter().sum();
+    report(format_args!("{refused} of {ROUNDS} rounds were refused"));
+    assert!(refused > 0 && refused < ROUNDS / 8);
+    eventually("all connections are back", SOON * 10, || async {
+        pool.num_idle() == pool.size() as usize
+    })
+    .await;
+    locks_are(&mut db.admin().await, 0, SOON).await;
+    borrow_all(&pool).await;
+}

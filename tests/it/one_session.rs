@@ -1,0 +1,196 @@
+//! Locks on the session of a guard: one owner, one fate, and circles that the server sees.
+
+use std::time::{Duration, Instant};
+
+use pglock::{Error, Lock, Result};
+use pglock_testkit::{Server, TestDb, eventually};
+use sqlx::PgPool;
+use tokio::sync::Barrier;
+use tokio::time::timeout;
+
+use crate::loss::terminate;
+use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn};
+
+/// Takes one key, then when both have got theirs, another on the same session. Lets go of all at the
+/// end.
+async fn crosswise(pool: &PgPool, first: i64, second: i64, both: &Barrier) -> Result<()> {
+    let guard = Lock::new(pool, first).acquire().await?;
+    both.wait().await;
+    let taken = guard.lock(second).acquire().await;
+    // Who must give way still has what he had.
+    guard.verify().await?;
+    guard.release().await?;
+    taken?.release().await
+}
+
+#[tokio::test]
+async fn a_circle_of_locks_on_one_session_each_is_a_deadlock_for_exactly_one() {
+    let server = Server::options().setting("deadlock_timeout", "200ms").start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    for _ in 0..10 {
+        let both = Barrier::new(2);
+        let started = Instant::now();
+        let ends =
+            async { tokio::join!(crosswise(&pool, 1, 2, &both), crosswise(&pool, 2, 1, &both)) };
+        let ends = timeout(SOON * 20, ends).await.unwrap();
+        let took = started.elapsed();
+        assert!(
+            matches!(
+                &ends,
+                (Ok(()), Err(Error::Deadlock { .. })) | (Err(Error::Deadlock { .. }), Ok(()))
+            ),
+            "{ends:?}"
+        );
+        // Before the first slice of the wait is over, so it was the server that told.
+        assert!(took < Duration::from_secs(4), "{took:?}");
+        no_locks(&mut admin).await;
+    }
+    borrow_all(&pool).await;
+}
+
+/// The reason for all this: the server can't know that two sessions belong together.
+#[tokio::test]
+async fn a_circle_of_locks_on_sessions_of_their_own_is_told_to_nobody() {
+    const WHILE: Duration = Duration::from_secs(3);
+    let server = Server::options().setting("deadlock_timeout", "200ms").start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(4).await;
+    let one = Lock::new(&pool, 1).acquire().await.unwrap();
+    let two = Lock::new(&pool, 2).acquire().await.unwrap();
+    let (mut third, mut fourth) = (Lock::new(&pool, 1), Lock::new(&pool, 2));
+    let started = Instant::now();
+    let waits = tokio::join!(third.try_acquire_for(WHILE), fourth.try_acquire_for(WHILE));
+    assert!(matches!(waits, (Ok(None), Ok(None))), "{waits:?}");
+    assert!(started.elapsed() >= WHILE);
+    one.release().await.unwrap();
+    two.release().await.unwrap();
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_key_on_two_handles_of_one_session_stacks() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let mut other = Lock::new(&pool, 1);
+    for round in 0..200 {
+        let anchor = Lock::new(&pool, 0).acquire().await.unwrap();
+        let (mut one, mut two) = (anchor.lock(1), anchor.lock(1));
+        let (first, second) = tokio::join!(
+            spawn(async move { one.acquire().await }),
+            spawn(async move { two.try_acquire().await }),
+        );
+        let (first, second) =
+            (first.unwrap().unwrap(), second.unwrap().unwrap().expect("one owner"));
+        assert_eq!(first.backend_pid(), anchor.backend_pid());
+        assert_eq!(second.backend_pid(), anchor.backend_pid());
+        locks_are(&mut admin, 2, SOON).await;
+        if round % 2 == 0 {
+            anchor.release().await.unwrap();
+        }
+        first.release().await.unwrap();
+        assert!(other.try_acquire_shared().await.unwrap().is_none(), "round {round}");
+        // At the same time as an acquire that needs what goes.
+        let mut again = second.lock(1);
+        let (released, third) = tokio::join!(
+            spawn(second.release()),
+            spawn(async move { timeout(SOON * 10, again.acquire()).await.unwrap() }),
+        );
+        released.unwrap().unwrap();
+        let third = third.unwrap().unwrap();
+        assert!(other.try_acquire_shared().await.unwrap().is_none(), "round {round}");
+        third.verify().await.unwrap();
+        third.release().await.unwrap();
+        other.try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+/// What one of two acquires gives up is not what the other has got.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_acquire_that_is_dropped_takes_nothing_from_another_on_the_session() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let mut other = Lock::new(&pool, 1);
+    for round in 0..200 {
+        let anchor = Lock::new(&pool, 0).acquire().await.unwrap();
+        let (mut one, mut two) = (anchor.lock(1), anchor.lock(1));
+        let (first, _) = tokio::join!(
+            spawn(async move { one.acquire().await }),
+            spawn(async move {
+                drop(pglock_testkit::cancel_after(round % 10 + 1, two.acquire()).await);
+            }),
+        );
+        let first = first.unwrap().unwrap();
+        assert!(other.try_acquire_shared().await.unwrap().is_none(), "round {round}");
+        first.verify().await.unwrap();
+        anchor.verify().await.unwrap();
+        first.release().await.unwrap();
+        eventually("only the anchor holds", SOON * 5, || async {
+            other.clone().try_acquire().await.unwrap().is_some()
+        })
+        .await;
+        anchor.release().await.unwrap();
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    for _ in 0..50 {
+        let first = Lock::new(&pool, 1).acquire().await.unwrap();
+        let mut handle = first.lock(2);
+        let second = handle.acquire_shared().await.unwrap();
+        let third = second.lock((3, 4)).acquire().await.unwrap();
+        assert_eq!(first.backend_pid(), third.backend_pid());
+        first.release().await.unwrap();
+        third.release().await.unwrap();
+        assert!(pool.num_idle() < pool.size() as usize, "the session has ended under a guard");
+        second.verify().await.unwrap();
+        // The session ends, and a moment later the handle is used: it finds the lock free.
+        drop(second);
+        let again = handle.try_acquire().await.unwrap().unwrap();
+        locks_are(&mut admin, 1, SOON).await;
+        again.release().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let first = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut handle = first.lock(2);
+    let second = handle.acquire_shared().await.unwrap();
+    terminate(&mut admin, first.backend_pid()).await;
+    let both = async { tokio::join!(first.lost(), second.lost()) };
+    timeout(SOON * 10, both).await.unwrap();
+    assert!(matches!(first.verify().await, Err(Error::Lost { .. })));
+    assert!(matches!(second.verify().await, Err(Error::Lost { .. })));
+    no_locks(&mut admin).await;
+
+    let again = handle.acquire().await.unwrap();
+    assert_ne!(again.backend_pid(), first.backend_pid());
+    assert!(!again.is_lost());
+    // A handle of a guard that is lost already is one of its own from the start.
+    let apart = first.lock(5).acquire().await.unwrap();
+    assert_ne!(apart.backend_pid(), first.backend_pid());
+    drop((first, second));
+    locks_are(&mut admin, 2, SOON).await;
+    again.release().await.unwrap();
+    apart.release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}

@@ -1,0 +1,26 @@
+//! Makes locks that have a session of their own, for the tests of all kinds.
+
+use pglock::{Key, Lock, LockOptions};
+use sqlx::PgPool;
+
+pub(crate) fn new_lock(pool: &PgPool, key: impl Into<Key>) -> Lock {
+    Lock::new(pool, key)
+}
+
+pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into<Key>) -> Lock {
+    options.lock(pool, key).unwrap()
+}
+
+/// How many sessions so many handles of so many services have on one key.
+pub(crate) fn sessions(handles: usize, _services: usize) -> usize {
+    handles
+}
+
+/// Whether what one handle holds is on a session that no other handle uses.
+pub(crate) const ALONE: bool = true;
+
+/// Whether a dropped guard lets go though nobody drives the runtime.
+pub(crate) const LETS_GO_UNDRIVEN: bool = true;
+
+#[path = "both/all.rs"]
+mod both;

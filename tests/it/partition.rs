@@ -1,0 +1,514 @@
+//! The holder gives up before the server lets anybody else in: links that are cut, processes that stop.
+//!
+//! The far side is a process in a network of its own, behind a link that is cut; the near side is the
+//! test, which already waits for the same locks when that happens. Both read one clock.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
+use std::thread;
+use std::time::Duration;
+
+use pglock::{Election, Error, Lock, LockOptions, Loss};
+use pglock_testkit::{
+    Direction, Network, Role, Server, TestDb, cancel_after, cues, monotonic, say, stand_still,
+};
+use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{borrow_all, locks_are, no_locks};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// After which a holder gives up: the heartbeat's interval and deadline.
+const HOLDER: Duration = SECOND;
+
+/// After which the server gives a silent session up, if it is busy or waits: the keepalives, then the
+/// interval of its look at the connection.
+const SERVER: Duration = Duration::from_secs(4);
+
+/// What a busy machine may add to either.
+const ALLOWANCE: Duration = Duration::from_secs(5);
+
+/// How many locks each kind has in a round.
+const EACH: usize = 5;
+
+/// What the session on the far side does when the link is cut.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Kind {
+    /// Holds, and is idle.
+    Idle,
+    /// Leads an election.
+    Leading,
+    /// Holds, and its connection is lent.
+    Lent,
+    /// Holds, and its connection is lent and runs a long query.
+    Busy,
+    /// Holds, and its process is killed as well.
+    Killed,
+    /// Waits for what the near side holds.
+    Waiting,
+}
+
+const KINDS: [Kind; 6] =
+    [Kind::Idle, Kind::Leading, Kind::Lent, Kind::Busy, Kind::Killed, Kind::Waiting];
+
+fn options() -> LockOptions {
+    LockOptions::new()
+        .heartbeat(HOLDER / 2, HOLDER / 2)
+        .server_gives_up(SECOND, SECOND, 2)
+        .wait_slice(SECOND * 2)
+}
+
+/// Holds and waits as it is told, and says when it learns of a loss.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "is a role: the tests below run it as a process on the far side"]
+async fn far_side() {
+    let pool = PgPoolOptions::new().max_connections(50);
+    let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
+    let mut tasks = JoinSet::new();
+    let mut cues = cues();
+    while let Some(cue) = cues.next_line().await.unwrap() {
+        let (kind, key) = cue.split_once(' ').unwrap();
+        let lock = options().lock(&pool, key.parse::<i64>().unwrap()).unwrap();
+        match kind {
+            "Waiting" => drop(tasks.spawn(wait(lock))),
+            "Leading" => drop(tasks.spawn(lead(options().election(&pool, lock.key()).unwrap()))),
+            kind => drop(tasks.spawn(hold(lock, kind.to_owned()))),
+        }
+    }
+}
+
+async fn hold(mut lock: Lock, kind: String) {
+    let guard = lock.acquire().await.unwrap();
+    let key = lock.key();
+    let told = async {
+        say(format!("{key} holds"));
+        guard.lost().await;
+        say(format!("{key} lost {}", monotonic().as_nanos()));
+    };
+    match kind.as_str() {
+        "Lent" => {
+            let _lent = guard.connection().await.unwrap();
+            told.await;
+        }
+        "Busy" => {
+            let mut lent = guard.connection().await.unwrap();
+            let query = sqlx::query("SELECT pg_sleep(60)").execute(&mut *lent);
+            tokio::select! {
+                ended = query => assert!(ended.is_err(), "nobody sleeps that long"),
+                () = told => {}
+            }
+        }
+        _ => told.await,
+    }
+    assert!(guard.is_lost());
+}
+
+async fn lead(mut election: Election) {
+    let leadership = election.campaign().await.unwrap();
+    let key = election.key();
+    say(format!("{key} holds"));
+    leadership.lost().await;
+    assert!(!election.status().is_leader());
+    say(format!("{key} lost {}", monotonic().as_nanos()));
+}
+
+/// Waits for longer than the server takes to give the session up.
+async fn wait(mut lock: Lock) {
+    let waited = lock.try_acquire_for(SERVER + SECOND).await;
+    let (key, now) = (lock.key(), monotonic().as_nanos());
+    match waited {
+        Ok(None) => say(format!("{key} gave-up {now}")),
+        Err(_) => say(format!("{key} failed {now}")),
+        Ok(Some(guard)) => {
+            say(format!("{key} holds {now}"));
+            guard.lost().await;
+            say(format!("{key} lost {}", monotonic().as_nanos()));
+        }
+    }
+}
+
+/// A server, and what is on both sides of a link to it.
+struct Scene {
+    network: Network,
+    server: Server,
+    db: TestDb,
+    near: PgPool,
+}
+
+impl Scene {
+    /// `None` if we may not make a network.
+    async fn new() -> Option<Self> {
+        let network = Network::new()?;
+        let server =
+            Server::options().listen(network.address()).setting("max_connections", "200").start();
+        let db = TestDb::on(&server).await;
+        let near = db.pool(80).await;
+        Some(Self { network, server, db, near })
+    }
+
+    /// A process on the far side.
+    fn role(&self, name: &str) -> Role {
+        let (address, port) = (self.network.address(), self.server.port());
+        let name_of_db = self.db.name();
+        let url = format!("postgres://postgres@{address}:{port}/{name_of_db}?sslmode=disable");
+        Role::start_under(&self.network.far_side(), name, &[("URL", &url)])
+    }
+
+    /// A service on the near side that waits for a lock of the far side.
+    async fn contend(near: PgPool, kind: Kind, key: i64) -> (i64, Duration) {
+        if kind == Kind::Leading {
+            let leadership = Election::new(&near, key).campaign().await.unwrap();
+            let elected = monotonic();
+            leadership.resign().await.unwrap();
+            return (key, elected);
+        }
+        let mut lock = Lock::new(&near, key);
+        let guard = lock.acquire().await.unwrap();
+        let granted = monotonic();
+        guard.verify().await.unwrap();
+        guard.release().await.unwrap();
+        (key, granted)
+    }
+}
+
+/// When things happened to one lock, as time since the link was cut.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    kind: Kind,
+    /// When the far side gave up, if it lived to say so.
+    lost: Option<Duration>,
+    /// When the near side was let in.
+    granted: Duration,
+}
+
+/// Has locks of all kinds held on the far side, cuts the link, and watches who believes what when.
+async fn round(scene: &Scene, direction: Direction, phase: Duration) -> Vec<Run> {
+    let mut admin = scene.db.admin().await;
+    let mut far = scene.role("partition::far_side");
+    let mut victim = scene.role("partition::far_side");
+    // Before PostgreSQL 14, a server that is busy or waits does not notice that its client has gone.
+    let noticed =
+        |kind: &Kind| scene.server.version() >= 14 || !matches!(kind, Kind::Busy | Kind::Waiting);
+    let keys: Vec<(Kind, i64)> = KINDS
+        .into_iter()
+        .filter(noticed)
+        .flat_map(|kind| std::iter::repeat_n(kind, EACH))
+        .zip(1_i64..)
+        .collect();
+    let mut near_holds = Vec::new();
+    for &(kind, key) in &keys {
+        let role = if kind == Kind::Killed { &mut victim } else { &mut far };
+        if kind == Kind::Waiting {
+            near_holds.push(Lock::new(&scene.near, key).acquire().await.unwrap());
+            role.tell(&format!("{kind:?} {key}")).await;
+        } else {
+            assert_eq!(role.ask(&format!("{kind:?} {key}")).await, format!("{key} holds"));
+        }
+    }
+    let count = keys.len();
+    let waiting = near_holds.len();
+    locks_are(&mut admin, count + waiting, ALLOWANCE).await;
+    let mut contenders = JoinSet::new();
+    for &(kind, key) in &keys {
+        contenders.spawn(Scene::contend(scene.near.clone(), kind, key));
+    }
+    locks_are(&mut admin, count + waiting + count, ALLOWANCE).await;
+    // The rounds differ in what the heartbeats and the keepalives are about to do.
+    sleep(phase).await;
+
+    let cutting = monotonic();
+    scene.network.cut(direction);
+    let cut = monotonic();
+    victim.kill().await;
+    for guard in near_holds {
+        guard.release().await.unwrap();
+    }
+    let granted = async {
+        let mut granted = BTreeMap::new();
+        while let Some(contended) = contenders.join_next().await {
+            let (key, at) = contended.unwrap();
+            granted.insert(key, at);
+        }
+        granted
+    };
+    let granted = timeout(SERVER + ALLOWANCE * 2, granted).await.unwrap();
+    let lost = outcomes(&mut far, &keys).await;
+    scene.network.heal();
+
+    let mut runs = Vec::new();
+    for &(kind, key) in &keys {
+        let (lost, granted) = (lost.get(&key).copied(), granted.get(&key).copied().unwrap());
+        let gap = lost.map(|lost| granted.as_secs_f64() - lost.as_secs_f64());
+        let times = format!("{kind:?} {direction:?} {phase:?}: gap {gap:?}");
+        match kind {
+            Kind::Idle | Kind::Leading | Kind::Lent | Kind::Busy => {
+                assert!(lost.unwrap() < granted, "two held the lock: {times}");
+                assert!(lost.unwrap() < cut + HOLDER + ALLOWANCE, "told too late: {times}");
+            }
+            // Whether it was told that it holds, and of its loss, or neither.
+            Kind::Waiting => assert!(lost.is_none_or(|lost| lost < granted), "{times}"),
+            Kind::Killed => assert!(lost.is_none()),
+        }
+        assert!(granted < cut + SERVER + ALLOWANCE, "free too late: {times}");
+        let since = |at: Duration| at.saturating_sub(cutting);
+        runs.push(Run { kind, lost: lost.map(since), granted: since(granted) });
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&scene.near).await;
+    runs
+}
+
+/// What the far side says of its locks, until it has said all: when they were lost.
+async fn outcomes(far: &mut Role, keys: &[(Kind, i64)]) -> BTreeMap<i64, Duration> {
+    let mut open = keys.iter().filter(|(kind, _)| *kind != Kind::Killed).count();
+    let mut held = BTreeMap::new();
+    let mut lost = BTreeMap::new();
+    while open > 0 {
+        let said = far.answer().await;
+        let mut words = said.split(' ');
+        let (key, what) = (words.next().unwrap().parse().unwrap(), words.next().unwrap());
+        let at = Duration::from_nanos(words.next().unwrap().parse().unwrap());
+        match what {
+            // Granted to a waiter that is cut off: it may believe that for as long as a holder.
+            "holds" => drop(held.insert(key, at)),
+            "lost" => {
+                let since = held.get(&key).copied().unwrap_or(at);
+                let believed = at.saturating_sub(since);
+                assert!(believed < HOLDER + ALLOWANCE, "believed to hold for {believed:?}");
+                lost.insert(key, at);
+                open -= 1;
+            }
+            _ => open -= 1,
+        }
+    }
+    lost
+}
+
+/// Tells the least, the middle and the greatest of the times.
+#[expect(clippy::print_stdout, reason = "shown with --nocapture")]
+fn report(direction: Direction, runs: &[Run]) {
+    let shown = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        let at = |index: usize| times.get(index).copied().unwrap_or(f64::NAN);
+        let (middle, last) = (times.len() / 2, times.len().saturating_sub(1));
+        format!("{:6.3} {:6.3} {:6.3}", at(0), at(middle), at(last))
+    };
+    println!("{direction:?}, seconds since the cut (least, median, greatest)");
+    for kind in KINDS {
+        let of_kind: Vec<_> = runs.iter().filter(|run| run.kind == kind).collect();
+        let lost = of_kind.iter().filter_map(|run| Some(run.lost?.as_secs_f64())).collect();
+        let granted = of_kind.iter().map(|run| run.granted.as_secs_f64()).collect();
+        let gap = |run: &&Run| Some(run.granted.as_secs_f64() - run.lost?.as_secs_f64());
+        let gap = of_kind.iter().filter_map(gap).collect();
+        println!(
+            "{:>8}, {} runs: lost {}, granted {}, gap {}",
+            format!("{kind:?}"),
+            of_kind.len(),
+            shown(lost),
+            shown(granted),
+            shown(gap),
+        );
+    }
+}
+
+async fn gives_up_first(direction: Direction, rounds: u32) {
+    let Some(scene) = Scene::new().await else { return };
+    let mut runs = Vec::new();
+    for number in 0..rounds {
+        let phase = Duration::from_millis(200 + 230 * u64::from(number));
+        runs.extend(round(&scene, direction, phase).await);
+    }
+    report(direction, &runs);
+}
+
+#[tokio::test]
+async fn cut_in_both_directions_the_holder_gives_up_first() {
+    gives_up_first(Direction::Both, 4).await;
+}
+
+#[tokio::test]
+async fn cut_towards_the_server_the_holder_gives_up_first() {
+    gives_up_first(Direction::FromFarSide, 2).await;
+}
+
+#[tokio::test]
+async fn cut_away_from_the_server_the_holder_gives_up_first() {
+    gives_up_first(Direction::ToFarSide, 2).await;
+}
+
+/// One connection is cut off, as by a firewall that has forgotten it, and all others pass.
+///
+/// An idle holder is asked on that very connection, and gives up first. One that is lent is asked about
+/// on another, which says that it holds for as long as the server believes so: it learns of the loss at
+/// the next heartbeat after.
+#[tokio::test]
+async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
+    let Some(scene) = Scene::new().await else { return };
+    let mut admin = scene.db.admin().await;
+    for kind in [Kind::Idle, Kind::Lent] {
+        let mut far = scene.role("partition::far_side");
+        assert_eq!(far.ask(&format!("{kind:?} 1")).await, "1 holds");
+        let next = Scene::contend(scene.near.clone(), kind, 1);
+        let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
+            locks_are(&mut admin, 2, ALLOWANCE).await;
+            let port: i32 = sqlx::query_scalar(
+                "SELECT client_port FROM pg_stat_activity JOIN pg_locks USING (pid) \
+                 WHERE locktype = 'advisory' AND granted",
+            )
+            .fetch_one(&mut admin)
+            .await
+            .unwrap();
+            scene.network.cut_connection(port.try_into().unwrap());
+        });
+        let (_, granted) = contended.unwrap();
+        let said = far.answer().await;
+        let lost = Duration::from_nanos(said.strip_prefix("1 lost ").unwrap().parse().unwrap());
+        let latest = if kind == Kind::Idle { granted } else { granted + HOLDER + ALLOWANCE };
+        assert!(lost < latest, "{kind:?}: lost at {lost:?}, granted at {granted:?}");
+        scene.network.heal();
+        no_locks(&mut admin).await;
+    }
+}
+
+/// Stands still as it is told, while it holds, and says what it finds when it goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "is a role: the tests below run it as a process that is stopped"]
+async fn sleeper() {
+    let pool = PgPoolOptions::new().max_connections(4);
+    let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
+    let mut lock = options().lock(&pool, 1).unwrap();
+    let mut cues = cues();
+    while let Some(cue) = cues.next_line().await.unwrap() {
+        let guard = lock.acquire().await.unwrap();
+        say("holds");
+        cues.next_line().await.unwrap();
+        match cue.as_str() {
+            "is_lost" => {
+                stand_still();
+                let is_lost = guard.is_lost();
+                let now = monotonic().as_nanos();
+                say(format!("{is_lost} {now}"));
+            }
+            "lost" => {
+                let mut lost = pin!(guard.lost());
+                assert!(cancel_after(1, lost.as_mut()).await.is_none());
+                stand_still();
+                let told = cancel_after(1, lost).await.is_some();
+                let now = monotonic().as_nanos();
+                say(format!("{told} {now}"));
+            }
+            // The body is not to be given another poll, whether the process stops in the middle of one
+            // or before the next.
+            _ => {
+                let mut polls = 0;
+                let body = poll_fn(|cx| {
+                    polls += 1;
+                    let waker = cx.waker().clone();
+                    let stop = move || {
+                        stand_still();
+                        waker.wake();
+                    };
+                    match (polls, cue.as_str()) {
+                        (1, "in a poll") => stop(),
+                        (1, _) => drop(thread::spawn(stop)),
+                        _ => cx.waker().wake_by_ref(),
+                    }
+                    if polls < 1000 { Poll::Pending } else { Poll::Ready(()) }
+                });
+                let ended = guard.while_held(body).await;
+                let now = monotonic().as_nanos();
+                let told = matches!(ended, Err(Error::Lost { reason: Loss::Silent, .. }));
+                say(format!("{} {now}", told && polls == 1));
+            }
+        }
+    }
+}
+
+const CUES: [&str; 4] = ["is_lost", "lost", "in a poll", "between polls"];
+
+/// What the role found, and when.
+fn found(said: &str) -> (&str, Duration) {
+    let (found, at) = said.split_once(' ').unwrap();
+    (found, Duration::from_nanos(at.parse().unwrap()))
+}
+
+/// Its kernel still answers for a process that is stopped, so the server lets nobody in before it goes
+/// on; and then it knows at once.
+#[tokio::test]
+async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let near = db.pool(2).await;
+    let mut sleeper = Role::start("partition::sleeper", &[("URL", &db.url())]);
+    for cue in CUES {
+        assert_eq!(sleeper.ask(cue).await, "holds");
+        let next = Scene::contend(near.clone(), Kind::Idle, 1);
+        let (contended, ()) = tokio::join!(timeout(ALLOWANCE * 4, next), async {
+            locks_are(&mut admin, 2, ALLOWANCE).await;
+            sleeper.tell("now").await;
+            sleeper.stands_still().await;
+            // Not to wait for something, but to let the bound pass.
+            sleep(HOLDER + SECOND / 2).await;
+            locks_are(&mut admin, 2, ALLOWANCE).await;
+            sleeper.resume();
+            let said = sleeper.answer().await;
+            assert_eq!(found(&said).0, "true", "{cue}");
+        });
+        contended.unwrap();
+        no_locks(&mut admin).await;
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_statement() {
+    let Some(scene) = Scene::new().await else { return };
+    let mut admin = scene.db.admin().await;
+    for cue in CUES {
+        let mut sleeper = scene.role("partition::sleeper");
+        assert_eq!(sleeper.ask(cue).await, "holds");
+        let next = Scene::contend(scene.near.clone(), Kind::Idle, 1);
+        let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
+            locks_are(&mut admin, 2, ALLOWANCE).await;
+            sleeper.tell("now").await;
+            sleeper.stands_still().await;
+            scene.network.cut(Direction::Both);
+        });
+        contended.unwrap();
+        // Somebody else has held the lock since.
+        sleeper.resume();
+        let said = sleeper.answer().await;
+        assert_eq!(found(&said).0, "true", "{cue}");
+        scene.network.heal();
+        no_locks(&mut admin).await;
+    }
+}
+
+/// A stop that is shorter is not a loss.
+#[tokio::test]
+async fn a_process_that_was_stopped_for_a_moment_still_holds() {
+    let db = TestDb::new().await;
+    let mut sleeper = Role::start("partition::sleeper", &[("URL", &db.url())]);
+    for cue in ["is_lost", "lost"] {
+        assert_eq!(sleeper.ask(cue).await, "holds");
+        let said = loop {
+            sleeper.tell("now").await;
+            let stopped = monotonic();
+            sleeper.stands_still().await;
+            sleeper.resume();
+            let said = sleeper.answer().await;
+            // A busy machine may have made it too long.
+            if found(&said).1 < stopped + HOLDER / 4 {
+                break said;
+            }
+            sleeper.tell(cue).await;
+            assert_eq!(sleeper.answer().await, "holds");
+        };
+        assert_eq!(found(&said).0, "false", "{cue}");
+    }
+}

@@ -1,0 +1,256 @@
+//! Behind a pooler: in session mode all works; in transaction mode no lock is granted silently.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pglock::{Error, Lock, LockOptions, Loss, Result, transaction};
+use pglock_testkit::{PgBouncer, Server, TestDb};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection, PgPool, Row};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::support::{borrow_all, locks_are};
+
+const KEY: &str = "nightly-report";
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// With sqlx's cache of prepared statements, and without.
+const CACHES: [usize; 2] = [100, 0];
+
+async fn execute(conn: &mut PgConnection, statement: &str) {
+    sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(conn).await.unwrap();
+}
+
+async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(max_connections);
+    pool.connect_with(options).await.unwrap()
+}
+
+/// Other clients of the pooler, with short transactions one after the other, until they are dropped.
+async fn busy(options: &PgConnectOptions, clients: usize) -> JoinSet<()> {
+    let mut busy = JoinSet::new();
+    for _ in 0..clients {
+        let mut conn = options.connect().await.unwrap();
+        busy.spawn(async move {
+            loop {
+                execute(&mut conn, "BEGIN; SELECT 1; COMMIT").await;
+            }
+        });
+    }
+    busy
+}
+
+mod in_transaction_mode {
+    use super::*;
+
+    /// How many poolers, none of them met before, make a measurement.
+    const POOLERS: usize = 30;
+
+    /// `None` if a pooler was found out. Whatever else goes wrong is no answer.
+    fn is_found<T>(result: Result<T>) -> Option<T> {
+        match result {
+            Err(Error::Pooled { .. }) => None,
+            other => Some(other.unwrap()),
+        }
+    }
+
+    /// Acquires, and if that does not find the pooler out, holds until it is.
+    async fn hold(pool: &PgPool) -> &'static str {
+        let beat = Duration::from_millis(100);
+        let options = LockOptions::new().heartbeat(beat, Duration::from_secs(2));
+        let mut lock = options.lock(pool, KEY).unwrap();
+        let Some(guard) = is_found(lock.acquire().await) else { return "acquire" };
+        if is_found(guard.verify().await).is_none() {
+            return "verify";
+        }
+        let lost = timeout(PATIENCE, guard.lost()).await;
+        assert!(matches!(lost, Ok(Loss::Pooled)), "{lost:?}");
+        assert!(is_found(guard.release().await).is_none());
+        "heartbeat"
+    }
+
+    /// Acquires, and releases at once.
+    async fn hold_shortly(pool: &PgPool) -> &'static str {
+        let mut lock = Lock::new(pool, KEY);
+        let Some(guard) = is_found(lock.acquire().await) else { return "acquire" };
+        // By chance the unlock may reach the server connection that has the lock; then all was well.
+        is_found(guard.release().await).map_or("release", |()| "nothing was wrong")
+    }
+
+    /// Meets poolers with so many other clients; prints when they were found out.
+    #[expect(clippy::print_stdout, reason = "a measurement is to be read")]
+    async fn meet(clients: usize) -> BTreeMap<&'static str, usize> {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let mut total = BTreeMap::new();
+        for cache in CACHES {
+            let mut found = BTreeMap::<_, usize>::new();
+            for round in 0..POOLERS {
+                let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")]);
+                let options = pooler.connect_options().database(db.name());
+                let others = busy(&options, clients).await;
+                let pool = pool(options.statement_cache_capacity(cache), 2).await;
+                let when =
+                    if round % 2 == 0 { hold(&pool).await } else { hold_shortly(&pool).await };
+                *found.entry(when).or_default() += 1;
+                *total.entry(when).or_default() += 1;
+                // Whoever is told has nothing, on whichever server connection it was.
+                locks_are(&mut admin, 0, PATIENCE).await;
+                drop(others);
+            }
+            println!("a pooler with {clients} other clients, statement cache {cache}: {found:?}");
+        }
+        total
+    }
+
+    #[tokio::test]
+    async fn an_idle_one_is_found_out_by_the_first_acquire() {
+        let found = meet(0).await;
+        assert_eq!(found, BTreeMap::from([("acquire", POOLERS * CACHES.len())]));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_busy_one_is_found_out_before_a_lock_is_trusted_for_long() {
+        let found = meet(4).await;
+        let by_acquire = found.get("acquire").copied().unwrap_or_default();
+        assert!(by_acquire * 2 > POOLERS * CACHES.len(), "hardly by the acquire: {found:?}");
+    }
+
+    /// A counter that is read, then written, by many at once; each holds the transaction's lock.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn locks_of_a_transaction_exclude() {
+        const TASKS: usize = 6;
+        const ROUNDS: usize = 20;
+
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        execute(&mut admin, "CREATE TABLE counter AS SELECT 0 AS n").await;
+        for cache in CACHES {
+            let settings = [("pool_mode", "transaction"), ("default_pool_size", "4")];
+            let pooler = PgBouncer::start(&server, &settings);
+            let options = pooler.connect_options().database(db.name());
+            let others = busy(&options, 4).await;
+            execute(&mut admin, "UPDATE counter SET n = 0").await;
+            let mut counting = JoinSet::new();
+            for task in 0..TASKS {
+                // Clients that share nothing but the pooler.
+                let pool = pool(options.clone().statement_cache_capacity(cache), 1).await;
+                counting.spawn(async move {
+                    for round in 0..ROUNDS {
+                        let mut tx = pool.begin().await.unwrap();
+                        if (task + round) % 2 == 0 {
+                            transaction::acquire(&mut tx, KEY).await.unwrap();
+                        } else {
+                            let wait = transaction::try_acquire_for(&mut tx, KEY, PATIENCE);
+                            assert!(wait.await.unwrap());
+                        }
+                        let read = sqlx::raw_sql("SELECT n FROM counter").fetch_one(&mut *tx).await;
+                        let n: i32 = read.unwrap().get(0);
+                        execute(&mut tx, &format!("UPDATE counter SET n = {}", n + 1)).await;
+                        tx.commit().await.unwrap();
+                    }
+                });
+            }
+            while let Some(counted) = counting.join_next().await {
+                counted.unwrap();
+            }
+            let read = sqlx::raw_sql("SELECT n FROM counter").fetch_one(&mut admin).await;
+            let n: i32 = read.unwrap().get(0);
+            assert_eq!(usize::try_from(n).unwrap(), TASKS * ROUNDS);
+            locks_are(&mut admin, 0, PATIENCE).await;
+            drop(others);
+        }
+    }
+
+    /// The server's connections are shared: what one client's wait has changed, another would see.
+    #[tokio::test]
+    async fn a_transaction_that_waited_leaves_no_setting() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let limit = format!("ALTER DATABASE {} SET statement_timeout = '1min'", db.name());
+        execute(&mut admin, &limit).await;
+        let settings = [("pool_mode", "transaction"), ("default_pool_size", "1")];
+        let pooler = PgBouncer::start(&server, &settings);
+        let pool = pool(pooler.connect_options().database(db.name()), 1).await;
+        let mut holder = db.pool(1).await.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+
+        let mut tx = pool.begin().await.unwrap();
+        let moment = Duration::from_millis(50);
+        assert!(!transaction::try_acquire_for(&mut tx, KEY, moment).await.unwrap());
+        let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+            locks_are(&mut admin, 2, PATIENCE).await;
+            holder.commit().await.unwrap();
+        });
+        acquired.unwrap();
+        tx.commit().await.unwrap();
+
+        // The same server connection, through another client.
+        let mut another = pooler.connect_options().database(db.name()).connect().await.unwrap();
+        let shown = "SELECT current_setting('statement_timeout') || ' ' || \
+                     current_setting('lock_timeout') || ' ' || \
+                     coalesce(current_setting('pglock.granted', true), '') || \
+                     coalesce(current_setting('pglock.statement_timeout', true), '')";
+        let shown: String = sqlx::raw_sql(shown).fetch_one(&mut another).await.unwrap().get(0);
+        assert_eq!(shown, "1min 0 ");
+    }
+}
+
+mod in_session_mode {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn all_works() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        for cache in CACHES {
+            let pooler = PgBouncer::start(&server, &[("pool_mode", "session")]);
+            let options = pooler.connect_options().database(db.name());
+            let others = busy(&options, 2).await;
+            let pool = pool(options.statement_cache_capacity(cache), 3).await;
+            let mut lock = Lock::new(&pool, KEY);
+            let mut other = lock.clone();
+
+            let guard = lock.acquire().await.unwrap();
+            let stacked = lock.acquire().await.unwrap();
+            assert!(other.try_acquire().await.unwrap().is_none());
+            guard.verify().await.unwrap();
+            assert!(guard.fencing_token().await.unwrap() > 0);
+            let mut conn = guard.connection().await.unwrap();
+            let pid = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(&mut *conn).await.unwrap();
+            assert_eq!(pid.get::<i32, _>(0), guard.backend_pid());
+            drop(conn);
+
+            // A wait that is dropped, one that runs out, one that is granted.
+            // A second is enough to get a connection in.
+            let second = Duration::from_secs(1);
+            timeout(second, other.acquire()).await.unwrap_err();
+            locks_are(&mut admin, 1, PATIENCE).await;
+            assert!(other.try_acquire_for(second).await.unwrap().is_none());
+            guard.release().await.unwrap();
+            let (waited, ()) = tokio::join!(other.acquire_shared(), async {
+                locks_are(&mut admin, 2, PATIENCE).await;
+                stacked.release().await.unwrap();
+            });
+            let shared = waited.unwrap();
+            shared.verify().await.unwrap();
+
+            // A loss is told.
+            let pid = shared.backend_pid();
+            execute(&mut admin, &format!("SELECT pg_terminate_backend({pid})")).await;
+            let lost = timeout(PATIENCE, shared.lost()).await.unwrap();
+            assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
+            assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
+
+            lock.acquire().await.unwrap().release().await.unwrap();
+            locks_are(&mut admin, 0, PATIENCE).await;
+            borrow_all(&pool).await;
+            drop(others);
+        }
+    }
+}

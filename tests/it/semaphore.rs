@@ -1,0 +1,646 @@
+//! Never more permits are out than there are, and whoever waits for one gets it.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use pglock::{Error, Key, Lock, Permit, Semaphore};
+use pglock_testkit::{Role, Server, Shutdown, TestDb, advisory_locks, cues, say};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection, PgConnection, PgPool};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::loss::terminate;
+use crate::support::{SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn};
+
+const URL: &str = "PGLOCK_SEMAPHORE_URL";
+const SEED: &str = "PGLOCK_SEMAPHORE_SEED";
+
+/// How many permits there are where several processes share them.
+const PERMITS: usize = 3;
+
+/// A pool on the database of a role. Without, it is nobody's role.
+fn role_pool(max_connections: u32) -> Option<PgPool> {
+    let options = PgConnectOptions::from_str(&env::var(URL).ok()?).unwrap();
+    Some(PgPoolOptions::new().max_connections(max_connections).connect_lazy_with(options))
+}
+
+/// Waits until the server has so many sessions that wait for a lock.
+async fn waiters_are(admin: &mut PgConnection, count: usize) {
+    let started = Instant::now();
+    loop {
+        let locks = advisory_locks(admin).await;
+        if locks.iter().filter(|lock| !lock.granted).count() == count {
+            return;
+        }
+        assert!(started.elapsed() < SOON * 10, "not {count} waiters: {locks:#?}");
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Waits until there are so many locks, all exclusive: the permits that are out, and the first place in
+/// the queue of those who wait.
+async fn first_waits(admin: &mut PgConnection, count: usize) {
+    let started = Instant::now();
+    loop {
+        let locks = advisory_locks(admin).await;
+        let exclusive = locks.iter().all(|lock| lock.granted && lock.mode == "ExclusiveLock");
+        if locks.len() == count && exclusive {
+            return;
+        }
+        assert!(started.elapsed() < SOON * 10, "not {count} exclusive locks: {locks:#?}");
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Uses what a permit stands for: a row that nobody else may have locked.
+///
+/// A witness that knows nothing of advisory locks: when a session ends, the server gives up its row
+/// locks first.
+async fn use_seat(permit: &Permit, state: &mut u64) {
+    let mut conn = permit.connection().await.unwrap();
+    let mut transaction = conn.begin().await.unwrap();
+    let slot = i32::try_from(permit.slot()).unwrap();
+    let seat = sqlx::query_scalar("SELECT slot FROM seat WHERE slot = $1 FOR UPDATE NOWAIT");
+    let seat: i32 = seat.bind(slot).fetch_one(&mut *transaction).await.unwrap();
+    assert_eq!(seat, slot);
+    sleep(Duration::from_micros(random(state) % 3000)).await;
+    if coin(state) {
+        transaction.commit().await.unwrap();
+    }
+}
+
+/// Takes permits in every way, and gives up at random moments. Returns how many it had.
+async fn work(semaphore: Semaphore, seed: u64, stop: Arc<AtomicBool>) -> usize {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut had = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let patience = Duration::from_micros(random(&mut state) % 50_000);
+        let permit = match random(&mut state) % 4 {
+            0 => semaphore.try_acquire().await,
+            1 => semaphore.try_acquire_for(patience).await,
+            2 => timeout(patience, semaphore.acquire()).await.ok().transpose(),
+            _ => semaphore.acquire().await.map(Some),
+        };
+        match permit {
+            Ok(Some(permit)) => {
+                use_seat(&permit, &mut state).await;
+                had += 1;
+                if coin(&mut state) {
+                    permit.release().await.unwrap();
+                }
+            }
+            Ok(None) => {}
+            // So little patience that it may run out before the pool has lent a connection.
+            Err(error) => assert!(matches!(error, Error::Pool { .. }), "{error:?}"),
+        }
+    }
+    had
+}
+
+/// Works until it is told to stop, then tells how many permits it had.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "is a role: another test runs it as a process"]
+async fn worker() {
+    let Some(pool) = role_pool(6) else { return };
+    let seed: u64 = env::var(SEED).unwrap().parse().unwrap();
+    let semaphore = Semaphore::new(&pool, "seats", PERMITS).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut tasks = JoinSet::new();
+    for task in 0..4 {
+        tasks.spawn(work(semaphore.clone(), seed * 4 + task, Arc::clone(&stop)));
+    }
+    let mut cues = cues();
+    let mut had = 0;
+    tokio::select! {
+        _ = cues.next_line() => stop.store(true, Ordering::Relaxed),
+        early = tasks.join_next() => panic!("a worker ended early: {early:?}"),
+    }
+    while let Some(done) = tasks.join_next().await {
+        had += done.unwrap();
+    }
+    say(had);
+}
+
+#[tokio::test]
+async fn never_more_permits_are_out_than_there_are() {
+    const KILLS: u64 = 12;
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let schema = "CREATE TABLE seat (slot int PRIMARY KEY); \
+                  INSERT INTO seat SELECT * FROM generate_series(0, 2)";
+    sqlx::raw_sql(schema).execute(&mut admin).await.unwrap();
+    let start = |seed: u64| {
+        Role::start("semaphore::worker", &[(URL, &db.url()), (SEED, &seed.to_string())])
+    };
+    let mut roles = [start(1), start(2), start(3)];
+    for kill in 0..KILLS {
+        sleep(Duration::from_millis(500)).await;
+        let role = roles.get_mut(usize::try_from(kill).unwrap() % 3).unwrap();
+        assert!(!role.has_ended(), "a worker failed");
+        role.kill().await;
+        *role = start(10 + kill);
+    }
+    sleep(SOON).await;
+    let mut had = Vec::new();
+    for role in &mut roles {
+        had.push(role.ask("stop").await.parse::<usize>().unwrap());
+    }
+    report(format_args!("permits had since the last kills: {had:?}"));
+    assert!(had.iter().all(|&permits| permits > 0), "{had:?}");
+    drop(roles);
+    locks_are(&mut admin, 0, SOON * 10).await;
+}
+
+/// Waits for a permit, holds it until told otherwise, and so on.
+#[tokio::test]
+#[ignore = "is a role: another test runs it as a process"]
+async fn holder() {
+    let Some(pool) = role_pool(2) else { return };
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let mut cues = cues();
+    while cues.next_line().await.unwrap().is_some() {
+        let permit = semaphore.acquire().await.unwrap();
+        say("got");
+        cues.next_line().await.unwrap();
+        permit.release().await.unwrap();
+        say("released");
+    }
+}
+
+#[tokio::test]
+async fn slots_are_numbers_from_zero_that_nobody_else_has() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(7).await;
+    for key in [Key::from("seats"), Key::from(-42), Key::from((i32::MIN, i32::MAX))] {
+        let semaphore = Semaphore::new(&pool, key.clone(), 5).unwrap();
+        assert_eq!((semaphore.key(), semaphore.permits()), (&key, 5));
+        let mut permits = Vec::new();
+        for _ in 0..5 {
+            permits.push(semaphore.acquire().await.unwrap());
+        }
+        let slots: BTreeSet<_> = permits.iter().map(Permit::slot).collect();
+        assert_eq!(slots, (0..5).collect());
+        assert!(permits.iter().all(|permit| *permit.key() == key));
+        assert!(semaphore.try_acquire().await.unwrap().is_none());
+
+        let third = permits.remove(3);
+        let slot = third.slot();
+        third.release().await.unwrap();
+        let again = semaphore.try_acquire().await.unwrap().unwrap();
+        assert_eq!(again.slot(), slot);
+        again.verify().await.unwrap();
+        drop((again, permits));
+        no_locks(&mut admin).await;
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn semaphores_of_other_keys_and_locks_do_not_interfere() {
+    let db = TestDb::new().await;
+    let pool = db.pool(10).await;
+    let keys = [
+        Key::from("seats"),
+        Key::from("seats, semaphore"),
+        Key::from("42"),
+        Key::from(42),
+        Key::from((0, 42)),
+        Key::from((42, 0)),
+        Key::from("(42, 0)"),
+        Key::fnv1a("seats"),
+    ];
+    let mut permits = Vec::new();
+    for key in &keys {
+        let semaphore = Semaphore::new(&pool, key, 1).unwrap();
+        permits.push(semaphore.try_acquire().await.unwrap().expect("a semaphore of its own"));
+        assert!(semaphore.try_acquire().await.unwrap().is_none());
+        let lock = Lock::new(&pool, key).try_acquire().await.unwrap();
+        lock.expect("nothing to do with the lock").release().await.unwrap();
+    }
+    // The same key is the same semaphore, whatever it is called.
+    let number = sqlx::postgres::PgAdvisoryLock::new("seats").key().clone();
+    assert!(Semaphore::new(&pool, number, 1).unwrap().try_acquire().await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn the_number_of_permits_is_from_1_to_1024() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    for permits in [0, 1025, usize::MAX] {
+        let error = Semaphore::new(&pool, "seats", permits).unwrap_err();
+        assert!(matches!(error, Error::Options { .. }), "{error:?}");
+        assert!(error.to_string().contains(&permits.to_string()), "{error}");
+    }
+    for permits in [1, 1024] {
+        let semaphore = Semaphore::new(&pool, permits.to_string(), permits).unwrap();
+        assert_eq!(semaphore.acquire().await.unwrap().slot(), 0);
+    }
+    // The last one too has a key of its own.
+    let many = Semaphore::new(&pool, "many", 1024).unwrap();
+    let first = many.acquire().await.unwrap();
+    let second = many.acquire().await.unwrap();
+    assert_eq!((first.slot(), second.slot()), (0, 1));
+}
+
+#[tokio::test]
+async fn another_number_of_permits_is_told_to_who_comes_second() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let three = || Semaphore::new(&pool, "seats", 3).unwrap();
+    let first = three().acquire().await.unwrap();
+    for second in [1, 2, 4, 1024] {
+        let second_semaphore = Semaphore::new(&pool, "seats", second).unwrap();
+        for refused in [
+            second_semaphore.acquire().await.map(drop),
+            second_semaphore.try_acquire().await.map(drop),
+            second_semaphore.try_acquire_for(SOON).await.map(drop),
+        ] {
+            let error = refused.unwrap_err();
+            assert!(matches!(error, Error::Options { .. }), "{error:?}");
+            assert_eq!(error.key(), &Key::from("seats"));
+            let told = error.to_string();
+            assert!(told.contains(&format!("{second} permits here")), "{told}");
+            assert!(told.contains("3 elsewhere"), "{told}");
+        }
+        // The first is not disturbed, and neither is who counts as it does.
+        first.verify().await.unwrap();
+        three().try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    }
+    locks_are(&mut admin, 1, SOON).await;
+    first.release().await.unwrap();
+    Semaphore::new(&pool, "seats", 2).unwrap().acquire().await.unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn who_tries_does_not_overtake_who_waits() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let (semaphore, other) =
+        (Semaphore::new(&pool, "seats", 1).unwrap(), Semaphore::new(&pool, "seats", 1).unwrap());
+    for _ in 0..20 {
+        let held = semaphore.acquire().await.unwrap();
+        let waiter = semaphore.clone();
+        let waiting = spawn(async move { waiter.acquire().await.unwrap() });
+        // The permit, and the first place in the queue.
+        first_waits(&mut admin, 2).await;
+        let released = held.release();
+        let tries = async {
+            let mut tried = 0;
+            while !waiting.is_finished() {
+                assert!(other.try_acquire().await.unwrap().is_none(), "overtook who waits");
+                tried += 1;
+            }
+            assert!(tried > 0);
+        };
+        let (released, ()) = tokio::join!(released, tries);
+        released.unwrap();
+        waiting.await.unwrap().release().await.unwrap();
+        locks_are(&mut admin, 0, SOON).await;
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
+    const TASKS: usize = 6;
+    let db = TestDb::new().await;
+    let pool = db.pool(u32::try_from(TASKS).unwrap()).await;
+    let mut tasks = JoinSet::new();
+    for _ in 0..TASKS {
+        // As if in a process of its own.
+        let semaphore = Semaphore::new(&pool, "seats", TASKS).unwrap();
+        tasks.spawn(async move {
+            let mut refused = 0;
+            for _ in 0..300 {
+                match semaphore.try_acquire().await.unwrap() {
+                    Some(permit) => permit.release().await.unwrap(),
+                    None => refused += 1,
+                }
+            }
+            refused
+        });
+    }
+    let refused: Vec<i32> = timeout(SOON * 60, tasks.join_all()).await.unwrap();
+    assert_eq!(refused.iter().sum::<i32>(), 0, "refused though others had fewer than all");
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}
+
+/// What a wait needed is given up before it is over.
+#[tokio::test]
+async fn who_tries_gets_what_is_free_after_a_wait() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let semaphore = Semaphore::new(&pool, "seats", 2).unwrap();
+    for round in 0..30 {
+        let (one, two) = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
+        let waiter = semaphore.clone();
+        let waiting = spawn(async move { waiter.acquire().await.unwrap() });
+        first_waits(&mut admin, 3).await;
+        one.release().await.unwrap();
+        two.release().await.unwrap();
+        let third = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+        let tried = semaphore.try_acquire().await.unwrap();
+        assert!(tried.is_some(), "round {round}: nobody waits any more");
+        drop((third, tried));
+        no_locks(&mut admin).await;
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn who_waits_wakes_soon_after_a_release() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(4).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let mut took = Vec::new();
+    for _ in 0..40 {
+        let held = semaphore.acquire().await.unwrap();
+        let waiter = semaphore.clone();
+        let waiting = spawn(async move {
+            let permit = waiter.acquire().await.unwrap();
+            (permit, Instant::now())
+        });
+        first_waits(&mut admin, 2).await;
+        let released = Instant::now();
+        drop(held);
+        let (permit, woke) = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+        took.push(woke - released);
+        permit.release().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+    took.sort();
+    report(format_args!("woke after a release within {took:?}"));
+    // The promise is 50 ms; a busy machine is given more.
+    let median = took.get(took.len() / 2).copied();
+    assert!(median < Some(SOON / 2), "{took:?}");
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn who_waits_wakes_soon_after_a_holder_has_died() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let mut took = Vec::new();
+    for _ in 0..5 {
+        let mut holder = Role::start("semaphore::holder", &[(URL, &db.url())]);
+        assert_eq!(holder.ask("acquire").await, "got");
+        let waiter = semaphore.clone();
+        let waiting = spawn(async move {
+            let permit = waiter.acquire().await.unwrap();
+            (permit, Instant::now())
+        });
+        first_waits(&mut admin, 2).await;
+        let killed = Instant::now();
+        holder.kill().await;
+        let (permit, woke) = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+        took.push(woke.saturating_duration_since(killed));
+        permit.release().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+    took.sort();
+    report(format_args!("woke after a death within {took:?}"));
+    assert!(took.last().unwrap() < &(SOON * 5), "{took:?}");
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_tasks_of_a_process_are_served_in_order_of_arrival() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    for _ in 0..3 {
+        let held = semaphore.acquire().await.unwrap();
+        let served = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = JoinSet::new();
+        for task in 0..8 {
+            let (semaphore, served) = (semaphore.clone(), Arc::clone(&served));
+            // On this runtime of one thread, tasks run for the first time in the order of their start.
+            tasks.spawn(async move {
+                let permit = semaphore.acquire().await.unwrap();
+                served.lock().unwrap().push(task);
+                permit.release().await.unwrap();
+            });
+        }
+        first_waits(&mut admin, 2).await;
+        held.release().await.unwrap();
+        timeout(SOON * 20, tasks.join_all()).await.unwrap();
+        assert_eq!(*served.lock().unwrap(), (0..8).collect::<Vec<_>>());
+    }
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn processes_are_served_in_order_of_arrival() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let start = || Role::start("semaphore::holder", &[(URL, &db.url())]);
+    let (mut second, mut third) = (start(), start());
+    for _ in 0..3 {
+        let held = semaphore.acquire().await.unwrap();
+        let waiter = semaphore.clone();
+        let first = spawn(async move { waiter.acquire().await.unwrap() });
+        // The permit, and the first place in the queue; the others wait for that.
+        first_waits(&mut admin, 2).await;
+        second.tell("acquire").await;
+        waiters_are(&mut admin, 1).await;
+        third.tell("acquire").await;
+        waiters_are(&mut admin, 2).await;
+
+        held.release().await.unwrap();
+        let first = timeout(SOON * 10, first).await.unwrap().unwrap();
+        waiters_are(&mut admin, 1).await;
+        first.release().await.unwrap();
+        // While one has the only permit, another would not say that.
+        assert_eq!(second.answer().await, "got");
+        assert_eq!(second.ask("release").await, "released");
+        assert_eq!(third.answer().await, "got");
+        assert_eq!(third.ask("release").await, "released");
+    }
+    no_locks(&mut admin).await;
+}
+
+#[tokio::test]
+async fn all_who_wait_in_a_process_cost_one_connection() {
+    const WAITERS: usize = 20;
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    // Two for the permits, one to wait. Another that waited would soon fail for want of a connection.
+    let pool = PgPoolOptions::new()
+        .max_connections(3)
+        .acquire_timeout(SOON * 2)
+        .connect_with(db.options())
+        .await
+        .unwrap();
+    let semaphore = Semaphore::new(&pool, "seats", 2).unwrap();
+    let (one, two) = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
+    let inside = Arc::new(AtomicUsize::new(0));
+    let mut waiters = JoinSet::new();
+    for _ in 0..WAITERS {
+        let (semaphore, inside) = (semaphore.clone(), Arc::clone(&inside));
+        waiters.spawn(async move {
+            let permit = semaphore.acquire().await.unwrap();
+            assert!(inside.fetch_add(1, Ordering::SeqCst) < 2);
+            tokio::task::yield_now().await;
+            inside.fetch_sub(1, Ordering::SeqCst);
+            permit.release().await.unwrap();
+        });
+    }
+    first_waits(&mut admin, 3).await;
+    sleep(SOON * 3).await;
+    assert!(waiters.try_join_next().is_none(), "a waiter did not wait");
+    locks_are(&mut admin, 3, SOON).await;
+    one.release().await.unwrap();
+    two.release().await.unwrap();
+    timeout(SOON * 30, waiters.join_all()).await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_bounded_wait_ends_in_time() {
+    const PATIENCE: Duration = Duration::from_millis(300);
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let held = semaphore.acquire().await.unwrap();
+    assert!(semaphore.try_acquire_for(Duration::ZERO).await.unwrap().is_none());
+
+    // Alone, and each behind others.
+    for waiters in [1, 5] {
+        let started = Instant::now();
+        let mut waits = JoinSet::new();
+        for _ in 0..waiters {
+            let semaphore = semaphore.clone();
+            waits
+                .spawn(async move { semaphore.try_acquire_for(PATIENCE).await.unwrap().is_none() });
+        }
+        assert!(waits.join_all().await.iter().all(|&refused| refused));
+        let took = started.elapsed();
+        assert!(took >= PATIENCE && took < PATIENCE + SOON * 2, "{waiters} waiters: {took:?}");
+        locks_are(&mut admin, 1, SOON).await;
+    }
+
+    // Where the pool has no connection, that is told, and in time too.
+    let rest = (pool.acquire().await.unwrap(), pool.acquire().await.unwrap());
+    let started = Instant::now();
+    let error = semaphore.try_acquire_for(PATIENCE).await.unwrap_err();
+    assert!(matches!(error, Error::Pool { .. }) && error.is_transient(), "{error:?}");
+    assert!(started.elapsed() < PATIENCE + SOON * 2, "{:?}", started.elapsed());
+    drop(rest);
+
+    // A permit that comes free in time is taken, here after a time too long to count.
+    let waiter = semaphore.clone();
+    let waiting =
+        spawn(async move { waiter.try_acquire_for(Duration::MAX).await.unwrap().unwrap() });
+    first_waits(&mut admin, 2).await;
+    held.release().await.unwrap();
+    timeout(SOON * 10, waiting).await.unwrap().unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn the_loss_of_a_permit_is_told_and_another_gets_it() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let permit = semaphore.acquire().await.unwrap();
+    let waiter = semaphore.clone();
+    let waiting = spawn(async move { waiter.acquire().await.unwrap() });
+    first_waits(&mut admin, 2).await;
+    terminate(&mut admin, permit.backend_pid()).await;
+    timeout(SOON * 10, permit.lost()).await.unwrap();
+    assert!(permit.is_lost());
+    let next = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+    assert_eq!(next.slot(), permit.slot());
+    assert!(matches!(permit.release().await, Err(Error::Lost { .. })));
+    next.verify().await.unwrap();
+    next.release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn who_waits_goes_on_when_the_session_that_waits_is_lost() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let (pool, elsewhere) = (db.pool(3).await, db.pool(2).await);
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let other = Semaphore::new(&elsewhere, "seats", 1).unwrap();
+    let held = semaphore.acquire().await.unwrap();
+    let first = semaphore.clone();
+    let first = spawn(async move { first.acquire().await.unwrap() });
+    first_waits(&mut admin, 2).await;
+    let second = spawn(async move { other.acquire().await.unwrap() });
+    waiters_are(&mut admin, 1).await;
+    // The first in the queue, and the one behind it, several times.
+    for _ in 0..10 {
+        let locks = advisory_locks(&mut admin).await;
+        for lock in locks.iter().filter(|lock| lock.pid != held.backend_pid()) {
+            terminate(&mut admin, lock.pid).await;
+        }
+        locks_are(&mut admin, 3, SOON * 10).await;
+        waiters_are(&mut admin, 1).await;
+    }
+    held.release().await.unwrap();
+    let both = async { tokio::join!(release(first), release(second)) };
+    timeout(SOON * 20, both).await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+async fn release(waiting: tokio::task::JoinHandle<Permit>) {
+    waiting.await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_waits_goes_on_after_a_restart_of_the_server() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    // Over TCP the pool tries again while nobody listens.
+    let options = server.tcp_options().database(db.name());
+    let connect = || PgPoolOptions::new().max_connections(3).connect_with(options.clone());
+    let (pool, elsewhere) = (connect().await.unwrap(), connect().await.unwrap());
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let other = Semaphore::new(&elsewhere, "seats", 1).unwrap();
+    for crash in [false, true] {
+        let mut admin = db.admin().await;
+        let held = semaphore.acquire().await.unwrap();
+        let (first, second) = (semaphore.clone(), other.clone());
+        let first = spawn(async move { first.acquire().await.unwrap() });
+        first_waits(&mut admin, 2).await;
+        let second = spawn(async move { second.acquire().await.unwrap() });
+        waiters_are(&mut admin, 1).await;
+        if crash {
+            server.kill();
+        } else {
+            server.stop(Shutdown::Fast);
+        }
+        server.restart();
+        let both = async { tokio::join!(release(first), release(second)) };
+        timeout(SOON * 30, both).await.unwrap();
+        assert!(matches!(held.release().await, Err(Error::Lost { .. })));
+        locks_are(&mut db.admin().await, 0, SOON * 10).await;
+    }
+}

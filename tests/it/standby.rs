@@ -1,0 +1,127 @@
+//! A hot standby has locks of its own: refused unless they are asked for, and kept when it is promoted.
+
+use std::error::Error as _;
+use std::time::Duration;
+
+use pglock::{Error, Lock, LockOptions, Result, transaction};
+use pglock_testkit::{Server, advisory_locks};
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{ConnectOptions, PgPool};
+
+use crate::support::{SOON, borrow_all, locks_are, no_locks};
+
+const KEY: &str = "nightly-report";
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn pool(server: &Server) -> PgPool {
+    let options = PgPoolOptions::new().max_connections(3);
+    options.connect_with(server.connect_options()).await.unwrap()
+}
+
+fn is_refused<T: std::fmt::Debug>(acquired: Result<T>) {
+    let error = acquired.unwrap_err();
+    assert!(matches!(error, Error::Standby { .. }), "{error:?}");
+    assert!(error.to_string().contains(KEY));
+    assert!(!error.is_transient());
+}
+
+#[tokio::test]
+async fn it_refuses_and_holds_nothing() {
+    let (_primary, standby) = Server::options().start_with_standby();
+    let pool = pool(&standby).await;
+    let mut admin = standby.connect_options().connect().await.unwrap();
+    let mut lock = Lock::new(&pool, KEY);
+
+    is_refused(lock.acquire().await);
+    is_refused(lock.try_acquire().await);
+    is_refused(lock.try_acquire_for(PATIENCE).await);
+    is_refused(lock.acquire_shared().await);
+    is_refused(lock.try_acquire_shared().await);
+    is_refused(lock.try_acquire_shared_for(PATIENCE).await);
+    assert_eq!(advisory_locks(&mut admin).await, []);
+
+    let mut tx = pool.begin().await.unwrap();
+    is_refused(transaction::acquire(&mut tx, KEY).await);
+    is_refused(transaction::try_acquire(&mut tx, KEY).await);
+    is_refused(transaction::try_acquire_for(&mut tx, KEY, PATIENCE).await);
+    is_refused(transaction::acquire_shared(&mut tx, KEY).await);
+    is_refused(transaction::try_acquire_shared(&mut tx, KEY).await);
+    is_refused(transaction::try_acquire_shared_for(&mut tx, KEY, PATIENCE).await);
+    assert_eq!(advisory_locks(&mut admin).await, []);
+    // The transaction has not failed.
+    sqlx::raw_sql("SELECT 1").execute(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn it_locks_for_itself_if_that_is_allowed() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let (there, here) = (pool(&primary).await, pool(&standby).await);
+    let mut admin = standby.connect_options().connect().await.unwrap();
+    let mut lock = LockOptions::new().allow_standby().lock(&here, KEY).unwrap();
+    let mut other = lock.clone();
+
+    let guard = lock.acquire().await.unwrap();
+    guard.verify().await.unwrap();
+    assert!(other.try_acquire().await.unwrap().is_none());
+    // The primary knows nothing of it.
+    Lock::new(&there, KEY).try_acquire().await.unwrap().unwrap().release().await.unwrap();
+
+    let error = guard.fencing_token().await.unwrap_err();
+    assert!(matches!(error, Error::Database { .. }), "{error:?}");
+    assert!(error.to_string().contains(KEY));
+    assert!(error.source().unwrap().to_string().contains("recovery"));
+    guard.verify().await.unwrap();
+
+    let (waited, ()) = tokio::join!(other.acquire_shared(), async {
+        locks_are(&mut admin, 2, PATIENCE).await;
+        guard.release().await.unwrap();
+    });
+    let shared = waited.unwrap();
+    let another = lock.try_acquire_shared().await.unwrap().unwrap();
+    // Long enough to be listened to, and that leaves nothing on the connection either.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    another.release().await.unwrap();
+    shared.release().await.unwrap();
+    no_locks(&mut admin).await;
+    borrow_all(&here).await;
+}
+
+/// The sessions live on, and their locks with them. What was held on the old primary is not held here.
+#[tokio::test]
+async fn a_promotion_ends_no_session_and_takes_no_lock() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let (there, here) = (pool(&primary).await, pool(&standby).await);
+    let mut admin = standby.connect_options().connect().await.unwrap();
+    let old = borrow_all(&here).await;
+    let mut lock = Lock::new(&here, KEY);
+    is_refused(lock.try_acquire().await);
+
+    let theirs = Lock::new(&there, KEY).acquire().await.unwrap();
+    let allowed = LockOptions::new().allow_standby();
+    let ours = allowed.lock(&here, KEY).unwrap().acquire().await.unwrap();
+    standby.promote();
+
+    ours.verify().await.unwrap();
+    assert!(!ours.is_lost());
+    assert!(lock.try_acquire().await.unwrap().is_none());
+    // Two hold the key, one on either server. Only what they write tells them apart.
+    theirs.verify().await.unwrap();
+    assert!(ours.fencing_token().await.unwrap() > 0);
+
+    // A session from before the promotion, and a fresh one.
+    for pool in [&here, &pool(&standby).await] {
+        let guard = Lock::new(pool, "another").acquire().await.unwrap();
+        assert_eq!(old.contains(&guard.backend_pid()), std::ptr::eq(pool, &raw const here));
+        guard.release().await.unwrap();
+        let mut tx = pool.begin().await.unwrap();
+        transaction::acquire(&mut tx, "another").await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    ours.release().await.unwrap();
+    lock.acquire().await.unwrap().release().await.unwrap();
+    theirs.release().await.unwrap();
+    locks_are(&mut admin, 0, SOON).await;
+    borrow_all(&here).await;
+}

@@ -1,0 +1,135 @@
+//! A guarded write refuses who comes late, and under which isolation.
+
+use pglock::{ExclusiveGuard, Lock};
+use pglock_testkit::{TestDb, eventually};
+use sqlx::{PgConnection, PgPool};
+use tokio::time::timeout;
+
+use crate::support::SOON;
+
+/// As the documentation of `fencing_token` has it.
+const GUARDED: &str = "UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1";
+
+/// Looks at the token in one place, and writes in another.
+const ELSEWHERE: &str =
+    "INSERT INTO payment SELECT id, $1 FROM invoice WHERE token <= $1 AND id = $2";
+
+/// Runs one of them on the invoice; returns how many rows it changed, or its SQLSTATE.
+async fn write(
+    statement: &'static str,
+    token: i64,
+    conn: &mut PgConnection,
+) -> Result<u64, String> {
+    match sqlx::query(statement).bind(token).bind(17).execute(conn).await {
+        Ok(done) => Ok(done.rows_affected()),
+        Err(error) => Err(error.as_database_error().unwrap().code().unwrap().into_owned()),
+    }
+}
+
+async fn hold(pool: &PgPool) -> (ExclusiveGuard, i64) {
+    let guard = Lock::new(pool, "invoice-17").acquire().await.unwrap();
+    let token = guard.fencing_token().await.unwrap().cast_signed();
+    (guard, token)
+}
+
+/// Ends the session of a hold under its guard.
+async fn lose(guard: &ExclusiveGuard, admin: &mut PgConnection) {
+    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(guard.backend_pid());
+    end.execute(admin).await.unwrap();
+    timeout(SOON * 10, guard.lost()).await.unwrap();
+}
+
+/// A database with an invoice that nobody has paid yet.
+async fn invoice() -> TestDb {
+    let db = TestDb::new().await;
+    let schema = "CREATE TABLE invoice (id int, paid bool, token int8);
+                  CREATE TABLE payment (invoice int, token int8);
+                  INSERT INTO invoice VALUES (17, false, 0)";
+    sqlx::raw_sql(schema).execute(&mut db.admin().await).await.unwrap();
+    db
+}
+
+#[tokio::test]
+async fn a_guarded_write_refuses_who_has_lost_the_lock() {
+    let db = invoice().await;
+    let pool = db.pool(4).await;
+    let mut conn = pool.acquire().await.unwrap();
+    let (stale, old) = hold(&pool).await;
+    assert_eq!(write(GUARDED, old, &mut conn).await, Ok(1));
+    lose(&stale, &mut db.admin().await).await;
+    // Nobody else was here yet.
+    assert_eq!(write(GUARDED, old, &mut conn).await, Ok(1));
+
+    let (guard, new) = hold(&pool).await;
+    assert_eq!(write(GUARDED, new, &mut guard.connection().await.unwrap()).await, Ok(1));
+    assert_eq!(write(GUARDED, old, &mut conn).await, Ok(0));
+    assert_eq!(write(ELSEWHERE, old, &mut conn).await, Ok(0));
+    assert_eq!(write(GUARDED, new, &mut conn).await, Ok(1));
+}
+
+/// The late write has begun, and waits for the row, when the later holder commits.
+#[tokio::test]
+async fn a_guarded_write_refuses_who_comes_late_by_an_instant() {
+    for (isolation, refused) in [("READ COMMITTED", Ok(0)), ("REPEATABLE READ", Err("40001"))] {
+        let db = invoice().await;
+        let pool = db.pool(4).await;
+        let (stale, old) = hold(&pool).await;
+        lose(&stale, &mut db.admin().await).await;
+        let (guard, new) = hold(&pool).await;
+        let mut lent = guard.connection().await.unwrap();
+        let mut writing = sqlx::Connection::begin(&mut *lent).await.unwrap();
+        assert_eq!(write(GUARDED, new, &mut writing).await, Ok(1));
+
+        let mut late = pool.begin_with(begin(isolation)).await.unwrap();
+        let pid: i32 =
+            sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *late).await.unwrap();
+        let is_blocked = async || {
+            let blocked = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pid = $1)";
+            sqlx::query_scalar(blocked).bind(pid).fetch_one(&pool).await.unwrap()
+        };
+        let (written, ()) = tokio::join!(write(GUARDED, old, &mut late), async {
+            eventually("the late write waits for the row", SOON * 10, is_blocked).await;
+            writing.commit().await.unwrap();
+        });
+        assert_eq!(written, refused.map_err(str::to_owned), "{isolation}");
+    }
+}
+
+/// The trap: an old snapshot still has the old token.
+#[tokio::test]
+async fn a_snapshot_older_than_the_next_hold_lets_a_late_write_through_elsewhere() {
+    for (isolation, directly, elsewhere) in [
+        ("READ COMMITTED", Ok(0), Ok(0)),
+        ("REPEATABLE READ", Err("40001"), Ok(1)),
+        ("SERIALIZABLE", Err("40001"), Ok(1)),
+    ] {
+        let db = invoice().await;
+        let pool = db.pool(5).await;
+        for (statement, outcome) in [(GUARDED, directly), (ELSEWHERE, elsewhere)] {
+            let (stale, old) = hold(&pool).await;
+            let mut late = pool.begin_with(begin(isolation)).await.unwrap();
+            let seen: i64 = sqlx::query_scalar("SELECT token FROM invoice")
+                .fetch_one(&mut *late)
+                .await
+                .unwrap();
+            assert!(seen < old);
+            lose(&stale, &mut db.admin().await).await;
+
+            let (guard, new) = hold(&pool).await;
+            assert_eq!(write(GUARDED, new, &mut guard.connection().await.unwrap()).await, Ok(1));
+            guard.release().await.unwrap();
+            let written = write(statement, old, &mut late).await;
+            assert_eq!(written, outcome.map_err(str::to_owned), "{isolation}: {statement}");
+            if written.is_ok() {
+                late.commit().await.unwrap();
+            }
+        }
+        let let_through: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM payment").fetch_one(&pool).await.unwrap();
+        assert_eq!(Ok(let_through.cast_unsigned()), elsewhere, "{isolation}");
+    }
+}
+
+fn begin(isolation: &str) -> sqlx::AssertSqlSafe<String> {
+    sqlx::AssertSqlSafe(format!("BEGIN ISOLATION LEVEL {isolation}"))
+}

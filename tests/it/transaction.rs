@@ -1,0 +1,585 @@
+//! Locks of a transaction: released with it, whatever ends it, and all else in it as it was.
+
+use std::time::{Duration, Instant};
+
+use pglock::{Error, Key, Lock, Result, transaction};
+use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, cancel_after, eventually};
+use sqlx::{Acquire, AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
+use tokio::time::{sleep, timeout};
+
+use crate::support::{SOON, borrow_all, dropped_at, locks_are, no_locks};
+
+const KEY: &str = "ledger";
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A wait that is meant to run out.
+const MOMENT: Duration = Duration::from_millis(100);
+
+type Tx = Transaction<'static, Postgres>;
+
+/// The six ways to acquire, by number; `true` if the lock was acquired.
+async fn acquire_in_way(way: usize, tx: &mut Tx, patience: Duration) -> Result<bool> {
+    match way {
+        0 => transaction::acquire(tx, KEY).await.map(|()| true),
+        1 => transaction::try_acquire(tx, KEY).await,
+        2 => transaction::try_acquire_for(tx, KEY, patience).await,
+        3 => transaction::acquire_shared(tx, KEY).await.map(|()| true),
+        4 => transaction::try_acquire_shared(tx, KEY).await,
+        _ => transaction::try_acquire_shared_for(tx, KEY, patience).await,
+    }
+}
+
+async fn execute(conn: &mut PgConnection, statement: impl Into<String>) {
+    sqlx::raw_sql(AssertSqlSafe(statement.into())).execute(conn).await.unwrap();
+}
+
+/// The first column of the first row, by the simple protocol.
+async fn ask(conn: &mut PgConnection, statement: &str) -> String {
+    let statement = AssertSqlSafe(format!("SELECT ({statement})::text"));
+    sqlx::raw_sql(statement).fetch_one(conn).await.unwrap().get(0)
+}
+
+async fn count_locks(conn: &mut PgConnection) -> String {
+    let mine = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted \
+                AND pid = pg_backend_pid()";
+    ask(conn, mine).await
+}
+
+fn sqlstate(error: &sqlx::Error) -> Option<String> {
+    Some(error.as_database_error()?.code()?.into_owned())
+}
+
+#[tokio::test]
+async fn every_way_holds_until_the_transaction_ends() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    for way in 0..6 {
+        for end in ["commit", "rollback", "drop"] {
+            let mut tx = pool.begin().await.unwrap();
+            assert!(acquire_in_way(way, &mut tx, PATIENCE).await.unwrap());
+            let locks = advisory_locks(&mut admin).await;
+            let mode = if way < 3 { "ExclusiveLock" } else { "ShareLock" };
+            let modes: Vec<_> = locks.iter().map(|lock| lock.mode.as_str()).collect();
+            assert_eq!(modes, [mode], "way {way}");
+            match end {
+                "commit" => tx.commit().await.unwrap(),
+                "rollback" => tx.rollback().await.unwrap(),
+                _ => drop(tx),
+            }
+            no_locks(&mut admin).await;
+        }
+    }
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn whoever_holds_a_key_excludes_whoever_wants_it() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    for key in [Key::from("ledger"), Key::from(i64::MIN), Key::from((-1, 7))] {
+        let mut lock = Lock::new(&pool, &key);
+        let mut tx = pool.begin().await.unwrap();
+        let mut other = pool.begin().await.unwrap();
+
+        transaction::acquire(&mut tx, &key).await.unwrap();
+        assert!(lock.try_acquire_shared().await.unwrap().is_none());
+        assert!(!transaction::try_acquire_shared(&mut other, &key).await.unwrap());
+        // The owner is the session.
+        assert!(transaction::try_acquire(&mut tx, &key).await.unwrap());
+        tx.rollback().await.unwrap();
+
+        let guard = lock.acquire_shared().await.unwrap();
+        assert!(transaction::try_acquire_shared(&mut other, &key).await.unwrap());
+        assert!(!transaction::try_acquire(&mut other, &key).await.unwrap());
+        assert!(!transaction::try_acquire_for(&mut other, &key, MOMENT).await.unwrap());
+        guard.release().await.unwrap();
+        assert!(transaction::try_acquire(&mut other, &key).await.unwrap());
+        other.rollback().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_wait_ends_when_the_holder_commits() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    for way in [0, 2, 3, 5] {
+        let mut holder = pool.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        let mut tx = pool.begin().await.unwrap();
+        let (granted, ()) = tokio::join!(acquire_in_way(way, &mut tx, PATIENCE), async {
+            locks_are(&mut admin, 2, PATIENCE).await;
+            holder.commit().await.unwrap();
+        });
+        assert!(granted.unwrap());
+        // It was granted inside a subtransaction, and is the transaction's.
+        let modes: Vec<_> =
+            advisory_locks(&mut tx).await.into_iter().map(|lock| lock.mode).collect();
+        assert_eq!(modes, [if way < 3 { "ExclusiveLock" } else { "ShareLock" }], "way {way}");
+        tx.commit().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+}
+
+#[tokio::test]
+async fn rolling_back_to_a_savepoint_releases_what_was_acquired_after_it() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    for busy in [false, true] {
+        let mut tx = pool.begin().await.unwrap();
+        transaction::acquire(&mut tx, 1).await.unwrap();
+        for commit in [false, true] {
+            let mut holder = pool.begin().await.unwrap();
+            if busy {
+                transaction::acquire(&mut holder, KEY).await.unwrap();
+            }
+            let mut nested = tx.begin().await.unwrap();
+            let (acquired, ()) = tokio::join!(transaction::acquire(&mut nested, KEY), async {
+                if busy {
+                    locks_are(&mut admin, 3, PATIENCE).await;
+                }
+                holder.rollback().await.unwrap();
+            });
+            acquired.unwrap();
+            assert_eq!(count_locks(&mut nested).await, "2");
+            if commit {
+                nested.commit().await.unwrap();
+                assert_eq!(count_locks(&mut tx).await, "2");
+            } else {
+                nested.rollback().await.unwrap();
+                assert_eq!(count_locks(&mut tx).await, "1");
+            }
+        }
+        tx.commit().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+}
+
+#[tokio::test]
+async fn a_wait_that_runs_out_leaves_the_transaction_usable_and_the_log_empty() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    execute(&mut admin, "CREATE TABLE t (n int)").await;
+    let mut holder = pool.begin().await.unwrap();
+    transaction::acquire(&mut holder, KEY).await.unwrap();
+    let mark = server.log_len();
+
+    let mut tx = pool.begin().await.unwrap();
+    execute(&mut tx, "INSERT INTO t VALUES (1)").await;
+    for way in [1, 2, 4, 5] {
+        let started = Instant::now();
+        assert!(!acquire_in_way(way, &mut tx, MOMENT).await.unwrap());
+        assert!(matches!(way, 1 | 4) || started.elapsed() >= MOMENT);
+        assert_eq!(count_locks(&mut tx).await, "0");
+    }
+    assert!(!transaction::try_acquire_for(&mut tx, KEY, Duration::ZERO).await.unwrap());
+    execute(&mut tx, "INSERT INTO t VALUES (2)").await;
+    tx.commit().await.unwrap();
+
+    assert_eq!(ask(&mut admin, "SELECT sum(n) FROM t").await, "3");
+    assert_eq!(server.log_since(mark), "");
+    holder.commit().await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+/// A timeout may strike after the grant. Then the answer is no, and that must be true.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_answer_is_true_however_tight_the_time() {
+    const ROUNDS: u64 = 1_500;
+
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut others = tokio::task::JoinSet::new();
+    let key = sqlx::postgres::PgAdvisoryLock::new(KEY).key().as_bigint().unwrap();
+    for seed in 1..4 {
+        let mut conn = db.admin().await;
+        others.spawn(async move {
+            for round in 0_u64.. {
+                let hold = (round * 7 + seed * 3) % 20;
+                let hold = format!(
+                    "SELECT pg_advisory_lock({key}); SELECT pg_sleep({hold} / 10000.0); \
+                     SELECT pg_advisory_unlock({key})"
+                );
+                execute(&mut conn, hold).await;
+            }
+        });
+    }
+    let (mut yes, mut no) = (0, 0);
+    for round in 0..ROUNDS {
+        let mut tx = pool.begin().await.unwrap();
+        let wait = Duration::from_millis(1 + round % 3);
+        let granted = if round % 2 == 0 {
+            transaction::try_acquire_for(&mut tx, KEY, wait).await.unwrap()
+        } else {
+            transaction::try_acquire_shared_for(&mut tx, KEY, wait).await.unwrap()
+        };
+        *if granted { &mut yes } else { &mut no } += 1;
+        assert_eq!(count_locks(&mut tx).await, if granted { "1" } else { "0" });
+        tx.rollback().await.unwrap();
+    }
+    assert!(yes > 0 && no > 0, "not tight at all: {yes} {no}");
+}
+
+mod settings {
+    use super::*;
+
+    const SETTINGS: &str = "current_setting('lock_timeout') || ' ' || \
+                            current_setting('statement_timeout') || ' ' || \
+                            current_setting('transaction_isolation') || ' ' || \
+                            current_setting('transaction_read_only')";
+
+    /// Acquires a busy lock in a transaction that `begin` and `SET LOCAL` made special, past every limit
+    /// on statements and locks; then waits in vain for another. Nothing is different afterwards.
+    async fn stay(
+        prepare: impl AsyncFn(&mut PgConnection, &str),
+        begin: &'static str,
+        local: &str,
+    ) {
+        let db = TestDb::new().await;
+        let mut admin = db.admin().await;
+        prepare(&mut admin, db.name()).await;
+        let (pool, other) = (db.pool(1).await, db.pool(2).await);
+        let mut holder = other.begin().await.unwrap();
+        let mut busy = other.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        transaction::acquire(&mut busy, "busy").await.unwrap();
+
+        let mut session = pool.acquire().await.unwrap();
+        let outside = ask(&mut session, SETTINGS).await;
+        drop(session);
+        let mut tx = pool.begin_with(begin).await.unwrap();
+        execute(&mut tx, local).await;
+        let before = ask(&mut tx, SETTINGS).await;
+        let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+            locks_are(&mut admin, 3, PATIENCE).await;
+            // Not to wait for something, but to let the limits pass.
+            sleep(Duration::from_millis(1200)).await;
+            holder.commit().await.unwrap();
+        });
+        acquired.unwrap();
+        assert_eq!(ask(&mut tx, SETTINGS).await, before);
+        assert!(!transaction::try_acquire_for(&mut tx, "busy", MOMENT * 7).await.unwrap());
+        assert_eq!(ask(&mut tx, SETTINGS).await, before);
+        // In force as well.
+        if before.contains("500ms") {
+            let slept = sqlx::raw_sql("SELECT pg_sleep(20)").execute(&mut *tx).await.unwrap_err();
+            assert_eq!(sqlstate(&slept).unwrap(), "57014");
+            tx.rollback().await.unwrap();
+        } else {
+            tx.commit().await.unwrap();
+        }
+        let mut session = pool.acquire().await.unwrap();
+        assert_eq!(ask(&mut session, SETTINGS).await, outside);
+    }
+
+    #[tokio::test]
+    async fn of_the_role_do_not_end_a_wait_and_stay() {
+        let limit = async |admin: &mut PgConnection, db: &str| {
+            execute(admin, format!("ALTER DATABASE {db} SET lock_timeout = '400ms'")).await;
+            execute(admin, format!("ALTER DATABASE {db} SET statement_timeout = '500ms'")).await;
+        };
+        stay(limit, "BEGIN", "SELECT 1").await;
+    }
+
+    #[tokio::test]
+    async fn of_the_transaction_do_not_end_a_wait_and_stay() {
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+        let local = "SET LOCAL lock_timeout = 400; SET LOCAL statement_timeout = '500ms'";
+        stay(async |_, _| {}, begin, local).await;
+    }
+
+    #[tokio::test]
+    async fn that_are_usual_stay() {
+        stay(async |_, _| {}, "BEGIN ISOLATION LEVEL SERIALIZABLE", "SELECT 1").await;
+    }
+}
+
+/// A wait longer than a slice renews its snapshot, so vacuum can go on, and is granted all the same.
+#[tokio::test]
+async fn a_long_wait_renews_its_snapshot() {
+    let db = TestDb::new().await;
+    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
+    let pool = db.pool(2).await;
+    let mut holder = pool.begin().await.unwrap();
+    transaction::acquire(&mut holder, KEY).await.unwrap();
+    let mut tx = pool.begin().await.unwrap();
+    let pid = ask(&mut tx, "pg_backend_pid()").await;
+
+    let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+        locks_are(&mut admin, 2, PATIENCE).await;
+        let xmin = format!("SELECT backend_xmin FROM pg_stat_activity WHERE pid = {pid}");
+        let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
+        let started = Instant::now();
+        loop {
+            // A transaction that writes, for the next snapshot to differ.
+            execute(&mut watcher, "CREATE TABLE t (); DROP TABLE t").await;
+            let now = ask(&mut admin, &format!("coalesce(({xmin})::text, '')")).await;
+            if now.parse::<u32>().is_ok_and(|now| now > first) {
+                break;
+            }
+            assert!(started.elapsed() < PATIENCE, "the snapshot is as old as the wait");
+            sleep(Duration::from_millis(50)).await;
+        }
+        holder.commit().await.unwrap();
+    });
+    acquired.unwrap();
+    tx.commit().await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+mod isolation {
+    use super::*;
+
+    async fn update(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql("UPDATE account SET balance = balance + 1").execute(conn).await.map(drop)
+    }
+
+    const BALANCE: &str = "SELECT balance FROM account";
+
+    async fn account() -> (TestDb, PgPool) {
+        let db = TestDb::new().await;
+        execute(&mut db.admin().await, "CREATE TABLE account AS SELECT 0 AS balance").await;
+        let pool = db.pool(2).await;
+        (db, pool)
+    }
+
+    /// Waits in a transaction for a holder, who updates before he commits.
+    async fn wait_for_an_update(db: &TestDb, pool: &PgPool, begin: &'static str) -> Tx {
+        let mut admin = db.admin().await;
+        let mut holder = pool.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        let mut tx = pool.begin_with(begin).await.unwrap();
+        let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+            locks_are(&mut admin, 2, PATIENCE).await;
+            update(&mut holder).await.unwrap();
+            holder.commit().await.unwrap();
+        });
+        acquired.unwrap();
+        tx
+    }
+
+    #[tokio::test]
+    async fn read_committed_sees_what_the_previous_holder_committed() {
+        let (db, pool) = account().await;
+        let mut tx = wait_for_an_update(&db, &pool, "BEGIN").await;
+        assert_eq!(ask(&mut tx, BALANCE).await, "1");
+        update(&mut tx).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn repeatable_read_does_not() {
+        let (db, pool) = account().await;
+        for begin in ["BEGIN ISOLATION LEVEL REPEATABLE READ", "BEGIN ISOLATION LEVEL SERIALIZABLE"]
+        {
+            let before = ask(&mut pool.acquire().await.unwrap(), BALANCE).await;
+            let mut tx = wait_for_an_update(&db, &pool, begin).await;
+            assert_eq!(ask(&mut tx, BALANCE).await, before, "{begin}");
+            let error = update(&mut tx).await.unwrap_err();
+            assert_eq!(sqlstate(&error).unwrap(), "40001", "{begin}");
+        }
+    }
+
+    #[tokio::test]
+    async fn repeatable_read_does_under_a_guard() {
+        let (db, pool) = account().await;
+        let mut admin = db.admin().await;
+        let mut holder = pool.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        let mut lock = Lock::new(&pool, KEY);
+        let (guard, ()) = tokio::join!(lock.acquire(), async {
+            locks_are(&mut admin, 2, PATIENCE).await;
+            update(&mut holder).await.unwrap();
+            holder.commit().await.unwrap();
+        });
+        let guard = guard.unwrap();
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ";
+        let mut tx = pool.begin_with(begin).await.unwrap();
+        assert_eq!(ask(&mut tx, BALANCE).await, "1");
+        update(&mut tx).await.unwrap();
+        tx.commit().await.unwrap();
+        guard.release().await.unwrap();
+    }
+}
+
+mod cancelled {
+    use super::*;
+
+    /// Drops one of the ways to acquire after every number of polls. The connection answers again, and
+    /// the rollback leaves nothing but what `held` says others hold.
+    ///
+    /// Returns at how many points it was dropped.
+    async fn at_every_poll(db: &TestDb, held: usize, way: usize) -> usize {
+        let mut admin = db.admin().await;
+        let pool = db.pool(1).await;
+        for polls in 1.. {
+            assert!(polls < 60, "the call never completes");
+            for end in ["rollback", "drop"] {
+                let mut tx = pool.begin().await.unwrap();
+                let cut = cancel_after(polls, acquire_in_way(way, &mut tx, MOMENT));
+                let outcome = cut.await;
+                if end == "rollback" {
+                    timeout(PATIENCE, tx.rollback()).await.unwrap().unwrap();
+                } else {
+                    drop(tx);
+                }
+                locks_are(&mut admin, held, SOON).await;
+                borrow_all(&pool).await;
+                if end == "drop" && outcome.is_some() {
+                    return polls - 1;
+                }
+            }
+        }
+        0
+    }
+
+    #[tokio::test]
+    async fn while_it_acquires_a_free_lock() {
+        let db = TestDb::new().await;
+        for way in 0..6 {
+            dropped_at(1, async || at_every_poll(&db, 0, way).await).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn while_it_asks_for_a_busy_lock() {
+        let db = TestDb::new().await;
+        let other = db.pool(1).await;
+        let _held = Lock::new(&other, KEY).acquire().await.unwrap();
+        for way in [1, 2, 4, 5] {
+            dropped_at(1, async || at_every_poll(&db, 1, way).await).await;
+        }
+    }
+
+    /// The price of a dropped wait, as it is documented: the connection is free after a slice at the
+    /// latest, though the holder still holds.
+    #[tokio::test]
+    async fn while_it_waits_without_a_limit() {
+        let db = TestDb::new().await;
+        let mut admin = db.admin().await;
+        let pool = db.pool(2).await;
+        let other = db.pool(1).await;
+        let _held = Lock::new(&other, KEY).acquire().await.unwrap();
+        let mut one = pool.begin().await.unwrap();
+        let mut two = pool.begin().await.unwrap();
+        for tx in [&mut one, &mut two] {
+            timeout(MOMENT * 3, transaction::acquire(tx, KEY)).await.unwrap_err();
+        }
+        assert_eq!(advisory_locks(&mut admin).await.len(), 3);
+        drop(one);
+        timeout(PATIENCE, two.rollback()).await.unwrap().unwrap();
+        eventually("the pool has them back", PATIENCE, || async { pool.num_idle() == 2 }).await;
+        locks_are(&mut admin, 1, SOON).await;
+        borrow_all(&pool).await;
+    }
+
+    /// The dropped wait is granted: the transaction has the lock, until it ends.
+    #[tokio::test]
+    async fn and_then_granted() {
+        let db = TestDb::new().await;
+        let mut admin = db.admin().await;
+        let pool = db.pool(1).await;
+        let other = db.pool(1).await;
+        let held = Lock::new(&other, KEY).acquire().await.unwrap();
+        let mut tx = pool.begin().await.unwrap();
+        timeout(MOMENT, transaction::acquire(&mut tx, KEY)).await.unwrap_err();
+        locks_are(&mut admin, 2, PATIENCE).await;
+        held.release().await.unwrap();
+        locks_are(&mut admin, 1, PATIENCE).await;
+        assert_eq!(count_locks(&mut tx).await, "1");
+        tx.rollback().await.unwrap();
+        no_locks(&mut admin).await;
+    }
+}
+
+mod failing {
+    use super::*;
+
+    /// Checks that an error has the key, and that the transaction can only be rolled back.
+    async fn has_failed(error: &Error, mut tx: Tx) {
+        assert_eq!(error.key(), &Key::from(KEY));
+        let next = sqlx::raw_sql("SELECT 1").execute(&mut *tx).await.unwrap_err();
+        assert_eq!(sqlstate(&next).unwrap(), "25P02");
+        let error = transaction::try_acquire(&mut tx, KEY).await.unwrap_err();
+        assert!(matches!(error, Error::Database { .. }), "{error:?}");
+        tx.rollback().await.unwrap();
+    }
+
+    /// Each holds what the other wants: one fails, and the other gets it.
+    #[tokio::test]
+    async fn by_a_deadlock() {
+        let db = TestDb::new().await;
+        let mut admin = db.admin().await;
+        let pool = db.pool(2).await;
+        let wait = async |mut tx: Tx| {
+            let waited = timeout(PATIENCE, transaction::acquire(&mut tx, KEY)).await.unwrap();
+            match &waited {
+                Ok(()) => tx.commit().await.unwrap(),
+                Err(error) => has_failed(error, tx).await,
+            }
+            waited
+        };
+        let mut one = pool.begin().await.unwrap();
+        let mut two = pool.begin().await.unwrap();
+        transaction::acquire_shared(&mut one, KEY).await.unwrap();
+        transaction::acquire_shared(&mut two, KEY).await.unwrap();
+        match tokio::join!(wait(one), wait(two)) {
+            (Ok(()), Err(error)) | (Err(error), Ok(())) => {
+                assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
+                assert!(error.is_transient());
+            }
+            both => panic!("exactly one must give way: {both:?}"),
+        }
+        no_locks(&mut admin).await;
+        borrow_all(&pool).await;
+    }
+
+    #[tokio::test]
+    async fn because_an_administrator_cancels_or_kills() {
+        let db = TestDb::new().await;
+        let mut admin = db.admin().await;
+        let (pool, other) = (db.pool(2).await, db.pool(1).await);
+        let held = Lock::new(&other, KEY).acquire().await.unwrap();
+        for how in ["pg_cancel_backend", "pg_terminate_backend"] {
+            let mut tx = pool.begin().await.unwrap();
+            let pid = ask(&mut tx, "pg_backend_pid()").await;
+            let (failed, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+                locks_are(&mut admin, 2, PATIENCE).await;
+                execute(&mut admin, format!("SELECT {how}({pid})")).await;
+            });
+            let error = failed.unwrap_err();
+            if how == "pg_cancel_backend" {
+                assert!(matches!(error, Error::Cancelled { .. }), "{error:?}");
+                has_failed(&error, tx).await;
+            } else {
+                assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
+            }
+            locks_are(&mut admin, 1, SOON).await;
+        }
+        held.release().await.unwrap();
+        borrow_all(&pool).await;
+    }
+
+    #[tokio::test]
+    async fn because_the_server_is_silent() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let pool = db.pool(1).await;
+        let mut tx = pool.begin().await.unwrap();
+        server.pause();
+        let waited = timeout(PATIENCE, transaction::try_acquire_for(&mut tx, KEY, MOMENT)).await;
+        let error = waited.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
+        server.resume();
+        // Late, but it answers.
+        tx.rollback().await.unwrap();
+        no_locks(&mut db.admin().await).await;
+        server.stop(Shutdown::Fast);
+        let error = pool.begin().await.unwrap_err();
+        assert!(sqlstate(&error).is_none());
+    }
+}
