@@ -1,5 +1,6 @@
 //! A free lock, acquired and released, with a connection from the pool each time.
 
+mod contest;
 mod support;
 
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 use sqlx::{PgConnection, PgPool};
 
-use support::{Contest, Contestant};
+use contest::{Contest, Contestant};
 
 const KEY: i64 = 42;
 const CONNECTIONS: u32 = 10;
@@ -31,11 +32,11 @@ async fn free(time: Duration) -> Result<(), BoxDynError> {
         Contest::new("SQL by hand", Cycle::ByHand(warm_pool(&db).await?)),
         Contest::new("two round trips, no pool", Cycle::RoundTrips(db.admin().await)),
     ];
-    support::compete(&mut contests, time).await?;
+    contest::compete(&mut contests, time).await?;
 
     let title = "free: acquire and release a free lock, from a pool of 10 open connections";
     support::print_title(title, &db.pool(1).await).await?;
-    support::print_table("acquire and release, median", 0.5, &contests);
+    contest::print_table("acquire and release, median", 0.5, &contests);
     Ok(())
 }
 

@@ -8,6 +8,7 @@
 
 #![expect(clippy::print_stdout, reason = "the parties answer there")]
 
+mod contest;
 mod support;
 
 use std::env;
@@ -15,7 +16,7 @@ use std::mem;
 use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use pglock::{ExclusiveGuard, Lock};
+use pglock::{ExclusiveGuard, Lock, LockManager};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::error::BoxDynError;
 use sqlx::{Connection, PgConnection, PgPool};
@@ -23,10 +24,11 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, stdin};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::{sleep, timeout};
 
-use support::{Contest, Contestant};
+use contest::{Contest, Contestant};
 
 const KEY_OF_PGLOCK: i64 = 1;
 const KEY_OF_SQL: i64 = 2;
+const KEY_OF_MANAGER: i64 = 3;
 
 fn main() -> Result<(), BoxDynError> {
     let mut arguments = env::args().skip(1);
@@ -42,16 +44,18 @@ async fn handover(time: Duration) -> Result<(), BoxDynError> {
     let db = TestDb::new().await;
     let sql = Pair::start(&db, KEY_OF_SQL).await?;
     let pglock = Pair::start(&db, KEY_OF_PGLOCK).await?;
+    let manager = Pair::start(&db, KEY_OF_MANAGER).await?;
     let mut contests = [
         Contest::new("SQL by hand, connection held", sql),
-        Contest::new("pglock", pglock).target("<= 1.10", |ratio, _| ratio <= 1.1),
+        Contest::new("Lock", pglock).target("<= 1.10", |ratio, _| ratio <= 1.1),
+        Contest::new("LockManager", manager).target("<= 1.20", |ratio, _| ratio <= 1.2),
     ];
-    support::compete(&mut contests, time).await?;
+    contest::compete(&mut contests, time).await?;
 
     let title = "handover: a busy lock goes from one process to another, which waits for it";
     support::print_title(title, &db.pool(1).await).await?;
-    support::print_table("release to acquired, median", 0.5, &contests);
-    support::print_table("release to acquired, 95th percentile", 0.95, &contests);
+    contest::print_table("release to acquired, median", 0.5, &contests);
+    contest::print_table("release to acquired, 95th percentile", 0.95, &contests);
     Ok(())
 }
 
@@ -158,8 +162,9 @@ impl Party {
 /// Is one of the two processes: does what it is told.
 async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
     let mut way = match key {
-        KEY_OF_PGLOCK => Way::Pglock(Box::new(Lock::new(&PgPool::connect(&url).await?, key)), None),
-        _ => Way::by_hand(PgConnection::connect(&url).await?).await?,
+        KEY_OF_SQL => Way::by_hand(PgConnection::connect(&url).await?).await?,
+        KEY_OF_MANAGER => Way::ours(LockManager::new(&PgPool::connect(&url).await?).lock(key)),
+        _ => Way::ours(Lock::new(&PgPool::connect(&url).await?, key)),
     };
     let mut released = Duration::ZERO;
     let mut input = BufReader::new(stdin()).lines();
@@ -196,6 +201,10 @@ impl Way {
         let backend_pid =
             sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut connection).await?;
         Ok(Self::ByHand { connection, backend_pid })
+    }
+
+    fn ours(lock: Lock) -> Self {
+        Self::Pglock(Box::new(lock), None)
     }
 
     async fn acquire(&mut self, key: i64) -> Result<i32, BoxDynError> {

@@ -1,5 +1,6 @@
 //! A lock that its handle holds already, acquired once more: a stacked acquire.
 
+mod contest;
 mod support;
 
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use sqlx::PgConnection;
 use sqlx::error::BoxDynError;
 use tokio::sync::Mutex;
 
-use support::{Contest, Contestant};
+use contest::{Contest, Contestant};
 
 const KEY: i64 = 42;
 /// How many stacked acquires make a turn; of those that ask the server, how many.
@@ -32,11 +33,11 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
         Contest::new("pglock", Stack::Pglock(lock)).target("<= 1 µs", |_, micros| micros <= 1.0),
         Contest::new("SQL by hand, counted by the server", Stack::ByHand(connection)),
     ];
-    support::compete(&mut contests, time).await?;
+    contest::compete(&mut contests, time).await?;
 
     let title = "stacked: acquire and drop, while the same handle holds the lock";
     support::print_title(title, &db.pool(1).await).await?;
-    support::print_table("acquire and drop, median", 0.5, &contests);
+    contest::print_table("acquire and drop, median", 0.5, &contests);
     Ok(())
 }
 

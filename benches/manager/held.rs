@@ -1,0 +1,48 @@
+//! What a lock that a manager holds costs in memory.
+
+use std::fs;
+
+use pglock::LockManager;
+use pglock_testkit::TestDb;
+use sqlx::error::BoxDynError;
+use tokio::task::JoinSet;
+
+/// What so many locks that are held at once cost.
+pub(crate) struct Held {
+    pub(crate) bytes_each: f64,
+    pub(crate) connections: usize,
+}
+
+pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    drop(manager.lock(0).acquire().await?);
+    let before = resident()?;
+    let mut asking = JoinSet::new();
+    let mut guards = Vec::with_capacity(usize::try_from(locks)?);
+    for key in 0..locks {
+        let mut lock = manager.lock(key);
+        asking.spawn(async move { lock.acquire().await });
+        // Not all at once, or the tasks would be measured.
+        if asking.len() >= 1000 {
+            while let Some(acquired) = asking.join_next().await {
+                guards.push(acquired??);
+            }
+        }
+    }
+    while let Some(acquired) = asking.join_next().await {
+        guards.push(acquired??);
+    }
+    let bytes_each = (resident()? - before) / f64::from(i32::try_from(locks)?);
+    let connections = pool.size() as usize - pool.num_idle();
+    drop(guards);
+    Ok(Held { bytes_each, connections })
+}
+
+/// The bytes of memory that this process has.
+fn resident() -> Result<f64, BoxDynError> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).ok_or("no VmRSS")?;
+    let kilobytes: f64 = line.split_whitespace().nth(1).ok_or("no figure")?.parse()?;
+    Ok(kilobytes * 1024.0)
+}

@@ -1,0 +1,63 @@
+//! How many cycles tasks do in a second.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pglock_testkit::TestDb;
+use sqlx::error::BoxDynError;
+use tokio::task::{JoinSet, consume_budget};
+use tokio::time::sleep;
+
+use crate::who::{Means, Who};
+
+/// What the others have, where a manager has two.
+const POOL: u32 = 10;
+
+/// Which keys the tasks lock.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(crate) enum Keys {
+    /// Each its own.
+    Distinct,
+    /// All the same.
+    One,
+}
+
+/// Runs tasks for so long, and returns how many cycles they did in a second.
+pub(crate) async fn cycles(
+    db: &TestDb,
+    who: Who,
+    tasks: u32,
+    keys: Keys,
+    time: Duration,
+) -> Result<f64, BoxDynError> {
+    let connections = if who.is_manager() { 2 } else { POOL };
+    let means = Means::new(who, db.options(), connections);
+    let stop = Arc::new(AtomicBool::new(false));
+    let count = Arc::new(AtomicU64::new(0));
+    let mut working = JoinSet::new();
+    for task in 0..tasks {
+        let mut task = means.task(if keys == Keys::One { 0 } else { i64::from(task) });
+        let (stop, count) = (Arc::clone(&stop), Arc::clone(&count));
+        working.spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                task.cycle().await?;
+                count.fetch_add(1, Ordering::Relaxed);
+                consume_budget().await;
+            }
+            Ok::<_, BoxDynError>(())
+        });
+    }
+    // Until all have connected.
+    sleep(time / 4).await;
+    let (before, started) = (count.load(Ordering::Relaxed), Instant::now());
+    sleep(time).await;
+    let (after, took) = (count.load(Ordering::Relaxed), started.elapsed());
+    stop.store(true, Ordering::Relaxed);
+    while let Some(done) = working.join_next().await {
+        done??;
+    }
+    means.close().await;
+    #[expect(clippy::cast_precision_loss, reason = "there are not so many")]
+    Ok((after - before) as f64 / took.as_secs_f64())
+}

@@ -1,0 +1,160 @@
+//! The ways to lock that are compared, and a task that locks in one of them.
+
+use std::time::Duration;
+
+use pglock::{Lock, LockManager};
+use sqlx::PgPool;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey, PgConnectOptions, PgPoolOptions};
+use sqlx::query;
+use tokio::sync::Semaphore;
+
+use crate::floor::Floor;
+
+/// A way to lock.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub(crate) enum Who {
+    ByHand,
+    /// Batches of calls on one connection, without guards, table or safety.
+    Floor,
+    Lock,
+    Manager,
+    /// Each release waits for the server's answer.
+    ManagerAwaited,
+    Sqlx,
+}
+
+impl Who {
+    /// The first one is the one that the others are compared with.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Sqlx, Self::ByHand, Self::Lock, Self::Floor, Self::ManagerAwaited, Self::Manager];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::ByHand => "SQL by hand",
+            Self::Floor => "bare batches, without guards",
+            Self::Lock => "Lock",
+            Self::Manager => "LockManager, guards dropped",
+            Self::ManagerAwaited => "LockManager, releases awaited",
+            Self::Sqlx => "sqlx's PgAdvisoryLock",
+        }
+    }
+
+    pub(crate) fn is_manager(self) -> bool {
+        matches!(self, Self::Manager | Self::ManagerAwaited)
+    }
+}
+
+/// What the tasks of one process have in common.
+pub(crate) struct Means {
+    who: Who,
+    pool: PgPool,
+    manager: LockManager,
+    floor: Floor,
+}
+
+impl Means {
+    /// With at most so many connections, of which none is open yet.
+    pub(crate) fn new(who: Who, options: PgConnectOptions, connections: u32) -> Self {
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            // As many may have to connect, one after the other.
+            .acquire_timeout(Duration::from_mins(2))
+            .connect_lazy_with(options);
+        let floor = Floor::start(pool.clone());
+        Self { who, manager: LockManager::new(&pool), floor, pool }
+    }
+
+    pub(crate) fn task(&self, key: i64) -> Task {
+        match self.who {
+            Who::ByHand => Task::ByHand(self.pool.clone(), key),
+            Who::Floor => Task::Floor(self.floor.clone(), key),
+            Who::Lock => Task::Awaited(Lock::new(&self.pool, key)),
+            Who::Manager => Task::Dropped(self.manager.lock(key)),
+            Who::ManagerAwaited => Task::Awaited(self.manager.lock(key)),
+            Who::Sqlx => {
+                let lock = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(key));
+                Task::Sqlx(self.pool.clone(), lock)
+            }
+        }
+    }
+
+    /// Closes all connections. The tasks must have ended.
+    pub(crate) async fn close(self) {
+        let Self { pool, floor, .. } = self;
+        drop(floor);
+        pool.close().await;
+    }
+}
+
+/// One that locks one key.
+pub(crate) enum Task {
+    /// By a handle of ours, whose releases are awaited.
+    Awaited(Lock),
+    ByHand(PgPool, i64),
+    /// By a handle of ours, whose guards are dropped.
+    Dropped(Lock),
+    Floor(Floor, i64),
+    Sqlx(PgPool, PgAdvisoryLock),
+}
+
+const LOCK: &str = "SELECT pg_advisory_lock($1)";
+const UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
+
+impl Task {
+    /// Acquires and releases.
+    pub(crate) async fn cycle(&mut self) -> Result<(), BoxDynError> {
+        match self {
+            Self::Awaited(lock) => lock.acquire().await?.release().await?,
+            Self::ByHand(pool, key) => {
+                let mut connection = pool.acquire().await?;
+                query(LOCK).bind(*key).execute(&mut *connection).await?;
+                query(UNLOCK).bind(*key).execute(&mut *connection).await?;
+            }
+            Self::Dropped(lock) => drop(lock.acquire().await?),
+            Self::Floor(floor, key) => {
+                floor.call(*key, true).await;
+                floor.call(*key, false).await;
+            }
+            Self::Sqlx(pool, lock) => {
+                let guard = lock.acquire(pool.acquire().await?).await?;
+                drop(guard.release_now().await?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Acquires, says so, and holds until `over` is closed.
+    pub(crate) async fn hold(self, held: &Semaphore, over: &Semaphore) -> Result<(), BoxDynError> {
+        let until_over = async {
+            held.add_permits(1);
+            // Nobody adds a permit, so this is the end.
+            over.acquire().await.err();
+        };
+        match self {
+            Self::Awaited(mut lock) | Self::Dropped(mut lock) => {
+                let _guard = lock.acquire().await?;
+                until_over.await;
+            }
+            Self::ByHand(pool, key) => {
+                let mut connection = pool.acquire().await?;
+                query(LOCK).bind(key).execute(&mut *connection).await?;
+                until_over.await;
+                query(UNLOCK).bind(key).execute(&mut *connection).await?;
+            }
+            Self::Floor(floor, key) => {
+                if !floor.call(key, true).await {
+                    return Err("a bare batch can't wait".into());
+                }
+                until_over.await;
+                floor.call(key, false).await;
+            }
+            Self::Sqlx(pool, lock) => {
+                let guard = lock.acquire(pool.acquire().await?).await?;
+                until_over.await;
+                drop(guard.release_now().await?);
+            }
+        }
+        Ok(())
+    }
+}
