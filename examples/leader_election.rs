@@ -1,69 +1,105 @@
 //! Have one leader among several candidates, and another as soon as it is gone.
 //!
 //! You want this when something must run all the time, on one machine of many: a scheduler, a consumer
-//! of a feed. Who holds the lock leads; the others wait for it.
+//! of a feed. Every machine runs for the post. One leads, and the others wait for it.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
+use std::collections::BTreeMap;
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
-use pglock::Lock;
+use pglock::{Election, Leadership};
 use pglock_testkit::TestDb;
 use sqlx::PgPool;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// How often a leader acts before it resigns.
-const ACTS: usize = 3;
+/// How many leaders lose their connection before all stop.
+const LOSSES: usize = 2;
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
-    sqlx::raw_sql("CREATE TABLE act (number serial PRIMARY KEY, leader text NOT NULL)")
+    sqlx::raw_sql("CREATE TABLE act (number serial PRIMARY KEY, term int8, leader text)")
         .execute(&pool)
         .await?;
 
+    let (stop, stopped) = watch::channel(false);
     let mut candidates = JoinSet::new();
     for name in ["ada", "bob", "cleo"] {
         // A pool each, as on machines of their own.
-        candidates.spawn(candidate(name, db.pool(2).await));
+        candidates.spawn(candidate(name, db.pool(2).await, stopped.clone()));
     }
+
+    // Whoever wants to know who leads, can see it on the server.
+    let mut observer = Election::new(&pool, "scheduler").observe();
+    let mut losses = 0;
+    while losses < LOSSES {
+        let Some(leader) = observer.changed().await? else { continue };
+        println!("everybody can see that {} leads", leader.name);
+        sleep(Duration::from_millis(200)).await;
+        println!("the connection of {} breaks", leader.name);
+        sqlx::query("SELECT pg_terminate_backend($1)")
+            .bind(leader.backend_pid)
+            .execute(&pool)
+            .await?;
+        losses += 1;
+    }
+    sleep(Duration::from_millis(200)).await;
+    stop.send(true)?;
     while let Some(candidate) = candidates.join_next().await {
         candidate??;
     }
 
-    // Everybody led once, and nobody while another did.
-    let acts: Vec<String> =
-        sqlx::query_scalar("SELECT leader FROM act ORDER BY number").fetch_all(&pool).await?;
-    assert_eq!(acts.len(), 3 * ACTS);
-    for term in acts.chunks(ACTS) {
-        assert!(term.iter().all(|leader| Some(leader) == term.first()), "two led: {acts:?}");
+    // The acts of a term are those of one leader, and none comes after one of a later term.
+    let acts: Vec<(i64, String)> =
+        sqlx::query_as("SELECT term, leader FROM act ORDER BY number").fetch_all(&pool).await?;
+    assert!(acts.is_sorted_by_key(|(term, _)| *term), "an old leader acted: {acts:?}");
+    let mut leaders = BTreeMap::new();
+    for (term, leader) in &acts {
+        assert_eq!(leaders.entry(term).or_insert(leader), &leader, "two led: {acts:?}");
     }
-    println!("three terms, one leader in each");
+    assert!(leaders.len() > LOSSES, "nobody took over: {acts:?}");
+    println!("{} acts in {} terms, one leader in each", acts.len(), leaders.len());
     Ok(())
 }
 
-async fn candidate(name: &str, pool: PgPool) -> Result<()> {
-    let mut lock = Lock::new(&pool, "scheduler");
-    println!("{name} is a candidate");
-    let leadership = lock.acquire().await?;
-    println!("{name} leads");
+async fn candidate(name: &str, pool: PgPool, mut stopped: watch::Receiver<bool>) -> Result<()> {
+    let mut election = Election::new(&pool, "scheduler").candidate(name);
+    let stop = async move { drop(stopped.wait_for(|stop| *stop).await) };
+    // Campaigns, leads, and campaigns again, until it is stopped.
+    // Boxed, for the futures of sqlx are large.
+    election.run(stop, |leadership| Box::pin(lead(name, leadership))).await?;
+    println!("{name} has stopped");
+    Ok(())
+}
 
-    for _ in 0..ACTS {
-        // On the session that makes it the leader: if that is gone, and another was elected, this is
-        // an error, which ends the term. On another connection it would go through.
-        sqlx::query("INSERT INTO act (leader) VALUES ($1)")
-            .bind(name)
-            .execute(&mut *leadership.connection().await?)
-            .await?;
-        sleep(Duration::from_millis(100)).await;
+/// Leads, until it is dropped: when the leadership is lost, or all is stopped.
+async fn lead(name: &str, leadership: Arc<Leadership>) {
+    println!("{name} is elected, term {}", leadership.term());
+    loop {
+        if let Err(error) = act(name, &leadership).await {
+            // To return is to resign.
+            println!("{name} can't act, and steps down: {error}");
+            return;
+        }
+        sleep(Duration::from_millis(50)).await;
     }
+}
 
-    println!("{name} resigns");
-    leadership.release().await?;
+async fn act(name: &str, leadership: &Leadership) -> Result<()> {
+    // On the session that makes it the leader: if that is gone, and another was elected, this is an
+    // error. On another connection it would go through.
+    sqlx::query("INSERT INTO act (term, leader) VALUES ($1, $2)")
+        .bind(i64::try_from(leadership.term())?)
+        .bind(name)
+        .execute(&mut *leadership.connection().await?)
+        .await?;
     Ok(())
 }

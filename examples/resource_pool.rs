@@ -1,72 +1,85 @@
-//! Allow only so many at once: a pool of N slots, shared by all machines.
+//! Share a few numbered things among many: each has one user at a time.
 //!
-//! You want this when something bears a few users but not all of them: three licences, five requests
-//! at a time to somebody else's service.
+//! You want this when something bears a few users but not all of them, and it matters which of it you
+//! have: licences, ports, test devices, seats at somebody else's service.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use pglock::{ExclusiveGuard, Lock};
+use pglock::Semaphore;
 use pglock_testkit::TestDb;
 use sqlx::PgPool;
-use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-/// The first half of the keys: which pool of slots. The second half is the slot.
-const LICENCES: i32 = 7;
-const SLOTS: i32 = 3;
-const MACHINES: usize = 5;
+/// What the permits stand for: permit 0 is the first of them.
+const LICENCES: [&str; 3] = ["A-17", "B-04", "C-23"];
+const MACHINES: usize = 6;
+const JOBS: usize = 2;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// How many use each licence now. Only to check the example: real machines share no memory.
+type Users = Arc<[AtomicUsize; LICENCES.len()]>;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> Result<()> {
     let db = TestDb::new().await;
-    let all_have_asked = Arc::new(Barrier::new(MACHINES));
-
+    let users = Users::default();
     let mut machines = JoinSet::new();
     for number in 1..=MACHINES {
-        machines.spawn(machine(number, db.pool(2).await, Arc::clone(&all_have_asked)));
+        machines.spawn(machine(number, db.pool(2).await, Arc::clone(&users)));
     }
-    let mut granted = Vec::new();
-    while let Some(slot) = machines.join_next().await {
-        granted.extend(slot??);
+    let mut jobs = 0;
+    while let Some(machine) = machines.join_next().await {
+        jobs += machine??;
     }
+    assert_eq!(jobs, MACHINES * JOBS);
+    println!("{jobs} jobs, {} licences, and never two users of one", LICENCES.len());
 
-    // As many as there are slots, and each of them once.
-    granted.sort_unstable();
-    assert_eq!(granted, (1..=SLOTS).collect::<Vec<_>>());
-    println!("{SLOTS} of {MACHINES} had a licence");
+    none_is_left(&db.pool(5).await).await
+}
 
-    let again = any_slot(&db.pool(2).await).await?;
-    assert!(again.is_some());
-    println!("and they have all been given back");
+/// Does its jobs, each with whichever licence is free, or becomes so first. Returns how many.
+async fn machine(number: usize, pool: PgPool, users: Users) -> Result<usize> {
+    // Everybody must say the same number: who does not is told so.
+    let licences = Semaphore::new(&pool, "licences", LICENCES.len())?;
+    for job in 1..=JOBS {
+        let permit = licences.acquire().await?;
+        let licence =
+            LICENCES.get(permit.slot()).ok_or("there are no more licences than permits")?;
+        let users = users.get(permit.slot()).ok_or("each licence is counted")?;
+        assert_eq!(users.fetch_add(1, Ordering::SeqCst), 0, "somebody else uses {licence}");
+
+        println!("machine {number}: job {job} with licence {licence}");
+        sleep(Duration::from_millis(100)).await;
+
+        users.fetch_sub(1, Ordering::SeqCst);
+        permit.release().await?;
+    }
+    Ok(JOBS)
+}
+
+/// Takes them all, and sees that there is no other; then gives one back, and gets just that one.
+async fn none_is_left(pool: &PgPool) -> Result<()> {
+    let licences = Semaphore::new(pool, "licences", LICENCES.len())?;
+    let mut permits = Vec::new();
+    for _ in LICENCES {
+        permits.push(licences.try_acquire().await?.ok_or("all have been given back")?);
+    }
+    assert!(licences.try_acquire().await?.is_none());
+    println!("one machine has them all, and there is no other");
+
+    // A machine that dies gives back what it has in the same way: there is nothing to clean up.
+    let back = permits.swap_remove(1);
+    let slot = back.slot();
+    back.release().await?;
+    let again = licences.try_acquire().await?.ok_or("one was given back")?;
+    assert_eq!(again.slot(), slot);
+    println!("permit {slot} was given back, and can be had again");
     Ok(())
-}
-
-/// Works with a licence, if one can be had. Returns its number.
-async fn machine(number: usize, pool: PgPool, asked: Arc<Barrier>) -> pglock::Result<Option<i32>> {
-    let licence = any_slot(&pool).await?;
-    // Only so that the example always ends in the same way: nobody gives back before all have asked.
-    asked.wait().await;
-    let Some((slot, guard)) = licence else {
-        println!("machine {number}: no licence is free");
-        return Ok(None);
-    };
-    println!("machine {number}: works with licence {slot}");
-    sleep(Duration::from_millis(200)).await;
-    guard.release().await?;
-    Ok(Some(slot))
-}
-
-/// Tries one slot after the other. The guard of the first that is free keeps it.
-async fn any_slot(pool: &PgPool) -> pglock::Result<Option<(i32, ExclusiveGuard)>> {
-    for slot in 1..=SLOTS {
-        let mut lock = Lock::new(pool, (LICENCES, slot));
-        let Some(guard) = lock.try_acquire().await? else { continue };
-        return Ok(Some((slot, guard)));
-    }
-    Ok(None)
 }

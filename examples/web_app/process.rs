@@ -1,0 +1,76 @@
+//! A server in a process of its own.
+
+use std::env;
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use tokio::time::timeout;
+
+use crate::Result;
+use crate::http::{self, Answer};
+
+/// How long a process may take to start, or to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A copy of this program that serves. Killed when dropped.
+pub(crate) struct Process {
+    pub(crate) name: &'static str,
+    pub(crate) address: SocketAddr,
+    child: Child,
+    /// Kept open, for it to write to.
+    _output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Process {
+    /// Starts a server on a free port, and waits until it listens.
+    pub(crate) async fn start(name: &'static str, url: &str, bank: SocketAddr) -> Result<Self> {
+        let mut child = Command::new(env::current_exe()?)
+            .args(["serve", "127.0.0.1:0"])
+            .env("NODE", name)
+            .env("DATABASE_URL", url)
+            .env("BANK", bank.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let output = child.stdout.take().ok_or("standard output is a pipe")?;
+        let mut output = BufReader::new(output).lines();
+        let line = timeout(PATIENCE, output.next_line()).await??;
+        let line = line.ok_or_else(|| format!("{name} ended before it listened"))?;
+        let (_, address) = line.rsplit_once(' ').ok_or("it says where it listens")?;
+        Ok(Self { name, address: address.parse()?, child, _output: output })
+    }
+
+    /// Asks it to pay an invoice.
+    pub(crate) async fn pay(&self, invoice: i64) -> Result<Answer> {
+        Ok(http::post(self.address, &format!("/invoices/{invoice}/pay")).await?)
+    }
+
+    /// Asks it who leads, and whether it does.
+    pub(crate) async fn leader(&self) -> Result<(String, bool)> {
+        let Answer { status, body, .. } = http::get(self.address, "/leader").await?;
+        let leader = body.lines().find_map(|line| line.strip_prefix("leader: "));
+        ensure!(status == 200, "{} does not say who leads: {status} {body}", self.name);
+        let leader = leader.ok_or_else(|| format!("no leader is named: {body}"))?;
+        Ok((leader.to_owned(), body.contains("leads: true")))
+    }
+
+    /// Tells it to end, as Kubernetes and systemd do.
+    pub(crate) async fn terminate(&self) -> Result<()> {
+        let pid = self.child.id().ok_or("it has ended already")?.to_string();
+        let killed = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status().await?;
+        ensure!(killed.success(), "{} can't be told to end: {killed}", self.name);
+        Ok(())
+    }
+
+    /// Waits until it has ended, in peace.
+    pub(crate) async fn ended(mut self) -> Result<()> {
+        let status = timeout(PATIENCE, self.child.wait()).await;
+        let status = status.map_err(|_| format!("{} does not end", self.name))??;
+        ensure!(status.success(), "{} ended with {status}", self.name);
+        Ok(())
+    }
+}

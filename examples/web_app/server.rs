@@ -1,0 +1,117 @@
+//! One process of the service, from its start to its end.
+
+use std::env;
+use std::io;
+use std::process;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pglock::{Election, Leadership, Lock};
+use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::net::TcpListener;
+use tokio::signal::ctrl_c;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::Result;
+use crate::bank::Bank;
+use crate::service::{self, POST, Service};
+
+/// One for the election, and one for each payment under way, or waiting for another.
+pub(crate) const CONNECTIONS: u32 = 6;
+
+/// Serves until it is told to end, by SIGTERM or Ctrl-C. Then it ends what is under way, and leaves
+/// nothing behind.
+pub(crate) async fn serve(address: &str) -> Result<()> {
+    let name = env::var("NODE").unwrap_or_else(|_| format!("web-{}", process::id()));
+    let options = PgConnectOptions::from_str(&env::var("DATABASE_URL")?)?.application_name(&name);
+    let pool = PgPoolOptions::new()
+        .max_connections(CONNECTIONS)
+        // Who gets no connection in this time is answered 503.
+        .acquire_timeout(Duration::from_secs(2))
+        .connect_with(options)
+        .await?;
+    create_tables(&pool).await?;
+
+    // Without a bank, one that says yes to everything.
+    let (bank, _own) = if let Ok(address) = env::var("BANK") {
+        (address.parse()?, None)
+    } else {
+        let own = Bank::open().await?;
+        (own.address(), Some(own))
+    };
+    let mut election = Election::new(&pool, POST).candidate(&name);
+    let status = election.status();
+    let router = service::router(Service { name: name.clone(), pool: pool.clone(), bank, status });
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let (end, ending) = watch::channel(false);
+    let listener = TcpListener::bind(address).await?;
+    println!("{name} listens on {}", listener.local_addr()?);
+
+    tokio::try_join!(
+        async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                interrupted = ctrl_c() => interrupted?,
+            }
+            end.send_replace(true);
+            io::Result::Ok(())
+        },
+        // Accepts nobody else, and ends when all have their answer.
+        async {
+            let serving = axum::serve(listener, router);
+            serving.with_graceful_shutdown(told(ending.clone())).await
+        },
+        // Resigns, so that another leads at once.
+        async {
+            let lead = |leadership| lead(name.clone(), leadership);
+            let run = election.run(told(ending.clone()), lead);
+            Box::pin(run).await.map_err(io::Error::other)
+        },
+    )?;
+
+    // Waits for what clients have left behind who went away: it is being released.
+    pool.close().await;
+    Ok(())
+}
+
+/// Ready when it is time to end.
+async fn told(mut ending: watch::Receiver<bool>) {
+    // An error says that nobody is left to tell us, which comes to the same.
+    drop(ending.wait_for(|ending| *ending).await);
+}
+
+/// Creates what is not there yet. All servers may start at once, hence the lock.
+async fn create_tables(pool: &PgPool) -> Result<()> {
+    let guard = Lock::new(pool, "create-tables").acquire().await?;
+    sqlx::raw_sql(
+        "CREATE TABLE IF NOT EXISTS invoice
+             (id bigint PRIMARY KEY, paid bool NOT NULL DEFAULT false, reminded_by text)",
+    )
+    .execute(&mut *guard.connection().await?)
+    .await?;
+    Ok(guard.release().await?)
+}
+
+/// What only the leader does. Dropped when the post is lost, or when it is time to end.
+async fn lead(name: String, leadership: Arc<Leadership>) {
+    loop {
+        sleep(Duration::from_millis(200)).await;
+        if let Err(error) = remind(&name, &leadership).await {
+            // Ends the term. The next one, here or elsewhere, has a session that is new.
+            eprintln!("{name} can't send reminders: {error}");
+            return;
+        }
+    }
+}
+
+/// Reminds of all invoices that are not paid, once of each.
+async fn remind(name: &str, leadership: &Leadership) -> Result<()> {
+    let remind = "UPDATE invoice SET reminded_by = $1 WHERE NOT paid AND reminded_by IS NULL";
+    sqlx::query(remind).bind(name).execute(&mut *leadership.connection().await?).await?;
+    Ok(())
+}

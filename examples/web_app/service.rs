@@ -1,0 +1,150 @@
+//! What the service answers.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::http::header::RETRY_AFTER;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use pglock::{Election, Error, ExclusiveGuard, LeaderStatus, Lock};
+use sqlx::PgPool;
+
+use crate::http;
+
+/// How long a payment may wait for another of the same invoice: less than a client waits for us.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What is elected: the one that sends reminders.
+pub(crate) const POST: &str = "reminders";
+
+#[derive(Clone)]
+pub(crate) struct Service {
+    pub(crate) name: String,
+    pub(crate) pool: PgPool,
+    pub(crate) bank: SocketAddr,
+    pub(crate) status: LeaderStatus,
+}
+
+pub(crate) fn router(service: Service) -> Router {
+    Router::new()
+        .route("/invoices/{invoice}/pay", post(pay))
+        .route("/leader", get(leader))
+        .with_state(service)
+}
+
+/// Pays an invoice, if it is not paid yet. 409 if somebody else is busy with it for too long.
+///
+/// If the client goes away, this future is dropped, wherever it is. That leaves nothing behind: neither
+/// the lock nor a place in its queue.
+async fn pay(
+    State(service): State<Service>,
+    Path(invoice): Path<i64>,
+) -> Result<(StatusCode, &'static str), Failure> {
+    let mut lock = Lock::new(&service.pool, format!("invoice-{invoice}"));
+    let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
+        return Ok((StatusCode::CONFLICT, "somebody else is busy with this invoice\n"));
+    };
+    // If the lock is lost, the payment is stopped there, before anybody else can begin one.
+    guard.while_held(Box::pin(service.pay(invoice, &guard))).await?
+}
+
+impl Service {
+    /// Pays an invoice, under its lock.
+    async fn pay(
+        &self,
+        invoice: i64,
+        guard: &ExclusiveGuard,
+    ) -> Result<(StatusCode, &'static str), Failure> {
+        let paid = sqlx::query_scalar("SELECT paid FROM invoice WHERE id = $1")
+            .bind(invoice)
+            .fetch_optional(&mut *guard.connection().await?)
+            .await?;
+        match paid {
+            None => return Ok((StatusCode::NOT_FOUND, "there is no such invoice\n")),
+            Some(true) => return Ok((StatusCode::OK, "it was paid before\n")),
+            Some(false) => {}
+        }
+
+        // This is what needs the lock: it takes long, and no rollback undoes it. If we die behind it,
+        // whoever comes next asks again; the bank charges an invoice once, however often it is asked.
+        let charged = http::post(self.bank, &format!("/charge/{invoice}")).await?;
+        if charged.status != 200 {
+            return Ok((StatusCode::BAD_GATEWAY, "the bank refuses\n"));
+        }
+
+        // On the session that holds the lock: it can't be written by one who has lost it.
+        sqlx::query("UPDATE invoice SET paid = true WHERE id = $1")
+            .bind(invoice)
+            .execute(&mut *guard.connection().await?)
+            .await?;
+        Ok((StatusCode::OK, "paid\n"))
+    }
+}
+
+/// Says who leads, as the database knows it, and whether this process does, as it knows itself. Between
+/// two leaders, one can be a moment ahead of the other.
+async fn leader(State(service): State<Service>) -> Result<String, Failure> {
+    let leader = Election::new(&service.pool, POST).leader().await?;
+    let leader = leader.map_or_else(|| "nobody".to_owned(), |leader| leader.name);
+    let Service { name, status, .. } = service;
+    Ok(format!("leader: {leader}\n{name} leads: {}\n", status.is_leader()))
+}
+
+/// Why there is no answer.
+enum Failure {
+    Bank(io::Error),
+    Database(sqlx::Error),
+    Lock(Error),
+}
+
+impl IntoResponse for Failure {
+    /// 503 where it is worth while to ask again, or to ask another server; else 500.
+    fn into_response(self) -> Response {
+        let passes = match &self {
+            // A closed pool does not open again, but this server is going, and there are others.
+            Self::Lock(error) => error.is_transient() || matches!(error, Error::Pool { .. }),
+            Self::Database(error) => matches!(error, sqlx::Error::Io(_)),
+            Self::Bank(_) => true,
+        };
+        // The client need not know why, but whoever runs this does.
+        eprintln!("log: {self}");
+        if passes {
+            let come_back = [(RETRY_AFTER, "1")];
+            (StatusCode::SERVICE_UNAVAILABLE, come_back, "come back in a moment\n").into_response()
+        } else {
+            (StatusCode::INTERNAL_SERVER_ERROR, "something is wrong here\n").into_response()
+        }
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Bank(error) => write!(f, "the bank can't be reached: {error}"),
+            Self::Database(error) => write!(f, "the database failed: {error}"),
+            Self::Lock(error) => error.fmt(f),
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Lock(error)
+    }
+}
+
+impl From<sqlx::Error> for Failure {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Bank(error)
+    }
+}
