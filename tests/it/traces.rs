@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use pglock::{Error, Lock, LockManager, Loss, Semaphore};
@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::{DefaultGuard, set_default};
-use tracing::{Event, Level, Metadata, Subscriber};
+use tracing::{Dispatch, Event, Level, Metadata, Subscriber};
 use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
@@ -53,6 +53,14 @@ impl Entry {
     }
 }
 
+/// Subscribers that hear nothing, for as long as the process lives.
+///
+/// What is first told while there is one subscriber only, on a thread that is not his, is told to nobody
+/// from then on: `tracing` asks that thread's subscriber, who is none, and remembers the answer. Of two
+/// and more it asks them all.
+static BYSTANDERS: LazyLock<[Dispatch; 2]> =
+    LazyLock::new(|| std::array::from_fn(|_| Dispatch::new(Registry::default())));
+
 /// All that was told on this thread: a current-thread runtime runs its tasks there too.
 struct Told {
     entries: Arc<Mutex<Vec<Entry>>>,
@@ -61,6 +69,7 @@ struct Told {
 
 impl Told {
     fn from_now_on() -> Self {
+        LazyLock::force(&BYSTANDERS);
         let entries = Arc::default();
         let capture = Capture { entries: Arc::clone(&entries) };
         Self { entries, _capturing: set_default(Registry::default().with(capture)) }
