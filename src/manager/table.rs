@@ -8,6 +8,8 @@
 //! So that other processes get their turn, a lock is passed on only so often, and for so long: see
 //! [`Bound`]. Then it goes back to the server, behind all who wait there.
 
+mod holders;
+
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry as Slot, HashMap};
 use std::time::{Duration, Instant};
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::session::ledger::Modes;
+use holders::Holders;
 
 /// Tells owners apart: each handle is one.
 pub(super) type OwnerId = u64;
@@ -110,8 +113,7 @@ pub(super) struct Taken {
 
 #[derive(Debug)]
 struct Entry<S, W> {
-    /// Sorted by owner.
-    holders: Vec<Holder>,
+    holders: Holders,
     server: Modes,
     /// `Some` while the server has granted something.
     seat: Option<S>,
@@ -129,13 +131,6 @@ struct Entry<S, W> {
 
 #[derive(Debug)]
 struct Farewells<W>(Vec<W>);
-
-#[derive(Clone, Copy, Debug)]
-struct Holder {
-    owner: OwnerId,
-    exclusive: u32,
-    shared: u32,
-}
 
 #[derive(Debug)]
 struct Waiter<W> {
@@ -164,7 +159,7 @@ impl<S: Seat, W> Table<S, W> {
     }
 
     pub(super) fn holds(&self, key: KeyId, owner: OwnerId) -> bool {
-        self.keys.get(&key).is_some_and(|entry| entry.holder(owner).is_some())
+        self.keys.get(&key).is_some_and(|entry| entry.holders.get(owner).is_some())
     }
 
     /// Whether a key is held on this seat.
@@ -199,12 +194,12 @@ impl<S: Seat, W> Table<S, W> {
     ) -> Want<S> {
         let bound = self.bound;
         let entry = self.keys.entry(key).or_insert_with(|| Entry::new(now));
-        let mine = entry.holder(owner);
+        let mine = entry.holders.get(owner);
         if let (Some(mine), Some(seat)) = (mine, &entry.seat) {
             // Stacking: an exclusive guard covers all that the same owner wants.
-            if mode == Mode::Shared || mine.exclusive > 0 {
+            if mode == Mode::Shared || mine.is_exclusive() {
                 let seat = seat.clone();
-                entry.count(owner, mode);
+                entry.holders.count(owner, mode);
                 return Want::Granted(seat);
             }
             if !patient && entry.holders.len() > 1 {
@@ -251,7 +246,7 @@ impl<S: Seat, W> Table<S, W> {
         effects: &mut Vec<Effect<S, W>>,
     ) -> Left {
         let Some(entry) = self.keys.get_mut(&key) else { return Left::Stale };
-        if entry.seat.as_ref() != Some(seat) || !entry.uncount(owner, mode) {
+        if entry.seat.as_ref() != Some(seat) || !entry.holders.uncount(owner, mode) {
             return Left::Stale;
         }
         self.part(key, farewell, now, effects)
@@ -267,9 +262,7 @@ impl<S: Seat, W> Table<S, W> {
         effects: &mut Vec<Effect<S, W>>,
     ) -> Left {
         let Some(entry) = self.keys.get_mut(&key) else { return Left::Stale };
-        let before = entry.holders.len();
-        entry.holders.retain(|holder| holder.owner != owner);
-        if entry.holders.len() == before {
+        if !entry.holders.remove(owner) {
             return Left::Stale;
         }
         self.part(key, Some(farewell), now, effects)
@@ -442,7 +435,7 @@ impl<S: Seat, W> Table<S, W> {
         let entry = self.keys.get_mut(&key).filter(|entry| entry.seat.as_ref() == Some(seat));
         let Some(entry) = entry else { return Vec::new() };
         let farewells = entry.farewells.take().map_or_else(Vec::new, |farewells| farewells.0);
-        entry.holders.clear();
+        entry.holders = Holders::default();
         entry.server = Modes::default();
         entry.seat = None;
         entry.turn = None;
@@ -511,7 +504,7 @@ impl<S: Seat, W> Table<S, W> {
 impl<S: Seat, W> Entry<S, W> {
     fn new(now: Instant) -> Self {
         Self {
-            holders: Vec::new(),
+            holders: Holders::default(),
             server: Modes::default(),
             seat: None,
             turn: None,
@@ -521,48 +514,6 @@ impl<S: Seat, W> Entry<S, W> {
             queue: VecDeque::new(),
             farewells: None,
         }
-    }
-
-    fn holder(&self, owner: OwnerId) -> Option<Holder> {
-        let place = self.holders.binary_search_by_key(&owner, |holder| holder.owner).ok()?;
-        self.holders.get(place).copied()
-    }
-
-    fn count(&mut self, owner: OwnerId, mode: Mode) {
-        let place = match self.holders.binary_search_by_key(&owner, |holder| holder.owner) {
-            Ok(place) => place,
-            Err(place) => {
-                // Mostly there is one, and for long.
-                self.holders.reserve_exact(usize::from(self.holders.is_empty()));
-                if self.holders.is_empty() {
-                    // And not for four: mostly there is no other.
-                    self.holders.reserve_exact(1);
-                }
-                self.holders.insert(place, Holder { owner, exclusive: 0, shared: 0 });
-                place
-            }
-        };
-        if let Some(holder) = self.holders.get_mut(place) {
-            *holder.of(mode) += 1;
-        }
-    }
-
-    /// Returns whether the owner had such a guard.
-    fn uncount(&mut self, owner: OwnerId, mode: Mode) -> bool {
-        let Ok(place) = self.holders.binary_search_by_key(&owner, |holder| holder.owner) else {
-            return false;
-        };
-        let Some(holder) = self.holders.get_mut(place) else { return false };
-        let Some(left) = holder.of(mode).checked_sub(1) else { return false };
-        *holder.of(mode) = left;
-        if holder.exclusive + holder.shared == 0 {
-            self.holders.remove(place);
-        }
-        true
-    }
-
-    fn has_exclusive(&self) -> bool {
-        self.holders.iter().any(|holder| holder.exclusive > 0)
     }
 
     fn covers(&self, mode: Mode) -> bool {
@@ -582,7 +533,7 @@ impl<S: Seat, W> Entry<S, W> {
             Mode::Exclusive => waits || !self.holders.is_empty() || !self.queue.is_empty(),
             Mode::Shared => {
                 waits
-                    || self.has_exclusive()
+                    || self.holders.has_exclusive()
                     || self.closing && !self.holders.is_empty()
                     || self.queue.iter().any(exclusive)
             }
@@ -595,12 +546,12 @@ impl<S: Seat, W> Entry<S, W> {
             return false;
         }
         // Who holds it already waits for nobody else's turn.
-        if self.holder(owner).is_some() {
+        if self.holders.get(owner).is_some() {
             return self.holders.len() == 1;
         }
         let free = match mode {
             Mode::Exclusive => self.holders.is_empty(),
-            Mode::Shared => !self.has_exclusive(),
+            Mode::Shared => !self.holders.has_exclusive(),
         };
         free && !self.closing && !self.is_due(bound, now)
     }
@@ -614,15 +565,15 @@ impl<S: Seat, W> Entry<S, W> {
     }
 
     fn admit(&mut self, owner: OwnerId, mode: Mode) {
-        if self.holder(owner).is_none() {
+        if self.holders.get(owner).is_none() {
             self.handed = self.handed.saturating_add(1);
         }
-        self.count(owner, mode);
+        self.holders.count(owner, mode);
     }
 
     /// Whether a waiter holds the lock already, and wants it for itself.
     fn upgrades(&self, waiter: &Waiter<W>) -> bool {
-        waiter.mode == Mode::Exclusive && self.holder(waiter.owner).is_some()
+        waiter.mode == Mode::Exclusive && self.holders.get(waiter.owner).is_some()
     }
 
     /// Turns away who has no patience.
@@ -642,7 +593,7 @@ impl<S: Seat, W> Entry<S, W> {
         let first = self.queue.front();
         let held = self.server.exclusive || self.server.shared;
         if !self.holders.is_empty() {
-            if self.has_exclusive() {
+            if self.holders.has_exclusive() {
                 return None;
             }
             if self.server.exclusive {
@@ -698,15 +649,6 @@ impl<S: Seat, W> Entry<S, W> {
             && self.turn.is_none()
             && self.seat.is_none()
             && self.farewells.is_none()
-    }
-}
-
-impl Holder {
-    fn of(&mut self, mode: Mode) -> &mut u32 {
-        match mode {
-            Mode::Exclusive => &mut self.exclusive,
-            Mode::Shared => &mut self.shared,
-        }
     }
 }
 
