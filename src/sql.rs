@@ -290,8 +290,9 @@ pub(crate) struct Waited {
 /// 2. Set the limit of this wait, above `deadlock_timeout`, or a deadlock would look like a timeout.
 ///    Then wait. The timeout is caught, so the server logs no error. It can strike after the grant:
 ///    whether the lock is held, only `pg_locks` knows.
-/// 3. Tell the result, which `DO` can't. What comes after the grant is on the way from one holder
-///    to the next, and so is little.
+/// 3. Tell the result, which `DO` can't: the server's process, with a minus if the lock is not held. What
+///    comes after the grant is on the way from one holder to the next, and so is little: `SHOW` needs no
+///    plan.
 ///
 /// sqlx warns of statements that take more than a second. This one is meant to, so it runs where no
 /// subscriber listens.
@@ -314,15 +315,17 @@ pub(crate) async fn wait(
     let statement = format!(
         "SET LOCAL statement_timeout = 0; {transaction_timeout}\
          DO $$ BEGIN \
-           PERFORM set_config('pglock.granted', 'true', true); \
+           PERFORM set_config('pglock.granted', pg_backend_pid()::text, true); \
            PERFORM set_config('lock_timeout', {}, true); \
            BEGIN \
              PERFORM {function}({}); \
            EXCEPTION WHEN lock_not_available THEN \
-             PERFORM set_config('pglock.granted', EXISTS ({})::text, true); \
+             IF NOT EXISTS ({}) THEN \
+               PERFORM set_config('pglock.granted', '-' || pg_backend_pid(), true); \
+             END IF; \
            END; \
          END $$; \
-         SELECT current_setting('pglock.granted')::bool, pg_backend_pid()",
+         SHOW pglock.granted",
         limit.milliseconds(),
         Args(key),
         Held { key, mode, select: "SELECT FROM" },
@@ -331,7 +334,9 @@ pub(crate) async fn wait(
         .fetch_one(conn)
         .with_subscriber(Dispatch::none())
         .await?;
-    Ok(Waited { backend_pid: row.try_get(1)?, granted: row.try_get(0)? })
+    let answer: &str = row.try_get(0)?;
+    let backend_pid: i32 = answer.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    Ok(Waited { backend_pid: backend_pid.abs(), granted: backend_pid > 0 })
 }
 
 /// Takes a lock of the transaction that the connection is in, if it is free. `None` on a standby.

@@ -123,51 +123,56 @@ impl Holder {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use proptest::prelude::*;
 
     use super::*;
 
-    const MODES: [Mode; 2] = [Mode::Exclusive, Mode::Shared];
+    fn mode(exclusive: bool) -> Mode {
+        if exclusive { Mode::Exclusive } else { Mode::Shared }
+    }
 
     proptest! {
         /// Whatever happens, they are what a plain map of counts says.
         #[test]
         fn are_a_map_of_counts(
-            steps in prop::collection::vec((0_u64..4, 0_usize..2, 0_u8..5), 0..60),
+            steps in prop::collection::vec((0_u64..4, any::<bool>(), 0_u8..5), 0..60),
         ) {
             let mut holders = Holders::default();
-            let mut model: BTreeMap<OwnerId, [u32; 2]> = BTreeMap::new();
-            for (owner, mode, what) in steps {
+            let mut model: BTreeMap<(OwnerId, bool), u32> = BTreeMap::new();
+            for (owner, exclusive, what) in steps {
+                let has = |model: &BTreeMap<_, _>| {
+                    model.range((owner, false)..=(owner, true)).next().is_some()
+                };
                 match what {
                     0..2 => {
-                        holders.count(owner, MODES[mode]);
-                        model.entry(owner).or_default()[mode] += 1;
+                        holders.count(owner, mode(exclusive));
+                        *model.entry((owner, exclusive)).or_default() += 1;
                     }
                     2..4 => {
-                        let had = model.get(&owner).is_some_and(|counts| counts[mode] > 0);
-                        prop_assert_eq!(holders.uncount(owner, MODES[mode]), had);
-                        if had {
-                            model.entry(owner).or_default()[mode] -= 1;
+                        let count = model.get_mut(&(owner, exclusive));
+                        prop_assert_eq!(holders.uncount(owner, mode(exclusive)), count.is_some());
+                        if let Some(count) = count {
+                            *count -= 1;
                         }
+                        model.retain(|_, count| *count > 0);
                     }
-                    _ => prop_assert_eq!(holders.remove(owner), model.remove(&owner).is_some()),
+                    _ => {
+                        prop_assert_eq!(holders.remove(owner), has(&model));
+                        model.retain(|&(other, _), _| other != owner);
+                    }
                 }
-                model.retain(|_, counts| *counts != [0, 0]);
-                let found: BTreeMap<_, _> = holders
-                    .all()
-                    .iter()
-                    .map(|holder| (holder.owner, [holder.exclusive, holder.shared]))
-                    .collect();
-                prop_assert_eq!(&found, &model);
-                prop_assert_eq!(holders.len(), model.len());
-                prop_assert_eq!(holders.is_empty(), model.is_empty());
+                let owners: BTreeSet<OwnerId> = model.keys().map(|(owner, _)| *owner).collect();
+                let found: Vec<OwnerId> = holders.all().iter().map(|holder| holder.owner).collect();
+                prop_assert_eq!(found, Vec::from_iter(owners.clone()));
+                prop_assert_eq!((holders.len(), holders.is_empty()), (owners.len(), owners.is_empty()));
+                let exclusively = |owner| model.contains_key(&(owner, true));
                 for owner in 0..4 {
-                    let exclusive = model.get(&owner).map(|counts| counts[0] > 0);
-                    prop_assert_eq!(holders.get(owner).map(Holder::is_exclusive), exclusive);
+                    let found = holders.get(owner).map(Holder::is_exclusive);
+                    prop_assert_eq!(found, owners.contains(&owner).then(|| exclusively(owner)));
                 }
-                prop_assert_eq!(holders.has_exclusive(), model.values().any(|counts| counts[0] > 0));
+                prop_assert_eq!(holders.has_exclusive(), (0..4).any(exclusively));
             }
         }
     }
