@@ -35,18 +35,17 @@ pub(crate) struct Tried {
     pub(crate) idle_limited: bool,
 }
 
-/// Takes locks that are free, asks who and what the server is, and has it look after this client, in
-/// one statement.
+/// Takes locks that are free, asks who and what the server is, and has it look after this client.
 ///
 /// The locks are tried in their order. Of [`Need::All`], the first that is busy ends it; of
 /// [`Need::Any`], the first that is free.
 ///
 /// The settings of [`Vigilance`] stay on the pooled connection, where the application can't notice
-/// them; one of our own, the mark, tells the next acquire that they are there. They come before the
-/// lock: where one is refused, none was taken. `None` leaves them alone.
+/// them; one of our own, the mark, tells the next acquire that they are there. `None` leaves them alone.
 ///
-/// A connection on which something is prepared has mostly been here before. It is asked for a lock
-/// only if it has the mark; without, a second statement does the whole.
+/// A connection on which something is prepared has mostly been here before, and has the mark. Then one
+/// lock is one prepared statement, as short as can be. Without the mark, a second statement does the
+/// rest; on a connection that is fresh, one does it all.
 pub(crate) async fn try_lock(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
@@ -54,15 +53,99 @@ pub(crate) async fn try_lock(
     vigilance: Option<(Vigilance, &str)>,
     allow_standby: bool,
 ) -> Result<Tried, sqlx::Error> {
-    let mark = vigilance.map_or("none", |(_, mark)| mark);
+    let mut granted = None;
     if let &[(key, mode)] = locks
         && conn.cached_statements_size() > 0
-        && let Some(tried) = try_lock_if_marked(conn, key, mode, need, mark).await?
     {
-        return Ok(tried);
+        let one = try_one_lock(conn, key, mode, mark(vigilance)).await?;
+        // One of all was granted, or none of any was refused.
+        let count = usize::from(one.granted == (need == Need::All));
+        let tried = Tried { backend_pid: one.backend_pid, count: Some(count), idle_limited: false };
+        if one.marked {
+            return Ok(tried);
+        }
+        granted = one.granted.then_some(tried);
     }
+    // Boxed: mostly it is not needed.
+    Box::pin(async {
+        let Some(granted) = granted else {
+            return try_with_settings(conn, locks, need, vigilance, allow_standby).await;
+        };
+        let set = try_with_settings(conn, &[], need, vigilance, allow_standby).await?;
+        if set.count.is_none() {
+            unlock_if_held(conn, locks).await?;
+        }
+        Ok(Tried { count: set.count.and(granted.count), idle_limited: set.idle_limited, ..granted })
+    })
+    .await
+}
+
+/// The answer to [`try_one_lock`].
+struct TriedOne {
+    backend_pid: i32,
+    granted: bool,
+    /// The session has the mark: it is on a primary, and stays there; has no limit on idle sessions; and
+    /// the server looks after its client.
+    marked: bool,
+}
+
+/// Takes a lock if it is free, and looks for the mark.
+///
+/// The server spends as much time on each function in the statement as on the lock, so all that can be
+/// worked out here is worked out here.
+async fn try_one_lock(
+    conn: &mut PgConnection,
+    key: KeyId,
+    mode: Mode,
+    mark: &str,
+) -> Result<TriedOne, sqlx::Error> {
+    macro_rules! statement {
+        ($call:literal) => {
+            concat!(
+                "SELECT pg_backend_pid(), now(), statement_timestamp(), \
+                 current_setting('pglock.vigilance', true), ",
+                $call
+            )
+        };
+    }
+    let statement = match (key, mode) {
+        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_try_advisory_lock($1)"),
+        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1)"),
+        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_try_advisory_lock($1, $2)"),
+        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1, $2)"),
+    };
+    let row = bind(statement, key).fetch_one(&mut *conn).await?;
+    let tried = TriedOne {
+        backend_pid: row.try_get(0)?,
+        granted: row.try_get(4)?,
+        marked: row.try_get::<Option<&str>, _>(3)? == Some(mark),
+    };
+    if microseconds(&row, 2)? - microseconds(&row, 1)? > STANDS_STILL_FOR {
+        end_transaction(conn).await?;
+    }
+    Ok(tried)
+}
+
+/// A timestamp of a prepared statement, in microseconds since some time in the past.
+fn microseconds(row: &PgRow, column: usize) -> Result<i64, sqlx::Error> {
+    let bytes = row.try_get_raw(column)?.as_bytes().map_err(sqlx::Error::Decode)?;
+    let bytes = bytes.try_into().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    Ok(i64::from_be_bytes(bytes))
+}
+
+/// The whole of [`try_lock`], on a session that may not have the mark.
+///
+/// The settings come before the locks: where one is refused, no lock was taken.
+async fn try_with_settings(
+    conn: &mut PgConnection,
+    locks: &[(KeyId, Mode)],
+    need: Need,
+    vigilance: Option<(Vigilance, &str)>,
+    allow_standby: bool,
+) -> Result<Tried, sqlx::Error> {
     let version = conn.server_version_num();
     let settings = vigilance.map_or_else(String::new, |(vigilance, _)| vigilance.settings(version));
+    let mark = mark(vigilance);
     let standby = if allow_standby { "false" } else { "pg_is_in_recovery()" };
     let not = if need == Need::All { "NOT " } else { "" };
     let mut tries = Vec::new();
@@ -84,71 +167,28 @@ pub(crate) async fn try_lock(
     let idle_limited = limit.is_some_and(|limit| limit != "0");
     let count: Option<i32> = row.try_get("count")?;
     let count = count.and_then(|count| usize::try_from(count).ok());
-    tried(conn, &row, count, idle_limited).await
+    let answer = Tried { backend_pid: row.try_get(0)?, count, idle_limited };
+    if row.try_get(1)? && end_transaction(conn).await? {
+        // That has undone the settings, and no lock.
+        Box::pin(try_with_settings(conn, &[], need, vigilance, allow_standby)).await?;
+    }
+    Ok(answer)
 }
 
-/// Takes a lock if it is free, and the session has the mark. `None` if it has not.
-///
-/// Prepared, and as short as can be: the server spends as much time on each function in it as on the
-/// lock. A session with the mark is on a primary, and stays there; and has no limit on idle sessions.
-async fn try_lock_if_marked(
-    conn: &mut PgConnection,
-    key: KeyId,
-    mode: Mode,
-    need: Need,
-    mark: &str,
-) -> Result<Option<Tried>, sqlx::Error> {
-    macro_rules! statement {
-        ($mark:literal, $call:literal) => {
-            concat!(
-                "SELECT pg_backend_pid(), ",
-                stands_still!(),
-                ", CASE WHEN current_setting('pglock.vigilance', true) = ",
-                concat!($mark, " THEN ", $call, " END"),
-            )
-        };
-    }
-    let statement = match (key, mode) {
-        (KeyId::BigInt(_), Mode::Exclusive) => statement!("$2", "pg_try_advisory_lock($1)"),
-        (KeyId::BigInt(_), Mode::Shared) => statement!("$2", "pg_try_advisory_lock_shared($1)"),
-        (KeyId::IntPair(..), Mode::Exclusive) => statement!("$3", "pg_try_advisory_lock($1, $2)"),
-        (KeyId::IntPair(..), Mode::Shared) => {
-            statement!("$3", "pg_try_advisory_lock_shared($1, $2)")
-        }
-    };
-    let row = bind(statement, key).bind(mark.to_owned()).fetch_one(&mut *conn).await?;
-    let Some(granted) = row.try_get::<Option<bool>, _>(2)? else { return Ok(None) };
-    // One of all was granted, or none of any was refused.
-    let count = usize::from(granted == (need == Need::All));
-    tried(conn, &row, Some(count), false).await.map(Some)
+/// What tells that the settings are in place.
+fn mark(vigilance: Option<(Vigilance, &str)>) -> &str {
+    vigilance.map_or("none", |(_, mark)| mark)
 }
 
 /// Whether time stands still: that of a transaction that somebody left open on the pooled connection.
 /// So does, for some microseconds, that of a prepared statement; looking once too often does no harm.
-macro_rules! stands_still {
-    () => {
-        "statement_timestamp() - now() > interval '2 ms'"
-    };
-}
-use stands_still;
+const STANDS_STILL: &str = "statement_timestamp() - now() > interval '2 ms'";
 
-const STANDS_STILL: &str = stands_still!();
+/// The same in microseconds.
+const STANDS_STILL_FOR: i64 = 2000;
 
 /// The role's limit on idle sessions. Unknown before PostgreSQL 14.
 const IDLE_LIMIT: &str = "current_setting('idle_session_timeout', true)";
-
-async fn tried(
-    conn: &mut PgConnection,
-    row: &PgRow,
-    count: Option<usize>,
-    idle_limited: bool,
-) -> Result<Tried, sqlx::Error> {
-    let tried = Tried { backend_pid: row.try_get(0)?, count, idle_limited };
-    if row.try_get(1)? {
-        end_transaction(conn).await?;
-    }
-    Ok(tried)
-}
 
 fn try_function(mode: Mode) -> &'static str {
     match mode {

@@ -87,20 +87,38 @@ async fn verify_finds_what_was_unlocked_behind_its_back() {
 }
 
 #[tokio::test]
-async fn settings_are_applied_while_the_lock_is_held_and_put_back() {
+async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
-    let options = server.tcp_options().database(db.name());
-    let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+    let mut admin = db.admin().await;
     let show = "SELECT current_setting('tcp_keepalives_idle') || ' ' || \
                 current_setting('tcp_keepalives_interval') || ' ' || \
                 current_setting('tcp_keepalives_count') || ' ' || current_setting('tcp_user_timeout')";
-    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
-    let mut conn = guard.connection().await.unwrap();
-    let shown: String = sqlx::query_scalar(show).fetch_one(&mut *conn).await.unwrap();
-    assert_eq!(shown, "3 1 5 8000");
-    drop(conn);
-    guard.release().await.unwrap();
+    for prepares in [false, true] {
+        for left_open in ["", "BEGIN", "BEGIN; SELECT 1 / 0"] {
+            let options = server.tcp_options().database(db.name());
+            let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+            let mut conn = pool.acquire().await.unwrap();
+            if prepares {
+                sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
+            }
+            drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
+            drop(conn);
+            // The transaction gets old enough to be seen.
+            sleep(Duration::from_millis(10)).await;
+
+            for round in 0..3 {
+                let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+                let mut conn = guard.connection().await.unwrap();
+                let shown: String = sqlx::query_scalar(show).fetch_one(&mut *conn).await.unwrap();
+                assert_eq!(shown, "3 1 5 8000", "{prepares}, {left_open:?}, {round}");
+                drop(conn);
+                guard.release().await.unwrap();
+                no_locks(&mut admin).await;
+            }
+            pool.close().await;
+        }
+    }
 }
 
 #[tokio::test]

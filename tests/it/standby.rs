@@ -32,13 +32,23 @@ async fn it_refuses_and_holds_nothing() {
     let mut admin = standby.connect_options().connect().await.unwrap();
     let mut lock = Lock::new(&pool, KEY);
 
-    is_refused(lock.acquire().await);
-    is_refused(lock.try_acquire().await);
-    is_refused(lock.try_acquire_for(PATIENCE).await);
-    is_refused(lock.acquire_shared().await);
-    is_refused(lock.try_acquire_shared().await);
-    is_refused(lock.try_acquire_shared_for(PATIENCE).await);
-    assert_eq!(advisory_locks(&mut admin).await, []);
+    for used_before in [false, true] {
+        if used_before {
+            let mut conns = Vec::new();
+            for _ in 0..pool.options().get_max_connections() {
+                let mut conn = pool.acquire().await.unwrap();
+                sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
+                conns.push(conn);
+            }
+        }
+        is_refused(lock.acquire().await);
+        is_refused(lock.try_acquire().await);
+        is_refused(lock.try_acquire_for(PATIENCE).await);
+        is_refused(lock.acquire_shared().await);
+        is_refused(lock.try_acquire_shared().await);
+        is_refused(lock.try_acquire_shared_for(PATIENCE).await);
+        assert_eq!(advisory_locks(&mut admin).await, []);
+    }
 
     let mut tx = pool.begin().await.unwrap();
     is_refused(transaction::acquire(&mut tx, KEY).await);
