@@ -149,12 +149,12 @@ impl Owner {
         let joined = match joined {
             Some((session, Join::Covered | Join::Ask)) => {
                 let joining = Pending::join(session, request, &self.options);
-                let Some(joined) = patience.bound(joining).await else { return Ok(None) };
+                let Some(joined) = Box::pin(patience.bound(joining)).await else { return Ok(None) };
                 joined
             }
             Some((session, Join::Ended)) => {
                 // Or this handle would find the lock busy that it has just let go of.
-                let ended = patience.bound(session.ended()).await;
+                let ended = Box::pin(patience.bound(session.ended())).await;
                 if ended.is_none() {
                     return Ok(None);
                 }
@@ -163,7 +163,7 @@ impl Owner {
             None => None,
         };
         let (pending, verdict) = if let Some(pending) = joined {
-            pending.try_now(patience).await?
+            Box::pin(pending.try_now(patience)).await?
         } else {
             let Self { pool, server, options, .. } = self;
             Pending::open(pool, server.server(pool), request, options, patience).await?

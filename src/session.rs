@@ -70,7 +70,8 @@ pub(crate) struct Session {
     options: LockOptions,
     /// When the question was asked that the session answered last.
     asked: Mutex<Instant>,
-    loss: tokio::sync::watch::Sender<Option<Loss>>,
+    /// The session is lost: the ledger says how.
+    told: Notify,
     /// How the connection broke, if it did: after the last guard has left the ledger does not say.
     broke: OnceLock<Loss>,
     watched: AtomicBool,
@@ -148,7 +149,7 @@ impl Session {
             heartbeat: options.beat(),
             options: options.clone(),
             asked: Mutex::new(Instant::now()),
-            loss: tokio::sync::watch::Sender::new(None),
+            told: Notify::new(),
             broke: OnceLock::new(),
             watched: AtomicBool::new(false),
             listened_to: AtomicBool::new(false),
@@ -164,6 +165,12 @@ impl Session {
     async fn connection(self: &Arc<Self>) -> ConnGuard {
         let slot = Arc::clone(&self.conn).lock_owned().await;
         ConnGuard { slot, session: Arc::clone(self), quiet: false }
+    }
+
+    /// The connection, if nobody uses it.
+    fn free_connection(self: &Arc<Self>) -> Option<ConnGuard> {
+        let slot = Arc::clone(&self.conn).try_lock_owned().ok()?;
+        Some(ConnGuard { slot, session: Arc::clone(self), quiet: false })
     }
 
     /// The same for one who uses it so often that it would cost too much to wake the watch each time.
@@ -217,17 +224,17 @@ impl Session {
     /// Looks at the clock whenever it is polled: in a process that was stopped for too long, whoever
     /// awaits this may be polled before the watch is.
     pub(crate) async fn lost(&self) -> Loss {
-        let mut loss = self.loss.subscribe();
-        let mut told = pin!(loss.wait_for(Option::is_some));
-        poll_fn(|cx| match self.loss() {
-            Some(loss) => Poll::Ready(loss),
-            // The sender lives as long as `self`, so this is never an error.
-            None => told.as_mut().poll(cx).map(|told| match told.as_deref() {
-                Ok(Some(loss)) => loss.clone(),
-                Ok(None) | Err(_) => Loss::NotHeld,
-            }),
-        })
-        .await
+        loop {
+            // Made first: a loss that is told between the look and the wait must not be missed.
+            let mut told = pin!(self.told.notified());
+            let loss = poll_fn(|cx| match self.loss() {
+                Some(loss) => Poll::Ready(Some(loss)),
+                None => told.as_mut().poll(cx).map(|()| None),
+            });
+            if let Some(loss) = loss.await {
+                return loss;
+            }
+        }
     }
 
     fn is_broken(&self) -> bool {
@@ -291,7 +298,7 @@ impl Session {
     /// Ends the session under its guards, which are told that it is lost.
     pub(crate) fn close(self: Arc<Self>) -> Task<Result<(), Loss>> {
         let locks = self.ledger().close();
-        self.tell(&Loss::Closed);
+        self.told.notify_waiters();
         let runtime = self.runtime.clone();
         Task::start(&runtime, async move { self.let_go(LetGo::All(locks)).await })
     }
@@ -393,7 +400,7 @@ impl Session {
             drop(slot.take());
         }
         if self.ledger().loss().is_some() {
-            self.tell(loss);
+            self.told.notify_waiters();
         }
         let backend_pid = self.backend_pid();
         let locks = locks.len() + self.managed.swap(0, Ordering::Relaxed);
@@ -409,17 +416,6 @@ impl Session {
                 "closed a lock session instead of returning it to the pool"
             );
         }
-    }
-
-    /// Tells whoever waits for a loss; the first one counts.
-    fn tell(&self, loss: &Loss) {
-        self.loss.send_if_modified(|told| {
-            let first = told.is_none();
-            if first {
-                *told = Some(loss.clone());
-            }
-            first
-        });
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {

@@ -1,5 +1,6 @@
 //! An acquire under way: from the pool's connection to the guard.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -140,10 +141,10 @@ impl Pending {
     ) -> Result<(Self, Verdict)> {
         let runtime = Handle::current();
         if let Some(idle) = pool.try_acquire() {
-            let mut pending = Self::start(pool, server, idle, &runtime, request, options).await;
+            let mut pending = Self::start(pool, server, idle, &runtime, request, options);
             match pending.ask(patience).await {
                 Ok(verdict) => return Ok((pending, verdict)),
-                Err(error) if is_answer(&error) => return Err(pending.fail(error).await),
+                Err(error) if is_answer(&error) => return Err(Box::pin(pending.fail(error)).await),
                 Err(error) => tracing::debug!(
                     key = %request.key(),
                     error = &error as &dyn std::error::Error,
@@ -153,15 +154,15 @@ impl Pending {
             // Before the pool is asked: this may be its only connection.
             pending.close();
         }
-        let pooled = lend(pool, request.key(), patience).await?;
-        let mut pending = Self::start(pool, server, pooled, &runtime, request, options).await;
-        match pending.ask(patience).await {
-            Ok(verdict) => Ok((pending, verdict)),
-            Err(error) => Err(pending.fail(error).await),
-        }
+        Box::pin(async {
+            let pooled = lend(pool, request.key(), patience).await?;
+            let pending = Self::start(pool, server, pooled, &runtime, request, options);
+            pending.try_now(patience).await
+        })
+        .await
     }
 
-    async fn start(
+    fn start(
         pool: &PgPool,
         server: &Arc<Server>,
         pooled: PoolConnection<Postgres>,
@@ -172,8 +173,8 @@ impl Pending {
         let conn = Conn::new(pooled, runtime.clone());
         let session = Session::open(pool, server, conn, runtime.clone(), options);
         let mut pending = Self::new(session, request, options);
-        // Nobody else knows the session yet, so this does not wait.
-        pending.slot = Some(pending.session.connection().await);
+        // Nobody else knows the session yet.
+        pending.slot = pending.session.free_connection();
         pending
     }
 
@@ -211,47 +212,57 @@ impl Pending {
         }
         let rest = missing.get(*taken..).unwrap_or_default();
         let allow_standby = options.standby_allowed();
-        let answer = within(patience.deadline(), async {
-            session.tidy(conn).await?;
-            let pg = conn.pg()?;
-            let server = &session.server;
-            if !server.is_direct() {
-                let limit = patience.deadline().min(PROBE);
-                // Without an answer the next acquire asks again.
-                match timeout(limit, Box::pin(session.is_pooled(pg))).await {
-                    Ok(Ok(Some(true))) => return Ok(None),
-                    Ok(Ok(Some(false))) => server.set_direct(true),
-                    Ok(Ok(None)) | Err(_) => {}
-                    Ok(Err(error)) => return Err(error),
+        // Pinned here, and boxed below what is rare: all that an acquire may have to do is 3 kB of future.
+        let tried = {
+            let answer = pin!(async {
+                session.tidy(conn).await?;
+                let pg = conn.pg()?;
+                let server = &session.server;
+                if !server.is_direct() {
+                    let limit = patience.deadline().min(PROBE);
+                    // Without an answer the next acquire asks again.
+                    match timeout(limit, Box::pin(session.is_pooled(pg))).await {
+                        Ok(Ok(Some(true))) => return Ok(None),
+                        Ok(Ok(Some(false))) => server.set_direct(true),
+                        Ok(Ok(None)) | Err(_) => {}
+                        Ok(Err(error)) => return Err(error),
+                    }
                 }
-            }
-            *stage = Stage::Trying;
-            let without = server.refuses_settings() && !options.settings_required();
-            let vigilance = (!without).then(|| (options.vigilance(), options.mark()));
-            let tried = match sql::try_lock(pg, rest, need, vigilance, allow_standby).await {
-                Err(error) if sqlstate(&error).as_deref() == Some("25P02") => {
-                    sql::end_transaction(pg).await?;
-                    sql::try_lock(pg, rest, need, vigilance, allow_standby).await
-                }
-                Err(error) if refuses_settings(&error) && !options.settings_required() => {
-                    // In case the server took a lock first.
-                    sql::unlock_if_held(pg, rest).await?;
-                    server.refused_settings();
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "the server refuses a setting by which it would notice a dead client; a host \
+                *stage = Stage::Trying;
+                let without = server.refuses_settings() && !options.settings_required();
+                let vigilance = (!without).then(|| (options.vigilance(), options.mark()));
+                let tried = match sql::try_lock(pg, rest, need, vigilance, allow_standby).await {
+                    Err(error) if sqlstate(&error).as_deref() == Some("25P02") => {
+                        Box::pin(async {
+                            sql::end_transaction(pg).await?;
+                            sql::try_lock(pg, rest, need, vigilance, allow_standby).await
+                        })
+                        .await
+                    }
+                    Err(error) if refuses_settings(&error) && !options.settings_required() => {
+                        server.refused_settings();
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "the server refuses a setting by which it would notice a dead client; a host \
                          that vanishes keeps its locks for as long as the server's own settings say"
-                    );
-                    sql::try_lock(pg, rest, need, None, allow_standby).await
-                }
-                tried => tried,
-            };
-            tried.map(Some)
-        });
-        let Some(tried) = answer.await? else { return Ok(Verdict::Pooled) };
+                        );
+                        Box::pin(async {
+                            // In case the server took a lock first.
+                            sql::unlock_if_held(pg, rest).await?;
+                            sql::try_lock(pg, rest, need, None, allow_standby).await
+                        })
+                        .await
+                    }
+                    tried => tried,
+                };
+                tried.map(Some)
+            });
+            within(patience.deadline(), answer).await?
+        };
+        let Some(tried) = tried else { return Ok(Verdict::Pooled) };
         let backend = Backend { pid: tried.backend_pid, known_since: Instant::now() };
         if session.backend.get_or_init(|| backend).pid != tried.backend_pid {
-            session.retrieve(conn, tried.backend_pid, &all_modes(rest)).await;
+            Box::pin(session.retrieve(conn, tried.backend_pid, &all_modes(rest))).await;
             return Ok(Verdict::Pooled);
         }
         session.trust(asked);
@@ -288,7 +299,7 @@ impl Pending {
         Verdict::Busy
     }
 
-    /// Takes the answer of [`ask`](Self::ask) on a session that other guards need.
+    /// Asks, and takes the acquire back if that fails.
     pub(crate) async fn try_now(mut self, patience: Patience) -> Result<(Self, Verdict)> {
         match self.ask(patience).await {
             Ok(verdict) => Ok((self, verdict)),
@@ -300,7 +311,7 @@ impl Pending {
     pub(crate) async fn settle(self, verdict: Verdict, patience: Patience) -> Result<Option<Held>> {
         match verdict {
             Verdict::Granted => self.granted().await.map(Some),
-            Verdict::Busy => self.wait(patience).await,
+            Verdict::Busy => Box::pin(self.wait(patience)).await,
             // The drop of `self` gives up what may have been granted.
             Verdict::Pooled => Err(Error::Pooled { key: self.request.key().clone() }),
             Verdict::Standby => {
@@ -400,20 +411,19 @@ impl Pending {
         self.granted().await
     }
 
-    /// Lifts the limit that a role may have on idle sessions, as long as the session holds something.
+    /// Lifts the limit that a role has on idle sessions, as long as the session holds something.
     async fn lift_idle_timeout(&mut self) -> Result<(), sqlx::Error> {
         let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else { return Ok(()) };
-        if self.idle_limited {
-            self.session.to_put_back();
-            within(DEADLINE, async { sql::lift_idle_timeout(conn.pg()?).await }).await?;
-        }
-        Ok(())
+        self.session.to_put_back();
+        within(DEADLINE, async { sql::lift_idle_timeout(conn.pg()?).await }).await
     }
 
     /// Makes the guard's part of what the server granted.
     async fn granted(mut self) -> Result<Held> {
-        if let Err(error) = self.lift_idle_timeout().await {
-            return Err(self.fail(error).await);
+        if self.idle_limited
+            && let Err(error) = Box::pin(self.lift_idle_timeout()).await
+        {
+            return Err(Box::pin(self.fail(error)).await);
         }
         let counted = self.session.ledger().granted(&self.request, &self.missing);
         if let Err(reason) = counted {
