@@ -69,9 +69,10 @@ pub(crate) async fn execute(conn: &mut PgConnection, statement: String) {
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.unwrap();
 }
 
-/// A pool that connects when it must.
-pub(crate) fn lazy(options: PgConnectOptions) -> PgPool {
-    PgPoolOptions::new().max_connections(2).acquire_timeout(MOMENT).connect_lazy_with(options)
+/// A pool that connects when it must, and for so long tries a server that is not there.
+pub(crate) fn lazy(options: PgConnectOptions, acquire_timeout: Duration) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(acquire_timeout);
+    pool.connect_lazy_with(options)
 }
 
 /// A pool of one connection, with so much patience of its own.
@@ -120,7 +121,7 @@ async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
 /// Both ends of the range are in it.
 #[tokio::test]
 async fn options_out_of_range_are_refused_at_once() {
-    let pool = lazy(PgConnectOptions::new_without_pgpass().socket("/nonexistent/pglock"));
+    let pool = lazy(PgConnectOptions::new_without_pgpass().socket("/nonexistent/pglock"), MOMENT);
     for slice in [2_000, 3_600_000].map(Duration::from_millis) {
         let lock = LockOptions::new().wait_slice(slice).lock(&pool, KEY).unwrap();
         assert_eq!(lock.key(), &Key::from(KEY));

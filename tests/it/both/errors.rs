@@ -20,8 +20,7 @@ use crate::support::{all_are_idle, borrow_all};
 mod connecting {
     use super::*;
 
-    async fn fails(options: PgConnectOptions, transient: bool) -> Error {
-        let pool = lazy(options);
+    async fn fails(pool: PgPool, transient: bool) -> Error {
         let mut lock = new_lock(&pool, KEY);
         let mut failure = None;
         for patience in [None, Some(Duration::ZERO), Some(PATIENCE)] {
@@ -42,7 +41,7 @@ mod connecting {
     #[tokio::test]
     async fn to_a_socket_that_is_not_there() {
         let options = PgConnectOptions::new_without_pgpass().username("postgres");
-        fails(options.socket("/nonexistent/pglock").port(5432), true).await;
+        fails(lazy(options.socket("/nonexistent/pglock").port(5432), MOMENT), true).await;
     }
 
     #[tokio::test]
@@ -50,7 +49,7 @@ mod connecting {
         // A port that was free a moment ago.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let options = PgConnectOptions::new_without_pgpass().username("postgres");
-        fails(options.host("127.0.0.1").port(port), true).await;
+        fails(lazy(options.host("127.0.0.1").port(port), MOMENT), true).await;
     }
 
     #[tokio::test]
@@ -63,11 +62,11 @@ mod connecting {
         execute(&mut admin, password.to_owned()).await;
         let options = server.tcp_options().database(db.name());
 
-        let error = fails(options.clone().password("wrong"), false).await;
+        let error = fails(lazy(options.clone().password("wrong"), PATIENCE), false).await;
         let Error::Connect { source, .. } = error else { panic!("{error:?}") };
         assert_eq!(source.as_database_error().unwrap().code().unwrap(), "28P01");
         becomes(&mut admin, 0, 0).await;
-        works(&mut new_lock(&lazy(options.password("right")), KEY)).await;
+        works(&mut new_lock(&lazy(options.password("right"), PATIENCE), KEY)).await;
     }
 
     /// A server that went away and came back: the handle needs no help.
@@ -75,7 +74,7 @@ mod connecting {
     async fn while_the_server_is_down() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
-        let pool = lazy(db.options());
+        let pool = lazy(db.options(), MOMENT);
         let mut lock = new_lock(&pool, KEY);
         works(&mut lock).await;
         all_are_idle(&pool).await;
@@ -210,11 +209,11 @@ mod waiting {
     async fn fails_when_the_server_goes_away() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
-        let pool = lazy(db.options());
+        let pool = lazy(db.options(), PATIENCE);
         let mut lock = new_lock(&pool, KEY);
         let mut admin = db.admin().await;
         execute(&mut admin, "SELECT pg_advisory_lock_shared(1)".to_owned()).await;
-        let mut holder = new_lock(&lazy(db.options()), KEY);
+        let mut holder = new_lock(&lazy(db.options(), PATIENCE), KEY);
         let guard = holder.acquire().await.unwrap();
 
         let (failed, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
