@@ -234,9 +234,7 @@ impl Manager {
         while !batch.is_full()
             && let Some(key) = state.to_do.pop_front()
         {
-            if state.table.is_for_shared(key) == Some(true)
-                && let Some(taken) = state.table.take(key)
-            {
+            if let Some(taken) = state.table.take_for_shared(key) {
                 batch.add(key, taken);
             }
         }

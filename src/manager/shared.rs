@@ -2,10 +2,13 @@
 //!
 //! The task lives while there is something to do or to hold, and a little longer. It opens the session
 //! for the first step that needs it, makes one statement of all steps that have come up since the
-//! last, and hands the answers to the table.
+//! last, and hands the answers to the table; while it does that, the server has the next statement.
 
 use std::collections::HashSet;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use sqlx::PgPool;
@@ -55,7 +58,16 @@ struct Driver {
     /// Keeps the session open.
     keeper: Option<Held>,
     under_way: Batch,
+    /// What the table has not been told yet.
+    answered: Option<Answered>,
     retired: bool,
+}
+
+/// Steps that were taken.
+struct Answered {
+    place: Place,
+    batch: Batch,
+    answers: Vec<Answer>,
 }
 
 enum Rest {
@@ -70,6 +82,7 @@ impl Driver {
             owner: Owner::new(&manager.pool, manager.options.clone()),
             keeper: None,
             under_way: Batch::default(),
+            answered: None,
             retired: false,
         }
     }
@@ -77,12 +90,14 @@ impl Driver {
     async fn run(mut self) {
         loop {
             self.under_way = self.manager.next_batch();
-            if self.under_way.is_empty() {
-                if let Rest::Retired = self.rest().await {
-                    break;
-                }
-            } else {
+            if !self.under_way.is_empty() {
                 self.step().await;
+            } else if self.answered.is_some() {
+                if !hand_over(&self.manager, &mut self.answered) {
+                    self.broke(&Loss::NotHeld);
+                }
+            } else if let Rest::Retired = self.rest().await {
+                break;
             }
         }
     }
@@ -146,6 +161,7 @@ impl Driver {
     /// Takes the steps that are under way, in one statement.
     async fn step(&mut self) {
         if let Some(loss) = self.keeper.as_ref().and_then(Held::loss) {
+            hand_over(&self.manager, &mut self.answered);
             self.lose(&loss);
         }
         let is_new = self.keeper.is_none();
@@ -166,14 +182,33 @@ impl Driver {
         let Some(keeper) = &self.keeper else { return };
         let session = Arc::clone(keeper.session());
         let place = Place { session: Arc::clone(&session), shared: true };
-        let called = tokio::select! {
-            biased;
-            called = session.call(self.under_way.calls()) => called,
-            loss = session.lost() => Called::Lost(loss),
+        let calling = async {
+            tokio::select! {
+                biased;
+                called = session.call(self.under_way.calls()) => called,
+                loss = session.lost() => Called::Lost(loss),
+            }
         };
+        let called = {
+            let mut calling = pin!(calling);
+            // Sends it.
+            let called = poll_fn(|cx| Poll::Ready(calling.as_mut().poll(cx))).await;
+            if hand_over(&self.manager, &mut self.answered) {
+                Some(match called {
+                    Poll::Ready(called) => called,
+                    Poll::Pending => calling.await,
+                })
+            } else {
+                None
+            }
+        };
+        let Some(called) = called else { return self.broke(&Loss::NotHeld) };
         match called {
             Called::Answers(answers) => match self.under_way.read(&answers) {
-                Some(answers) => self.take(&place, &answers),
+                Some(answers) => {
+                    let batch = std::mem::take(&mut self.under_way);
+                    self.answered = Some(Answered { place, batch, answers });
+                }
                 None => self.broke(&Loss::NotHeld),
             },
             Called::Failed(error, held) => self.sort_out(&place, error, &held),
@@ -195,21 +230,6 @@ impl Driver {
     async fn open(&mut self) -> Result<Option<Held>, Error> {
         let Some((key, _)) = self.under_way.steps().first() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::unnamed(*key))).await
-    }
-
-    fn take(&mut self, place: &Place, answers: &[Answer]) {
-        let steps = self.under_way.steps();
-        for (steps, answers) in steps.chunks(AT_ONCE).zip(answers.chunks(AT_ONCE)) {
-            let taken =
-                steps.iter().zip(answers).filter_map(|((key, taken), answer)| match answer {
-                    Answer::Taken(yes) => Some((*key, taken.id, *yes)),
-                    Answer::NotHeld => None,
-                });
-            self.manager.all_taken(place, taken);
-        }
-        if answers.contains(&Answer::NotHeld) {
-            self.broke(&Loss::NotHeld);
-        }
     }
 
     /// The server failed the statement half-way: finds out for each step how far it came.
@@ -273,6 +293,19 @@ impl Driver {
     }
 }
 
+/// Tells the table what was taken. Returns whether the session held all that it should have.
+fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
+    let Some(Answered { place, batch, answers }) = answered.take() else { return true };
+    for (steps, answers) in batch.steps().chunks(AT_ONCE).zip(answers.chunks(AT_ONCE)) {
+        let taken = steps.iter().zip(answers).filter_map(|((key, taken), answer)| match answer {
+            Answer::Taken(yes) => Some((*key, taken.id, *yes)),
+            Answer::NotHeld => None,
+        });
+        manager.all_taken(&place, taken);
+    }
+    !answers.contains(&Answer::NotHeld)
+}
+
 /// A runtime that goes down fails what is under way on it, and then drops its tasks. Whoever waits for
 /// them asks again elsewhere, and need not hear of that.
 pub(super) async fn end_with_the_runtime() {
@@ -294,6 +327,7 @@ impl Drop for Driver {
             state.driven = false;
             state.opening = false;
         }
+        hand_over(&self.manager, &mut self.answered);
         self.lose(&Loss::Abandoned);
         // Who waits asks again, on a runtime that lives.
         let mut orphans = std::mem::take(&mut self.under_way);

@@ -32,7 +32,8 @@ pub(super) trait Seat: Clone + PartialEq {
 #[derive(Debug)]
 pub(super) struct Table<S, W> {
     // Invariant: every entry has a holder, a waiter, a step, or something that the server has granted.
-    keys: HashMap<KeyId, Entry<S, W>>,
+    // Boxed, for a map has room for a third more than it holds.
+    keys: HashMap<KeyId, Box<Entry<S, W>>>,
     bound: Bound,
     /// Tells waiters and steps apart.
     next: u64,
@@ -193,7 +194,7 @@ impl<S: Seat, W> Table<S, W> {
         effects: &mut Vec<Effect<S, W>>,
     ) -> Want<S> {
         let bound = self.bound;
-        let entry = self.keys.entry(key).or_insert_with(|| Entry::new(now));
+        let entry = self.keys.entry(key).or_insert_with(|| Box::new(Entry::new(now)));
         let mine = entry.holders.get(owner);
         if let (Some(mine), Some(seat)) = (mine, &entry.seat) {
             // Stacking: an exclusive guard covers all that the same owner wants.
@@ -309,18 +310,18 @@ impl<S: Seat, W> Table<S, W> {
 
     /// The step to take for a key, if there still is one. From here on it is under way.
     pub(super) fn take(&mut self, key: KeyId) -> Option<Taken> {
+        self.keys.get_mut(&key)?.take()
+    }
+
+    /// The same, if it is one for the shared session.
+    pub(super) fn take_for_shared(&mut self, key: KeyId) -> Option<Taken> {
         let entry = self.keys.get_mut(&key)?;
-        let turn = entry.turn.as_mut().filter(|turn| !turn.taken)?;
-        turn.taken = true;
-        Some(Taken { id: turn.id, step: turn.step, server: entry.server })
+        if entry.is_for_shared() == Some(true) { entry.take() } else { None }
     }
 
     /// Whether the step that is to be taken for a key is one for the shared session.
     pub(super) fn is_for_shared(&self, key: KeyId) -> Option<bool> {
-        let entry = self.keys.get(&key)?;
-        let turn = entry.turn.filter(|turn| !turn.taken)?;
-        let own = entry.seat.as_ref().is_some_and(|seat| !seat.is_shared());
-        Some(!own && !matches!(turn.step, Step::Wait(_)))
+        self.keys.get(&key)?.is_for_shared()
     }
 
     /// A step was taken, with this answer, which only [`Step::Unlock`] and [`Step::Downgrade`] do not
@@ -514,6 +515,18 @@ impl<S: Seat, W> Entry<S, W> {
             queue: VecDeque::new(),
             farewells: None,
         }
+    }
+
+    fn take(&mut self) -> Option<Taken> {
+        let turn = self.turn.as_mut().filter(|turn| !turn.taken)?;
+        turn.taken = true;
+        Some(Taken { id: turn.id, step: turn.step, server: self.server })
+    }
+
+    fn is_for_shared(&self) -> Option<bool> {
+        let turn = self.turn.filter(|turn| !turn.taken)?;
+        let own = self.seat.as_ref().is_some_and(|seat| !seat.is_shared());
+        Some(!own && !matches!(turn.step, Step::Wait(_)))
     }
 
     fn covers(&self, mode: Mode) -> bool {
