@@ -168,6 +168,15 @@ struct State {
     driven: bool,
     /// He opens the session, so that the server was asked for nothing yet.
     opening: bool,
+    /// What [`effects`](Self::effects) gives out, so that it need not be allocated each time.
+    spare: Vec<Effect<Place, Tell>>,
+}
+
+impl State {
+    /// What follows from a change is written here, and goes to [`Manager::settle`].
+    fn effects(&mut self) -> Vec<Effect<Place, Tell>> {
+        std::mem::take(&mut self.spare)
+    }
 }
 
 /// A session on which the manager holds something.
@@ -209,6 +218,7 @@ impl Manager {
             dedicated: HashMap::new(),
             driven: false,
             opening: false,
+            spare: Vec::new(),
         };
         Self {
             pool: pool.clone(),
@@ -243,8 +253,8 @@ impl Manager {
 
     /// A step was taken. Returns whether it still counted.
     fn taken(self: &Arc<Self>, key: KeyId, id: u64, place: &Place, yes: bool) -> bool {
-        let mut effects = Vec::new();
         let mut state = self.state();
+        let mut effects = state.effects();
         let counted = state.table.taken(key, id, (place, yes), Instant::now(), &mut effects);
         self.settle(&mut state, effects);
         counted
@@ -253,8 +263,8 @@ impl Manager {
     /// Many steps were taken, and the state is asked for once, as all who are told will want it.
     fn all_taken(self: &Arc<Self>, place: &Place, steps: impl Iterator<Item = (KeyId, u64, bool)>) {
         let now = Instant::now();
-        let mut effects = Vec::new();
         let mut state = self.state();
+        let mut effects = state.effects();
         for (key, id, yes) in steps {
             state.table.taken(key, id, (place, yes), now, &mut effects);
         }
@@ -278,16 +288,16 @@ impl Manager {
 
     /// This is what the server has granted, after a step that failed half-way.
     fn corrected(self: &Arc<Self>, key: KeyId, place: &Place, server: Modes) {
-        let mut effects = Vec::new();
         let mut state = self.state();
+        let mut effects = state.effects();
         state.table.corrected(key, (place, server), Instant::now(), &mut effects);
         self.settle(&mut state, effects);
     }
 
     /// A key was given up that had a session of its own.
     fn gave_up(self: &Arc<Self>, key: KeyId, id: u64, place: &Place) {
-        let mut effects = Vec::new();
         let mut state = self.state();
+        let mut effects = state.effects();
         if state.table.is_seated(key, place) {
             state.dedicated.remove(&key);
         }
@@ -298,16 +308,16 @@ impl Manager {
 
     /// A session was lost, and with it all that was held there.
     fn lost(self: &Arc<Self>, place: &Place, loss: &Loss) {
-        let mut effects = Vec::new();
         let mut state = self.state();
+        let mut effects = state.effects();
         let farewells = state.table.lost(place, Instant::now(), &mut effects);
         self.tell_lost(&mut state, effects, farewells, loss);
     }
 
     /// The same for a key that had a session of its own.
     fn lost_key(self: &Arc<Self>, key: KeyId, place: &Place, loss: &Loss) {
-        let mut effects = Vec::new();
         let mut state = self.state();
+        let mut effects = state.effects();
         if state.table.is_seated(key, place) {
             state.dedicated.remove(&key);
         }
@@ -344,8 +354,8 @@ impl Manager {
     }
 
     /// Does what follows from a change. Whoever is told, is told before anybody can see the change.
-    fn settle(self: &Arc<Self>, state: &mut State, effects: Vec<Effect<Place, Tell>>) {
-        for effect in effects {
+    fn settle(self: &Arc<Self>, state: &mut State, mut effects: Vec<Effect<Place, Tell>>) {
+        for effect in effects.drain(..) {
             // Who has gone meanwhile, looks himself whether he was told.
             match effect {
                 Effect::Granted(tell, place) => drop(tell.send(Told::Granted(place))),
@@ -356,6 +366,7 @@ impl Manager {
                 Effect::Abandon(key) => drop(state.dedicated.remove(&key)),
             }
         }
+        state.spare = effects;
     }
 
     fn start(self: &Arc<Self>, state: &mut State, key: KeyId) {

@@ -8,9 +8,16 @@ use crate::mode::Mode;
 /// Locks, in the order in which they are taken.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
-    // Invariant: never empty, and no key twice.
-    locks: Arc<[(Key, Mode)]>,
+    locks: Locks,
     pub(crate) need: Need,
+}
+
+/// Never empty, and no key twice.
+#[derive(Clone, Debug)]
+enum Locks {
+    /// As mostly: nothing to allocate.
+    One((Key, Mode)),
+    Many(Arc<[(Key, Mode)]>),
 }
 
 /// How many of the locks an acquire needs.
@@ -25,13 +32,13 @@ pub(crate) enum Need {
 
 impl Request {
     pub(crate) fn one(key: &Key, mode: Mode) -> Self {
-        Self { locks: Arc::new([(key.clone(), mode)]), need: Need::All }
+        Self { locks: Locks::One((key.clone(), mode)), need: Need::All }
     }
 
     /// The first of these keys that is free, exclusively. There must be one at least.
     pub(crate) fn any(keys: Vec<Key>) -> Self {
         let locks = keys.into_iter().map(|key| (key, Mode::Exclusive));
-        Self { locks: locks.collect(), need: Need::Any }
+        Self { locks: Locks::Many(locks.collect()), need: Need::Any }
     }
 
     /// A session, opened for the sake of a key.
@@ -41,7 +48,7 @@ impl Request {
 
     /// The same with another lock. Sorted, so that all who want the same ones take them in one order.
     pub(crate) fn and(&self, key: Key, mode: Mode) -> Self {
-        let mut locks = self.locks.to_vec();
+        let mut locks = self.locks().to_vec();
         match locks.binary_search_by_key(&key.id(), |(key, _)| key.id()) {
             Ok(same) => {
                 if let Some((_, present)) = locks.get_mut(same) {
@@ -51,29 +58,32 @@ impl Request {
             }
             Err(place) => locks.insert(place, (key, mode)),
         }
-        Self { locks: locks.into(), need: self.need }
+        Self { locks: Locks::Many(locks.into()), need: self.need }
     }
 
     /// The key that stands for all of them: errors name it.
     #[expect(clippy::indexing_slicing, reason = "never empty")]
     pub(crate) fn key(&self) -> &Key {
-        &self.locks[0].0
+        &self.locks()[0].0
     }
 
     /// The mode of that key.
     #[expect(clippy::indexing_slicing, reason = "never empty")]
     pub(crate) fn mode(&self) -> Mode {
-        self.locks[0].1
+        self.locks()[0].1
     }
 
     /// The same for one of the locks.
     pub(crate) fn only(&self, id: KeyId) -> Option<Self> {
-        let (key, mode) = self.locks.iter().find(|(key, _)| key.id() == id)?;
+        let (key, mode) = self.locks().iter().find(|(key, _)| key.id() == id)?;
         Some(Self::one(key, *mode))
     }
 
     pub(crate) fn locks(&self) -> &[(Key, Mode)] {
-        &self.locks
+        match &self.locks {
+            Locks::One(lock) => std::slice::from_ref(lock),
+            Locks::Many(locks) => locks,
+        }
     }
 
     /// What the server is asked for.

@@ -81,7 +81,6 @@ impl Managed {
 
     fn want(&self, key: &Key, mode: Mode, patience: Patience) -> Result<Option<Wish<'_>>> {
         let patient = matches!(patience, Patience::Forever | Patience::Until(_));
-        let mut effects = Vec::new();
         let mut answer = None;
         let tell = || {
             let (tell, told) = oneshot::channel();
@@ -97,6 +96,7 @@ impl Managed {
         }
         let now = Instant::now();
         let wants = (mode, patient);
+        let mut effects = state.effects();
         let want = state.table.want(key.id(), self.owner.id, wants, tell, now, &mut effects);
         manager.settle(&mut state, effects);
         shared::drive(manager, &runtime, &mut state);
@@ -126,8 +126,8 @@ impl Managed {
         };
         // Of whichever kind: places are told apart by their sessions.
         let place = Place { session: Arc::clone(session), shared: true };
-        let mut effects = Vec::new();
         let mut state = self.manager.state();
+        let mut effects = state.effects();
         let left = state.table.leave(
             key.id(),
             (self.owner.id, mode),
@@ -156,8 +156,8 @@ impl Managed {
             tell
         };
         {
-            let mut effects = Vec::new();
             let mut state = closed.manager.state();
+            let mut effects = state.effects();
             let (id, now) = (closed.owner.id, Instant::now());
             state.table.close(key.id(), id, farewell, now, &mut effects);
             closed.owner.closed.store(true, Ordering::Relaxed);
@@ -227,8 +227,8 @@ impl Drop for Waiting<'_> {
         }
         let Managed { manager, owner } = self.managed;
         let now = Instant::now();
-        let mut effects = Vec::new();
         let mut state = manager.state();
+        let mut effects = state.effects();
         // Whoever tells holds the state, so there is no third way.
         if !state.table.cancel(self.key, self.id, now, &mut effects)
             && let Ok(Told::Granted(place)) = self.answer.try_recv()

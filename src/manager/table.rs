@@ -131,7 +131,10 @@ struct Entry<S, W> {
 }
 
 #[derive(Debug)]
-struct Farewells<W>(Vec<W>);
+struct Farewells<W> {
+    first: W,
+    others: Vec<W>,
+}
 
 #[derive(Debug)]
 struct Waiter<W> {
@@ -227,6 +230,10 @@ impl<S: Seat, W> Table<S, W> {
             return Want::Granted(seat);
         }
         let waiter = Waiter { id, owner, mode, patient, tell: tell() };
+        if entry.queue.is_empty() {
+            // Mostly nobody follows.
+            entry.queue.reserve_exact(1);
+        }
         if mine.is_some() {
             entry.queue.push_front(waiter);
         } else {
@@ -282,8 +289,12 @@ impl<S: Seat, W> Table<S, W> {
         let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
         match farewell {
             Some(farewell) if entry.turn.is_some_and(told) => {
-                let none = || Box::new(Farewells(Vec::new()));
-                entry.farewells.get_or_insert_with(none).0.push(farewell());
+                if let Some(farewells) = &mut entry.farewells {
+                    farewells.others.push(farewell());
+                } else {
+                    let first = Farewells { first: farewell(), others: Vec::new() };
+                    entry.farewells = Some(Box::new(first));
+                }
                 Left::Told
             }
             Some(_) | None => Left::Done,
@@ -435,7 +446,8 @@ impl<S: Seat, W> Table<S, W> {
     ) -> Vec<W> {
         let entry = self.keys.get_mut(&key).filter(|entry| entry.seat.as_ref() == Some(seat));
         let Some(entry) = entry else { return Vec::new() };
-        let farewells = entry.farewells.take().map_or_else(Vec::new, |farewells| farewells.0);
+        let farewells =
+            entry.farewells.take().map_or_else(Vec::new, |farewells| farewells.all().collect());
         entry.holders = Holders::default();
         entry.server = Modes::default();
         entry.seat = None;
@@ -652,7 +664,7 @@ impl<S: Seat, W> Entry<S, W> {
     /// Whoever left need not wait any longer.
     fn part(&mut self, effects: &mut Vec<Effect<S, W>>) {
         if let Some(farewells) = self.farewells.take() {
-            effects.extend(farewells.0.into_iter().map(Effect::Released));
+            effects.extend(farewells.all().map(Effect::Released));
         }
     }
 
@@ -662,6 +674,12 @@ impl<S: Seat, W> Entry<S, W> {
             && self.turn.is_none()
             && self.seat.is_none()
             && self.farewells.is_none()
+    }
+}
+
+impl<W> Farewells<W> {
+    fn all(self) -> impl Iterator<Item = W> {
+        std::iter::once(self.first).chain(self.others)
     }
 }
 
