@@ -362,30 +362,25 @@ impl Manager {
                 Effect::Refused(tell) => drop(tell.send(Told::Refused)),
                 Effect::Deadlock(tell) => drop(tell.send(Told::Deadlock)),
                 Effect::Released(tell) => drop(tell.send(Told::Released(Ok(())))),
-                Effect::Start(key) => self.start(state, key),
+                Effect::Start(key) => {
+                    state.to_do.push_back(key);
+                    self.work.notify_one();
+                }
+                Effect::StartApart(key) => self.start_apart(state, key),
                 Effect::Abandon(key) => drop(state.dedicated.remove(&key)),
             }
         }
         state.spare = effects;
     }
 
-    fn start(self: &Arc<Self>, state: &mut State, key: KeyId) {
-        match state.table.is_for_shared(key) {
-            Some(true) => {
-                state.to_do.push_back(key);
-                self.work.notify_one();
-            }
-            Some(false) => {
-                let Some(taken) = state.table.take(key) else { return };
-                if let Step::Wait(mode) = taken.step {
-                    let orders = dedicated::start(self, key, taken.id, mode);
-                    state.dedicated.insert(key, orders);
-                } else if let Some(orders) = state.dedicated.get(&key) {
-                    // If it has just gone, it says itself that the session is lost.
-                    orders.send(taken).ok();
-                }
-            }
-            None => {}
+    fn start_apart(self: &Arc<Self>, state: &mut State, key: KeyId) {
+        let Some(taken) = state.table.take_apart(key) else { return };
+        if let Step::Wait(mode) = taken.step {
+            let orders = dedicated::start(self, key, taken.id, mode);
+            state.dedicated.insert(key, orders);
+        } else if let Some(orders) = state.dedicated.get(&key) {
+            // If it has just gone, it says itself that the session is lost.
+            orders.send(taken).ok();
         }
     }
 }

@@ -76,8 +76,10 @@ pub(super) enum Effect<S, W> {
     Deadlock(W),
     /// The key was given up, or passed on.
     Released(W),
-    /// There is a step to take, with [`Table::take`].
+    /// There is a step to take on the shared session, with [`Table::take_for_shared`].
     Start(KeyId),
+    /// There is one for a session of its own, with [`Table::take_apart`].
+    StartApart(KeyId),
     /// Nobody needs the wait for this key any more.
     Abandon(KeyId),
 }
@@ -319,20 +321,17 @@ impl<S: Seat, W> Table<S, W> {
         cancelled
     }
 
-    /// The step to take for a key, if there still is one. From here on it is under way.
-    pub(super) fn take(&mut self, key: KeyId) -> Option<Taken> {
-        self.keys.get_mut(&key)?.take()
-    }
-
-    /// The same, if it is one for the shared session.
+    /// The step to take for a key on the shared session, if there still is one. From here on it is under
+    /// way.
     pub(super) fn take_for_shared(&mut self, key: KeyId) -> Option<Taken> {
         let entry = self.keys.get_mut(&key)?;
-        if entry.is_for_shared() == Some(true) { entry.take() } else { None }
+        if entry.is_for_shared()? { entry.take() } else { None }
     }
 
-    /// Whether the step that is to be taken for a key is one for the shared session.
-    pub(super) fn is_for_shared(&self, key: KeyId) -> Option<bool> {
-        self.keys.get(&key)?.is_for_shared()
+    /// The same on a session of the key's own.
+    pub(super) fn take_apart(&mut self, key: KeyId) -> Option<Taken> {
+        let entry = self.keys.get_mut(&key)?;
+        if entry.is_for_shared()? { None } else { entry.take() }
     }
 
     /// A step was taken, with this answer, which only [`Step::Unlock`] and [`Step::Downgrade`] do not
@@ -464,7 +463,7 @@ impl<S: Seat, W> Table<S, W> {
             let step = Step::Wait(first.mode);
             self.next += 1;
             entry.turn = Some(Turn { id: self.next, step, taken: false });
-            effects.push(Effect::Start(key));
+            effects.push(Effect::StartApart(key));
         }
     }
 
@@ -510,7 +509,8 @@ impl<S: Seat, W> Table<S, W> {
         }
         self.next += 1;
         entry.turn = Some(Turn { id: self.next, step, taken: false });
-        effects.push(Effect::Start(key));
+        let shared = entry.is_for_shared() == Some(true);
+        effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
     }
 }
 

@@ -87,7 +87,7 @@ struct World {
     /// What each session has been granted.
     server: HashMap<(KeyId, Session), Modes>,
     others: HashMap<KeyId, Mode>,
-    to_do: VecDeque<KeyId>,
+    to_do: VecDeque<(KeyId, bool)>,
     under_way: VecDeque<(KeyId, Taken, Session)>,
     /// A key that was found busy just now.
     busy: Option<KeyId>,
@@ -270,7 +270,8 @@ impl World {
                     assert!(self.waiting.remove(&wish).is_some());
                 }
                 Effect::Released(_) => {}
-                Effect::Start(key) => self.to_do.push_back(key),
+                Effect::Start(key) => self.to_do.push_back((key, true)),
+                Effect::StartApart(key) => self.to_do.push_back((key, false)),
                 Effect::Abandon(key) => {
                     self.under_way.retain(|(other, taken, _)| {
                         *other != key || !matches!(taken.step, Step::Wait(_))
@@ -282,9 +283,10 @@ impl World {
 
     /// Steps are under way as soon as they come up.
     fn start(&mut self) {
-        while let Some(key) = self.to_do.pop_front() {
-            let Some(shared) = self.table.is_for_shared(key) else { continue };
-            let Some(taken) = self.table.take(key) else { continue };
+        while let Some((key, shared)) = self.to_do.pop_front() {
+            let taken =
+                if shared { self.table.take_for_shared(key) } else { self.table.take_apart(key) };
+            let Some(taken) = taken else { continue };
             if self.busy == Some(key) {
                 assert!(matches!(taken.step, Step::Wait(_)), "{taken:?} is asked for again");
             }
