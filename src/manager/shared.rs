@@ -202,7 +202,7 @@ impl Driver {
                 None
             }
         };
-        let Some(called) = called else { return self.broke(&Loss::NotHeld) };
+        let Some(called) = called else { return self.ask_again(&Loss::NotHeld) };
         match called {
             Called::Answers(answers) => match self.under_way.read(&answers) {
                 Some(answers) => {

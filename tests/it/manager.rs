@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after, eventually};
 use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::cancel::dropped_at_every_poll_on;
-use crate::support::{SOON, borrow_all, locks_are, no_locks, report};
+use crate::support::{SOON, backend_is, borrow_all, locks_are, no_locks, report};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -51,6 +52,72 @@ async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     let guard = lock.acquire().await.unwrap();
     assert_ne!(guard.backend_pid(), pid);
     guard.release().await.unwrap();
+}
+
+/// Has the database lie about the unlocks of some keys, after so many seconds.
+const TRAP: &str = "CREATE SCHEMA trap; CREATE TABLE trap.lie (key int8, seconds float8); \
+    CREATE FUNCTION trap.pg_advisory_unlock(k int8) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN \
+      IF EXISTS (SELECT FROM trap.lie WHERE key = k) THEN \
+        PERFORM pg_sleep((SELECT seconds FROM trap.lie WHERE key = k)); \
+        RETURN false; \
+      END IF; \
+      RETURN pg_catalog.pg_advisory_unlock(k); \
+    END $$";
+
+/// A database in which [`TRAP`] is found before the server's own function.
+async fn with_a_trap() -> (TestDb, PgPool) {
+    let db = TestDb::new().await;
+    sqlx::raw_sql(TRAP).execute(&mut db.admin().await).await.unwrap();
+    let options = db.options().options([("search_path", "trap,pg_catalog")]);
+    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    (db, pool)
+}
+
+/// Then nobody knows what the session holds.
+#[tokio::test]
+async fn an_unlock_answered_false_is_a_loss_of_all() {
+    let (db, pool) = with_a_trap().await;
+    let mut admin = db.admin().await;
+    let manager = LockManager::new(&pool);
+    let (guard, other) =
+        (manager.lock(1).acquire().await.unwrap(), manager.lock(2).acquire().await);
+    let other = other.unwrap();
+
+    sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0)").execute(&mut admin).await.unwrap();
+    let error = timeout(PATIENCE, guard.release()).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
+    timeout(SOON, other.lost()).await.unwrap();
+    assert!(matches!(other.release().await, Err(Error::Lost { reason: Loss::NotHeld, .. })));
+    no_locks(&mut admin).await;
+
+    manager.lock(2).acquire().await.unwrap().release().await.unwrap();
+}
+
+/// The same while the next statement is on its way already: that is asked again, on another session.
+#[tokio::test]
+async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
+    let (db, pool) = with_a_trap().await;
+    let mut admin = db.admin().await;
+    let manager = LockManager::new(&pool);
+    let (guard, other) =
+        (manager.lock(1).acquire().await.unwrap(), manager.lock(2).acquire().await);
+    let other = other.unwrap();
+
+    sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0.3)").execute(&mut admin).await.unwrap();
+    let mut late = manager.lock(3);
+    let (released, late) = tokio::join!(timeout(PATIENCE, guard.release()), async {
+        // The server has the unlock.
+        backend_is(&mut admin, other.backend_pid(), "active", SOON).await;
+        timeout(PATIENCE, late.acquire()).await
+    });
+    let error = released.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
+    let late = late.unwrap().unwrap();
+    assert_ne!(late.backend_pid(), other.backend_pid());
+    timeout(SOON, other.lost()).await.unwrap();
+    late.release().await.unwrap();
+    drop(other);
+    no_locks(&mut admin).await;
 }
 
 #[tokio::test]
