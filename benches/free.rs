@@ -3,6 +3,7 @@
 mod contest;
 mod support;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pglock::Lock;
@@ -10,6 +11,8 @@ use pglock_testkit::TestDb;
 use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 use sqlx::{PgConnection, PgPool};
+use tokio::runtime::Builder;
+use tokio::task::spawn_blocking;
 
 use contest::{Contest, Contestant};
 
@@ -23,21 +26,33 @@ fn main() -> Result<(), BoxDynError> {
 }
 
 async fn free(time: Duration) -> Result<(), BoxDynError> {
-    let db = TestDb::new().await;
-    let sqlx = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(KEY));
-    let pglock = Lock::new(&warm_pool(&db).await?, KEY);
-    let mut contests = [
-        Contest::new("sqlx's PgAdvisoryLock", Cycle::Sqlx(warm_pool(&db).await?, sqlx)),
-        Contest::new("pglock", Cycle::Pglock(pglock)).target("<= 1.00", |ratio, _| ratio <= 1.0),
-        Contest::new("SQL by hand", Cycle::ByHand(warm_pool(&db).await?)),
-        Contest::new("two round trips, no pool", Cycle::RoundTrips(db.admin().await)),
-    ];
-    contest::compete(&mut contests, time).await?;
+    let db = Arc::new(TestDb::new().await);
+    let contests = compete(&db, time / 2).await?;
+    // Alone on its thread, whoever waits for an answer is woken by nobody else's.
+    let alone = {
+        let db = Arc::clone(&db);
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        spawn_blocking(move || runtime.block_on(compete(&db, time / 2))).await??
+    };
 
     let title = "free: acquire and release a free lock, from a pool of 10 open connections";
     support::print_title(title, &db.pool(1).await).await?;
     contest::print_table("acquire and release, median", 0.5, &contests);
+    contest::print_table("the same on a current-thread runtime", 0.5, &alone);
     Ok(())
+}
+
+async fn compete(db: &TestDb, time: Duration) -> Result<[Contest<Cycle>; 4], BoxDynError> {
+    let sqlx = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(KEY));
+    let pglock = Lock::new(&warm_pool(db).await?, KEY);
+    let mut contests = [
+        Contest::new("sqlx's PgAdvisoryLock", Cycle::Sqlx(warm_pool(db).await?, sqlx)),
+        Contest::new("pglock", Cycle::Pglock(pglock)).target("<= 1.00", |ratio, _| ratio <= 1.0),
+        Contest::new("SQL by hand", Cycle::ByHand(warm_pool(db).await?)),
+        Contest::new("two round trips, no pool", Cycle::RoundTrips(db.admin().await)),
+    ];
+    contest::compete(&mut contests, time).await?;
+    Ok(contests)
 }
 
 /// A pool that has opened all its connections.

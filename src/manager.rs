@@ -56,6 +56,8 @@ const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 /// * A loss of the shared session is a loss of all locks on it; each guard is told.
 /// * [`connection`](crate::ExclusiveGuard::connection) has none to lend:
 ///   [`Error::SharedSession`].
+/// * [`release`](crate::ExclusiveGuard::release) asks the server only if the lock leaves the process. One
+///   that is passed on inside, or that others share, is released when the next one has it.
 /// * A guard that is dropped tells the server on the manager's task, so the runtime must go on: on one
 ///   that nobody drives any more, the lock is held until the connection closes.
 /// * A handle that shares a lock, and wants it exclusively, gets it if nobody else shares it; waiting for
