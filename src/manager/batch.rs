@@ -100,3 +100,6 @@ fn calls(taken: &Taken) -> [Option<Call>; 3] {
         Step::Unlock => [unlock_exclusive, unlock_shared, None],
     }
 }
+
+#[cfg(test)]
+mod tests;

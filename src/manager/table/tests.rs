@@ -188,6 +188,7 @@ impl World {
         self.start();
         self.busy = None;
         self.check();
+        self.check_what_it_says();
     }
 
     fn is_free(&self, key: KeyId, mode: Mode, except: Option<Session>) -> bool {
@@ -337,6 +338,32 @@ impl World {
         }
     }
 
+    /// What the table says when it is asked.
+    fn check_what_it_says(&self) {
+        for key in (0..3).map(KeyId::BigInt) {
+            for owner in 0..5 {
+                let has_guard =
+                    self.guards.iter().any(|guard| guard.key == key && guard.owner == owner);
+                assert_eq!(self.table.holds(key, owner), has_guard, "{key:?} {owner}");
+            }
+            let mut seats = self.server.keys().map(|(_, seat)| *seat).collect::<HashSet<_>>();
+            seats.insert(Session(self.session));
+            for seat in seats {
+                let is_seated = self.server.contains_key(&(key, seat));
+                assert_eq!(self.table.is_seated(key, &seat), is_seated, "{key:?} {seat:?}");
+            }
+            let is_held = self.server.keys().any(|(held, _)| *held == key);
+            let is_asked = |(asked, taken, _): &(KeyId, Taken, Session)| {
+                *asked == key && matches!(taken.step, Step::Lock(_))
+            };
+            let is_unasked = !is_held && self.under_way.iter().any(is_asked);
+            assert_eq!(self.table.is_unasked(key), is_unasked, "{key:?}");
+        }
+        let needs_shared = self.server.keys().any(|(_, seat)| seat.is_shared())
+            || self.under_way.iter().any(|(.., seat)| seat.is_shared());
+        assert_eq!(self.table.needs_shared(), needs_shared);
+    }
+
     /// Lets everything come to its end: all wishes are granted, nothing is left.
     fn finish(&mut self) {
         self.others.clear();
@@ -390,4 +417,38 @@ fn others_get_their_turn() {
     let steps: HashSet<String> = steps.iter().map(|step| format!("{step:?}")).collect();
     assert!(steps.contains("Renew(Exclusive)"), "{steps:?}");
     world.finish();
+}
+
+/// Who shares a lock and tries to have it alone gets it only if nobody else shares it.
+#[test]
+fn an_upgrade_is_tried_by_who_is_alone() {
+    let upgrade = |owner| Act::Want { owner, key: 1, mode: Mode::Exclusive, patient: false };
+    for sharers in [1, 2] {
+        let mut world = World::new();
+        for owner in 0..sharers {
+            world.act(Act::Want { owner, key: 1, mode: Mode::Shared, patient: true });
+        }
+        world.act(Act::Answer);
+        world.act(upgrade(0));
+        let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+        assert_eq!(steps, if sharers == 1 { vec![Step::Upgrade] } else { vec![] });
+        world.finish();
+    }
+}
+
+/// Only two who share a lock and both want it alone would wait for each other for ever.
+#[test]
+fn an_upgrade_goes_before_who_holds_nothing() {
+    let mut world = World::new();
+    for owner in 0..2 {
+        world.act(Act::Want { owner, key: 1, mode: Mode::Shared, patient: true });
+    }
+    world.act(Act::Answer);
+    world.act(Act::Want { owner: 2, key: 1, mode: Mode::Exclusive, patient: true });
+    let mut effects = Vec::new();
+    let wants = (Mode::Exclusive, true);
+    let want = world.table.want(KeyId::BigInt(1), 0, wants, || 99, world.now, &mut effects);
+    assert!(matches!(want, Want::Queued(_)), "{want:?}");
+    let want = world.table.want(KeyId::BigInt(1), 1, wants, || 100, world.now, &mut effects);
+    assert_eq!(want, Want::Deadlock);
 }

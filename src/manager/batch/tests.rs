@@ -1,0 +1,159 @@
+//! Batches against a server that is played: one session, and what others do to its keys.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const NOTHING: Modes = Modes { exclusive: false, shared: false };
+const EXCLUSIVE: Modes = Modes { exclusive: true, shared: false };
+const SHARED: Modes = Modes { exclusive: false, shared: true };
+const BOTH: Modes = Modes { exclusive: true, shared: true };
+
+/// A key at the server.
+#[derive(Clone, Debug)]
+struct Played {
+    step: Step,
+    /// What the session has been granted.
+    mine: Modes,
+    /// Others hold it, so that nothing is granted that they exclude.
+    busy: bool,
+    waited_for: bool,
+    /// Says that it did not hold what it is to give up.
+    lies: bool,
+}
+
+impl Played {
+    fn answer(&mut self, call: Call) -> bool {
+        match call {
+            Call::TryLock(mode) => {
+                *self.of(mode) |= !self.busy;
+                !self.busy
+            }
+            Call::Unlock(mode) => {
+                assert!(*self.of(mode), "{self:?} gives up what it has not");
+                *self.of(mode) = self.lies;
+                !self.lies
+            }
+            Call::LockShared => {
+                assert!(self.mine.exclusive, "{self:?} would wait");
+                self.mine.shared = true;
+                true
+            }
+            Call::IsWaitedFor => self.waited_for,
+        }
+    }
+
+    fn of(&mut self, mode: Mode) -> &mut bool {
+        match mode {
+            Mode::Exclusive => &mut self.mine.exclusive,
+            Mode::Shared => &mut self.mine.shared,
+        }
+    }
+
+    /// What it must say, and hold, after its step.
+    fn expected(&self, before: Modes) -> (Answer, Option<Modes>) {
+        let free = !self.busy;
+        let granted = |modes: Modes| if free { modes } else { NOTHING };
+        match self.step {
+            Step::Upgrade => (Answer::Taken(free), Some(if free { BOTH } else { SHARED })),
+            Step::Look => (Answer::Taken(self.waited_for), Some(before)),
+            Step::Downgrade | Step::Renew(_) | Step::Unlock if self.lies => (Answer::NotHeld, None),
+            Step::Downgrade => (Answer::Taken(true), Some(SHARED)),
+            Step::Lock(mode) | Step::Wait(mode) | Step::Renew(mode) => {
+                (Answer::Taken(free), Some(granted(only(mode))))
+            }
+            Step::Unlock => (Answer::Taken(true), Some(NOTHING)),
+        }
+    }
+}
+
+fn only(mode: Mode) -> Modes {
+    match mode {
+        Mode::Exclusive => EXCLUSIVE,
+        Mode::Shared => SHARED,
+    }
+}
+
+/// A step, and a state in which it is taken.
+fn played() -> impl Strategy<Value = Played> {
+    let mode = || prop_oneof![Just(Mode::Exclusive), Just(Mode::Shared)];
+    let something = || prop_oneof![Just(EXCLUSIVE), Just(SHARED), Just(BOTH)];
+    let step = prop_oneof![
+        mode().prop_map(|mode| (Step::Lock(mode), NOTHING)),
+        Just((Step::Upgrade, SHARED)),
+        Just((Step::Look, SHARED)),
+        prop_oneof![Just(EXCLUSIVE), Just(BOTH)].prop_map(|mine| (Step::Downgrade, mine)),
+        (mode(), something()).prop_map(|(mode, mine)| (Step::Renew(mode), mine)),
+        something().prop_map(|mine| (Step::Unlock, mine)),
+    ];
+    (step, any::<[bool; 3]>()).prop_map(|((step, mine), [busy, waited_for, lies])| Played {
+        step,
+        mine,
+        busy,
+        waited_for,
+        lies,
+    })
+}
+
+fn batch(keys: &[Played]) -> Batch {
+    let mut batch = Batch::default();
+    for (key, Played { step, mine, .. }) in (0..).zip(keys) {
+        batch.add(KeyId::BigInt(key), Taken { id: 0, step: *step, server: *mine });
+    }
+    batch
+}
+
+proptest! {
+    /// Each step leaves its key as it should, and its answer says so.
+    #[test]
+    fn do_what_the_steps_say(mut keys in prop::collection::vec(played(), 0..20)) {
+        let batch = batch(&keys);
+        prop_assert_eq!(batch.is_empty(), keys.is_empty());
+        let before: Vec<Modes> = keys.iter().map(|key| key.mine).collect();
+        let mut answers = Vec::new();
+        for (key, call) in batch.calls() {
+            let KeyId::BigInt(key) = key else { panic!("there is no such key") };
+            if let Some(key) = keys.get_mut(usize::try_from(*key).unwrap()) {
+                answers.push(key.answer(*call));
+            }
+        }
+        let read = batch.read(&answers).unwrap();
+        prop_assert_eq!(read.len(), keys.len());
+        for ((key, before), answer) in keys.iter().zip(before).zip(read) {
+            let (expected, modes) = key.expected(before);
+            prop_assert_eq!(answer, expected, "{:?}", key);
+            if let Some(modes) = modes {
+                prop_assert_eq!(key.mine, modes, "{:?}", key);
+            }
+        }
+
+        // As many answers as calls, or they are none.
+        answers.push(true);
+        prop_assert_eq!(batch.read(&answers), None);
+        answers.pop();
+        if answers.pop().is_some() {
+            prop_assert_eq!(batch.read(&answers), None);
+        }
+    }
+
+    /// What was to be taken on a session that is gone is not taken on the next one.
+    #[test]
+    fn keep_what_needs_no_session(keys in prop::collection::vec(played(), 0..20)) {
+        let mut kept = batch(&keys);
+        kept.keep_only_locks();
+        let locks = keys.iter().filter(|key| matches!(key.step, Step::Lock(_))).count();
+        prop_assert_eq!((kept.steps().len(), kept.calls().len()), (locks, locks));
+        prop_assert!(kept.calls().iter().all(|(_, call)| matches!(call, Call::TryLock(_))));
+    }
+}
+
+#[test]
+fn are_full_at_their_largest() {
+    let mut batch = Batch::default();
+    for key in 0..i64::try_from(LARGEST).unwrap() {
+        assert!(!batch.is_full());
+        let step = Step::Lock(Mode::Exclusive);
+        batch.add(KeyId::BigInt(key), Taken { id: 0, step, server: NOTHING });
+    }
+    assert!(batch.is_full());
+}
