@@ -208,10 +208,13 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     let mut admin = db.admin().await;
     // No server refuses these for long enough to test it; this one does, by a function in front of its own.
     let refuse = format!(
-        "CREATE SCHEMA fussy; \
+        "CREATE SCHEMA fussy; CREATE SEQUENCE fussy.refused; \
          CREATE FUNCTION fussy.set_config(name text, value text, local boolean) RETURNS text \
          LANGUAGE plpgsql AS $$ BEGIN \
-           IF name = 'tcp_user_timeout' THEN RAISE insufficient_privilege; END IF; \
+           IF name = 'tcp_user_timeout' THEN \
+             PERFORM nextval('fussy.refused'); \
+             RAISE insufficient_privilege; \
+           END IF; \
            RETURN pg_catalog.set_config(name, value, local); \
          END $$; \
          ALTER DATABASE {} SET search_path = fussy, pg_catalog, public",
@@ -236,7 +239,17 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     }
     no_locks(&mut admin).await;
 
-    // Now it is known that they are refused.
+    // Now it is known that they are refused: a session that is new to us is not asked.
+    let mut refused = async || -> i64 {
+        let refused = sqlx::query_scalar("SELECT last_value FROM fussy.refused");
+        refused.fetch_one(&mut admin).await.unwrap()
+    };
+    let before = refused().await;
+    let other_pool = db.pool(2).await;
+    let guard = new_lock(&other_pool, 1).acquire().await.unwrap();
+    assert_eq!(refused().await, before);
+    guard.release().await.unwrap();
+    // Who requires them asks all the same.
     let mut lock = new_lock_with(&LockOptions::new().require_settings(), &pool, 1);
     let error = lock.acquire().await.unwrap_err();
     assert!(matches!(error, Error::Settings { .. }), "{error:?}");
