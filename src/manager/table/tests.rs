@@ -46,6 +46,8 @@ enum Act {
     },
     /// The shared session breaks.
     Break,
+    /// From now on, steps are under way as soon as they come up, or not.
+    Hurry(bool),
     Later,
 }
 
@@ -62,6 +64,7 @@ fn act() -> impl Strategy<Value = Act> {
         2 => (key, prop_oneof![Just(None), mode().prop_map(Some)])
             .prop_map(|(key, mode)| Act::Others { key, mode }),
         1 => Just(Act::Break),
+        3 => any::<bool>().prop_map(Act::Hurry),
         1 => Just(Act::Later),
     ]
 }
@@ -91,6 +94,9 @@ struct World {
     under_way: VecDeque<(KeyId, Taken, Session)>,
     /// A key that was found busy just now.
     busy: Option<KeyId>,
+    hurry: bool,
+    /// The numbers of all steps.
+    ids: HashSet<u64>,
 }
 
 const NOBODY: Option<fn() -> u64> = None;
@@ -110,6 +116,8 @@ impl World {
             to_do: VecDeque::new(),
             under_way: VecDeque::new(),
             busy: None,
+            hurry: true,
+            ids: HashSet::new(),
         }
     }
 
@@ -182,13 +190,18 @@ impl World {
                     }
                 }
             }
+            Act::Hurry(hurry) => self.hurry = hurry,
             Act::Later => self.now += Duration::from_millis(11),
         }
         self.settle(effects);
-        self.start();
+        if self.hurry {
+            self.start();
+        }
         self.busy = None;
         self.check();
-        self.check_what_it_says();
+        if self.to_do.is_empty() {
+            self.check_what_it_says();
+        }
     }
 
     fn is_free(&self, key: KeyId, mode: Mode, except: Option<Session>) -> bool {
@@ -282,12 +295,13 @@ impl World {
         }
     }
 
-    /// Steps are under way as soon as they come up.
+    /// Has all steps under way that have come up.
     fn start(&mut self) {
         while let Some((key, shared)) = self.to_do.pop_front() {
             let taken =
                 if shared { self.table.take_for_shared(key) } else { self.table.take_apart(key) };
             let Some(taken) = taken else { continue };
+            assert!(self.ids.insert(taken.id), "there was a step {taken:?} before");
             if self.busy == Some(key) {
                 assert!(matches!(taken.step, Step::Wait(_)), "{taken:?} is asked for again");
             }
@@ -309,7 +323,8 @@ impl World {
             assert!(wanted || !matches!(taken.step, Step::Wait(_)), "nobody wants {key:?}");
         }
         // With nothing under way, who could share a lock shares it, unless others have waited for it.
-        for (wish, _) in self.waiting.values().filter(|_| self.under_way.is_empty()) {
+        let rests = self.under_way.is_empty() && self.to_do.is_empty();
+        for (wish, _) in self.waiting.values().filter(|_| rests) {
             let excludes = |other: &Guard| other.key == wish.key && other.mode == Mode::Exclusive;
             let waiting = self.waiting.values().map(|(wish, _)| wish);
             assert!(
@@ -367,6 +382,7 @@ impl World {
     /// Lets everything come to its end: all wishes are granted, nothing is left.
     fn finish(&mut self) {
         self.others.clear();
+        self.act(Act::Hurry(true));
         for round in 0.. {
             assert!(round < 10_000, "it never ends: {:?} wait", self.waiting.len());
             // Who shares a lock and wants it alone waits for the others, so all let go.
@@ -419,20 +435,110 @@ fn others_get_their_turn() {
     world.finish();
 }
 
+const KEY: KeyId = KeyId::BigInt(1);
+const SHARED_SESSION: Session = Session(0);
+
+/// The step that is to be taken for [`KEY`].
+fn take(world: &mut World) -> Taken {
+    world.table.take_for_shared(KEY).unwrap()
+}
+
+/// A world in which these owners share [`KEY`].
+fn shared_by(owners: u64) -> World {
+    let mut world = World::new();
+    for owner in 0..owners {
+        world.act(Act::Want { owner, key: 1, mode: Mode::Shared, patient: true });
+    }
+    world.act(Act::Answer);
+    world
+}
+
 /// Who shares a lock and tries to have it alone gets it only if nobody else shares it.
 #[test]
 fn an_upgrade_is_tried_by_who_is_alone() {
-    let upgrade = |owner| Act::Want { owner, key: 1, mode: Mode::Exclusive, patient: false };
     for sharers in [1, 2] {
-        let mut world = World::new();
-        for owner in 0..sharers {
-            world.act(Act::Want { owner, key: 1, mode: Mode::Shared, patient: true });
+        let mut world = shared_by(sharers);
+        let mut effects = Vec::new();
+        let wants = (Mode::Exclusive, false);
+        let want = world.table.want(KEY, 0, wants, || 99, world.now, &mut effects);
+        if sharers == 1 {
+            assert!(matches!(want, Want::Queued(_)), "{want:?}");
+            assert_eq!(take(&mut world).step, Step::Upgrade);
+        } else {
+            assert_eq!((want, effects), (Want::Busy, vec![]));
         }
+    }
+}
+
+/// Who has no patience does not queue behind those who wait at the server.
+#[test]
+fn who_only_tries_hears_at_once_that_somebody_waits() {
+    for mode in [Mode::Exclusive, Mode::Shared] {
+        let mut world = World::new();
+        world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
+        world.act(Act::Want { owner: 0, key: 1, mode, patient: true });
         world.act(Act::Answer);
-        world.act(upgrade(0));
-        let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
-        assert_eq!(steps, if sharers == 1 { vec![Step::Upgrade] } else { vec![] });
-        world.finish();
+        assert!(world.under_way.iter().any(|(_, taken, _)| taken.step == Step::Wait(mode)));
+        let mut effects = Vec::new();
+        let want = world.table.want(KEY, 1, (mode, false), || 99, world.now, &mut effects);
+        assert_eq!((want, effects), (Want::Busy, vec![]));
+    }
+}
+
+/// Whoever gives the lock up hears of it when the server has answered; who leaves it to others need not.
+#[test]
+fn the_last_to_leave_is_told() {
+    let mut world = shared_by(2);
+    let mut leave = |owner| {
+        let (mut effects, guard) = (Vec::new(), (owner, Mode::Shared));
+        let left =
+            world.table.leave(KEY, guard, &SHARED_SESSION, Some(|| 7), world.now, &mut effects);
+        (left, effects)
+    };
+    assert_eq!(leave(0), (Left::Done, vec![]));
+    assert_eq!(leave(1), (Left::Told, vec![Effect::Start(KEY)]));
+    let Taken { id, step, .. } = take(&mut world);
+    assert_eq!(step, Step::Unlock);
+    let mut effects = Vec::new();
+    assert!(world.table.taken(KEY, id, (&SHARED_SESSION, true), world.now, &mut effects));
+    assert_eq!(effects, [Effect::Released(7)]);
+}
+
+/// An answer counts for its own step, when that was taken, and once.
+#[test]
+fn answers_to_other_steps_do_not_count() {
+    let mut world = World::new();
+    world.act(Act::Hurry(false));
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+    let id = world.table.keys.get(&KEY).and_then(|entry| entry.turn).unwrap().id;
+    let counts = |table: &mut Table<Session, u64>, id| {
+        table.taken(KEY, id, (&SHARED_SESSION, true), world.now, &mut Vec::new())
+    };
+    assert!(!counts(&mut world.table, id));
+    assert_eq!(world.table.take_for_shared(KEY).unwrap().id, id);
+    assert!(!counts(&mut world.table, id + 1));
+    assert!(counts(&mut world.table, id));
+    assert!(!counts(&mut world.table, id));
+}
+
+/// After a step of which nobody knew how far it came, the table goes on from what the server has granted.
+#[test]
+fn what_the_server_has_granted_is_believed() {
+    for granted in [true, false] {
+        let mut world = World::new();
+        world.act(Act::Hurry(false));
+        world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+        take(&mut world);
+        let server = Modes { exclusive: granted, shared: false };
+        let mut effects = Vec::new();
+        world.table.corrected(KEY, (&SHARED_SESSION, server), world.now, &mut effects);
+        if granted {
+            assert_eq!(effects, [Effect::Granted(1, SHARED_SESSION)]);
+            assert!(world.table.is_seated(KEY, &SHARED_SESSION));
+        } else {
+            assert_eq!(effects, [Effect::Start(KEY)]);
+            assert_eq!(take(&mut world).step, Step::Lock(Mode::Exclusive));
+        }
     }
 }
 
