@@ -470,18 +470,73 @@ fn an_upgrade_is_tried_by_who_is_alone() {
     }
 }
 
-/// Who has no patience does not queue behind those who wait at the server.
+/// Who has no patience hears at once where asking the server is no use, and only there.
 #[test]
-fn who_only_tries_hears_at_once_that_somebody_waits() {
-    for mode in [Mode::Exclusive, Mode::Shared] {
+fn who_only_tries_hears_at_once_of_who_is_before_him() {
+    use Mode::{Exclusive, Shared};
+    const BUSY: Option<Want<Session>> = Some(Want::Busy);
+    const GRANTED: Option<Want<Session>> = Some(Want::Granted(SHARED_SESSION));
+    const ASKED: Option<Want<Session>> = None;
+
+    let wanted = |mode| {
         let mut world = World::new();
-        world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
+        world.act(Act::Want { owner: 0, key: 1, mode, patient: true });
+        world
+    };
+    let held = |mode| {
+        let mut world = wanted(mode);
+        world.act(Act::Answer);
+        world
+    };
+    let awaited = |mode| {
+        let mut world = World::new();
+        world.act(Act::Others { key: 1, mode: Some(Exclusive) });
         world.act(Act::Want { owner: 0, key: 1, mode, patient: true });
         world.act(Act::Answer);
-        assert!(world.under_way.iter().any(|(_, taken, _)| taken.step == Step::Wait(mode)));
-        let mut effects = Vec::new();
-        let want = world.table.want(KEY, 1, (mode, false), || 99, world.now, &mut effects);
-        assert_eq!((want, effects), (Want::Busy, vec![]));
+        world
+    };
+    // Another process was seen waiting for a lock that is shared.
+    let closing = || {
+        let mut world = shared_by(3);
+        world.act(Act::Others { key: 1, mode: Some(Shared) });
+        world.act(Act::Want { owner: 3, key: 1, mode: Shared, patient: true });
+        world.act(Act::Answer);
+        world.act(Act::Cancel { which: 0 });
+        world
+    };
+    let closed = || {
+        let mut world = closing();
+        for _ in 0..3 {
+            world.act(Act::Leave { which: 0 });
+        }
+        world
+    };
+    let cases = [
+        ("nobody", World::new(), ASKED, ASKED),
+        ("one who wants to share it", wanted(Shared), BUSY, ASKED),
+        ("one who wants it alone", wanted(Exclusive), BUSY, BUSY),
+        ("one who shares it", held(Shared), BUSY, GRANTED),
+        ("one who has it", held(Exclusive), BUSY, BUSY),
+        ("one who waits at the server to share it", awaited(Shared), BUSY, BUSY),
+        ("one who waits at the server to have it", awaited(Exclusive), BUSY, BUSY),
+        ("those who share it while others wait", closing(), BUSY, BUSY),
+        ("the server, that is told of the last of those", closed(), ASKED, ASKED),
+    ];
+    for (who, world, exclusive, shared) in cases {
+        // A wish of one mode must not be in the way of the other.
+        let modes = if shared == GRANTED { [Exclusive, Shared] } else { [Shared, Exclusive] };
+        let mut table = world.table;
+        for mode in modes {
+            let expected = if mode == Exclusive { &exclusive } else { &shared };
+            let mut effects = Vec::new();
+            let want = table.want(KEY, 9, (mode, false), || 99, world.now, &mut effects);
+            if let Some(expected) = expected {
+                assert_eq!(want, *expected, "{mode:?} behind {who}");
+            } else {
+                let Want::Queued(id) = want else { panic!("{want:?} for {mode:?} behind {who}") };
+                assert!(table.cancel(KEY, id, world.now, &mut effects));
+            }
+        }
     }
 }
 
