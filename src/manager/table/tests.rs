@@ -613,3 +613,17 @@ fn an_upgrade_goes_before_who_holds_nothing() {
     let want = world.table.want(KeyId::BigInt(1), 1, wants, || 100, world.now, &mut effects);
     assert_eq!(want, Want::Deadlock);
 }
+
+/// A step that was not taken yet is called off when another is needed.
+#[test]
+fn a_step_follows_what_is_needed() {
+    let mut world = World::new();
+    world.act(Act::Hurry(false));
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, patient: true });
+    let (guard, id) = world.waiting.remove(&1).unwrap();
+    let mut effects = Vec::new();
+    assert!(world.table.cancel(guard.key, id, world.now, &mut effects));
+    assert_eq!(effects, [Effect::Start(KEY)]);
+    assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
+}
