@@ -627,3 +627,35 @@ fn a_step_follows_what_is_needed() {
     assert_eq!(effects, [Effect::Start(KEY)]);
     assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
 }
+
+/// While somebody shares a lock, there is nothing to ask for one who wants it alone; nor for one who
+/// wants to share it, once another process was seen waiting.
+#[test]
+fn nothing_is_asked_that_must_be_waited_for() {
+    let mut world = shared_by(1);
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, patient: true });
+    assert_eq!(world.under_way, []);
+
+    let mut world = shared_by(3);
+    world.act(Act::Others { key: 1, mode: Some(Mode::Shared) });
+    world.act(Act::Want { owner: 3, key: 1, mode: Mode::Shared, patient: true });
+    let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+    assert_eq!(steps, [Step::Look]);
+    world.act(Act::Answer);
+    assert_eq!(world.under_way, []);
+    assert_eq!(world.waiting.len(), 1);
+}
+
+/// Of those who ask for a lock that is busy, only who has patience goes on waiting.
+#[test]
+fn who_only_tries_is_refused_when_the_server_says_so() {
+    let mut world = World::new();
+    world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Shared, patient: false });
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, patient: true });
+    world.act(Act::Answer);
+    let waiting: Vec<u64> = world.waiting.values().map(|(wish, _)| wish.owner).collect();
+    assert_eq!(waiting, [1]);
+    let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+    assert_eq!(steps, [Step::Wait(Mode::Shared)]);
+}
