@@ -659,3 +659,22 @@ fn who_only_tries_is_refused_when_the_server_says_so() {
     let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Wait(Mode::Shared)]);
 }
+
+/// A session that was opened to wait for one key goes with it.
+#[test]
+fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
+    let mut world = World::new();
+    world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Answer);
+    world.act(Act::Others { key: 1, mode: None });
+    world.act(Act::Answer);
+    assert!(world.guards.iter().all(|guard| !guard.seat.is_shared()));
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, patient: true });
+    // Others are to get their turn.
+    world.act(Act::Later);
+    world.act(Act::Leave { which: 0 });
+    let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+    assert_eq!(steps, [Step::Unlock]);
+    world.finish();
+}
