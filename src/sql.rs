@@ -157,7 +157,7 @@ async fn try_with_settings(
     // A session on a standby is never marked, so that each acquire asks whether it still is one; nor is
     // one with a limit on idle sessions, which each holder has lifted.
     let statement = format!(
-        "SELECT pg_backend_pid(), {STANDS_STILL}, {IDLE_LIMIT}, {settings}\
+        "SELECT pg_backend_pid(), {TIME_STANDS_STILL}, {IDLE_LIMIT}, {settings}\
          CASE WHEN NOT pg_is_in_recovery() AND coalesce({IDLE_LIMIT}, '0') = '0' \
          THEN set_config('pglock.vigilance', '{mark}', false) END, \
          CASE WHEN {standby} THEN NULL {tries} ELSE {count} END AS count"
@@ -180,11 +180,12 @@ fn mark(vigilance: Option<(Vigilance, &str)>) -> &str {
     vigilance.map_or("none", |(_, mark)| mark)
 }
 
-/// Whether time stands still: that of a transaction that somebody left open on the pooled connection.
-/// So does, for some microseconds, that of a prepared statement; looking once too often does no harm.
-const STANDS_STILL: &str = "statement_timestamp() - now() > interval '2 ms'";
+/// Whether a transaction is open. Inside one, time stands still while statements go on. Outside, and in a
+/// message of one statement, both are the time of that.
+const TIME_STANDS_STILL: &str = "now() <> statement_timestamp()";
 
-/// The same in microseconds.
+/// In a prepared statement, the two differ by some microseconds anyway; looking once too often does no
+/// harm.
 const STANDS_STILL_FOR: i64 = 2000;
 
 /// The role's limit on idle sessions. Unknown before PostgreSQL 14.
@@ -950,9 +951,7 @@ pub(crate) async fn draw_token(conn: &mut PgConnection) -> Result<i64, sqlx::Err
 
 /// Ends a transaction that was left open. Returns whether there was one.
 pub(crate) async fn end_transaction(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    // Inside a transaction, time stands still while statements go on. Outside, and in a message of one
-    // statement, both are the time of that.
-    let asked = fetch(conn, "SELECT now() <> statement_timestamp()".to_owned()).await;
+    let asked = fetch(conn, format!("SELECT {TIME_STANDS_STILL}")).await;
     let open = match asked {
         Ok(row) => row.try_get(0)?,
         // 25P02: a failed transaction answers nothing but its end.

@@ -207,23 +207,3 @@ async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
     let written: i64 = sqlx::query_scalar("SELECT count(*) FROM t").fetch_one(&pool).await.unwrap();
     assert_eq!(written, 20);
 }
-
-#[tokio::test]
-async fn an_acquire_ends_an_old_transaction_that_was_left_open_in_the_pool() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
-    let mut lock = Lock::new(&pool, 1);
-    // The connection is fresh, then the lock's statement is prepared on it.
-    for left_open in ["BEGIN", "BEGIN", "BEGIN; SELECT 1 / 0", "BEGIN"] {
-        let mut conn = pool.acquire().await.unwrap();
-        drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
-        drop(conn);
-        // It gets old enough to be seen.
-        tokio::time::sleep(Duration::from_millis(10)).await;
-
-        let guard = lock.acquire().await.unwrap();
-        backend_is(&mut admin, guard.backend_pid(), "idle", SOON).await;
-        guard.release().await.unwrap();
-    }
-}

@@ -104,8 +104,13 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
             }
             drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
             drop(conn);
-            // The transaction gets old enough to be seen.
-            sleep(Duration::from_millis(10)).await;
+            // However young the transaction is.
+            let idle = async {
+                while pool.num_idle() == 0 {
+                    tokio::task::yield_now().await;
+                }
+            };
+            timeout(SOON, idle).await.unwrap();
 
             for round in 0..3 {
                 let guard = Lock::new(&pool, 1).acquire().await.unwrap();

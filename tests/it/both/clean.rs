@@ -72,12 +72,18 @@ async fn an_old_transaction_left_open_in_the_pool_is_ended_by_the_acquire() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(1).await;
-    let mut conn = pool.acquire().await.unwrap();
-    sqlx::raw_sql("BEGIN").execute(&mut *conn).await.unwrap();
-    drop(conn);
-    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    let mut lock = new_lock(&pool, 1);
+    // The connection is fresh at first; then the lock's statement is prepared on it.
+    for left_open in ["BEGIN", "BEGIN", "BEGIN; SELECT 1 / 0", "BEGIN"] {
+        let mut conn = pool.acquire().await.unwrap();
+        drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
+        drop(conn);
+        eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+        // It gets old enough to be seen.
+        tokio::time::sleep(Duration::from_millis(20)).await;
 
-    let guard = new_lock(&pool, 1).acquire().await.unwrap();
-    backend_is(&mut admin, guard.backend_pid(), "idle", SOON).await;
+        let guard = lock.acquire().await.unwrap();
+        backend_is(&mut admin, guard.backend_pid(), "idle", SOON).await;
+        guard.release().await.unwrap();
+    }
 }
