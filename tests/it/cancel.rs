@@ -12,15 +12,32 @@ use crate::support::{SOON, borrow_all, dropped_at, locks_are, no_locks, unless_i
 /// More polls than any call that does not wait can take.
 pub(crate) const POLLS: usize = 60;
 
-/// Fills the pool with idle connections, or leaves it empty.
-async fn prepare(pool: &PgPool, warm: bool) {
-    if warm {
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum State {
+    /// The pool has no connection.
+    Cold,
+    /// All are idle, and fresh.
+    Warm,
+    /// All are idle, and something was prepared on each, so that the first acquire takes two statements.
+    Used,
+}
+
+async fn prepare(pool: &PgPool, state: State) {
+    if state == State::Used {
+        let mut conns = Vec::new();
+        for _ in 0..pool.options().get_max_connections() {
+            let mut conn = pool.acquire().await.unwrap();
+            sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
+            conns.push(conn);
+        }
+    }
+    if state != State::Cold {
         borrow_all(pool).await;
     }
 }
 
-/// Runs `call` on a fresh pool and drops it after every number of polls until it completes, with a
-/// cold and with a warm pool; after each nothing may be left but what `held` says others hold.
+/// Runs `call` on a fresh pool and drops it after every number of polls until it completes, with a pool
+/// in each [`State`]; after each nothing may be left but what `held` says others hold.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
 pub(crate) async fn dropped_at_every_poll_on(
     held: usize,
@@ -34,11 +51,11 @@ pub(crate) async fn dropped_at_every_poll_on(
 async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
     let mut admin = db.admin().await;
     let mut dropped = 0;
-    for warm in [false, true] {
+    for state in [State::Cold, State::Warm, State::Used] {
         for polls in 1.. {
             assert!(polls < POLLS, "the call never completes");
             let pool = db.pool(2).await;
-            prepare(&pool, warm).await;
+            prepare(&pool, state).await;
             let call = Box::pin(call(&pool));
             let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
 
