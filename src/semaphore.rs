@@ -257,9 +257,13 @@ impl Semaphore {
             return self.try_acquire().await;
         }
         let waiting = timeout_at(deadline.into(), self.inner.waiting.lock());
-        match waiting.await {
-            Ok(_first) => self.inner.wait(Some(deadline)).await,
-            Err(_) => Ok(None),
+        let Ok(_first) = waiting.await else { return Ok(None) };
+        let late = deadline.saturating_duration_since(Instant::now()) < LOOK;
+        match self.inner.wait(Some(deadline)).await {
+            // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
+            // its way back from who was first before.
+            Err(Error::Pool { source: sqlx::Error::PoolTimedOut, .. }) if late => Ok(None),
+            found => found,
         }
     }
 }

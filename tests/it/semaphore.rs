@@ -11,6 +11,7 @@ use pglock::{Error, Key, Lock, Permit, Semaphore};
 use pglock_testkit::{Role, Server, Shutdown, TestDb, advisory_locks, cues, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
+use tokio::join;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -549,6 +550,13 @@ async fn a_bounded_wait_ends_in_time() {
     let error = semaphore.try_acquire_for(PATIENCE).await.unwrap_err();
     assert!(matches!(error, Error::Pool { .. }) && error.is_transient(), "{error:?}");
     assert!(started.elapsed() < PATIENCE + SOON * 2, "{:?}", started.elapsed());
+    // Unless the time was spent behind another who waits.
+    let (first, second) = join!(
+        semaphore.try_acquire_for(PATIENCE),
+        semaphore.try_acquire_for(PATIENCE + Duration::from_millis(1)),
+    );
+    assert!(matches!(first, Err(Error::Pool { .. })), "{first:?}");
+    assert!(matches!(second, Ok(None)), "{second:?}");
     drop(rest);
 
     // A permit that comes free in time is taken, here after a time too long to count.
