@@ -207,7 +207,8 @@ impl LockOptions {
     /// A wait is made of slices, because a statement that waits holds a snapshot, which keeps
     /// `VACUUM` and `CREATE INDEX CONCURRENTLY` waiting in turn. Within a slice the waiter keeps its
     /// place in the server's queue; between two slices it goes to the end. A longer slice is fairer,
-    /// a shorter one holds others up less.
+    /// a shorter one holds others up less. Where hundreds of connections wait for one key, a short one
+    /// is dear: see [what a waiter costs](crate::guide::cost#per-waiter).
     ///
     /// A slice always lasts one second longer than the server's `deadlock_timeout`, however short
     /// it is set, so that deadlocks are found.
