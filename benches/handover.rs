@@ -5,6 +5,9 @@
 //! to release only when the server says that the other one is in the queue. Measured is the time from
 //! just before the release, in the one process, until the acquire has returned, in the other, by the
 //! clock that both have in common. Meanwhile this process sleeps.
+//!
+//! One way waits as pglock does, in a statement that ends its own wait, but by hand: the difference to the
+//! plain one is what that statement costs, and the rest is what pglock does.
 
 #![expect(clippy::print_stdout, reason = "the parties answer there")]
 
@@ -19,7 +22,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use pglock::{ExclusiveGuard, Lock, LockManager};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::error::BoxDynError;
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool, Row};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines, stdin};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::{sleep, timeout};
@@ -29,6 +32,20 @@ use contest::{Contest, Contestant};
 const KEY_OF_PGLOCK: i64 = 1;
 const KEY_OF_SQL: i64 = 2;
 const KEY_OF_MANAGER: i64 = 3;
+const KEY_OF_SLICES: i64 = 4;
+
+/// A wait that ends after 5 s without an error in the server's log, and tells whether it did.
+const SLICE: &str = "SET LOCAL statement_timeout = 0; \
+    DO $$ BEGIN \
+      PERFORM set_config('bench.granted', pg_backend_pid()::text, true); \
+      PERFORM set_config('lock_timeout', '5000', true); \
+      BEGIN \
+        PERFORM pg_advisory_lock(4); \
+      EXCEPTION WHEN lock_not_available THEN \
+        PERFORM set_config('bench.granted', '', true); \
+      END; \
+    END $$; \
+    SHOW bench.granted";
 
 fn main() -> Result<(), BoxDynError> {
     let mut arguments = env::args().skip(1);
@@ -43,10 +60,12 @@ fn main() -> Result<(), BoxDynError> {
 async fn handover(time: Duration) -> Result<(), BoxDynError> {
     let db = TestDb::new().await;
     let sql = Pair::start(&db, KEY_OF_SQL).await?;
+    let slices = Pair::start(&db, KEY_OF_SLICES).await?;
     let pglock = Pair::start(&db, KEY_OF_PGLOCK).await?;
     let manager = Pair::start(&db, KEY_OF_MANAGER).await?;
     let mut contests = [
         Contest::new("SQL by hand, connection held", sql),
+        Contest::new("the same, waiting in slices", slices),
         Contest::new("Lock", pglock).target("<= 1.10", |ratio, _| ratio <= 1.1),
         Contest::new("LockManager", manager).target("<= 1.20", |ratio, _| ratio <= 1.2),
     ];
@@ -162,7 +181,7 @@ impl Party {
 /// Is one of the two processes: does what it is told.
 async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
     let mut way = match key {
-        KEY_OF_SQL => Way::by_hand(PgConnection::connect(&url).await?).await?,
+        KEY_OF_SQL | KEY_OF_SLICES => Way::by_hand(PgConnection::connect(&url).await?).await?,
         KEY_OF_MANAGER => Way::ours(LockManager::new(&PgPool::connect(&url).await?).lock(key)),
         _ => Way::ours(Lock::new(&PgPool::connect(&url).await?, key)),
     };
@@ -209,6 +228,10 @@ impl Way {
 
     async fn acquire(&mut self, key: i64) -> Result<i32, BoxDynError> {
         match self {
+            Self::ByHand { connection, .. } if key == KEY_OF_SLICES => {
+                let row = sqlx::raw_sql(SLICE).fetch_one(connection).await?;
+                Ok(row.try_get::<&str, _>(0)?.parse()?)
+            }
             Self::ByHand { connection, backend_pid } => {
                 let acquire = sqlx::query("SELECT pg_advisory_lock($1)").bind(key);
                 acquire.execute(connection).await?;
