@@ -11,11 +11,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, unless_it_waits,
+    SOON, WATCHED, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, unless_it_waits,
 };
-
-/// After which a hold is watched by listening.
-const WATCHED: Duration = Duration::from_millis(150);
 
 /// More polls than any call that does not wait can take.
 const POLLS: usize = 200;

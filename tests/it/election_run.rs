@@ -12,10 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, impatient_pool, locks_are, no_locks};
-
-/// After which a hold is watched by listening.
-const WATCHED: Duration = Duration::from_millis(150);
+use crate::support::{SOON, WATCHED, impatient_pool, locks_are, no_locks};
 
 fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")

@@ -8,12 +8,18 @@ use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, borrow_all, locks_are, no_locks};
+use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks};
 
 /// Gives up after a second; the server after three.
 pub(crate) fn impatient() -> LockOptions {
     let second = Duration::from_secs(1);
     LockOptions::new().heartbeat(second / 2, second / 2).server_gives_up(second, second, 2)
+}
+
+/// Is not asked in the time that a test takes.
+pub(crate) fn patient() -> LockOptions {
+    let second = Duration::from_secs(1);
+    LockOptions::new().heartbeat(second * 60, second * 60).server_gives_up(second, second * 121, 1)
 }
 
 /// Ends a session at the server.
@@ -50,11 +56,28 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
     }
     server.resume();
     drop(conn);
-    says_lost(guard).await;
-    // Before PostgreSQL 14, a server that is busy does not notice that its client has gone.
+    // Closed at once, though the guard lives. Before PostgreSQL 14, a server that is busy does not notice
+    // that its client has gone.
     if server.version() >= 14 {
         locks_are(&mut db.admin().await, 0, SOON * 5).await;
     }
+    says_lost(guard).await;
+}
+
+#[tokio::test]
+async fn a_session_is_listened_to_again_after_its_connection_was_lent() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let guard = patient().lock(&db.pool(3).await, 1).unwrap().acquire().await.unwrap();
+    sleep(WATCHED).await;
+    let mut conn = guard.connection().await.unwrap();
+    sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
+    drop(conn);
+    // So that it is not the tidying that notices.
+    sleep(WATCHED).await;
+    terminate(&mut admin, guard.backend_pid()).await;
+    timeout(SOON * 5, guard.lost()).await.unwrap();
+    says_lost(guard).await;
 }
 
 #[tokio::test]

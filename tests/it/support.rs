@@ -66,6 +66,9 @@ pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
 /// The bound within which nothing may be left behind.
 pub(crate) const SOON: Duration = Duration::from_secs(1);
 
+/// After which a hold is watched by listening.
+pub(crate) const WATCHED: Duration = Duration::from_millis(150);
+
 /// Waits until the server knows of exactly `count` advisory locks, held or waited for.
 pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
     let started = Instant::now();

@@ -9,11 +9,8 @@ use pglock_testkit::{Server, Shutdown, TestDb};
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
-use crate::loss::{impatient, says_lost, terminate};
-use crate::support::{SOON, borrow_all, no_locks, report};
-
-/// After which a hold is watched by listening.
-const WATCHED: Duration = Duration::from_millis(150);
+use crate::loss::{impatient, patient, says_lost, terminate};
+use crate::support::{SOON, WATCHED, borrow_all, no_locks, report};
 
 #[tokio::test]
 async fn a_terminated_session_is_told_at_once() {
@@ -106,12 +103,6 @@ async fn a_silent_server_is_told_within_the_heartbeat_bound() {
         says_lost(guard).await;
         no_locks(&mut db.admin().await).await;
     }
-}
-
-/// Is not asked in the time that a test takes.
-fn patient() -> LockOptions {
-    let second = Duration::from_secs(1);
-    LockOptions::new().heartbeat(second * 60, second * 60).server_gives_up(second, second * 121, 1)
 }
 
 #[tokio::test]
