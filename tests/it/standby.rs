@@ -83,6 +83,8 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     assert!(error.to_string().contains(KEY));
     assert!(error.source().unwrap().to_string().contains("recovery"));
     guard.verify().await.unwrap();
+    // So is another lock on the same session.
+    guard.lock("another").try_acquire().await.unwrap().unwrap().release().await.unwrap();
 
     let (waited, ()) = tokio::join!(other.acquire_shared(), async {
         locks_are(&mut admin, 2, PATIENCE).await;
