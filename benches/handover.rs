@@ -34,7 +34,7 @@ const KEY_OF_SQL: i64 = 2;
 const KEY_OF_MANAGER: i64 = 3;
 const KEY_OF_SLICES: i64 = 4;
 
-/// A wait that ends after 5 s without an error in the server's log, and tells whether it did.
+/// A wait for [`KEY_OF_SLICES`] that ends after 5 s without an error in the server's log, and tells whether it did.
 const SLICE: &str = "SET LOCAL statement_timeout = 0; \
     DO $$ BEGIN \
       PERFORM set_config('bench.granted', pg_backend_pid()::text, true); \

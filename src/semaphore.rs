@@ -256,9 +256,15 @@ impl Semaphore {
         if timeout.is_zero() {
             return self.try_acquire().await;
         }
-        let waiting = timeout_at(deadline.into(), self.inner.waiting.lock());
-        let Ok(_first) = waiting.await else { return Ok(None) };
-        let late = deadline.saturating_duration_since(Instant::now()) < LOOK;
+        let waiting = &self.inner.waiting;
+        let (_first, queued) = match waiting.try_lock() {
+            Ok(first) => (first, false),
+            Err(_) => match timeout_at(deadline.into(), waiting.lock()).await {
+                Ok(first) => (first, true),
+                Err(_) => return Ok(None),
+            },
+        };
+        let late = queued && deadline.saturating_duration_since(Instant::now()) < LOOK;
         match self.inner.wait(Some(deadline)).await {
             // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
             // its way back from who was first before.

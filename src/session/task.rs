@@ -15,7 +15,8 @@ use super::conn::enter;
 /// server does the rest, even if nobody drives the runtime any more (a current-thread one between two
 /// calls of `block_on`).
 ///
-/// The first step may not poll a timer: where the runtime is gone, a timer panics. Use [`later`].
+/// A step that [`start`](Self::start) takes may not poll a timer: where the runtime is gone, a timer
+/// panics. Use [`later`].
 ///
 /// # Drop
 ///

@@ -20,27 +20,25 @@ const KEY: &str = "busy";
 /// How many tasks a service has.
 const TASKS: usize = 100;
 
-/// A service that starts opens its sessions, and looks for a pooler. That is not counted.
+/// In which a service that starts opens its sessions, and looks for a pooler.
 const START: Duration = Duration::from_millis(200);
 
-/// Takes the lock and lets go until the time is over. Returns how long each acquire has waited, but for
-/// those of the start.
-async fn take_turns(mut lock: Lock, time: Duration) -> Vec<Duration> {
+/// Takes the lock and lets go until the time is over. Returns how long each acquire has waited, and
+/// whether it was one of the start.
+async fn take_turns(mut lock: Lock, time: Duration) -> Vec<(Duration, bool)> {
     let started = Instant::now();
     let mut waits = Vec::new();
-    while started.elapsed() < START + time {
+    while started.elapsed() < time {
         let asked = Instant::now();
         let guard = lock.acquire().await.unwrap();
-        if asked > started + START {
-            waits.push(asked.elapsed());
-        }
+        waits.push((asked.elapsed(), asked < started + START));
         guard.release().await.unwrap();
     }
     waits
 }
 
-/// What a process does: is told for how many milliseconds, and says how many holds it had, and the median
-/// and the longest of its waits in microseconds.
+/// What a process does: is told for how many milliseconds, and says how many holds it had, and the median,
+/// the longest, and the longest after the start of its waits in microseconds.
 async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
     // Without a database it is nobody's role.
     let Ok(url) = env::var(URL) else { return };
@@ -54,14 +52,15 @@ async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
     for lock in locks {
         tasks.spawn(take_turns(lock, time));
     }
-    let mut waits: Vec<Duration> = tasks.join_all().await.into_iter().flatten().collect();
+    let mut waits: Vec<_> = tasks.join_all().await.into_iter().flatten().collect();
     waits.sort_unstable();
-    let micros = |wait: Option<&Duration>| wait.copied().unwrap_or_default().as_micros();
+    let micros = |wait: Option<&(Duration, bool)>| wait.map_or(0, |(wait, _)| wait.as_micros());
     say(format_args!(
-        "{} {} {}",
+        "{} {} {} {}",
         waits.len(),
         micros(waits.get(waits.len() / 2)),
-        micros(waits.last())
+        micros(waits.last()),
+        micros(waits.iter().rfind(|(_, of_the_start)| !of_the_start))
     ));
 }
 
@@ -86,6 +85,7 @@ struct Turns {
     holds: u32,
     median: Duration,
     longest: Duration,
+    longest_later: Duration,
 }
 
 impl FromStr for Turns {
@@ -98,6 +98,7 @@ impl FromStr for Turns {
             holds: u32::try_from(next()?).unwrap(),
             median: Duration::from_micros(next()?),
             longest: Duration::from_micros(next()?),
+            longest_later: Duration::from_micros(next()?),
         })
     }
 }
@@ -117,8 +118,10 @@ async fn two_services_and_a_plain_lock_get_their_shares() {
     let mut turns = Vec::new();
     for role in &mut roles {
         let said: Turns = role.answer().await.parse().unwrap();
-        let Turns { holds, median, longest } = said;
-        report(format_args!("{holds} holds, waits: median {median:?}, longest {longest:?}"));
+        let Turns { holds, median, longest, longest_later } = said;
+        report(format_args!(
+            "{holds} holds, waits: median {median:?}, longest {longest:?}, after the start {longest_later:?}"
+        ));
         turns.push(said);
     }
     let [one, two, plain] = turns.try_into().ok().unwrap();
