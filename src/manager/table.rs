@@ -11,7 +11,7 @@
 mod holders;
 
 use std::collections::VecDeque;
-use std::collections::hash_map::{Entry as Slot, HashMap};
+use std::collections::hash_map::{Entry as Slot, HashMap, OccupiedEntry};
 use std::time::{Duration, Instant};
 
 use crate::key::KeyId;
@@ -35,8 +35,18 @@ pub(super) struct Table<S, W> {
     // Boxed, for a map has room for a third more than it holds.
     keys: HashMap<KeyId, Box<Entry<S, W>>>,
     bound: Bound,
-    /// Tells waiters and steps apart.
-    next: u64,
+    numbers: Numbers,
+}
+
+/// Tells waiters and steps apart.
+#[derive(Debug, Default)]
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 += 1;
+        self.0
+    }
 }
 
 /// How often, and for how long, a lock is passed on inside the process before others get their turn.
@@ -157,7 +167,7 @@ struct Turn {
 
 impl<S: Seat, W> Table<S, W> {
     pub(super) fn new(bound: Bound) -> Self {
-        Self { keys: HashMap::new(), bound, next: 0 }
+        Self { keys: HashMap::new(), bound, numbers: Numbers::default() }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -198,8 +208,11 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> Want<S> {
-        let bound = self.bound;
-        let entry = self.keys.entry(key).or_insert_with(|| Box::new(Entry::new(now)));
+        let mut slot = match self.keys.entry(key) {
+            Slot::Occupied(slot) => slot,
+            Slot::Vacant(slot) => slot.insert_entry(Box::new(Entry::new(now))),
+        };
+        let entry = slot.get_mut();
         let mine = entry.holders.get(owner);
         if let (Some(mine), Some(seat)) = (mine, &entry.seat) {
             // Stacking: an exclusive guard covers all that the same owner wants.
@@ -220,17 +233,19 @@ impl<S: Seat, W> Table<S, W> {
         if !patient && mine.is_none() && entry.is_plainly_busy(mode) {
             return Want::Busy;
         }
-        self.next += 1;
-        let id = self.next;
-        // Mostly that is not needed: what is free to be passed on is granted at once.
-        if entry.queue.is_empty() && entry.may_change() && entry.admits(owner, mode, bound, now) {
+        // Mostly no number is needed: what is free to be passed on is granted at once.
+        if entry.queue.is_empty()
+            && entry.may_change()
+            && entry.admits(owner, mode, self.bound, now)
+            && let Some(seat) = entry.seat.clone()
+        {
             entry.turn = None;
             entry.admit(owner, mode);
-            let Some(seat) = entry.seat.clone() else { return Want::Busy };
             entry.part(effects);
-            self.advance(key, now, effects);
+            advance(slot, self.bound, &mut self.numbers, now, effects);
             return Want::Granted(seat);
         }
+        let id = self.numbers.next();
         let waiter = Waiter { id, owner, mode, patient, tell: tell() };
         if entry.queue.is_empty() {
             // Mostly nobody follows.
@@ -241,7 +256,7 @@ impl<S: Seat, W> Table<S, W> {
         } else {
             entry.queue.push_back(waiter);
         }
-        self.advance(key, now, effects);
+        advance(slot, self.bound, &mut self.numbers, now, effects);
         Want::Queued(id)
     }
 
@@ -255,11 +270,13 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> Left {
-        let Some(entry) = self.keys.get_mut(&key) else { return Left::Stale };
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Left::Stale };
+        let entry = slot.get_mut();
         if entry.seat.as_ref() != Some(seat) || !entry.holders.uncount(owner, mode) {
             return Left::Stale;
         }
-        self.part(key, farewell, now, effects)
+        let entry = advance(slot, self.bound, &mut self.numbers, now, effects);
+        left(entry, farewell)
     }
 
     /// All guards of an owner go.
@@ -271,36 +288,12 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> Left {
-        let Some(entry) = self.keys.get_mut(&key) else { return Left::Stale };
-        if !entry.holders.remove(owner) {
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Left::Stale };
+        if !slot.get_mut().holders.remove(owner) {
             return Left::Stale;
         }
-        self.part(key, Some(farewell), now, effects)
-    }
-
-    /// Somebody has left.
-    fn part(
-        &mut self,
-        key: KeyId,
-        farewell: Option<impl FnOnce() -> W>,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) -> Left {
-        self.advance(key, now, effects);
-        let Some(entry) = self.keys.get_mut(&key) else { return Left::Done };
-        let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
-        match farewell {
-            Some(farewell) if entry.turn.is_some_and(told) => {
-                if let Some(farewells) = &mut entry.farewells {
-                    farewells.others.push(farewell());
-                } else {
-                    let first = Farewells { first: farewell(), others: Vec::new() };
-                    entry.farewells = Some(Box::new(first));
-                }
-                Left::Told
-            }
-            Some(_) | None => Left::Done,
-        }
+        let entry = advance(slot, self.bound, &mut self.numbers, now, effects);
+        left(entry, Some(farewell))
     }
 
     /// A waiter gives up. Returns whether it still waited.
@@ -311,12 +304,13 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> bool {
-        let Some(entry) = self.keys.get_mut(&key) else { return false };
-        let before = entry.queue.len();
-        entry.queue.retain(|queued| queued.id != waiter);
-        let cancelled = entry.queue.len() < before;
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
+        let queue = &mut slot.get_mut().queue;
+        let before = queue.len();
+        queue.retain(|queued| queued.id != waiter);
+        let cancelled = queue.len() < before;
         if cancelled {
-            self.advance(key, now, effects);
+            advance(slot, self.bound, &mut self.numbers, now, effects);
         }
         cancelled
     }
@@ -344,14 +338,17 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> bool {
-        let Some(entry) = self.keys.get_mut(&key) else { return false };
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
+        let entry = slot.get_mut();
         let Some(turn) = entry.turn.filter(|turn| turn.id == id && turn.taken) else {
             return false;
         };
         entry.turn = None;
         match (turn.step, yes) {
             (Step::Lock(mode) | Step::Wait(mode), true) => entry.granted(mode, seat, now),
-            (Step::Lock(_) | Step::Wait(_), false) => self.refused(key, effects),
+            (Step::Lock(_) | Step::Wait(_), false) => {
+                entry.refused(key, &mut self.numbers, effects);
+            }
             (Step::Look, true) => {
                 entry.closing = true;
                 entry.dismiss(effects);
@@ -375,11 +372,11 @@ impl<S: Seat, W> Table<S, W> {
             }
             (Step::Renew(_), false) => {
                 entry.given_up(effects);
-                self.refused(key, effects);
+                entry.refused(key, &mut self.numbers, effects);
             }
             (Step::Unlock, _) => entry.given_up(effects),
         }
-        self.advance(key, now, effects);
+        advance(slot, self.bound, &mut self.numbers, now, effects);
         true
     }
 
@@ -404,7 +401,8 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) {
-        let Some(entry) = self.keys.get_mut(&key) else { return };
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return };
+        let entry = slot.get_mut();
         entry.turn = None;
         if server == Modes::default() {
             entry.given_up(effects);
@@ -415,7 +413,7 @@ impl<S: Seat, W> Table<S, W> {
             entry.server = server;
             entry.seat = Some(seat.clone());
         }
-        self.advance(key, now, effects);
+        advance(slot, self.bound, &mut self.numbers, now, effects);
     }
 
     /// A session was lost, and with it all that was held there. Returns who wanted to hear that a key
@@ -443,74 +441,56 @@ impl<S: Seat, W> Table<S, W> {
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> Vec<W> {
-        let entry = self.keys.get_mut(&key).filter(|entry| entry.seat.as_ref() == Some(seat));
-        let Some(entry) = entry else { return Vec::new() };
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
+        let entry = slot.get_mut();
+        if entry.seat.as_ref() != Some(seat) {
+            return Vec::new();
+        }
         let farewells =
             entry.farewells.take().map_or_else(Vec::new, |farewells| farewells.all().collect());
         entry.holders = Holders::default();
         entry.server = Modes::default();
         entry.seat = None;
         entry.turn = None;
-        self.advance(key, now, effects);
+        advance(slot, self.bound, &mut self.numbers, now, effects);
         farewells
     }
+}
 
-    /// The lock was busy: who has no patience goes, the others wait on a session of their own.
-    fn refused(&mut self, key: KeyId, effects: &mut Vec<Effect<S, W>>) {
-        let Some(entry) = self.keys.get_mut(&key) else { return };
-        entry.dismiss(effects);
-        if let Some(first) = entry.queue.front() {
-            let step = Step::Wait(first.mode);
-            self.next += 1;
-            entry.turn = Some(Turn { id: self.next, step, taken: false });
-            effects.push(Effect::StartApart(key));
-        }
+/// Lets in who can be let in, and finds the next step. Returns the entry, if somebody still needs it.
+///
+/// Every change of an entry ends with this. It has the place in the map, so that the key, which anybody
+/// may have chosen and is hashed for that, is looked up only once.
+fn advance<'t, S: Seat, W>(
+    mut slot: OccupiedEntry<'t, KeyId, Box<Entry<S, W>>>,
+    bound: Bound,
+    numbers: &mut Numbers,
+    now: Instant,
+    effects: &mut Vec<Effect<S, W>>,
+) -> Option<&'t mut Entry<S, W>> {
+    let key = *slot.key();
+    slot.get_mut().advance(key, bound, numbers, now, effects);
+    if slot.get().is_unused() {
+        slot.remove();
+        return None;
     }
+    Some(slot.into_mut())
+}
 
-    /// Lets in who can be let in, and finds the next step.
-    fn advance(&mut self, key: KeyId, now: Instant, effects: &mut Vec<Effect<S, W>>) {
-        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return };
-        let entry = slot.get_mut();
-        if !entry.may_change() {
-            if entry.queue.is_empty()
-                && let Some(Turn { step: Step::Wait(_), .. }) = entry.turn
-            {
-                entry.turn = None;
-                effects.push(Effect::Abandon(key));
-                if entry.is_unused() {
-                    slot.remove();
-                }
+/// Somebody has left. He hears how it went, if the server is told.
+fn left<S: Seat, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
+    let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
+    match (entry, farewell) {
+        (Some(entry), Some(farewell)) if entry.turn.is_some_and(told) => {
+            if let Some(farewells) = &mut entry.farewells {
+                farewells.others.push(farewell());
+            } else {
+                let first = Farewells { first: farewell(), others: Vec::new() };
+                entry.farewells = Some(Box::new(first));
             }
-            return;
+            Left::Told
         }
-        let before = entry.turn.take();
-        while let Some((owner, mode)) = entry.queue.front().map(|first| (first.owner, first.mode))
-            && entry.admits(owner, mode, self.bound, now)
-            && let Some(seat) = entry.seat.clone()
-            && let Some(first) = entry.queue.pop_front()
-        {
-            entry.admit(owner, mode);
-            entry.part(effects);
-            effects.push(Effect::Granted(first.tell, seat));
-        }
-        let Some(step) = entry.next_step() else {
-            if entry.is_unused() {
-                slot.remove();
-            }
-            return;
-        };
-        // To take what was found busy a moment ago, is to wait for it.
-        let same = |turn: &Turn| {
-            turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
-        };
-        if let Some(before) = before.filter(same) {
-            entry.turn = Some(before);
-            return;
-        }
-        self.next += 1;
-        entry.turn = Some(Turn { id: self.next, step, taken: false });
-        let shared = entry.is_for_shared() == Some(true);
-        effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
+        _ => Left::Done,
     }
 }
 
@@ -526,6 +506,58 @@ impl<S: Seat, W> Entry<S, W> {
             closing: false,
             queue: VecDeque::new(),
             farewells: None,
+        }
+    }
+
+    /// Lets in who can be let in, and finds the next step.
+    fn advance(
+        &mut self,
+        key: KeyId,
+        bound: Bound,
+        numbers: &mut Numbers,
+        now: Instant,
+        effects: &mut Vec<Effect<S, W>>,
+    ) {
+        if !self.may_change() {
+            if self.queue.is_empty()
+                && let Some(Turn { step: Step::Wait(_), .. }) = self.turn
+            {
+                self.turn = None;
+                effects.push(Effect::Abandon(key));
+            }
+            return;
+        }
+        let before = self.turn.take();
+        while let Some((owner, mode)) = self.queue.front().map(|first| (first.owner, first.mode))
+            && self.admits(owner, mode, bound, now)
+            && let Some(seat) = self.seat.clone()
+            && let Some(first) = self.queue.pop_front()
+        {
+            self.admit(owner, mode);
+            self.part(effects);
+            effects.push(Effect::Granted(first.tell, seat));
+        }
+        let Some(step) = self.next_step() else { return };
+        // To take what was found busy a moment ago, is to wait for it.
+        let same = |turn: &Turn| {
+            turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
+        };
+        if let Some(before) = before.filter(same) {
+            self.turn = Some(before);
+            return;
+        }
+        self.turn = Some(Turn { id: numbers.next(), step, taken: false });
+        let shared = self.is_for_shared() == Some(true);
+        effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
+    }
+
+    /// The lock was busy: who has no patience goes, the others wait on a session of their own.
+    fn refused(&mut self, key: KeyId, numbers: &mut Numbers, effects: &mut Vec<Effect<S, W>>) {
+        self.dismiss(effects);
+        if let Some(first) = self.queue.front() {
+            let step = Step::Wait(first.mode);
+            self.turn = Some(Turn { id: numbers.next(), step, taken: false });
+            effects.push(Effect::StartApart(key));
         }
     }
 
