@@ -1,11 +1,13 @@
 //! A lost lock is told, and the holder gives up first.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use pglock::{Error, LockOptions, Loss};
 use pglock_testkit::{Server, Shutdown, TestDb};
+use sqlx::postgres::PgPoolOptions;
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
@@ -118,6 +120,60 @@ async fn a_session_is_listened_to_once_the_pool_has_a_connection_to_spare() {
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 5, guard.lost()).await.unwrap();
     says_lost(guard).await;
+}
+
+#[tokio::test]
+async fn a_session_that_is_listened_to_asks_nothing_more_of_the_pool() {
+    let db = TestDb::new().await;
+    let taken = Arc::new(AtomicUsize::new(0));
+    let pool = PgPoolOptions::new().max_connections(3).before_acquire({
+        let taken = Arc::clone(&taken);
+        move |_, _| {
+            taken.fetch_add(1, Ordering::Relaxed);
+            Box::pin(async { Ok(true) })
+        }
+    });
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let options = LockOptions::new().heartbeat(SOON / 10, SOON * 3);
+    let guard = new_lock_with(&options, &pool, 1).acquire().await.unwrap();
+    sleep(WATCHED).await;
+    let before = taken.load(Ordering::Relaxed);
+    sleep(Duration::from_millis(500)).await;
+    assert_eq!(taken.load(Ordering::Relaxed), before);
+    assert!(!guard.is_lost());
+}
+
+#[tokio::test]
+async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() {
+    let db = TestDb::new().await;
+    let first = AtomicBool::new(true);
+    let pool = PgPoolOptions::new().max_connections(2).after_connect(move |_, _| {
+        let first = first.swap(false, Ordering::Relaxed);
+        Box::pin(async move { if first { Ok(()) } else { std::future::pending().await } })
+    });
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let options = LockOptions::new().heartbeat(SOON, SOON * 9 / 10);
+    let guard = new_lock_with(&options, &pool, 1).acquire().await.unwrap();
+    // Longer than a session is believed without a heartbeat.
+    sleep(SOON * 2 + SOON / 4).await;
+    assert!(!guard.is_lost());
+}
+
+#[tokio::test]
+async fn a_session_that_cannot_be_listened_to_takes_no_time_while_nothing_happens() {
+    // Of this thread, on which alone the session is watched.
+    let time = || {
+        let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+        Duration::from(time)
+    };
+    let db = TestDb::new().await;
+    let guard = new_lock_with(&patient(), &db.pool(1).await, 1).acquire().await.unwrap();
+    sleep(WATCHED).await;
+    let before = time();
+    sleep(SOON / 2).await;
+    let took = time() - before;
+    assert!(took < SOON / 4, "{took:?}");
+    assert!(!guard.is_lost());
 }
 
 #[test]
