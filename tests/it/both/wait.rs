@@ -220,3 +220,24 @@ async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
     no_locks(&mut db.admin().await).await;
     borrow_all(&pool).await;
 }
+
+#[tokio::test]
+async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let (other, pool) = (db.pool(1).await, db.pool(2).await);
+    let held = new_lock(&other, 1).acquire().await.unwrap();
+    let options = LockOptions::new().wait_slice(Duration::from_secs(2));
+    let mut lock = new_lock_with(&options, &pool, 1);
+    let (got, ()) = tokio::join!(lock.acquire(), async {
+        locks_are(&mut db.admin().await, 2, SOON).await;
+        server.pause();
+    });
+    server.resume();
+    let error = got.unwrap_err();
+    assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
+    // It was silent for longer than a holder believes it.
+    assert!(held.is_lost());
+    locks_are(&mut db.admin().await, 0, SOON * 5).await;
+    borrow_all(&pool).await;
+}
