@@ -302,6 +302,34 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     assert!(matches!(error, Error::Settings { .. }), "{error:?}");
 }
 
+/// Or a server that was short of memory once would not be asked again to notice a dead holder.
+#[tokio::test]
+async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let fail_once = format!(
+        "CREATE SCHEMA fussy; CREATE SEQUENCE fussy.asked; \
+         CREATE FUNCTION fussy.set_config(name text, value text, local boolean) RETURNS text \
+         LANGUAGE plpgsql AS $$ BEGIN \
+           IF name = 'tcp_user_timeout' AND nextval('fussy.asked') = 1 THEN \
+             RAISE out_of_memory; \
+           END IF; \
+           RETURN pg_catalog.set_config(name, value, local); \
+         END $$; \
+         ALTER DATABASE {} SET search_path = fussy, pg_catalog, public",
+        db.name(),
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(fail_once)).execute(&mut admin).await.unwrap();
+    let mut lock = new_lock(&db.pool(1).await, 1);
+    let error = lock.acquire().await.unwrap_err();
+    assert!(error.to_string().contains("lock 1"), "{error}");
+    no_locks(&mut admin).await;
+    lock.acquire().await.unwrap().release().await.unwrap();
+    let asked = sqlx::query_scalar("SELECT last_value FROM fussy.asked");
+    let asked: i64 = asked.fetch_one(&mut admin).await.unwrap();
+    assert_eq!(asked, 2);
+}
+
 #[tokio::test]
 async fn verify_asks_the_server() {
     let db = TestDb::new().await;
