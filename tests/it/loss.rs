@@ -118,7 +118,8 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
                 current_setting('tcp_keepalives_interval') || ' ' || \
                 current_setting('tcp_keepalives_count') || ' ' || current_setting('tcp_user_timeout')";
     for prepares in [false, true] {
-        for left_open in ["", "BEGIN", "BEGIN; SELECT 1 / 0"] {
+        // The very first acquire also looks for a pooler.
+        for left_open in ["BEGIN; SELECT 1 / 0", "BEGIN", ""] {
             let options = server.tcp_options().database(db.name());
             let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
             let mut conn = pool.acquire().await.unwrap();
