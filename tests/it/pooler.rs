@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pglock::{Error, Lock, LockOptions, Loss, Result, transaction};
-use pglock_testkit::{PgBouncer, Server, TestDb};
+use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection, PgPool, Row};
 use tokio::task::JoinSet;
@@ -197,6 +197,76 @@ mod in_transaction_mode {
                      coalesce(current_setting('pglock.statement_timeout', true), '')";
         let shown: String = sqlx::raw_sql(shown).fetch_one(&mut another).await.unwrap().get(0);
         assert_eq!(shown, "1min 0 ");
+    }
+}
+
+/// So that nobody looks for it before the lock.
+mod that_turns_from_session_to_transaction_mode {
+    use super::*;
+
+    /// More than it takes until statements of one client are answered by two server connections.
+    const ROUNDS: usize = 20;
+
+    /// A busy pooler of which it is known that all works, and is no longer true; a pool of one connection.
+    async fn turned(server: &Server, db: &TestDb) -> (PgBouncer, PgPool, JoinSet<()>) {
+        let settings = [("pool_mode", "session"), ("admin_users", "postgres")];
+        let pooler = PgBouncer::start(server, &settings);
+        let options = pooler.connect_options().database(db.name());
+        let pool = pool(options.clone().statement_cache_capacity(0), 1).await;
+        Lock::new(&pool, KEY).acquire().await.unwrap().release().await.unwrap();
+        let mut console = pooler.connect_options().database("pgbouncer").connect().await.unwrap();
+        execute(&mut console, "SET pool_mode = 'transaction'").await;
+        let others = busy(&options, 4).await;
+        (pooler, pool, others)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_lock_is_given_up_when_that_is_found_out() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        for _ in 0..ROUNDS {
+            let (_pooler, pool, _others) = turned(&server, &db).await;
+            let guard = Lock::new(&pool, KEY).acquire().await.unwrap();
+            let verified = guard.verify().await;
+            let found = matches!(&verified, Err(Error::Pooled { .. }));
+            assert!(found || verified.is_ok(), "{verified:?}");
+            drop(guard);
+            // On the server connection that has it, which the pooler keeps open.
+            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+            if found {
+                return;
+            }
+        }
+        panic!("never found out");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_wait_in_another_session_is_found_out() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        for _ in 0..ROUNDS {
+            let (_pooler, pool, _others) = turned(&server, &db).await;
+            let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
+            let mut lock = Lock::new(&pool, KEY);
+            let (waited, ()) = tokio::join!(lock.acquire(), async {
+                locks_are(&mut admin, 2, PATIENCE).await;
+                held.release().await.unwrap();
+            });
+            let found = matches!(&waited, Err(Error::Pooled { .. }));
+            assert!(found || waited.is_ok(), "{waited:?}");
+            if let Ok(guard) = waited {
+                // It was the session that it says.
+                let locks = advisory_locks(&mut admin).await;
+                let pids: Vec<i32> = locks.iter().map(|lock| lock.pid).collect();
+                assert_eq!(pids, [guard.backend_pid()]);
+            }
+            locks_are(&mut admin, 0, PATIENCE).await;
+            if found {
+                return;
+            }
+        }
+        panic!("never found out");
     }
 }
 
