@@ -1,5 +1,6 @@
 //! What is told of a loss, and how a session of its own is kept from it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Loss};
@@ -78,6 +79,22 @@ async fn a_session_is_listened_to_again_after_its_connection_was_lent() {
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 5, guard.lost()).await.unwrap();
     says_lost(guard).await;
+}
+
+#[tokio::test]
+async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() {
+    let db = TestDb::new().await;
+    let first = AtomicBool::new(true);
+    let pool = PgPoolOptions::new().max_connections(2).after_connect(move |_, _| {
+        let first = first.swap(false, Ordering::Relaxed);
+        Box::pin(async move { if first { Ok(()) } else { std::future::pending().await } })
+    });
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let options = LockOptions::new().heartbeat(SOON, SOON * 9 / 10);
+    let guard = options.lock(&pool, 1).unwrap().acquire().await.unwrap();
+    // A little longer than a session is believed without a heartbeat.
+    sleep(SOON * 19 / 10 + SOON / 20).await;
+    assert!(!guard.is_lost());
 }
 
 #[tokio::test]

@@ -144,22 +144,6 @@ async fn a_session_that_is_listened_to_asks_nothing_more_of_the_pool() {
 }
 
 #[tokio::test]
-async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() {
-    let db = TestDb::new().await;
-    let first = AtomicBool::new(true);
-    let pool = PgPoolOptions::new().max_connections(2).after_connect(move |_, _| {
-        let first = first.swap(false, Ordering::Relaxed);
-        Box::pin(async move { if first { Ok(()) } else { std::future::pending().await } })
-    });
-    let pool = pool.connect_with(db.options()).await.unwrap();
-    let options = LockOptions::new().heartbeat(SOON, SOON * 9 / 10);
-    let guard = new_lock_with(&options, &pool, 1).acquire().await.unwrap();
-    // Longer than a session is believed without a heartbeat.
-    sleep(SOON * 2 + SOON / 4).await;
-    assert!(!guard.is_lost());
-}
-
-#[tokio::test]
 async fn a_session_that_cannot_be_listened_to_takes_no_time_while_nothing_happens() {
     // Of this thread, on which alone the session is watched.
     let time = || {
@@ -172,7 +156,7 @@ async fn a_session_that_cannot_be_listened_to_takes_no_time_while_nothing_happen
     let before = time();
     sleep(SOON / 2).await;
     let took = time() - before;
-    assert!(took < SOON / 4, "{took:?}");
+    assert!(took < SOON / 20, "{took:?}");
     assert!(!guard.is_lost());
 }
 
