@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection, PgPool, Row};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{borrow_all, locks_are};
+use crate::support::{borrow_all, locks_are, report};
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
@@ -204,7 +204,7 @@ mod in_transaction_mode {
 mod that_turns_from_session_to_transaction_mode {
     use super::*;
 
-    /// More than it takes until statements of one client are answered by two server connections.
+    /// In most of them, two server connections answer one client.
     const ROUNDS: usize = 20;
 
     /// A busy pooler of which it is known that all works, and is no longer true; a pool of one connection.
@@ -224,6 +224,7 @@ mod that_turns_from_session_to_transaction_mode {
     async fn a_lock_is_given_up_when_that_is_found_out() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
+        let mut count = 0;
         for _ in 0..ROUNDS {
             let (_pooler, pool, _others) = turned(&server, &db).await;
             let guard = Lock::new(&pool, KEY).acquire().await.unwrap();
@@ -233,11 +234,10 @@ mod that_turns_from_session_to_transaction_mode {
             drop(guard);
             // On the server connection that has it, which the pooler keeps open.
             locks_are(&mut db.admin().await, 0, PATIENCE).await;
-            if found {
-                return;
-            }
+            count += usize::from(found);
         }
-        panic!("never found out");
+        report(format!("found out {count} times of {ROUNDS}"));
+        assert!(count > 0);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -245,6 +245,7 @@ mod that_turns_from_session_to_transaction_mode {
         let server = Server::start();
         let db = TestDb::on(&server).await;
         let mut admin = db.admin().await;
+        let mut count = 0;
         for _ in 0..ROUNDS {
             let (_pooler, pool, _others) = turned(&server, &db).await;
             let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
@@ -262,11 +263,10 @@ mod that_turns_from_session_to_transaction_mode {
                 assert_eq!(pids, [guard.backend_pid()]);
             }
             locks_are(&mut admin, 0, PATIENCE).await;
-            if found {
-                return;
-            }
+            count += usize::from(found);
         }
-        panic!("never found out");
+        report(format!("found out {count} times of {ROUNDS}"));
+        assert!(count > 0);
     }
 }
 
