@@ -194,6 +194,8 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
     // Another one on the same session, which finds the limit lifted already.
     let another = guard.lock(2).acquire().await.unwrap();
     guard.release().await.unwrap();
+    sleep(Duration::from_millis(1500)).await;
+    another.verify().await.unwrap();
     another.release().await.unwrap();
     let guard = lock.acquire().await.unwrap();
     sleep(Duration::from_millis(1500)).await;
