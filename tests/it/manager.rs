@@ -10,7 +10,7 @@ use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after, eventually};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::cancel::dropped_at_every_poll_on;
 use crate::support::{SOON, backend_is, borrow_all, locks_are, no_locks, report};
@@ -91,6 +91,56 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
     no_locks(&mut admin).await;
 
     manager.lock(2).acquire().await.unwrap().release().await.unwrap();
+}
+
+/// It answers nothing else meanwhile, and that is how it is asked.
+#[tokio::test]
+async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
+    let db = TestDb::new().await;
+    let slow = "CREATE SCHEMA trap; \
+        CREATE FUNCTION trap.pg_try_advisory_lock(k int8) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN \
+          IF k = 2 THEN PERFORM pg_sleep(0.9); END IF; \
+          RETURN pg_catalog.pg_try_advisory_lock(k); \
+        END $$";
+    sqlx::raw_sql(slow).execute(&mut db.admin().await).await.unwrap();
+    let options = db.options().options([("search_path", "trap,pg_catalog")]);
+    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let beat = Duration::from_millis(600);
+    let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(SOON, SOON, 3);
+    let manager = options.manager(&pool).unwrap();
+    let guard = manager.lock(1).acquire().await.unwrap();
+    let slow = manager.lock(2).acquire().await.unwrap();
+    sleep(beat).await;
+    assert!(!guard.is_lost());
+    assert!(!slow.is_lost());
+    guard.release().await.unwrap();
+    slow.release().await.unwrap();
+}
+
+/// A question that is under way is not yet an answer.
+#[tokio::test]
+async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let options = LockOptions::new().heartbeat(SOON * 2, SOON).server_gives_up(SOON, SOON, 5);
+    let manager = options.manager(&db.pool(2).await).unwrap();
+    let guard = manager.lock(1).acquire().await.unwrap();
+    let answered = Instant::now();
+    // It gives up after 3 s, which the statement does only after 4.5.
+    sleep_until((answered + SOON * 3 / 2).into()).await;
+    server.pause();
+    let mut other = manager.lock(2);
+    let acquiring = other.acquire();
+    let told = timeout(Duration::from_millis(2200), async {
+        tokio::select! {
+            _ = acquiring => {}
+            _ = guard.lost() => {}
+        }
+    });
+    let told = told.await;
+    server.resume();
+    told.unwrap();
+    assert!(guard.is_lost());
 }
 
 /// The same while the next statement is on its way already: that is asked again, on another session.
@@ -250,7 +300,7 @@ async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
         });
     }
     // After which the session is listened to.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    sleep(Duration::from_millis(100)).await;
     let killed = Instant::now();
     sqlx::query("SELECT pg_terminate_backend($1)")
         .bind(guards.first().unwrap().backend_pid())
@@ -573,7 +623,7 @@ fn a_runtime_that_goes_down_leaves_nobody_waiting() {
         async move { drop(acquire_in_the_end(&manager).await) }
     });
     // The waiter is in the queue mostly; where it is late, it finds the key free.
-    second.block_on(async { tokio::time::sleep(Duration::from_millis(50)).await });
+    second.block_on(async { sleep(Duration::from_millis(50)).await });
     first.shutdown_timeout(SOON);
     second.block_on(async { timeout(PATIENCE, waiter).await }).unwrap().unwrap();
     assert!(guard.is_lost());
@@ -608,7 +658,7 @@ async fn an_unused_manager_keeps_no_pool_alive() {
     let started = Instant::now();
     while sqlx::query_scalar::<_, i64>(others).fetch_one(&mut admin).await.unwrap() > 0 {
         assert!(started.elapsed() < PATIENCE, "a connection is left open");
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        sleep(Duration::from_millis(5)).await;
     }
 }
 
