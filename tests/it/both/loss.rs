@@ -311,9 +311,11 @@ async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
         db.name(),
     );
     sqlx::raw_sql(sqlx::AssertSqlSafe(fail_once)).execute(&mut admin).await.unwrap();
-    let mut lock = new_lock(&db.pool(1).await, 1);
+    let options = LockOptions::new().require_settings();
+    let mut lock = new_lock_with(&options, &db.pool(1).await, 1);
     let error = lock.acquire().await.unwrap_err();
     assert!(error.to_string().contains("lock 1"), "{error}");
+    assert!(!matches!(error, Error::Settings { .. }), "{error:?}");
     no_locks(&mut admin).await;
     lock.acquire().await.unwrap().release().await.unwrap();
     let asked = sqlx::query_scalar("SELECT last_value FROM fussy.asked");
