@@ -275,8 +275,6 @@ impl Session {
             for (key, mode) in request.ids() {
                 let holding = sql::holds(conn.pg()?, key, mode).await?;
                 if holding.backend_pid != self.backend_pid() {
-                    let locks = self.ledger().granted_by_server();
-                    self.retrieve(conn, self.backend_pid(), &locks).await;
                     return Ok(Err(Loss::Pooled));
                 }
                 // A shared guard may be covered by the exclusive lock of another one.
@@ -297,8 +295,13 @@ impl Session {
             Ok(Err(loss)) => loss,
             Err(error) => Loss::broken(error),
         };
-        drop(slot.take());
+        let locks = self.ledger().granted_by_server();
+        // First, for to give up what a pooler has may take long.
         self.lose(&loss);
+        if matches!(loss, Loss::Pooled) {
+            self.retrieve(conn, self.backend_pid(), &locks).await;
+        }
+        drop(slot.take());
         Err(Error::lost(key, loss))
     }
 }
