@@ -229,8 +229,7 @@ mod that_turns_from_session_to_transaction_mode {
         let server = Server::start();
         let db = TestDb::on(&server).await;
         let mut count = 0;
-        for round in 0..ROUNDS {
-            let cache = CACHES[round % CACHES.len()];
+        for cache in CACHES.into_iter().cycle().take(ROUNDS) {
             let (_pooler, pool, _others) = turned(&server, &db, cache).await;
             let guard = is_found(Lock::new(&pool, KEY).acquire().await);
             let found = match &guard {
