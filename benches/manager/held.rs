@@ -1,9 +1,10 @@
 //! What a lock that a manager holds costs in memory.
 
 use std::fs;
+use std::time::Duration;
 
 use pglock::LockManager;
-use pglock_testkit::TestDb;
+use pglock_testkit::{TestDb, eventually};
 use sqlx::error::BoxDynError;
 use tokio::task::JoinSet;
 
@@ -34,7 +35,11 @@ pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
         guards.push(acquired??);
     }
     let bytes_each = (resident()? - before) / f64::from(i32::try_from(locks)?);
-    let connections = pool.size() as usize - pool.num_idle();
+    // To listen to the session takes a second one, for a moment.
+    let in_use = || pool.size() as usize - pool.num_idle();
+    let limit = Duration::from_secs(10);
+    eventually("one connection is in use", limit, async || in_use() == 1).await;
+    let connections = in_use();
     drop(guards);
     Ok(Held { bytes_each, connections })
 }

@@ -22,7 +22,7 @@ use sqlx::error::BoxDynError;
 use connections::{HOLDERS, WAITERS, of_holders, of_waiters};
 use picture::{Line, Panel};
 use tables::{print_ratios, print_table, print_targets};
-use throughput::{Keys, cycles};
+use throughput::{Keys, Turns, compare};
 use who::Who;
 
 fn main() -> Result<(), BoxDynError> {
@@ -31,10 +31,11 @@ fn main() -> Result<(), BoxDynError> {
 
 async fn manager(time: Duration) -> Result<(), BoxDynError> {
     let quick = time <= Duration::from_secs(1);
-    let (held, many, turn) = if quick { (800, 50, 100) } else { (100_000, 1000, 2000) };
+    let (held, many) = if quick { (800, 50) } else { (100_000, 1000) };
     let tasks: &[u32] = if quick { &[1, 50] } else { &[1, 10, 100, 1000, 5000] };
     let locks: &[u32] = if quick { &[1, 10] } else { &[1, 10, 100, 300] };
-    let turn = Duration::from_millis(turn);
+    let (count, time) = if quick { (1, 100) } else { (5, 500) };
+    let turns = Turns { count, time: Duration::from_millis(time) };
 
     let server = Server::options()
         .setting("max_connections", "100")
@@ -49,26 +50,17 @@ async fn manager(time: Duration) -> Result<(), BoxDynError> {
         "\n{held} locks held at once: {bytes_each:.0} bytes each, connections in use: {connections}"
     );
 
-    let mut distinct = Vec::new();
-    for who in Who::ALL {
-        let mut line = Line::new(who);
-        for &tasks in tasks {
-            line.add(tasks, cycles(&db, who, tasks, Keys::Distinct, turn).await?);
-        }
-        distinct.push(line);
+    let mut distinct = Who::ALL.map(Line::new).to_vec();
+    for &tasks in tasks {
+        compare(&db, &mut distinct, tasks, Keys::Distinct, turns).await?;
     }
     print_table("cycles per second, a key for each task; tasks:", &distinct);
     print_ratios("the same, the first one = 1; tasks:", &distinct);
 
-    let mut one = Vec::new();
-    for who in Who::ALL {
-        // Bare batches can't wait.
-        if who != Who::Floor {
-            let mut line = Line::new(who);
-            line.add(many, cycles(&db, who, many, Keys::One, turn).await?);
-            one.push(line);
-        }
-    }
+    // Bare batches can't wait.
+    let waiting = Who::ALL.into_iter().filter(|who| *who != Who::Floor);
+    let mut one: Vec<Line> = waiting.map(Line::new).collect();
+    compare(&db, &mut one, many, Keys::One, turns).await?;
     print_table("cycles per second, one key for all; tasks:", &one);
     print_ratios("the same, the first one = 1; tasks:", &one);
     if !quick {

@@ -10,6 +10,7 @@ use crate::who::Who;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/manager.svg");
 
 /// What one way to lock came to.
+#[derive(Clone)]
 pub(crate) struct Line {
     pub(crate) who: Who,
     pub(crate) points: Vec<(u32, f64)>,

@@ -9,6 +9,7 @@ use sqlx::error::BoxDynError;
 use tokio::task::{JoinSet, consume_budget};
 use tokio::time::sleep;
 
+use crate::picture::Line;
 use crate::who::{Means, Who};
 
 /// What the others have, where a manager has two.
@@ -23,8 +24,38 @@ pub(crate) enum Keys {
     One,
 }
 
+/// How often, and for how long, each way to lock has its turn.
+#[derive(Clone, Copy)]
+pub(crate) struct Turns {
+    pub(crate) count: usize,
+    pub(crate) time: Duration,
+}
+
+/// Runs so many tasks in each of these ways to lock, and adds to each line how many cycles they did in a
+/// second: the median of several turns. The ways take turns, so that whatever else the machine does meets
+/// them all.
+pub(crate) async fn compare(
+    db: &TestDb,
+    lines: &mut [Line],
+    tasks: u32,
+    keys: Keys,
+    turns: Turns,
+) -> Result<(), BoxDynError> {
+    let mut measured = vec![Vec::new(); lines.len()];
+    for _ in 0..turns.count {
+        for (line, measured) in lines.iter().zip(&mut measured) {
+            measured.push(cycles(db, line.who, tasks, keys, turns.time).await?);
+        }
+    }
+    for (line, measured) in lines.iter_mut().zip(&mut measured) {
+        measured.sort_by(f64::total_cmp);
+        line.add(tasks, measured.get(turns.count / 2).copied().unwrap_or_default());
+    }
+    Ok(())
+}
+
 /// Runs tasks for so long, and returns how many cycles they did in a second.
-pub(crate) async fn cycles(
+async fn cycles(
     db: &TestDb,
     who: Who,
     tasks: u32,

@@ -537,6 +537,10 @@ impl<S: Seat, W> Entry<S, W> {
             self.part(effects);
             effects.push(Effect::Granted(first.tell, seat));
         }
+        if self.queue.is_empty() {
+            // Mostly a key is held, and nobody waits: then it needs no room for him.
+            self.queue = VecDeque::new();
+        }
         let Some(step) = self.next_step() else { return };
         // To take what was found busy a moment ago, is to wait for it.
         let same = |turn: &Turn| {
