@@ -114,7 +114,7 @@ async fn watch(watching: Watching) {
         if let Err(loss) = lost {
             // Without a guard, it is just being released: then that is why it holds nothing.
             if session.ledger().has_guards() {
-                session.lose(&loss);
+                session.give_up(&loss);
             }
             break;
         }
@@ -195,8 +195,9 @@ impl Session {
     }
 
     /// Asks the session; if its connection is lent, asks about it through another.
-    pub(super) async fn beat(&self) -> Result<(), Loss> {
+    async fn beat(&self) -> Result<(), Loss> {
         let asked = Instant::now();
+        let mut pooled = None;
         let answer = async {
             loop {
                 let Ok(mut slot) = Arc::clone(&self.conn).try_lock_owned() else {
@@ -224,8 +225,7 @@ impl Session {
                 let Some(conn) = slot.as_mut() else { return Ok(Ok(())) };
                 self.tidy(conn).await?;
                 if sql::backend_pid(conn.pg()?).await? != self.backend_pid() {
-                    let locks = self.ledger().granted_by_server();
-                    self.retrieve(conn, self.backend_pid(), &locks).await;
+                    pooled = Some(slot);
                     return Ok(Err(Loss::Pooled));
                 }
                 return Ok::<_, sqlx::Error>(Ok(()));
@@ -238,7 +238,20 @@ impl Session {
                 self.listen().await;
                 Ok(())
             }
-            Ok(Ok(Err(loss))) => Err(loss),
+            Ok(Ok(Err(loss))) => {
+                // Else it is just being released, which finds the pooler too.
+                if self.ledger().has_guards()
+                    && let Some(mut slot) = pooled
+                    && let Some(conn) = slot.as_mut()
+                {
+                    let locks = self.ledger().granted_by_server();
+                    // First, for to give up what a pooler has may take long.
+                    self.give_up(&loss);
+                    self.retrieve(conn, self.backend_pid(), &locks).await;
+                    drop(slot.take());
+                }
+                Err(loss)
+            }
             Ok(Err(error)) => Err(Loss::broken(error)),
             Err(_) => Err(Loss::Silent),
         }

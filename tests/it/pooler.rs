@@ -246,6 +246,26 @@ mod that_turns_from_session_to_transaction_mode {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_heartbeat_finds_out_and_the_lock_is_given_up() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut count = 0;
+        for _ in 0..ROUNDS {
+            let (_pooler, pool, _others) = turned(&server, &db, 0).await;
+            let options =
+                LockOptions::new().heartbeat(Duration::from_millis(100), Duration::from_secs(1));
+            if let Some(guard) = is_found(options.lock(&pool, KEY).unwrap().acquire().await) {
+                let lost = timeout(PATIENCE, guard.lost()).await.unwrap();
+                assert!(matches!(lost, Loss::Pooled), "{lost:?}");
+                count += 1;
+            }
+            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+        }
+        report(format!("a heartbeat found out {count} times of {ROUNDS}"));
+        assert!(count > 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_wait_in_another_session_is_found_out() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
