@@ -195,12 +195,13 @@ impl Session {
     }
 
     /// Asks the session; if its connection is lent, asks about it through another.
-    async fn beat(&self) -> Result<(), Loss> {
+    async fn beat(self: &Arc<Self>) -> Result<(), Loss> {
         let asked = Instant::now();
         let mut pooled = None;
         let answer = async {
             loop {
-                let Ok(mut slot) = Arc::clone(&self.conn).try_lock_owned() else {
+                // Whoever tells of a loss meanwhile finds it in use, so it is closed when it is given back.
+                let Some(mut slot) = self.free_connection() else {
                     // It may hold nothing just now, which others could not tell from a loss. Its
                     // connection is not lent, but in use for a moment, and then it has answered.
                     if self.ledger().is_kept() {
@@ -234,7 +235,6 @@ impl Session {
         match timeout_at(self.trusted_until().into(), answer).await {
             Ok(Ok(Ok(()))) => {
                 self.trust(asked);
-                self.used.notify_one();
                 self.listen().await;
                 Ok(())
             }
@@ -248,7 +248,6 @@ impl Session {
                     // First, for to give up what a pooler has may take long.
                     self.give_up(&loss);
                     self.retrieve(conn, self.backend_pid(), &locks).await;
-                    drop(slot.take());
                 }
                 Err(loss)
             }

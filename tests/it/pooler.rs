@@ -254,12 +254,17 @@ mod that_turns_from_session_to_transaction_mode {
             let (_pooler, pool, _others) = turned(&server, &db, 0).await;
             let options =
                 LockOptions::new().heartbeat(Duration::from_millis(100), Duration::from_secs(1));
-            if let Some(guard) = is_found(options.lock(&pool, KEY).unwrap().acquire().await) {
-                let lost = timeout(PATIENCE, guard.lost()).await.unwrap();
-                assert!(matches!(lost, Loss::Pooled), "{lost:?}");
+            let Some(guard) = is_found(options.lock(&pool, KEY).unwrap().acquire().await) else {
+                continue;
+            };
+            let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+            if matches!(loss, Loss::Pooled) {
+                locks_are(&mut db.admin().await, 0, PATIENCE).await;
                 count += 1;
+            } else {
+                // With clients as busy as these, it may let one wait for seconds.
+                assert!(matches!(loss, Loss::Silent), "{loss:?}");
             }
-            locks_are(&mut db.admin().await, 0, PATIENCE).await;
         }
         report(format!("a heartbeat found out {count} times of {ROUNDS}"));
         assert!(count > 0);

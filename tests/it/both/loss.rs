@@ -8,11 +8,12 @@ use nix::time::{ClockId, clock_gettime};
 use pglock::{Error, LockOptions, Loss};
 use pglock_testkit::{Server, Shutdown, TestDb};
 use sqlx::postgres::PgPoolOptions;
+use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
 use crate::loss::{impatient, patient, says_lost, terminate};
-use crate::support::{SOON, WATCHED, borrow_all, no_locks, report};
+use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, report};
 
 #[tokio::test]
 async fn a_terminated_session_is_told_at_once() {
@@ -105,6 +106,21 @@ async fn a_silent_server_is_told_within_the_heartbeat_bound() {
         says_lost(guard).await;
         no_locks(&mut db.admin().await).await;
     }
+}
+
+#[tokio::test]
+async fn a_loss_that_is_seen_before_the_heartbeat_ends_frees_the_lock_under_its_guard() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let guard = new_lock_with(&impatient(), &db.pool(3).await, 1).acquire().await.unwrap();
+    server.pause();
+    // By the clock; the heartbeat's timer is rounded up to the next millisecond.
+    while !guard.is_lost() {
+        yield_now().await;
+    }
+    server.resume();
+    locks_are(&mut db.admin().await, 0, SOON * 5).await;
+    says_lost(guard).await;
 }
 
 #[tokio::test]
