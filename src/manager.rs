@@ -1,6 +1,7 @@
 //! Many locks on few connections: a process holds all that is free on one session.
 
 mod batch;
+#[cfg(not(test))]
 mod dedicated;
 mod managed;
 mod shared;
@@ -29,6 +30,8 @@ use crate::session::ledger::Modes;
 use batch::Batch;
 pub(crate) use managed::{Farewell, Managed};
 use table::{Bound, Effect, OwnerId, Seat, Step, Table, Taken};
+#[cfg(test)]
+use threads::dedicated;
 
 /// A lock is passed on inside the process this often, and for this long, before others get their turn.
 const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };

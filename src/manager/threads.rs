@@ -2,8 +2,9 @@
 //!
 //! The state's lock is shuttle's, which lets another thread run whenever one takes or leaves it. All that is
 //! told is told under that lock, so these are all the points at which threads can meet. The manager, its
-//! table, and what acquires and lets go through them are as they are; the driver, who takes the steps at the
-//! server, is played, for he needs one. Nothing is busy elsewhere, so nobody waits on a session of its own.
+//! table, and what acquires and lets go through them are as they are. Played are those who need a server: the
+//! driver, who takes the steps on the shared session, and who waits for a key on a session of its own. Whether
+//! another process has a key, is left to chance.
 
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
@@ -18,12 +19,13 @@ use shuttle::{Config, Runner, thread};
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::runtime::{Builder, Handle};
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
-use super::table::Step;
+use super::table::{Step, Taken};
 use super::{Managed, Manager, Place};
 use crate::error::{Error, Loss};
 use crate::held::Held;
-use crate::key::Key;
+use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::Request;
@@ -67,12 +69,13 @@ fn meet(pool: &PgPool) {
     }
     over.store(true, Ordering::Relaxed);
     driver.join().unwrap();
+    assert!(manager.state().dedicated.is_empty(), "somebody who has gone is remembered");
 }
 
 /// Takes the steps, as [`shared`](super::shared) does, whenever a driver is started, until everything is over
 /// and given up.
 fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
-    let mut place = open(manager);
+    let mut place = open(manager, true);
     loop {
         let batch = manager.next_batch();
         if batch.is_empty() {
@@ -99,25 +102,93 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
                     manager.failed(*key, taken.id, error);
                 }
             }
-            place = open(manager);
+            place = open(manager, true);
             continue;
         }
         for (key, taken) in batch.steps() {
             let yes = match taken.step {
                 // Another process shares the lock, or waits for it.
                 Step::Look | Step::Upgrade => one_in(2),
-                Step::Downgrade | Step::Lock(_) | Step::Renew(_) | Step::Unlock => true,
-                Step::Wait(_) => unreachable!("nothing is busy elsewhere"),
+                // It has it.
+                Step::Lock(_) | Step::Renew(_) => !one_in(4),
+                Step::Downgrade | Step::Unlock => true,
+                Step::Wait(_) => unreachable!("the shared session never waits"),
             };
             manager.taken(*key, taken.id, &place, yes);
         }
     }
 }
 
-fn open(manager: &Manager) -> Place {
+/// Stands in for the module of that name.
+pub(super) mod dedicated {
+    use super::*;
+
+    pub(in crate::manager) fn start(
+        manager: &Arc<Manager>,
+        key: KeyId,
+        id: u64,
+        _: Mode,
+    ) -> UnboundedSender<Taken> {
+        let (orders, receiver) = mpsc::unbounded_channel();
+        let manager = Arc::clone(manager);
+        thread::spawn(move || {
+            match attend(&manager, key, id, receiver) {
+                // Twice, as there: when it notices, and when it is dropped.
+                Some(place) => (0..2).for_each(|_| {
+                    place.session.give_up(&Loss::Silent);
+                    manager.lost_key(key, &place, &Loss::Silent);
+                }),
+                None => manager.failed(key, id, None),
+            }
+        });
+        orders
+    }
+
+    /// Waits for a key, and holds it. Returns the session if it was lost.
+    fn attend(
+        manager: &Arc<Manager>,
+        key: KeyId,
+        id: u64,
+        mut orders: UnboundedReceiver<Taken>,
+    ) -> Option<Place> {
+        thread::yield_now();
+        if orders.is_closed() {
+            // Nobody wants it any more.
+            return None;
+        }
+        if one_in(8) {
+            let error = Error::broken(&Key::unnamed(key), &Loss::Silent);
+            manager.failed(key, id, Some(&Arc::new(error)));
+            return None;
+        }
+        let place = open(manager, false);
+        if !manager.taken(key, id, &place, true) {
+            return None;
+        }
+        loop {
+            thread::yield_now();
+            if one_in(8) {
+                return Some(place);
+            }
+            let Some(order) = block_on(orders.recv()) else {
+                assert!(place.session.loss().is_some(), "taken for another, and dismissed");
+                return Some(place);
+            };
+            if order.step == Step::Unlock {
+                manager.gave_up(key, order.id, &place);
+                return None;
+            }
+            // Another process shares the lock, or waits for it.
+            let yes = order.step == Step::Downgrade || one_in(2);
+            manager.taken(key, order.id, &place, yes);
+        }
+    }
+}
+
+fn open(manager: &Manager, shared: bool) -> Place {
     let (server, options) = (Arc::default(), LockOptions::new());
     let session = Session::open(&manager.pool, &server, None, Handle::current(), &options);
-    Place { session, shared: true }
+    Place { session, shared }
 }
 
 fn one_in(times: u32) -> bool {
