@@ -24,6 +24,8 @@ const PLACES: [&str; 5] =
 /// A part of the socket's name, in a directory of its own.
 const PORT: u16 = 6432;
 
+const PID_FILE: &str = "pgbouncer.pid";
+
 /// A PgBouncer in front of a server, started by us and gone with us.
 ///
 /// Each has an address of its own, which nobody has met before. It is reached through a unix socket,
@@ -81,7 +83,7 @@ impl PgBouncer {
         let program = find()?;
         let dir = make_dir(&account)?;
         // It has nothing to tidy, and ignores SIGQUIT if whoever started us does.
-        let watchdog = Watchdog::over(&dir, "pgbouncer.pid", "KILL");
+        let watchdog = Watchdog::over(&dir, PID_FILE, "KILL");
         let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
         let mut pooler = Self { account, dir, watchdog, process: None };
         pooler.run(program, &ini(server, &pooler.dir.display().to_string(), settings))?;
@@ -103,8 +105,11 @@ impl PgBouncer {
         let process = process.map_err(|error| format!("pgbouncer does not run: {error}"))?;
         let process = self.process.insert(process);
         let socket = self.dir.join(format!(".s.PGSQL.{PORT}"));
+        // It listens before it writes the file by which the watchdog knows it.
+        let pid = format!("{}\n", process.id());
+        let is_known = || fs::read_to_string(self.dir.join(PID_FILE)).is_ok_and(|is| is == pid);
         let start = Instant::now();
-        while UnixStream::connect(&socket).is_err() {
+        while UnixStream::connect(&socket).is_err() || !is_known() {
             let ended = process.try_wait().map_err(|error| error.to_string())?.is_some();
             if ended || start.elapsed() > Duration::from_mins(1) {
                 return Err(format!("pgbouncer does not start:\n{}", self.log()));
@@ -143,7 +148,7 @@ fn find() -> Result<PathBuf, String> {
 fn ini(server: &Server, dir: &str, settings: &[(&str, &str)]) -> String {
     let (host, port) = (server.socket_dir().display(), server.port());
     let port_of_ours = PORT.to_string();
-    let pidfile = format!("{dir}/pgbouncer.pid");
+    let pidfile = format!("{dir}/{PID_FILE}");
     let usual = [
         ("listen_addr", ""),
         ("listen_port", &port_of_ours),
@@ -159,4 +164,19 @@ fn ini(server: &Server, dir: &str, settings: &[(&str, &str)]) -> String {
         writeln!(ini, "{name} = {value}").expect("a string takes what is written");
     }
     ini
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watchdog_can_find_one_that_is_started() {
+        let server = Server::shared();
+        for _ in 0..10 {
+            let pooler = PgBouncer::start(server, &[]);
+            let pid = fs::read_to_string(pooler.dir.join(PID_FILE)).unwrap();
+            assert_eq!(pid.trim(), pooler.process.as_ref().unwrap().id().to_string());
+        }
+    }
 }
