@@ -361,7 +361,13 @@ impl Session {
             Err(error) => Loss::broken(error),
         };
         if matches!(loss, Loss::Pooled) {
+            locks.extend(self.ledger().granted_by_server());
+            // First, for to give up what a pooler has may take long.
+            self.give_up(&loss);
             self.retrieve(conn, self.backend_pid(), &locks).await;
+            drop(slot.take());
+            self.done(slot);
+            return Err(loss);
         }
         Err(self.fail(slot, loss))
     }

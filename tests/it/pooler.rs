@@ -249,6 +249,30 @@ mod that_turns_from_session_to_transaction_mode {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_release_finds_out_and_the_lock_is_given_up() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut count = 0;
+        for cache in CACHES.into_iter().cycle().take(ROUNDS) {
+            let (_pooler, pool, _others) = turned(&server, &db, cache).await;
+            if let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
+                let mut another = guard.lock("another");
+                let another = is_found(another.acquire().await);
+                // By chance the unlock reaches the server connection that has the lock; then all was well.
+                if is_found(guard.release().await).is_none() {
+                    // Both were on that connection.
+                    assert!(another.is_none_or(|guard| guard.is_lost()));
+                    count += 1;
+                }
+            }
+            // A connection that is closed, the pooler does not close.
+            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+        }
+        report(format!("a release found out {count} times of {ROUNDS}"));
+        assert!(count > 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_heartbeat_finds_out_and_the_lock_is_given_up() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
