@@ -1,8 +1,10 @@
 //! A database of its own for every test.
 
 use std::env;
+use std::path::PathBuf;
 use std::process;
 use std::str::FromStr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -12,6 +14,9 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use tokio::runtime::Builder;
 use tokio::time::timeout;
 
+use crate::environment::{Environment, Route, background};
+use crate::pgbouncer::PgBouncer;
+use crate::proxy::Proxy;
 use crate::server::Server;
 
 /// How long the server may take to drop a database, at the end of a test.
@@ -45,7 +50,10 @@ pub async fn pool() -> PgPool {
 
 /// A database of its own for one test.
 ///
-/// It is made on the server of `DATABASE_URL`, or else on [`Server::shared`].
+/// It is made on the server of `DATABASE_URL`, or else on [`Server::shared`]. In an
+/// [`Environment`] other than the plain one it is always made on a server of our own, and
+/// [`options`](Self::options), [`url`](Self::url) and [`pool`](Self::pool) are those of the
+/// environment.
 ///
 /// # Drop
 ///
@@ -57,6 +65,13 @@ pub struct TestDb {
     name: String,
     url: String,
     options: PgConnectOptions,
+    admin: PgConnectOptions,
+    environment: &'static Environment,
+    /// Where the server's socket is, for a PgBouncer.
+    socket: Option<(PathBuf, u16)>,
+    /// What `options` go through.
+    _proxy: Option<Proxy>,
+    bouncer: OnceLock<PgBouncer>,
     /// Where to connect to drop the database, if that is for us to do.
     drop_from: Option<PgConnectOptions>,
 }
@@ -64,14 +79,22 @@ pub struct TestDb {
 impl TestDb {
     /// Makes a database on the server of `DATABASE_URL`, or else on [`Server::shared`].
     pub async fn new() -> Self {
-        let Some(url) = env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()) else {
+        let url = env::var("DATABASE_URL").ok().filter(|url| !url.is_empty());
+        // An environment creates roles, which outlive a database.
+        let Some(url) = url.filter(|_| Environment::current().is_plain()) else {
             return Self::on(Server::shared()).await;
         };
         let server = PgConnectOptions::from_str(&url).expect("DATABASE_URL is understood");
-        let name = create(&server).await;
+        let name = create(&server, "template0").await;
+        let options = server.clone().database(&name);
         Self {
             url: with_database(&url, &name),
-            options: server.clone().database(&name),
+            admin: options.clone(),
+            options,
+            environment: Environment::current(),
+            socket: None,
+            _proxy: None,
+            bouncer: OnceLock::new(),
             drop_from: Some(server),
             name,
         }
@@ -79,23 +102,58 @@ impl TestDb {
 
     /// Makes a database on `server`.
     pub async fn on(server: &Server) -> Self {
-        let options = server.connect_options();
-        let name = create(&options).await;
-        let socket = percent_encode(server.socket_dir().as_os_str().as_encoded_bytes());
-        let port = server.port();
-        let url =
-            format!("postgres://postgres@localhost:{port}/{name}?host={socket}&sslmode=disable");
-        Self { url, options: options.database(&name), drop_from: None, name }
+        Self::in_environment(Environment::current(), server).await
+    }
+
+    async fn in_environment(environment: &'static Environment, server: &Server) -> Self {
+        let admin = server.connect_options();
+        let name = create(&admin, server.template(environment).await).await;
+        let admin = admin.database(&name);
+        let (proxy, options) = match environment.route {
+            Route::Direct | Route::PgBouncer => (None, environment.connect(admin.clone())),
+            Route::Slow(round_trip) => {
+                let proxy = background().spawn(Proxy::to(server.port()));
+                let proxy = proxy.await.expect("a proxy listens");
+                proxy.delay(round_trip / 2);
+                let options = server.tcp_options().database(&name).port(proxy.address().port());
+                (Some(proxy), environment.connect(options))
+            }
+        };
+        let url = if environment.is_plain() {
+            let socket = percent_encode(server.socket_dir().as_os_str().as_encoded_bytes());
+            let port = server.port();
+            format!("postgres://postgres@localhost:{port}/{name}?host={socket}&sslmode=disable")
+        } else {
+            options.to_url_lossy().to_string()
+        };
+        Self {
+            url,
+            options,
+            admin,
+            environment,
+            socket: Some((server.socket_dir().to_owned(), server.port())),
+            _proxy: proxy,
+            bouncer: OnceLock::new(),
+            drop_from: None,
+            name,
+        }
     }
 
     /// How to connect to the database.
     pub fn options(&self) -> PgConnectOptions {
-        self.options.clone()
+        match self.environment.route {
+            Route::Direct | Route::Slow(_) => self.options.clone(),
+            // For a pool that the test makes, however large.
+            Route::PgBouncer => self.through(self.bouncer.get_or_init(|| self.start_bouncer(50))),
+        }
     }
 
     /// The same as a URL, for other programs.
     pub fn url(&self) -> String {
-        self.url.clone()
+        match self.environment.route {
+            Route::Direct | Route::Slow(_) => self.url.clone(),
+            Route::PgBouncer => self.options().to_url_lossy().to_string(),
+        }
     }
 
     /// The database's name.
@@ -105,14 +163,59 @@ impl TestDb {
 
     /// A pool on the database.
     pub async fn pool(&self, max_connections: u32) -> PgPool {
-        let pool = PgPoolOptions::new().max_connections(max_connections);
-        pool.connect_with(self.options()).await.expect("the test's database can be reached")
+        let max_connections = max_connections.min(self.environment.max_connections);
+        let mut pool = self.pool_options().max_connections(max_connections);
+        let mut options = self.options.clone();
+        if self.environment.route == Route::PgBouncer {
+            let bouncer = self.start_bouncer(max_connections);
+            options = self.through(&bouncer);
+            // The pool keeps what its callback keeps, and its PgBouncer ends with it.
+            pool = pool.after_connect(move |_, _| {
+                let _: &PgBouncer = &bouncer;
+                Box::pin(async { Ok(()) })
+            });
+        }
+        if self.environment.other_runtime {
+            let connecting = connect_all(pool, options);
+            return background().spawn(connecting).await.expect("the connections are opened");
+        }
+        pool.connect_with(options).await.expect("the test's database can be reached")
     }
 
-    /// A connection to the database, outside any pool.
-    pub async fn admin(&self) -> PgConnection {
-        self.options.connect().await.expect("the test's database can be reached")
+    /// The options of a pool that the test connects by itself, with [`options`](Self::options).
+    pub fn pool_options(&self) -> PgPoolOptions {
+        self.environment.pool_options()
     }
+
+    /// A connection to the database, outside any pool: a superuser's, straight to the server.
+    pub async fn admin(&self) -> PgConnection {
+        self.admin.connect().await.expect("the test's database can be reached")
+    }
+
+    fn start_bouncer(&self, connections: u32) -> PgBouncer {
+        let (dir, port) = self.socket.as_ref().expect("an environment has a server of our own");
+        let size = connections.to_string();
+        let settings = [("pool_mode", "session"), ("default_pool_size", size.as_str())];
+        PgBouncer::in_front_of(dir, *port, &settings)
+    }
+
+    fn through(&self, bouncer: &PgBouncer) -> PgConnectOptions {
+        self.environment.connect(bouncer.connect_options().database(&self.name))
+    }
+}
+
+/// A pool, all of whose connections were opened on this runtime.
+async fn connect_all(pool: PgPoolOptions, options: PgConnectOptions) -> PgPool {
+    let connections = pool.get_max_connections();
+    let pool = pool.connect_with(options).await.expect("the test's database can be reached");
+    let mut opened = Vec::new();
+    for _ in 0..connections {
+        opened.push(pool.acquire().await.expect("the test's database can be reached"));
+    }
+    for mut conn in opened {
+        conn.return_to_pool().await;
+    }
+    pool
 }
 
 impl Drop for TestDb {
@@ -130,16 +233,16 @@ impl Drop for TestDb {
     }
 }
 
-/// Makes a database with a name that is free.
-async fn create(server: &PgConnectOptions) -> String {
+/// Makes a database with a name that is free, as a copy of `template`.
+async fn create(server: &PgConnectOptions, template: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
 
     let mut conn = server.connect().await.expect("the server lets us in");
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("pglock_test_{}_{number}", process::id());
-        // Nobody can be connected to template0, which would be in the way.
-        let create = format!("CREATE DATABASE {name} TEMPLATE template0");
+        // Nothing is connected to the template, which would be in the way.
+        let create = format!("CREATE DATABASE {name} TEMPLATE {template}");
         match sqlx::raw_sql(AssertSqlSafe(create)).execute(&mut conn).await {
             Ok(_) => {
                 conn.close().await.expect("the server says goodbye");
@@ -194,7 +297,68 @@ fn percent_encode(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use sqlx::Row;
+
     use super::*;
+    use crate::environment::ENVIRONMENTS;
+
+    /// What each environment that the server can see answers to the second of two statements: a text
+    /// that begins like this, or an error with these words.
+    const SEEN: [(&str, &str, &str); 15] = [
+        ("set_role", "SELECT session_user || ' ' || current_user", "pglock_app pglock_owner"),
+        ("set_role_hook", "SELECT session_user || ' ' || current_user", "pglock_app pglock_owner"),
+        ("hardened", "SELECT mode FROM pg_locks", "permission denied for view pg_locks"),
+        ("no_plpgsql", "DO $$ BEGIN END $$", "language \"plpgsql\" does not exist"),
+        ("plpgsql_revoked", "DO $$ BEGIN END $$", "permission denied for language plpgsql"),
+        ("slow_link", "SELECT current_user::text", "pglock_app"),
+        ("pool_of_one", "SELECT 'one'", "one"),
+        ("no_statement_cache", "SELECT count(*)::text FROM pg_prepared_statements", "0"),
+        ("discard_all", "SELECT count(*)::text FROM pg_prepared_statements", "0"),
+        ("role_defaults", "SELECT current_setting('lock_timeout')", "1s"),
+        ("hostile_before", "SELECT now()", "called hostile.now()"),
+        ("hostile_behind", "SELECT pg_advisory_lock(1)", "hostile.pg_advisory_lock(integer)"),
+        ("pgbouncer", "SELECT inet_server_addr() IS NULL || ''", "true"),
+        ("latin1", "SELECT current_setting('server_encoding')", "LATIN1"),
+        ("sql_ascii", "SELECT current_setting('server_encoding')", "SQL_ASCII"),
+    ];
+
+    #[tokio::test]
+    async fn each_environment_is_what_its_row_says() {
+        for (name, statement, expected) in SEEN {
+            let row = Environment::named(name).unwrap();
+            let server = row.server_options(Server::options()).start();
+            let db = TestDb::in_environment(row, &server).await;
+            let two = db.pool(2).await;
+            assert_eq!(two.options().get_max_connections(), 2.min(row.max_connections), "{name}");
+            assert_eq!(two.options().get_test_before_acquire(), row.test_before_acquire, "{name}");
+            // Both statements on one connection, which is released in between.
+            let pool = db.pool(1).await;
+            let prepared = sqlx::query("SELECT 1::pg_catalog.int4");
+            prepared.execute(&mut *pool.acquire().await.unwrap()).await.unwrap();
+            let started = Instant::now();
+            let answer = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_one(&pool).await;
+            let took = started.elapsed();
+            let seen = match answer {
+                Ok(row) => row.get::<String, _>(0),
+                Err(error) => error.to_string(),
+            };
+            assert!(seen.contains(expected), "{name}: {seen}");
+            if let Route::Slow(round_trip) = row.route {
+                assert!(took >= round_trip, "{name}: {took:?}");
+            }
+            let admin = sqlx::query_scalar::<_, String>("SHOW is_superuser");
+            assert_eq!(admin.fetch_one(&mut db.admin().await).await.unwrap(), "on", "{name}");
+            let mut conn = PgConnectOptions::from_str(&db.url()).unwrap().connect().await.unwrap();
+            sqlx::raw_sql("SELECT 1").execute(&mut conn).await.unwrap();
+        }
+        let unseen = ["no_ping", "runtimes"];
+        for row in ENVIRONMENTS {
+            let seen = SEEN.iter().any(|(name, ..)| *name == row.name);
+            assert!(seen || unseen.contains(&row.name), "{} is not tested", row.name);
+        }
+    }
 
     #[test]
     fn only_the_database_of_a_url_is_replaced() {

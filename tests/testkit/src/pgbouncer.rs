@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -58,7 +58,12 @@ impl PgBouncer {
     /// # let _ = pooler.connect_options();
     /// ```
     pub fn start(server: &Server, settings: &[(&str, &str)]) -> Self {
-        match Self::launch(server, settings) {
+        Self::in_front_of(server.socket_dir(), server.port(), settings)
+    }
+
+    /// Starts a PgBouncer in front of the server whose socket is there.
+    pub(crate) fn in_front_of(server: &Path, port: u16, settings: &[(&str, &str)]) -> Self {
+        match Self::launch(server, port, settings) {
             Ok(pooler) => pooler,
             Err(reason) => panic!("{reason}"),
         }
@@ -78,7 +83,7 @@ impl PgBouncer {
         fs::read_to_string(self.dir.join("log")).expect("the log is readable")
     }
 
-    fn launch(server: &Server, settings: &[(&str, &str)]) -> Result<Self, String> {
+    fn launch(server: &Path, port: u16, settings: &[(&str, &str)]) -> Result<Self, String> {
         let account = Account::for_server()?;
         let program = find()?;
         let dir = make_dir(&account)?;
@@ -86,7 +91,8 @@ impl PgBouncer {
         let watchdog = Watchdog::over(&dir, PID_FILE, "KILL");
         let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
         let mut pooler = Self { account, dir, watchdog, process: None };
-        pooler.run(program, &ini(server, &pooler.dir.display().to_string(), settings))?;
+        let ini = ini(server, port, &pooler.dir.display().to_string(), settings);
+        pooler.run(program, &ini)?;
         Ok(pooler)
     }
 
@@ -145,8 +151,8 @@ fn find() -> Result<PathBuf, String> {
 }
 
 /// The content of `pgbouncer.ini`. The last of two lines for one setting counts.
-fn ini(server: &Server, dir: &str, settings: &[(&str, &str)]) -> String {
-    let (host, port) = (server.socket_dir().display(), server.port());
+fn ini(server: &Path, port: u16, dir: &str, settings: &[(&str, &str)]) -> String {
+    let host = server.display();
     let port_of_ours = PORT.to_string();
     let pidfile = format!("{dir}/{PID_FILE}");
     let usual = [

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use tokio::sync::OnceCell;
 
 use crate::account::{Account, run};
 use crate::data::{Template, make_dir, write_settings};
+use crate::environment::Environment;
 use crate::find::{Installation, Search};
 use crate::options::ServerOptions;
 use crate::process;
@@ -49,6 +51,8 @@ pub struct Server {
     listen: Option<String>,
     env: Vec<(String, String)>,
     running: Mutex<Running>,
+    /// The database that those of the tests are copies of, once it is there.
+    template: OnceCell<Result<String, String>>,
 }
 
 /// What changes while a server is stopped and started.
@@ -76,7 +80,7 @@ impl Server {
 
     /// Starts a server that is not as usual.
     pub fn options() -> ServerOptions {
-        ServerOptions::default()
+        Environment::current().server_options(ServerOptions::default())
     }
 
     /// How to connect to the database `postgres`, through the unix socket.
@@ -92,6 +96,21 @@ impl Server {
             address => address,
         };
         self.any_options().host(host)
+    }
+
+    /// The name of the database to copy for a test, prepared by the first call.
+    pub(crate) async fn template(&self, environment: &Environment) -> &str {
+        if environment.is_plain() {
+            return "template0";
+        }
+        let prepare = || async {
+            let prepared = environment.prepare(self.connect_options(), self.version()).await;
+            prepared.map_err(|error| error.to_string())
+        };
+        match self.template.get_or_init(prepare).await {
+            Ok(template) => template,
+            Err(error) => panic!("cannot prepare the environment {}: {error}", environment.name),
+        }
     }
 
     fn any_options(&self) -> PgConnectOptions {
@@ -273,6 +292,7 @@ impl Server {
             listen: options.listen.clone(),
             env: options.env.clone(),
             running: Mutex::new(Running { postmaster: None, watchdog }),
+            template: OnceCell::new(),
         })
     }
 
