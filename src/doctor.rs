@@ -1,7 +1,7 @@
-//! Whether locks mean anything on a server, and what to change there.
+//! Checks whether locks work on a server, and what to change there.
 //!
-//! For a start-up check, or for whoever has to say why a lock was lost. The command `pglock doctor`
-//! prints what is found here.
+//! Use it as a start-up check, or to find out why a lock was lost. The command `pglock doctor` prints
+//! the same findings.
 //!
 //! ```
 //! use pglock::LockOptions;
@@ -27,9 +27,9 @@ use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::options::LockOptions;
 use crate::session::conn::Conn;
-use crate::session::pending::{Patience, lend};
+use crate::session::pending::{WaitPolicy, lend};
 use crate::session::{DEADLINE, within};
-use crate::sql::{self, Circumstances};
+use crate::sql::doctor::{self as statements, Circumstances};
 
 /// One thing that was looked at.
 ///
@@ -75,8 +75,9 @@ const FEW: i64 = 4;
 
 /// Examines the server behind a pool, for locks with these options.
 ///
-/// Asks for settings, rights and free places, and takes a lock to see that it can be done. Six
-/// statements, and those by which a first acquire looks for a pooler.
+/// Reads settings, privileges, and the free space for locks and connections, and acquires a lock.
+/// Sends about ten statements, and those of a first acquire. A check that the role may not make is a
+/// finding too: "cannot tell", and why.
 ///
 /// # Cancel safety
 ///
@@ -84,8 +85,8 @@ const FEW: i64 = 4;
 ///
 /// # Errors
 ///
-/// As for [`Lock::acquire`](crate::Lock::acquire), but that a server on which a lock would mean nothing
-/// is a finding; [`Error::Options`] if the options contradict each other.
+/// The errors of [`Lock::acquire`](crate::Lock::acquire), except that a server on which locks can't be
+/// acquired or exclude nothing is a finding. [`Error::Options`] if the options contradict each other.
 ///
 /// # Panics
 ///
@@ -109,18 +110,18 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
     let lock = options.lock(pool, &key)?;
     let failed = |source| Error::Database { key: key.clone(), source };
 
-    let pooled = lend(pool, &key, Patience::Forever).await?;
+    let pooled = lend(pool, &key, WaitPolicy::Forever).await?;
     let mut conn = Conn::new(pooled, Handle::current());
     let asking = within(DEADLINE, async {
         let pg = conn.pg()?;
-        let refused = sql::look_after(pg, options.vigilance()).await.err();
-        // Asked after that, to see the settings of a session that holds a lock.
-        Ok((refused, sql::circumstances(pg).await?))
+        let refused = statements::look_after(pg, options.vigilance()).await.err();
+        // After that, so that the settings are those of a session that holds a lock.
+        Ok((refused, statements::circumstances(pg).await?))
     });
     let (refused, seen) = asking.await.map_err(failed)?;
     conn.give_back();
 
-    let mut findings = vec![primary(&seen), functions(&seen)];
+    let mut findings = vec![primary(&seen), functions(&seen), plpgsql(&seen), lock_list(&seen)];
     findings.extend(try_out(lock, &seen).await?);
     findings.extend([
         dead_holder(&seen, options, refused.as_ref()),
@@ -138,6 +139,11 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
 impl Finding {
     fn fine(check: &'static str, seen: impl Into<String>) -> Self {
         Self { check, severity: Severity::Fine, seen: seen.into(), advice: None }
+    }
+
+    /// A check that could not be made, and what to change for it.
+    fn unknown(check: &'static str, why: &str, advice: impl Into<String>) -> Self {
+        Self::fine(check, format!("cannot tell: {why}")).but(Severity::Warning, advice)
     }
 
     fn but(self, severity: Severity, advice: impl Into<String>) -> Self {
@@ -180,12 +186,54 @@ fn primary(seen: &Circumstances) -> Finding {
 }
 
 fn functions(seen: &Circumstances) -> Finding {
+    let check = "functions";
     match &seen.forbidden {
-        Some(forbidden) => Finding::fine("functions", format!("not allowed: {forbidden}")).but(
+        Ok(None) => Finding::fine(check, "the role may call every function that a lock needs"),
+        Ok(Some(forbidden)) => Finding::fine(check, format!("not allowed: {forbidden}")).but(
             Severity::Broken,
             format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {:?}", seen.role),
         ),
-        None => Finding::fine("functions", "all that a lock needs may be called"),
+        Err(why) => Finding::unknown(check, why, "check that the server is a PostgreSQL server"),
+    }
+}
+
+/// Without PL/pgSQL nothing catches the timeout of a slice, and the server logs it.
+fn plpgsql(seen: &Circumstances) -> Finding {
+    let check = "plpgsql";
+    match &seen.plpgsql {
+        Ok(true) => Finding::fine(check, "waits write no errors to the server's log"),
+        Ok(false) => Finding::fine(check, "the role can't use the language plpgsql").but(
+            Severity::Warning,
+            format!(
+                "each wait for a busy lock writes an error to the server's log when it starts, and \
+                 one for each slice that ends without the lock: CREATE EXTENSION plpgsql, or GRANT \
+                 USAGE ON LANGUAGE plpgsql TO {:?}",
+                seen.role
+            ),
+        ),
+        Err(why) => Finding::unknown(
+            check,
+            why,
+            format!("GRANT SELECT ON {} TO {:?}", statements::LANGUAGES, seen.role),
+        ),
+    }
+}
+
+/// Whether the role may list locks, its own included.
+fn lock_list(seen: &Circumstances) -> Finding {
+    let check = "list of locks";
+    match &seen.locks {
+        Ok(_) => Finding::fine(check, "the role may list locks"),
+        Err(why) => Finding::fine(check, format!("the role can't list locks: {why}")).but(
+            Severity::Warning,
+            format!(
+                "a lock that another program unlocks on the same session is not detected as lost, \
+                 and `inspect`, `pglock ls` and the observers of elections fail: GRANT EXECUTE ON \
+                 FUNCTION {} TO {:?}",
+                statements::LOCK_LIST,
+                seen.role
+            ),
+        ),
     }
 }
 
@@ -193,7 +241,7 @@ fn functions(seen: &Circumstances) -> Finding {
 async fn try_out(mut lock: crate::Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
     const PATIENCE: Duration = Duration::from_secs(5);
 
-    if seen.forbidden.is_some() {
+    if matches!(seen.forbidden, Ok(Some(_))) {
         return Ok(Vec::new());
     }
     let direct = |seen: &str| Finding::fine("pooler", seen);
@@ -210,6 +258,15 @@ async fn try_out(mut lock: crate::Lock, seen: &Circumstances) -> Result<Vec<Find
         }
         // Both are findings of their own.
         Err(Error::Standby { .. } | Error::Settings { .. }) => return Ok(Vec::new()),
+        // The server's answer, such as a function that it does not have.
+        Err(error @ Error::Database { .. }) => {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            let seen = format!("a lock can't be acquired: {}", cause.unwrap_or_default());
+            return Ok(vec![Finding::fine("acquire", seen).but(
+                Severity::Broken,
+                "remove the cause, and check that the server is a PostgreSQL server",
+            )]);
+        }
         Err(error) => return Err(error),
     };
     let token = match guard.fencing_token().await {
@@ -339,10 +396,19 @@ fn statements(seen: &Circumstances) -> Finding {
 }
 
 fn locks(seen: &Circumstances) -> Finding {
+    let check = "lock table";
+    let in_use = match &seen.locks {
+        Ok(in_use) => in_use,
+        Err(why) => {
+            let list = statements::LOCK_LIST;
+            let grant = format!("GRANT EXECUTE ON FUNCTION {list} TO {:?}", seen.role);
+            return Finding::unknown(check, why, grant);
+        }
+    };
     let sessions = seen.setting("max_connections") + seen.setting("max_prepared_transactions");
     let room = seen.setting("max_locks_per_transaction") * sessions;
-    let free = room - seen.locks;
-    let finding = Finding::fine("lock table", format!("{} of {room} locks in use", seen.locks));
+    let free = room - in_use;
+    let finding = Finding::fine(check, format!("{in_use} of {room} locks in use"));
     if free >= room / 5 {
         return finding;
     }
@@ -351,14 +417,36 @@ fn locks(seen: &Circumstances) -> Finding {
 }
 
 fn connections(seen: &Circumstances) -> Finding {
-    let free = seen.free_connections;
-    let finding = Finding::fine("connections", format!("{free} more are free"));
+    let check = "connections";
+    let sessions = match &seen.connections {
+        Ok(sessions) => *sessions,
+        Err(why) => {
+            let grant = format!("GRANT SELECT ON {} TO {:?}", statements::LIMITS, seen.role);
+            return Finding::unknown(check, why, grant);
+        }
+    };
+    let reserved =
+        seen.setting("superuser_reserved_connections") + seen.setting("reserved_connections");
+    let mut free = seen.setting("max_connections") - sessions.all;
+    if !sessions.superuser {
+        free -= reserved;
+        let limits = [
+            (sessions.role_limit, sessions.of_role),
+            (sessions.database_limit, sessions.of_database),
+        ];
+        for (limit, used) in limits {
+            if limit >= 0 {
+                free = free.min(i64::from(limit) - used);
+            }
+        }
+    }
+    let finding = Finding::fine(check, format!("{free} more are free"));
     if free >= FEW {
         return finding;
     }
     finding.but(
         Severity::Warning,
-        "each lock that is held or waited for takes one, and one more for a moment to be watched: \
+        "each lock that is held or waited for takes one, and one more while its monitoring starts: \
          raise max_connections, or the CONNECTION LIMIT of the role or the database",
     )
 }
@@ -366,9 +454,17 @@ fn connections(seen: &Circumstances) -> Finding {
 fn rights(seen: &Circumstances) -> Finding {
     let check = "other roles";
     let role = &seen.role;
+    let rights = match &seen.rights {
+        Ok(rights) => *rights,
+        Err(why) => {
+            // Locks don't depend on it.
+            let advice = "check that the server is a PostgreSQL server";
+            return Finding::unknown(check, why, advice).but(Severity::Fine, advice);
+        }
+    };
     let grants = [
-        (seen.sees_all, "to see who of another role holds", sql::SEES_ALL),
-        (seen.ends_all, "to end a session of another role", sql::ENDS_ALL),
+        (rights.sees_all, "to see which session of another role holds", statements::SEES_ALL),
+        (rights.ends_all, "to end a session of another role", statements::ENDS_ALL),
     ];
     let missing: Vec<_> = grants
         .into_iter()
@@ -378,27 +474,35 @@ fn rights(seen: &Circumstances) -> Finding {
     if missing.is_empty() {
         return Finding::fine(check, format!("{role} sees and may end the sessions of others"));
     }
-    // That is how most roles are, and locks need no more.
-    Finding::fine(check, format!("{role} sees and may end what is its own"))
+    // Usual, and enough for locks.
+    Finding::fine(check, format!("{role} sees and may end its own sessions"))
         .but(Severity::Fine, missing.join("; "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sql::doctor::{Connections, Rights};
 
-    fn with(settings: &[(&str, i64)]) -> Circumstances {
+    fn with(settings: &[(&'static str, i64)]) -> Circumstances {
         Circumstances {
             version: 150_018,
             role: "app".to_owned(),
             standby: false,
             tcp: true,
-            forbidden: None,
-            sees_all: false,
-            ends_all: false,
-            locks: 90,
-            free_connections: 100,
-            settings: settings.iter().map(|&(name, value)| (name.to_owned(), value)).collect(),
+            settings: settings.to_vec(),
+            forbidden: Ok(None),
+            rights: Ok(Rights { sees_all: false, ends_all: false }),
+            plpgsql: Ok(true),
+            locks: Ok(90),
+            connections: Ok(Connections {
+                all: 10,
+                of_role: 3,
+                of_database: 5,
+                superuser: false,
+                role_limit: -1,
+                database_limit: -1,
+            }),
         }
     }
 
@@ -430,6 +534,43 @@ mod tests {
         {
             let seen = with(&[("max_connections", connections), ("max_locks_per_transaction", 10)]);
             assert_eq!(locks(&seen).severity, severity, "{}", locks(&seen));
+        }
+    }
+
+    #[test]
+    fn the_tightest_limit_on_connections_counts() {
+        let settings = [
+            ("max_connections", 100),
+            ("superuser_reserved_connections", 3),
+            ("reserved_connections", 2),
+        ];
+        let none = Connections { superuser: false, ..with(&settings).connections.unwrap() };
+        for (sessions, free) in [
+            (none, 85),
+            (Connections { superuser: true, role_limit: 4, ..none }, 90),
+            (Connections { role_limit: 4, ..none }, 1),
+            (Connections { database_limit: 7, ..none }, 2),
+        ] {
+            let seen = Circumstances { connections: Ok(sessions), ..with(&settings) };
+            assert_eq!(connections(&seen).seen, format!("{free} more are free"));
+        }
+    }
+
+    #[test]
+    fn what_the_role_may_not_ask_is_a_finding() {
+        let refused = || "permission denied".to_owned();
+        let seen = Circumstances {
+            forbidden: Err(refused()),
+            rights: Err(refused()),
+            plpgsql: Err(refused()),
+            locks: Err(refused()),
+            connections: Err(refused()),
+            ..with(&[])
+        };
+        for check in [functions, plpgsql, locks, connections] {
+            let found = check(&seen);
+            assert_eq!(found.severity, Severity::Warning, "{found}");
+            assert_eq!(found.seen, "cannot tell: permission denied");
         }
     }
 

@@ -13,6 +13,7 @@ use tokio::time::sleep;
 
 use crate::error::{Error, Result};
 use crate::held::{Held, methods};
+use crate::holdings::Holdings;
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::options::LockOptions;
@@ -22,17 +23,18 @@ use crate::session::{DEADLINE, Session, within};
 use crate::sql;
 pub use observer::{Leader, Observer};
 
-/// A candidate for a post that one holds at a time.
+/// A candidate for a post that one candidate holds at a time.
 ///
-/// Candidates wait in the server's queue, so that the next one is elected as soon as the leader is
-/// gone, without polling. The leader's name, term and time of election show on the server, in
-/// `application_name`, so that everybody can ask who [leads](Self::leader); there is no table.
+/// Candidates wait in the server's queue, so the next one is elected as soon as the leader
+/// resigns or its session ends, without polling. The leader's name, term and time of election are shown
+/// on the server, in `application_name`, where every session can [look up the leader](Self::leader);
+/// there is no table.
 ///
-/// A leader that loses its session is told ([`Leadership::lost`]), and steps down before anybody else
-/// can be elected; see the [page on loss](crate#loss). What it can't stop in time, fence with the
+/// A leader that loses its session reports it ([`Leadership::lost`]), and steps down before another candidate
+/// can be elected; see the [page on loss](crate#loss). What can't be stopped in time, fence with the
 /// [term](Leadership::term).
 ///
-/// A candidate uses one connection of the pool, waiting or leading.
+/// A candidate uses one connection of the pool while it waits or leads.
 ///
 /// # Examples
 ///
@@ -54,7 +56,7 @@ pub struct Election {
     status: LeaderStatus,
 }
 
-/// How long to wait before a campaign is tried again that failed for a reason that passes.
+/// How long to wait before a campaign is retried that failed with a transient error.
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Election {
@@ -154,7 +156,7 @@ impl Election {
         self.lead(held).await
     }
 
-    /// Is elected if nobody leads and nobody waits to. `None` otherwise.
+    /// Is elected if there is neither a leader nor a waiting candidate. Returns `None` otherwise.
     ///
     /// # Cancel safety
     ///
@@ -190,15 +192,15 @@ impl Election {
 
     /// Campaigns, leads, steps down, and campaigns again, until `stop` is ready.
     ///
-    /// `lead` is called with each leadership; what it returns runs for as long as that lasts. When it
-    /// ends, the candidate resigns, so that others get their turn, and campaigns again. On loss it is
-    /// dropped; only when it has ended, the next campaign begins. If it panics, the candidate resigns,
-    /// and the panic goes on. What it has handed to other tasks goes on too; let it end there.
+    /// `lead` is called with each leadership; the future that it returns runs while the leadership lasts.
+    /// When it ends, the candidate resigns, so that others get their turn, and campaigns again. On loss the
+    /// future is dropped, and then the next campaign begins. If it panics, the candidate resigns,
+    /// and the panic continues. Tasks that it has spawned are not stopped.
     ///
-    /// A campaign that fails for a reason that passes ([`Error::is_transient`]) is tried again each
-    /// second.
+    /// A campaign that fails with a transient error ([`Error::is_transient`]) is retried every second.
     ///
-    /// Whoever keeps a clone of the leadership does not prolong it: once the turn is over, it is lost.
+    /// A clone of the leadership does not prolong it: at the end of the turn, the leadership is closed, and all
+    /// its clones report a loss.
     ///
     /// # Cancel safety
     ///
@@ -248,7 +250,7 @@ impl Election {
                 () = &mut stop => return Ok(()),
                 elected = self.campaign_until_elected() => Arc::new(elected?),
             };
-            let turn = Turn(Some(Arc::clone(leadership.held.session())));
+            let turn = Turn(Some(self.owner.take_holdings()));
             let stopped = tokio::select! {
                 biased;
                 () = &mut stop => true,
@@ -278,7 +280,7 @@ impl Election {
         }
     }
 
-    /// Returns what tells, anywhere and at any time, whether this candidate leads.
+    /// Returns a status that shows, anywhere and at any time, whether this candidate leads.
     ///
     /// # Examples
     ///
@@ -302,7 +304,7 @@ impl Election {
         self.status.clone()
     }
 
-    /// Asks the server who leads. One statement, on a connection of the pool.
+    /// Looks up the leader on the server. Sends one statement, on a connection of the pool.
     ///
     /// # Cancel safety
     ///
@@ -310,7 +312,7 @@ impl Election {
     ///
     /// # Errors
     ///
-    /// [`Error::Pool`] or [`Error::Connect`] if no connection was to be had, [`Error::Database`] if the
+    /// [`Error::Pool`] or [`Error::Connect`] if no connection was available, [`Error::Database`] if the
     /// server or the connection failed.
     ///
     /// # Examples
@@ -324,21 +326,22 @@ impl Election {
     /// assert!(election.leader().await?.is_none());
     ///
     /// let leadership = election.campaign().await?;
-    /// let leader = election.leader().await?.expect("somebody leads");
+    /// let leader = election.leader().await?.expect("node-7 leads");
     /// assert_eq!(leader.name, "node-7");
     /// assert_eq!(leader.term, Some(leadership.term()));
     /// # Ok(()) }
     /// ```
     pub async fn leader(&self) -> Result<Option<Leader>> {
         let mut conn = self.owner.connection(&self.key).await?;
-        let holder = within(DEADLINE, async { sql::holder(conn.pg()?, self.key.id()).await });
+        let holder =
+            within(DEADLINE, async { sql::election::holder(conn.pg()?, self.key.id()).await });
         let holder =
             holder.await.map_err(|source| Error::Database { key: self.key.clone(), source })?;
         conn.give_back();
         Ok(holder.map(Leader::from))
     }
 
-    /// Observes who leads, from now on.
+    /// Observes the leader, from now on.
     ///
     /// # Examples
     ///
@@ -399,22 +402,22 @@ impl fmt::Debug for Election {
 /// # Drop
 ///
 /// Ends it, on a task.
-struct Turn(Option<Arc<Session>>);
+struct Turn(Option<Arc<Holdings>>);
 
 impl Turn {
     async fn end(mut self) {
-        if let Some(session) = self.0.take() {
+        if let Some(holdings) = self.0.take() {
             // What was lost needs no resigning.
-            drop(session.close().await);
+            drop(holdings.close().done().await);
         }
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if let Some(session) = self.0.take() {
-            // Detach: nobody is left to wait for it.
-            drop(session.close());
+        if let Some(holdings) = self.0.take() {
+            // Detach: no caller waits for it.
+            drop(holdings.close());
         }
     }
 }
@@ -491,7 +494,7 @@ impl Leadership {
 
 methods!(Leadership, resign, "Election", "Election::new(&pool, \"billing\").campaign().await?");
 
-/// Tells whether a candidate leads. Cheap, and to be cloned to whoever wants to know.
+/// Shows whether a candidate leads. Cheap to clone.
 ///
 /// # Examples
 ///
@@ -509,7 +512,7 @@ struct Post {
 }
 
 impl LeaderStatus {
-    /// Returns whether the candidate leads. False from the moment that a loss is known, or that it
+    /// Returns whether the candidate leads: `false` as soon as a loss is detected, or the candidate
     /// resigns. Sends nothing.
     ///
     /// # Examples

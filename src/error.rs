@@ -14,9 +14,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an operation on a lock failed.
 ///
-/// That somebody else holds a lock is never an error: the `try_` methods answer it with `None`.
-/// After an error from an acquire nothing is held. Every message names the key, and says what to do;
-/// what the database or the driver said is the [`source`](std::error::Error::source).
+/// Contention is never an error: the `try_` methods return `None`. After an error from an acquire nothing is
+/// held. Every message names the key, and says what to do; the message of the database or the driver is the
+/// [`source`](std::error::Error::source).
 ///
 /// # Examples
 ///
@@ -35,8 +35,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Somebody cancelled the statement on the server: SQLSTATE 57014, by `pg_cancel_backend` or a
-    /// tool that calls it.
+    /// The session's connection is borrowed
+    /// ([`connection`](crate::ExclusiveGuard::connection)), and was not returned within ten seconds, or
+    /// the caller's own timeout.
+    #[error(
+        "lock {key}: the session's connection is borrowed, and was not returned in time; drop the \
+         SessionConnection first, or use another handle"
+    )]
+    #[non_exhaustive]
+    Borrowed {
+        /// The key of the lock.
+        key: Key,
+    },
+
+    /// The statement was cancelled on the server (SQLSTATE 57014), by `pg_cancel_backend` or a tool that
+    /// calls it.
     #[error(
         "lock {key}: the statement was cancelled on the server, by an administrator or a tool; \
          acquire again if the lock is still wanted"
@@ -49,7 +62,7 @@ pub enum Error {
         source: sqlx::Error,
     },
 
-    /// No connection could be opened: the server is not there, or refuses the login.
+    /// No connection could be opened: the server is unreachable, or rejects the login.
     #[error(
         "lock {key}: cannot connect to the server; check its address, that it runs, and the login"
     )]
@@ -95,7 +108,7 @@ pub enum Error {
         source: sqlx::Error,
     },
 
-    /// The session ended while a guard lived: the lock is gone, and somebody else may have it.
+    /// The session ended while a guard lived: the lock is lost, and another session may hold it.
     #[error(
         "lock {key}: lost while it was held, somebody else may have it; stop what it protects, \
          then acquire again"
@@ -132,7 +145,8 @@ pub enum Error {
         source: sqlx::Error,
     },
 
-    /// The pool lent no connection, so the lock was never asked for.
+    /// No connection of the pool became available in time, or the pool was closed, also during a wait. The
+    /// lock is not held.
     #[error("lock {key}: {}", PoolAdvice(source))]
     #[non_exhaustive]
     Pool {
@@ -142,8 +156,9 @@ pub enum Error {
         source: sqlx::Error,
     },
 
-    /// A pooler hands the session's statements to one server connection after another, so a lock
-    /// excludes nobody.
+    /// Locks exclude no other session on this connection: it goes through a transaction-mode pooler or a
+    /// load balancer, or the server's advisory locks have no effect.
+    /// [Guarantees](crate::guide::guarantees#poolers) describes how that is detected.
     #[error(
         "lock {key}: a pooler in transaction mode sits in between, through which session locks exclude \
          nobody; connect directly, or through a pooler in session mode"
@@ -154,8 +169,8 @@ pub enum Error {
         key: Key,
     },
 
-    /// The server refuses a setting by which it would notice a dead client, and
-    /// [`LockOptions::require_settings`](crate::LockOptions::require_settings) demands them.
+    /// The server rejects a setting by which it detects a dead client, and
+    /// [`LockOptions::require_settings`](crate::LockOptions::require_settings) demands it.
     #[error(
         "lock {key}: the server refuses a setting by which it would notice a dead client; allow it, or \
          don't require the settings"
@@ -168,8 +183,7 @@ pub enum Error {
         source: sqlx::Error,
     },
 
-    /// The guard is a [manager](crate::LockManager)'s, whose session is not its own, so there is no
-    /// connection to lend.
+    /// The guard belongs to a [manager](crate::LockManager), and has no connection of its own to borrow.
     #[error(
         "lock {key}: it may share its session with many others, so there is no connection to lend; \
          take the lock with Lock::new for that"
@@ -180,7 +194,7 @@ pub enum Error {
         key: Key,
     },
 
-    /// The server is a hot standby, whose locks exclude nobody on the primary.
+    /// The server is a hot standby, whose locks exclude no session on the primary.
     #[error(
         "lock {key}: the server is a hot standby, whose advisory locks exclude nobody elsewhere; \
          connect the pool to the primary"
@@ -212,7 +226,7 @@ pub enum Error {
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Loss {
-    /// The tokio runtime of the acquire was shut down, and with it what watched the session.
+    /// The tokio runtime of the acquire was shut down, and with it the task that monitors the session.
     #[error("the runtime on which the lock was acquired was shut down")]
     Abandoned,
     /// The handle was closed: [`Lock::close`](crate::Lock::close).
@@ -221,13 +235,15 @@ pub enum Loss {
     /// The session's connection broke, or the server ended it.
     #[error("the session's connection broke")]
     Disconnected(#[source] Arc<sqlx::Error>),
-    /// Statements were answered by another session than the one that holds the lock.
+    /// Statements were answered by another session than the one that holds the lock, or the server's locks
+    /// were found to exclude no other session.
     #[error("a pooler in transaction mode sits in between")]
     Pooled,
-    /// The server did not answer within the heartbeat's interval and deadline.
+    /// The server did not answer within the heartbeat's interval and timeout.
     #[error("the server has not answered for too long")]
     Silent,
-    /// The server said that the session does not hold the lock: something else unlocked it.
+    /// The server's answer is that the session does not hold the lock: other code unlocked it, or the server
+    /// ended the session while its connection was borrowed.
     #[error("the server says that the session does not hold the lock: something else unlocked it")]
     NotHeld,
 }
@@ -260,7 +276,8 @@ impl Error {
     #[must_use]
     pub fn key(&self) -> &Key {
         match self {
-            Self::Cancelled { key, .. }
+            Self::Borrowed { key }
+            | Self::Cancelled { key, .. }
             | Self::Connect { key, .. }
             | Self::Database { key, .. }
             | Self::Deadlock { key, .. }
@@ -276,11 +293,11 @@ impl Error {
         }
     }
 
-    /// Returns whether the same call may well succeed if it is made again.
+    /// Returns whether a retry of the same call may succeed.
     ///
-    /// True where the reason passes by itself: a deadlock, a broken connection, a lost lock, a
-    /// cancelled statement, a full lock table, a busy pool, a server that is starting. False where
-    /// somebody has to change something: a closed pool, a wrong password, a standby, bad options.
+    /// `true` if the reason is temporary: a deadlock, a broken connection, a lost lock, a cancelled
+    /// statement, a full lock table, a busy pool, a borrowed connection, a server that is starting. `false`
+    /// if something has to be changed: a closed pool, a wrong password, a standby, invalid options.
     ///
     /// # Examples
     ///
@@ -297,7 +314,8 @@ impl Error {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Cancelled { .. }
+            Self::Borrowed { .. }
+            | Self::Cancelled { .. }
             | Self::Deadlock { .. }
             | Self::Disconnected { .. }
             | Self::Lost { .. }
@@ -348,6 +366,7 @@ impl Error {
         let key = key.clone();
         let source = || again(self);
         match &**self {
+            Self::Borrowed { .. } => Self::Borrowed { key },
             Self::Cancelled { .. } => Self::Cancelled { key, source: source() },
             Self::Connect { .. } => Self::Connect { key, source: source() },
             Self::Database { .. } => Self::Database { key, source: source() },
@@ -474,7 +493,7 @@ pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
 
 /// Whether a prepared statement is not where it was prepared, or another's is there: a pooler in
 /// transaction mode.
-fn is_not_prepared(error: &sqlx::Error) -> bool {
+pub(crate) fn is_not_prepared(error: &sqlx::Error) -> bool {
     sqlstate(error).is_some_and(|code| code == "26000" || code == "42P05")
 }
 

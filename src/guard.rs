@@ -32,18 +32,19 @@ macro_rules! guard {
                 self.held.key()
             }
 
-            /// Makes a handle of another lock, or the same, on the session of this guard.
+            /// Makes a handle of another lock, or the same one, on the session of this guard.
             ///
-            /// Acquires on handles of different sessions can wait for each other in a circle for ever,
-            /// for the server does not know that they belong to one program. On one session it sees
-            /// the circle, and one side gets [`Error::Deadlock`](crate::Error::Deadlock), within the
-            /// server's `deadlock_timeout`. (Better still, have no circles: take locks in the same
-            /// order everywhere, or several at once with [`MultiLock`](crate::MultiLock).)
+            /// Acquires on handles of different sessions can deadlock without being detected, because
+            /// the server does not know that the sessions belong to one program. On one session the
+            /// server detects the deadlock within its `deadlock_timeout`, and one side gets
+            /// [`Error::Deadlock`](crate::Error::Deadlock). (To avoid deadlocks altogether, acquire locks
+            /// in the same order everywhere, or several at once with [`MultiLock`](crate::MultiLock).)
             ///
-            /// All guards of a session are one owner: the same key stacks, and the session ends with
-            /// the last of them; after that, the handle opens one of its own. While it waits for a
-            /// busy lock, the session's connection can't be lent, and releases of its other guards
-            /// take effect at the end of the wait's slice. If the session is lost, all are.
+            /// Locks are re-entrant within the session. The session ends with its last guard; after that,
+            /// the handle opens a session of its own. While the handle waits for a busy lock, the session's
+            /// connection is in use: borrowing it, and releases of other guards, wait for the end of
+            /// the slice, at most 5 s (or `deadlock_timeout` plus a second, if that is longer). If the
+            /// session is lost, all its guards are.
             ///
             /// # Examples
             ///
@@ -70,13 +71,12 @@ macro_rules! guard {
 ///
 /// # Drop
 ///
-/// Starts the release and returns at once; mostly the unlock is on its way to the server by
-/// then. To wait for the server's answer, use [`release`](Self::release). A guard may be dropped
-/// anywhere: on a thread without a runtime, after the runtime is gone, during a panic. The
-/// connection goes back to the pool when the server has confirmed the unlock, and is closed
-/// otherwise.
+/// Starts the release and returns immediately; usually the unlock was sent by then. To wait for the
+/// server's answer, use [`release`](Self::release). A guard may be dropped anywhere: on a thread
+/// without a runtime, after its runtime was shut down, during a panic. The connection goes back to
+/// the pool when the server has confirmed the unlock, and is closed otherwise.
 ///
-/// If the process dies, the server releases the lock as soon as it sees the connection closed.
+/// If the process dies, the server releases the lock as soon as it detects the closed connection.
 ///
 /// # Examples
 ///
@@ -88,7 +88,7 @@ macro_rules! guard {
 /// let mut lock = Lock::new(&pool, "nightly-report");
 /// {
 ///     let _guard = lock.acquire().await?;
-///     // Nobody else runs this, on any machine.
+///     // No other task runs this, on any machine.
 /// }
 /// # Ok(()) }
 /// ```
@@ -99,18 +99,19 @@ pub struct ExclusiveGuard {
 }
 
 impl ExclusiveGuard {
-    /// Turns the exclusive lock into a shared one, without a moment in which nobody holds it.
+    /// Turns the exclusive lock into a shared one, without releasing it in between.
     ///
-    /// Others that wait to share the lock get it then. If other guards of the same handle hold it
-    /// exclusively, it stays exclusive until the last of them goes. One statement, or none.
+    /// Waiters that want to share the lock are granted it then. If other guards of the same handle hold
+    /// it exclusively, it stays exclusive until the last of them is dropped. Sends one statement, or none.
     ///
     /// # Cancel safety
     ///
-    /// The guard is used up: dropping the future releases the lock.
+    /// Dropping the future releases the lock, because the guard is consumed.
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session did not hold the lock any more.
+    /// [`Error::Lost`] if the session no longer held the lock; [`Error::Borrowed`] if the session's
+    /// connection stays borrowed for ten seconds.
     ///
     /// # Examples
     ///
@@ -140,7 +141,7 @@ guard! { ExclusiveGuard, "Lock::new(&pool, \"invoice-17\").acquire().await?" }
 
 /// A shared lock that is held. Dropping it releases the lock.
 ///
-/// Others may hold the same lock shared at the same time; nobody holds it exclusively.
+/// Other sessions may hold the same lock shared at the same time; none holds it exclusively.
 ///
 /// # Drop
 ///
@@ -167,22 +168,23 @@ pub struct SharedGuard {
 }
 
 impl SharedGuard {
-    /// Turns the shared lock into an exclusive one if nobody else holds it, without a moment in which
-    /// it is not held. Else gives the guard back.
+    /// Turns the shared lock into an exclusive one if no other session holds it, without releasing it
+    /// in between. Otherwise returns the guard.
     ///
-    /// Before PostgreSQL 17, it is also refused while somebody waits for the lock; from then on, it goes
-    /// ahead of those.
+    /// Before PostgreSQL 17, it is also refused while another session waits for the lock; from then on,
+    /// it goes ahead of those.
     ///
-    /// It never waits: two that share a lock and wait to have it alone would wait for each other. One
-    /// statement.
+    /// It never waits for the lock, because two holders that wait for each other's share would
+    /// deadlock. Sends one statement.
     ///
     /// # Cancel safety
     ///
-    /// The guard is used up: dropping the future releases the lock.
+    /// Dropping the future releases the lock, because the guard is consumed.
     ///
     /// # Errors
     ///
-    /// As for [`Lock::try_acquire`]. After an error this guard's share is given up.
+    /// As for [`Lock::try_acquire`], and [`Error::Borrowed`] if the session's connection stays borrowed
+    /// for ten seconds. After an error this guard's share is released.
     ///
     /// # Examples
     ///
@@ -193,8 +195,8 @@ impl SharedGuard {
     /// # let pool = pglock_testkit::pool().await;
     /// let reading = Lock::new(&pool, "app-config").acquire_shared().await?;
     /// match reading.try_upgrade().await? {
-    ///     Ok(_writing) => { /* nobody else reads or writes */ }
-    ///     Err(_reading) => { /* somebody does, and this still reads */ }
+    ///     Ok(_writing) => { /* no other session reads or writes */ }
+    ///     Err(_reading) => { /* another one reads, and this still does */ }
     /// }
     /// # Ok(()) }
     /// ```

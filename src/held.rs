@@ -5,33 +5,38 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Loss, Result};
+use crate::holdings::Holding;
 use crate::key::Key;
 use crate::manager::Managed;
 use crate::owner::Owner;
 use crate::request::Request;
+use crate::session::Session;
 use crate::session::ledger::Join;
 use crate::session::lend::SessionConnection;
-use crate::session::pending::{Patience, Pending};
-use crate::session::{Release, Session};
-use crate::sql::Protocol;
+use crate::session::pending::{Pending, WaitPolicy};
+use crate::session::release::Release;
+use crate::sql::release::Protocol;
 
 /// One share in what a session holds.
 ///
 /// # Drop
 ///
-/// Gives it up.
+/// Releases it.
 pub(crate) struct Held {
     session: Arc<Session>,
     request: Request,
     token: OnceLock<u64>,
     released: bool,
-    /// Whoever took it for us has others on the session, too.
+    /// The handle that can release it as well.
+    holding: Option<Holding>,
+    /// A manager took it, and has others on the session, too.
     managed: Option<Managed>,
 }
 
 impl Held {
     pub(crate) fn new(session: Arc<Session>, request: Request) -> Self {
-        Self { session, request, token: OnceLock::new(), released: false, managed: None }
+        let token = OnceLock::new();
+        Self { session, request, token, released: false, holding: None, managed: None }
     }
 
     /// What a manager took for one of its owners.
@@ -41,7 +46,16 @@ impl Held {
         held
     }
 
-    /// Who takes other locks on the same session, or through the same manager.
+    /// The same, as a holding of a handle.
+    pub(crate) fn held_by(
+        mut self,
+        handle: impl FnOnce(&Arc<Session>, &Request) -> Holding,
+    ) -> Self {
+        self.holding = Some(handle(&self.session, &self.request));
+        self
+    }
+
+    /// An owner that takes other locks on the same session, or through the same manager.
     pub(crate) fn owner(&self) -> Owner {
         Owner::of(&self.session, self.managed.as_ref())
     }
@@ -60,27 +74,35 @@ impl Held {
 
     /// Takes more, on this very session, if it is free.
     pub(crate) async fn and(&self, request: &Request) -> Result<Option<Self>> {
+        self.check_open()?;
         let session = &self.session;
         let ended = || Error::lost(request.key(), self.loss().unwrap_or(Loss::NotHeld));
         if let Some(managed) = &self.managed {
             if self.is_lost() {
                 return Err(ended());
             }
-            let more = managed.acquire(request, Patience::Never).await?;
+            let more = managed.acquire(request, WaitPolicy::Never).await?;
             // If the session was lost meanwhile, it was granted on another.
             let is_elsewhere =
                 more.as_ref().is_some_and(|more| !Arc::ptr_eq(&more.session, session));
             return if is_elsewhere { Err(ended()) } else { Ok(more) };
         }
-        match session.join(request) {
-            Join::Covered => return Ok(Some(Self::new(Arc::clone(session), request.clone()))),
-            Join::Ask => {}
-            Join::Ended => return Err(ended()),
-        }
-        let joining = Pending::join(Arc::clone(session), request, session.options());
-        let pending = joining.await.ok_or_else(ended)?;
-        let (pending, verdict) = pending.try_now(Patience::Never).await?;
-        pending.settle(verdict, Patience::Never).await
+        let joined = match session.join(request) {
+            Join::Covered => Some(Self::new(Arc::clone(session), request.clone())),
+            Join::Ask => {
+                let (session, options) = (Arc::clone(session), session.options());
+                let joining = Pending::join(session, request, options, WaitPolicy::Never).await;
+                let pending = joining.map_err(|reason| reason.error(request.key()))?;
+                let (pending, verdict) =
+                    pending.ok_or_else(ended)?.try_now(WaitPolicy::Never).await?;
+                pending.settle(verdict, WaitPolicy::Never).await?
+            }
+            Join::Lost | Join::Released => return Err(ended()),
+        };
+        Ok(joined.map(|joined| match &self.holding {
+            Some(holding) => joined.held_by(|session, request| holding.another(session, request)),
+            None => joined,
+        }))
     }
 
     pub(crate) fn backend_pid(&self) -> i32 {
@@ -95,8 +117,13 @@ impl Held {
     }
 
     pub(crate) fn loss(&self) -> Option<Loss> {
-        let closed = self.managed.as_ref().and_then(Managed::closed);
-        closed.or_else(|| self.session.loss())
+        self.closed().or_else(|| self.session.loss())
+    }
+
+    /// The handle was closed; the session may live on.
+    fn closed(&self) -> Option<Loss> {
+        let managed = self.managed.as_ref().and_then(Managed::closed);
+        managed.or_else(|| self.holding.as_ref().and_then(Holding::closed))
     }
 
     pub(crate) fn is_lost(&self) -> bool {
@@ -104,10 +131,16 @@ impl Held {
     }
 
     pub(crate) async fn lost(&self) -> Loss {
-        let Some(managed) = &self.managed else { return self.session.lost().await };
+        let closed = async {
+            match (&self.managed, &self.holding) {
+                (Some(managed), _) => managed.is_closed().await,
+                (None, Some(holding)) => holding.is_closed().await,
+                (None, None) => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
-            loss = managed.is_closed() => loss,
+            loss = closed => loss,
             loss = self.session.lost() => loss,
         }
     }
@@ -153,15 +186,11 @@ impl Held {
         self.session.lend(self.key()).await
     }
 
-    /// The session may live on, though the handle was closed.
     fn check_open(&self) -> Result<()> {
-        match self.managed.as_ref().and_then(Managed::closed) {
-            Some(closed) => Err(Error::lost(self.key(), closed)),
-            None => Ok(()),
-        }
+        self.closed().map_or(Ok(()), |closed| Err(Error::lost(self.key(), closed)))
     }
 
-    /// Starts the release, once. The only path by which a guard lets go.
+    /// Starts the release, once. The only path by which a guard is released.
     fn start_release(&mut self, protocol: Protocol) -> Option<Release> {
         if self.released {
             return None;
@@ -169,7 +198,11 @@ impl Held {
         self.released = true;
         if let Some(managed) = &self.managed {
             let farewell = managed.leave(self.key(), self.request.mode(), &self.session);
-            return farewell.map(Release::Told);
+            return farewell.map(Release::Managed);
+        }
+        if self.holding.as_ref().is_some_and(|holding| !holding.end()) {
+            // The close of the handle has released it.
+            return Some(Release::Done(Err(Error::lost(self.key(), Loss::Closed))));
         }
         Some(Arc::clone(&self.session).release(&self.request, protocol))
     }
@@ -217,21 +250,24 @@ macro_rules! methods {
                 self.held.backend_pid()
             }
 
-            /// Releases this guard's share of the lock, and waits for the server's answer.
+            /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the
+            /// server's answer.
             ///
-            /// The same path as dropping the guard, awaited: use it to learn whether the lock was
-            /// held to the end. One statement if this was the last guard of its handle, else none.
+            /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was
+            /// held until now. Sends one statement if this was the last guard of its handle, otherwise
+            /// none.
             ///
             /// # Cancel safety
             ///
-            /// Cancel safe: the release is under way before the first await, and dropping the future
-            /// only gives up waiting for its result.
+            /// Cancel safe: the release continues if the future is dropped.
             ///
             /// # Errors
             ///
-            /// [`Error::Lost`](crate::Error::Lost) if the session did not hold the lock any more:
-            /// its connection broke, or something else unlocked it. Somebody else may have held the
-            /// lock since.
+            /// [`Error::Lost`](crate::Error::Lost) if the session no longer held the lock: its
+            /// connection broke, or other code unlocked it. Another session may have held the lock
+            /// since. [`Error::Borrowed`](crate::Error::Borrowed) if another guard's
+            /// [`connection`](Self::connection) stays borrowed for ten seconds; the release continues
+            /// when it is returned.
             ///
             /// # Examples
             ///
@@ -247,12 +283,15 @@ macro_rules! methods {
                 self.held.release().await
             }
 
-            /// Returns whether the lock was lost: true from the moment that this is known.
+            /// Returns whether the lock was lost: `true` as soon as the loss is detected.
             ///
-            /// Sends nothing. False is as good as the session's last answer: a closed connection is
-            /// noticed at once, a silent one when the heartbeat's interval and deadline are over
+            /// Sends nothing. `false` is as good as the session's last answer. A silent session is lost
+            /// after the heartbeat's interval and timeout
             /// ([`LockOptions::heartbeat`](crate::LockOptions::heartbeat)), which is always before
-            /// the server lets anybody else in.
+            /// the server grants the lock to another session. A closed connection is detected within 50
+            /// ms if it is idle and the lock has been held for more than two seconds, otherwise at the
+            /// next heartbeat. After a system suspend, `is_lost` returns `false` until the first
+            /// heartbeat, because the monotonic clock does not advance during suspend.
             ///
             /// # Examples
             ///
@@ -269,11 +308,13 @@ macro_rules! methods {
                 self.held.is_lost()
             }
 
-            /// Waits until the lock is lost, and returns how. Pending for as long as it is held.
+            /// Waits until the lock is lost, and returns the reason. Pending while the lock is held.
+            ///
+            /// Sends nothing. See [`is_lost`](Self::is_lost) for how soon a loss is detected.
             ///
             /// # Cancel safety
             ///
-            /// Cancel safe: it only listens.
+            /// Cancel safe.
             ///
             /// # Examples
             ///
@@ -293,19 +334,23 @@ macro_rules! methods {
                 self.held.lost().await
             }
 
-            /// Asks the server whether the session still holds the lock.
+            /// Asks the server whether the session still holds the lock (`pg_lock_status`).
             ///
-            /// One statement, on the session's own connection; waits while that is lent out.
+            /// Sends one statement on the session's own connection, for any number of keys. Waits while
+            /// the connection is in use.
             ///
             /// # Cancel safety
             ///
-            /// Cancel safe: dropping the future only gives up the answer.
+            /// Cancel safe: the answer is ignored.
             ///
             /// # Errors
             ///
-            /// [`Error::Lost`](crate::Error::Lost) if it does not, or does not answer within the
-            /// heartbeat's deadline; [`Error::Pooled`](crate::Error::Pooled) if another session
-            /// answers.
+            /// [`Error::Lost`](crate::Error::Lost) if the session does not hold the lock;
+            /// [`Error::Pooled`](crate::Error::Pooled) if another session answers;
+            /// [`Error::Database`](crate::Error::Database) if the server returns an error, or does not
+            /// answer within the heartbeat's timeout, which is not a loss: the next heartbeat decides;
+            /// [`Error::Borrowed`](crate::Error::Borrowed) if the connection stays borrowed for ten
+            /// seconds.
             ///
             /// # Examples
             ///
@@ -321,13 +366,13 @@ macro_rules! methods {
                 self.held.verify().await
             }
 
-            /// Runs a future for as long as the lock is held.
+            /// Runs a future while the lock is held.
             ///
-            /// If the lock is lost, the future is dropped, and then the loss returned. The lock is
-            /// not released before the future has ended, one way or the other, for the guard is
-            /// borrowed; if the future panics, the guard is dropped as the panic unwinds.
+            /// If the lock is lost, the future is dropped, and then the loss is returned. The guard is
+            /// borrowed, so the lock is not released before the future has ended; if the future panics,
+            /// the guard is dropped while the panic unwinds.
             ///
-            /// What the future has handed to other tasks goes on; let it end there too.
+            /// Tasks that the future has spawned are not stopped.
             ///
             /// # Cancel safety
             ///
@@ -335,8 +380,7 @@ macro_rules! methods {
             ///
             /// # Errors
             ///
-            /// [`Error::Lost`](crate::Error::Lost) if the lock is lost before the future has ended,
-            /// or by then.
+            /// [`Error::Lost`](crate::Error::Lost) if the lock is lost before the future has ended.
             ///
             /// # Examples
             ///
@@ -357,16 +401,21 @@ macro_rules! methods {
                 self.held.while_held(future).await
             }
 
-            /// Returns a number that is greater than that of everybody who held the lock before.
+            /// Returns a fencing token: a number that is greater than that of every previous holder.
             ///
-            /// It is what a store can check that does not know the lock: refuse a write whose token is
-            /// less than the greatest one seen. The first call sends one statement, on the session's
-            /// own connection; from then on the guard remembers it.
+            /// A store that does not know the lock can check it: it refuses a write whose token is
+            /// less than the greatest one seen. The first call sends one statement on the session's
+            /// own connection; later calls return the same number without a round trip.
             ///
-            /// The token is a transaction id of the server, so it also grows from lock to lock, and
-            /// it survives restarts and crashes. It does not survive a failover to a standby that
-            /// had not received the last transactions: then ids can be given out again. Nor does it
-            /// go along with a logical dump into another server.
+            /// The token is a transaction id of the server (`pg_current_xact_id`), so it also grows from
+            /// lock to lock, and it survives restarts and crashes. It does not survive a failover to a
+            /// standby that had not received the last transactions, because that standby can assign the
+            /// same ids again. Nor is it a part of a logical dump into another server.
+            ///
+            /// The transaction is committed with the session's `synchronous_commit`, and at least
+            /// `local`: the token is on the server's disk. If the commit waits for a synchronous standby
+            /// for longer than ten seconds, the statement is cancelled and an error is returned. The lock
+            /// is still held.
             ///
             /// # A guarded write
             ///
@@ -374,20 +423,22 @@ macro_rules! methods {
             /// UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1
             /// ```
             ///
-            /// No row changed means that a later holder was here. This needs `READ COMMITTED`,
+            /// If no row was changed, a later holder has written. This needs `READ COMMITTED`,
             /// PostgreSQL's default: under `REPEATABLE READ` and above, the statement sees the row as
             /// it was when the transaction began, and either fails with 40001 or, if it only reads
-            /// the token and writes elsewhere, lets a late holder through.
+            /// the token and writes elsewhere, admits a late holder.
             ///
             /// # Cancel safety
             ///
-            /// Cancel safe: at worst a number is drawn that nobody uses.
+            /// Cancel safe: at worst a number is drawn and not used.
             ///
             /// # Errors
             ///
             /// [`Error::Lost`](crate::Error::Lost) if the session has ended;
-            /// [`Error::Database`](crate::Error::Database) if the server refuses: a standby can't
-            /// draw a number.
+            /// [`Error::Database`](crate::Error::Database) if the server returns an error, for example on
+            /// a standby, which can't assign transaction ids, or if the commit took longer than ten
+            /// seconds; [`Error::Borrowed`](crate::Error::Borrowed) if the connection stays borrowed for
+            /// ten seconds.
             ///
             /// # Examples
             ///
@@ -407,25 +458,32 @@ macro_rules! methods {
                 self.held.fencing_token().await
             }
 
-            /// Lends the connection of the session that holds the lock.
+            /// Borrows the connection of the session that holds the lock.
             ///
-            /// What is written through it can't outlive the lock. Waits while the connection is lent
-            /// by another guard of the same handle. The first time, sends one statement, to make sure
-            /// that nobody left a transaction open on the pooled connection; from then on none.
+            /// What is written through it can't outlive the lock. Waits while the connection is in use,
+            /// for example borrowed from another guard of the session. The first time, sends two
+            /// statements, to end a transaction that was left open on the pooled connection and to set
+            /// what a borrowed connection has; later at most one. When the connection is returned, two
+            /// statements end what was left open and check that the session still holds its locks.
+            ///
+            /// While the connection is borrowed, a closed session is detected only at the next heartbeat.
             ///
             /// The pool's `before_acquire` hook may not have run on it; `after_connect` has.
             ///
-            /// `CREATE INDEX CONCURRENTLY` waits for every older snapshot, also that of a session
-            /// that waits for this lock. Run on this connection, that is a deadlock, which costs
-            /// one of the two its statement; run it on another.
+            /// `CREATE INDEX CONCURRENTLY` waits for every older snapshot, including that of a session
+            /// that waits for this lock. On this connection that is a deadlock, and one of the two
+            /// statements fails. Run it on another connection.
             ///
             /// # Cancel safety
             ///
-            /// Cancel safe: dropping the future lends nothing.
+            /// Cancel safe: if the future is dropped, nothing is borrowed.
             ///
             /// # Errors
             ///
-            /// [`Error::Lost`](crate::Error::Lost) if the session has ended.
+            /// [`Error::Lost`](crate::Error::Lost) if the session has ended;
+            /// [`Error::Borrowed`](crate::Error::Borrowed) if the connection stays borrowed elsewhere for
+            /// ten seconds; [`Error::SharedSession`](crate::Error::SharedSession) for a guard of a
+            /// [`LockManager`](crate::LockManager), which has no connection of its own.
             ///
             /// # Examples
             ///

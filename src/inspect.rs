@@ -63,7 +63,7 @@ use crate::election::Leader;
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::semaphore::Parts;
-use crate::sql::Holder;
+use crate::sql::election::Holder;
 use crate::sql::inspect::{self as sql, LockRow};
 
 /// Returns who holds and who waits for the advisory locks of this database.

@@ -1,4 +1,4 @@
-//! The handle: an owner of locks on one key, with six ways to acquire.
+//! The handle of the lock of one key, with six methods that acquire.
 
 use std::fmt;
 use std::time::Duration;
@@ -15,30 +15,34 @@ use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
 
-/// A handle on the lock of one key: an owner, in whose name guards are held.
+/// A handle on the lock of one key (`pg_advisory_lock`).
 ///
 /// Making a handle costs nothing; the first acquire takes a connection from the pool, and the last
-/// guard returns it. Two handles exclude each other, in one process as on two machines. One handle
-/// does not exclude itself: it stacks, and the lock goes when its last guard goes. Stacked acquires
-/// are counted in memory, and send nothing.
+/// guard returns it. Two handles exclude each other, in one process as on two machines. Handles are
+/// re-entrant: acquiring a lock that the handle already holds returns immediately, without a round
+/// trip, and the lock is released when the last guard is dropped.
 ///
-/// The acquire methods take `&mut self`, so that two tasks can't share one handle by accident, and
-/// both believe that they are alone. To contend, [`clone`](Clone::clone): a clone is an owner of its
-/// own, that shares only the pool, the key and the options.
+/// The acquire methods take `&mut self`, so that two tasks can't share one handle by accident and
+/// both be granted the lock. To contend, [`clone`](Clone::clone) the handle: a clone shares only
+/// the pool, the key and the options.
 ///
-/// | | waits | waits so long | never waits |
+/// | | waits | waits up to a timeout | never waits |
 /// |---|---|---|---|
 /// | exclusive | [`acquire`](Self::acquire) | [`try_acquire_for`](Self::try_acquire_for) | [`try_acquire`](Self::try_acquire) |
 /// | shared | [`acquire_shared`](Self::acquire_shared) | [`try_acquire_shared_for`](Self::try_acquire_shared_for) | [`try_acquire_shared`](Self::try_acquire_shared) |
 ///
-/// The server queues waiters in order of arrival. A `try_` never overtakes the queue.
+/// Waiters queue on the server, in FIFO order. A `try_` method never overtakes the queue.
 ///
 /// # Connections
 ///
 /// A handle that holds or waits uses one connection of the pool. Give the pool at least as many as
-/// the locks that you hold and await at once, and some for your queries. An idle connection is taken
-/// without sqlx's ping, so the pool's `before_acquire` hook does not run on it; if it turns out to be
-/// dead, another takes its place.
+/// the locks that you hold and await at the same time, and some for your queries. An idle connection is
+/// taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the
+/// next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout,
+/// and all of them together by at most ten seconds.
+///
+/// The first acquires of a process on a server wait for the
+/// [proof](crate::guide::guarantees#poolers) that locks exclude other sessions there, for at most 250 ms.
 ///
 /// # Examples
 ///
@@ -49,14 +53,14 @@ use crate::request::Request;
 /// # let pool = pglock_testkit::pool().await;
 /// let mut lock = Lock::new(&pool, "nightly-report");
 /// let outer = lock.acquire().await?;
-/// let inner = lock.acquire().await?; // the same owner: stacks
+/// let inner = lock.acquire().await?; // the same handle: re-entrant
 ///
 /// let mut other = lock.clone();
-/// assert!(other.try_acquire().await?.is_none()); // another owner: excluded
+/// assert!(other.try_acquire().await?.is_none()); // another handle: excluded
 /// # drop((outer, inner)); Ok(()) }
 /// ```
 ///
-/// A shared handle has no way to acquire:
+/// A handle behind a shared reference can't acquire:
 ///
 /// ```compile_fail,E0596
 /// # async fn f(pool: sqlx::PgPool) -> pglock::Result<()> {
@@ -112,31 +116,39 @@ impl Lock {
         &self.key
     }
 
-    /// Acquires the lock exclusively, and waits for as long as others hold it.
+    /// Acquires the lock exclusively (`pg_advisory_lock`), waiting until it is available.
     ///
-    /// A free lock takes one statement, and so one round trip. A busy one is waited for in the
-    /// server's queue, in slices ([`LockOptions::wait_slice`]): one statement each, which holds no
-    /// snapshot for longer. If this handle holds the lock exclusively already, nothing is sent.
+    /// A free lock takes one statement, and so one round trip. A busy lock is waited for in the
+    /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`]), one statement each,
+    /// so that no snapshot gets older. Between two slices the waiter goes to the end of the queue. If
+    /// this handle already holds the lock exclusively, nothing is sent.
     ///
-    /// A handle that holds the lock only shared waits until all others have let go. Two of them that
-    /// do so wait for each other; the server finds the deadlock within its `deadlock_timeout`, and
-    /// one gets an error.
+    /// A handle that holds the lock only shared waits until all other sessions have released it. Two
+    /// handles that do so deadlock; the server detects the deadlock within its `deadlock_timeout`, and one
+    /// of them gets an error.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: you lose your place in the queue, and leave nothing behind. If the future is
-    /// dropped while it waits, a task has the server stop waiting (`pg_cancel_backend`, through an
-    /// idle connection of the pool, else a new one beside it), gives up what may have been granted
-    /// meanwhile, and returns the connection to the pool. The server logs the cancelled statement;
-    /// to give up after a time, [`try_acquire_for`](Self::try_acquire_for) is cheaper and silent.
+    /// Cancel safe: the caller loses its place in the queue, and nothing is left behind. If the future is
+    /// dropped while it waits, a background task cancels the wait (`pg_cancel_backend`, through an
+    /// idle connection of the pool, otherwise a new one beside it), releases a lock that was granted
+    /// meanwhile, and returns the connection to the pool. The server logs the cancelled statement.
+    /// To limit a wait, [`try_acquire_for`](Self::try_acquire_for) is cheaper and silent.
     ///
     /// # Errors
     ///
-    /// Nothing is held after an error. [`Error::Pool`] and [`Error::Connect`] if there was no
-    /// connection to be had; [`Error::Deadlock`], [`Error::OutOfLocks`], [`Error::Cancelled`],
-    /// [`Error::Standby`], [`Error::Settings`] if the server refused; [`Error::Pooled`] behind a pooler
-    /// in transaction mode; [`Error::Disconnected`] if the connection broke; [`Error::Database`] for
-    /// all else.
+    /// Nothing is held after an error.
+    ///
+    /// * [`Error::Pool`] if no connection became available in time, or if the pool was closed, also during
+    ///   the wait; [`Error::Connect`] if none could be opened.
+    /// * [`Error::Deadlock`], [`Error::OutOfLocks`], [`Error::Cancelled`], [`Error::Standby`],
+    ///   [`Error::Settings`] if the server refused.
+    /// * [`Error::Pooled`] if locks exclude no other session on this connection, as behind a pooler in
+    ///   transaction mode.
+    /// * [`Error::Borrowed`] if another guard's connection of the same session stays borrowed for ten
+    ///   seconds.
+    /// * [`Error::Disconnected`] if the connection broke.
+    /// * [`Error::Database`] for all other errors.
     ///
     /// # Panics
     ///
@@ -151,7 +163,7 @@ impl Lock {
     /// # let pool = pglock_testkit::pool().await;
     /// let mut lock = Lock::new(&pool, "nightly-report");
     /// let _guard = lock.acquire().await?;
-    /// // Nobody else runs this, on any machine, until `_guard` is dropped.
+    /// // No other task runs this, on any machine, until `_guard` is dropped.
     /// # Ok(()) }
     /// ```
     pub async fn acquire(&mut self) -> Result<ExclusiveGuard> {
@@ -159,15 +171,16 @@ impl Lock {
         self.owner.acquire(&request).await.map(ExclusiveGuard::new)
     }
 
-    /// Acquires the lock exclusively if that is possible at once. `None` if others hold it.
+    /// Acquires the lock exclusively if it is available (`pg_try_advisory_lock`). Returns `None` if
+    /// another session holds it.
     ///
-    /// Takes one statement. It waits for the pool's connection as any query does, but never for the
-    /// lock. It is also refused while others wait for the lock, which it does not overtake.
+    /// Sends one statement. Waits for a connection of the pool as any query does, but never for the
+    /// lock. It is also refused while other sessions wait for the lock, because it does not overtake them.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe. If the future is dropped while the statement is under way, its answer is read by
-    /// a task, and what was granted is given up.
+    /// Cancel safe. If the future is dropped while the statement is in flight, a background task reads
+    /// the answer, and releases a lock that was granted.
     ///
     /// # Errors
     ///
@@ -195,11 +208,11 @@ impl Lock {
         Ok(held.map(ExclusiveGuard::new))
     }
 
-    /// Acquires the lock exclusively, and waits for at most `timeout`. `None` if that passes.
+    /// Acquires the lock exclusively, waiting for at most `timeout`. Returns `None` after that.
     ///
-    /// The time includes getting a connection from the pool; if it passes there, that is an
-    /// [`Error::Pool`], for the lock was not even asked for. The server ends the wait itself, so
-    /// giving up costs nothing; if it does not answer, the call returns half a second later.
+    /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
+    /// [`Error::Pool`], because the lock was not requested. The server ends the wait itself, so
+    /// a timeout costs nothing; if the server does not answer, the call returns half a second later.
     ///
     /// # Cancel safety
     ///
@@ -207,8 +220,8 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// As for [`acquire`](Self::acquire). A deadlock is only found if the wait is longer than the
-    /// server's `deadlock_timeout` (1 s); a shorter one just ends with `None`.
+    /// As for [`acquire`](Self::acquire). A deadlock is only detected if the wait is longer than the
+    /// server's `deadlock_timeout` (1 s by default); a shorter wait ends with `None`.
     ///
     /// # Panics
     ///
@@ -235,11 +248,12 @@ impl Lock {
         Ok(held.map(ExclusiveGuard::new))
     }
 
-    /// Acquires the lock shared, and waits for as long as others hold it exclusively.
+    /// Acquires the lock shared (`pg_advisory_lock_shared`), waiting until no other session holds it
+    /// exclusively.
     ///
-    /// Else as [`acquire`](Self::acquire). Who waits for the lock exclusively is ahead of those who
-    /// come later to share it, so readers can't starve a writer. If this handle holds the lock
-    /// already, in either mode, nothing is sent.
+    /// A shared acquire queues behind an exclusive waiter that came first, so readers can't starve a
+    /// writer. If this handle already holds the lock, in either mode, nothing is sent. In all other
+    /// respects like [`acquire`](Self::acquire).
     ///
     /// # Cancel safety
     ///
@@ -262,7 +276,7 @@ impl Lock {
     /// # let pool = pglock_testkit::pool().await;
     /// let mut config = Lock::new(&pool, "app-config");
     /// let _guard = config.acquire_shared().await?;
-    /// // Nobody changes the configuration until `_guard` is dropped.
+    /// // No session changes the configuration until `_guard` is dropped.
     /// # Ok(()) }
     /// ```
     pub async fn acquire_shared(&mut self) -> Result<SharedGuard> {
@@ -270,10 +284,11 @@ impl Lock {
         self.owner.acquire(&request).await.map(SharedGuard::new)
     }
 
-    /// Acquires the lock shared if that is possible at once. `None` if it is held exclusively.
+    /// Acquires the lock shared if it is available (`pg_try_advisory_lock_shared`). Returns `None` if
+    /// another session holds it exclusively.
     ///
-    /// Else as [`try_acquire`](Self::try_acquire): it is also refused while others wait for the lock
-    /// exclusively.
+    /// It is also refused while another session waits for the lock exclusively. In all other respects
+    /// like [`try_acquire`](Self::try_acquire).
     ///
     /// # Cancel safety
     ///
@@ -306,9 +321,10 @@ impl Lock {
         Ok(held.map(SharedGuard::new))
     }
 
-    /// Acquires the lock shared, and waits for at most `timeout`. `None` if that passes.
+    /// Acquires the lock shared, waiting for at most `timeout`. Returns `None` after that.
     ///
-    /// Else as [`try_acquire_for`](Self::try_acquire_for).
+    /// The timeout includes the wait for a connection of the pool, as with
+    /// [`try_acquire_for`](Self::try_acquire_for).
     ///
     /// # Cancel safety
     ///
@@ -344,20 +360,22 @@ impl Lock {
         Ok(held.map(SharedGuard::new))
     }
 
-    /// Lets go of everything that this handle holds, however many guards are alive.
+    /// Releases everything that this handle holds, while its guards are still alive.
     ///
-    /// The guards that still live report [`Error::Lost`] from then on. The connection goes back to
-    /// the pool once the server has confirmed. The handle can acquire again. Waits while a guard has
-    /// its connection lent out. Sends one statement if anything is held, else none.
+    /// These guards report [`Error::Lost`] from then on, with [`Loss::Closed`](crate::Loss::Closed).
+    /// Guards of other handles are not affected, even on the same session
+    /// ([`ExclusiveGuard::lock`]). The connection goes back to the pool when the server has confirmed, if no
+    /// other guard needs it. The handle can acquire again. Sends one statement if anything is held,
+    /// otherwise none.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: the release is under way before the first await, and dropping the future only
-    /// gives up waiting for its result.
+    /// Cancel safe: the release continues if the future is dropped.
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the lock was lost before it was closed.
+    /// [`Error::Lost`] if the lock was lost before. [`Error::Borrowed`] if a guard's connection stays
+    /// borrowed for ten seconds; the release continues when it is returned.
     ///
     /// # Examples
     ///
@@ -384,7 +402,7 @@ impl Lock {
 }
 
 impl Clone for Lock {
-    /// Makes another owner: it shares the pool, the key and the options, and holds nothing.
+    /// Makes another handle: it shares the pool, the key and the options, and holds nothing.
     fn clone(&self) -> Self {
         Self { key: self.key.clone(), owner: self.owner.another() }
     }

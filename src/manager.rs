@@ -38,38 +38,38 @@ const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 
 /// Makes locks that share a connection.
 ///
-/// A [`Lock`] from [`Lock::new`] has a connection of the pool for as long as it is held, or waited for.
-/// Those of a manager share one, however many there are: a thousand held locks, or a hundred thousand,
-/// are one connection. They are the same [`Lock`] and the same guards, and exclude everybody else's
-/// locks on the same keys, whoever made them.
+/// A [`Lock`] from [`Lock::new`] uses a connection of the pool while it is held or waited for.
+/// The locks of a manager share one connection: a thousand held locks, or a hundred thousand, are one
+/// connection. They are the same [`Lock`] and the same guards, and exclude all other locks on the
+/// same keys.
 ///
-/// * What many tasks ask at the same time travels in one statement.
-/// * Tasks of one process that want the same key queue in the process, in order, and pass it on without
-///   a word to the server: at most 100 times, and for 10 ms. Then it goes back to the server's queue, so
+/// * Concurrent requests of many tasks travel in one statement.
+/// * Tasks of one process that want the same key queue in the process, in FIFO order, and hand it on without
+///   a round trip: at most 100 times, and for 10 ms. Then the key goes back to the server's queue, so
 ///   that other processes get their turn.
-/// * The shared session never waits. A key that somebody else holds is waited for on a connection of its
-///   own, one for the key however many tasks want it, which then holds it.
+/// * The shared session never waits. For a key that another session holds, the manager waits on a separate
+///   connection, one for the key however many tasks want it, which then holds the key.
 ///
-/// So a process needs one connection for all that it holds undisputed, and one more for each key that it
-/// waits for, or got by waiting. The shared one goes back to the pool after a second without a lock, and
-/// at once when the pool is closed and the last guard has gone.
+/// So a process needs one connection for all uncontended locks, and one more for each key that it
+/// waits for, or acquired by waiting. The shared connection goes back to the pool after a second without a
+/// lock, and immediately when the pool is closed and the last guard was dropped.
 ///
 /// # What is different
 ///
-/// * A loss of the shared session is a loss of all locks on it; each guard is told.
-/// * [`connection`](crate::ExclusiveGuard::connection) has none to lend:
-///   [`Error::SharedSession`].
-/// * [`release`](crate::ExclusiveGuard::release) asks the server only if the lock leaves the process. One
-///   that is passed on inside, or that others share, is released when the next one has it.
-/// * A guard that is dropped tells the server on the manager's task, so the runtime must go on: on one
-///   that nobody drives any more, the lock is held until the connection closes.
-/// * A handle that shares a lock, and wants it exclusively, gets it if nobody else shares it; waiting for
-///   others in the process is in order, but for another process's it is
+/// * [`connection`](crate::ExclusiveGuard::connection) returns [`Error::SharedSession`], because the guard has
+///   no connection of its own.
+/// * A loss of the shared session is a loss of all locks on it; every guard reports it.
+/// * [`release`](crate::ExclusiveGuard::release) sends a statement only if the lock leaves the process. A lock
+///   that is handed on inside, or that other guards share, is released when the next one has it.
+/// * The unlock of a dropped guard is sent by the manager's task, so the runtime must be driven. If it is
+///   not, the lock is held until the connection closes.
+/// * A handle that holds a lock shared, and acquires it exclusively, is granted it if no other handle shares
+///   it. It waits for other handles of the process; if another process shares the lock, the result is
 ///   [`Error::Deadlock`].
-/// * The server's deadlock detector sees the process, not its tasks: two tasks that take two keys in
-///   opposite order wait for each other for ever, as with two mutexes.
+/// * The server's deadlock detection sees the process, not its tasks: two tasks that acquire two keys in
+///   opposite order deadlock without being detected, as with two mutexes.
 /// * Elections, several keys at once ([`MultiLock`](crate::MultiLock)) and permits
-///   ([`Semaphore`](crate::Semaphore)) need a session of their own, and have it.
+///   ([`Semaphore`](crate::Semaphore)) use a session of their own.
 ///
 /// # Sent to the server
 ///
@@ -119,8 +119,7 @@ impl LockManager {
         Self { manager: Arc::new(Manager::new(pool, options)) }
     }
 
-    /// Makes a handle for a lock: an owner of its own, that shares the manager's connection. Sends
-    /// nothing.
+    /// Makes a handle for a lock, which shares the manager's connection. Sends nothing.
     ///
     /// # Examples
     ///

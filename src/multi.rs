@@ -17,16 +17,15 @@ use crate::request::Request;
 
 /// A handle on the locks of several keys, which are held all at once or not at all.
 ///
-/// The keys are taken in one order, whatever order they are given in, so two that want the same ones
-/// never wait for each other. A key that is given twice is taken once; exclusively, if either asks for
-/// that. All are held by one session, and so use one connection. When all are free, they are taken in
+/// The keys are acquired in one order, whatever order they are given in, so two handles with the same
+/// keys never deadlock. A key that is given twice is acquired once; exclusively, if either use asks for
+/// that. One session holds all of them, on one connection. When all are free, they are acquired in
 /// one statement.
 ///
-/// While it waits for a key that is busy, it holds those before it in the order. Use few keys: each is
-/// an entry of the server's lock table, which is of limited size.
+/// While the handle waits for a key that is busy, it holds the keys before it in the order. Use few keys:
+/// each is an entry of the server's lock table, which is of limited size.
 ///
-/// Like [`Lock`](crate::Lock), a handle is an owner: it stacks, and a [clone](Clone::clone) is another
-/// owner.
+/// Like a [`Lock`](crate::Lock), a handle is re-entrant, and a [clone](Clone::clone) is excluded by it.
 ///
 /// # Examples
 ///
@@ -37,7 +36,7 @@ use crate::request::Request;
 /// # let pool = pglock_testkit::pool().await;
 /// let mut accounts = MultiLock::new(&pool, "account-1").and("account-2").and_shared("rates");
 /// let _guard = accounts.acquire().await?;
-/// // Nobody else moves money between the two, and the rates stay as they are.
+/// // No other task moves money between the two, and the rates stay as they are.
 /// # Ok(()) }
 /// ```
 pub struct MultiLock {
@@ -131,11 +130,11 @@ impl MultiLock {
         self.request.locks().iter().map(|(key, mode)| (key, *mode))
     }
 
-    /// Acquires all the locks, and waits for as long as others hold any of them.
+    /// Acquires all the locks (`pg_advisory_lock`), waiting until each of them is available.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe, as [`Lock::acquire`](crate::Lock::acquire): what was granted of them is given up.
+    /// Cancel safe, as [`Lock::acquire`](crate::Lock::acquire): the locks that were granted are released.
     ///
     /// # Errors
     ///
@@ -163,9 +162,10 @@ impl MultiLock {
         self.owner.acquire(&self.request).await.map(MultiGuard::new)
     }
 
-    /// Acquires all the locks if that is possible at once. `None` if others hold any of them.
+    /// Acquires all the locks if they are available (`pg_try_advisory_lock`). Returns `None` if another
+    /// session holds any of them.
     ///
-    /// One statement if it succeeds; one more if it is refused half-way, to give up the others.
+    /// Sends one statement if it succeeds, and one more if it is refused half-way, to release the others.
     ///
     /// # Cancel safety
     ///
@@ -194,7 +194,7 @@ impl MultiLock {
         Ok(self.owner.try_acquire(&self.request).await?.map(MultiGuard::new))
     }
 
-    /// Acquires all the locks, and waits for at most `timeout` in all. `None` if that passes.
+    /// Acquires all the locks, waiting for at most `timeout` in total. Returns `None` after that.
     ///
     /// # Cancel safety
     ///
@@ -226,7 +226,8 @@ impl MultiLock {
         Ok(held.map(MultiGuard::new))
     }
 
-    /// Lets go of everything that this handle holds: as [`Lock::close`](crate::Lock::close).
+    /// Releases everything that this handle holds, while its guards are still alive. These report
+    /// [`Error::Lost`] from then on; guards of other handles are not affected.
     ///
     /// # Cancel safety
     ///
@@ -234,7 +235,8 @@ impl MultiLock {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the locks were lost before.
+    /// [`Error::Lost`] if the locks were lost before; [`Error::Borrowed`] if a guard's connection stays
+    /// borrowed for ten seconds.
     ///
     /// # Examples
     ///
@@ -255,7 +257,7 @@ impl MultiLock {
 }
 
 impl Clone for MultiLock {
-    /// Makes another owner: it shares the pool, the keys and the options, and holds nothing.
+    /// Makes another handle: it shares the pool, the keys and the options, and holds nothing.
     fn clone(&self) -> Self {
         Self { request: self.request.clone(), owner: self.owner.another() }
     }

@@ -14,8 +14,7 @@ use crate::mode::Mode;
 use crate::multi::MultiLock;
 use crate::owner::Owner;
 use crate::semaphore::Semaphore;
-use crate::session::watch::Heartbeat;
-use crate::sql::Vigilance;
+use crate::sql::settings::Vigilance;
 
 /// Settings of a lock, each with a default that suits most.
 ///
@@ -42,6 +41,20 @@ pub struct LockOptions {
     allow_standby: bool,
 }
 
+/// How often a session is asked, and how long it may take to answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Heartbeat {
+    pub(crate) interval: Duration,
+    pub(crate) timeout: Duration,
+}
+
+impl Heartbeat {
+    /// How long the answer to a question is trusted, from when it was asked.
+    pub(crate) fn bound(self) -> Duration {
+        self.interval + self.timeout
+    }
+}
+
 /// When the server gives a silent client up.
 #[derive(Clone, Copy, Debug)]
 struct ServerGivesUp {
@@ -63,10 +76,9 @@ impl ServerGivesUp {
         // Whole seconds, and no more than an hour: checked when the lock was made.
         let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
         Vigilance {
-            keepalives_idle_s: seconds(self.idle),
-            keepalives_interval_s: seconds(self.interval),
-            keepalives_count: self.count,
-            check_interval_ms: 1000,
+            idle_s: seconds(self.idle),
+            interval_s: seconds(self.interval),
+            count: self.count,
         }
     }
 }
@@ -93,10 +105,10 @@ impl LockOptions {
             count: 5,
         };
         Self {
-            wait_slice: Duration::from_secs(5),
+            wait_slice: Duration::from_mins(1),
             heartbeat: Heartbeat {
                 interval: Duration::from_secs(2),
-                deadline: Duration::from_secs(2),
+                timeout: Duration::from_secs(2),
             },
             server_gives_up,
             mark: server_gives_up.vigilance().mark(),
@@ -105,18 +117,21 @@ impl LockOptions {
         }
     }
 
-    /// Sets how often a session that holds a lock is asked whether it lives, and how long it may take
-    /// to answer. Default: 2 s and 2 s.
+    /// Sets the interval of the heartbeat of a session that holds a lock, and the timeout of its answer.
+    /// Default: 2 s and 2 s.
     ///
     /// A guard whose session has not answered for the sum of both is lost: see
     /// [`ExclusiveGuard::lost`](crate::ExclusiveGuard::lost). The sum must be at least a second less
     /// than the probes of [`server_gives_up`](Self::server_gives_up) take, so that the holder always
-    /// gives up before the server lets anybody else in. A closed connection is noticed at once, whatever
-    /// these are.
+    /// stops before the server grants the lock to another session. A closed connection is detected
+    /// within 50 ms, if it is idle and the lock has been held for two seconds, or for the interval if
+    /// that is shorter.
     ///
-    /// The questions are asked by a task. If the runtime makes no progress for the sum of both, because
-    /// something blocks it, or nobody drives it, its guards are lost: nobody knows what the server has
-    /// done meanwhile.
+    /// A background task sends the heartbeats. If the runtime makes no progress for the sum of both, because
+    /// it is blocked or not driven, its guards are lost, because the server may have ended the sessions
+    /// meanwhile. An answer that is an error is a sign of life.
+    ///
+    /// A lock that is released before the first interval is over costs no heartbeat.
     ///
     /// # Examples
     ///
@@ -128,23 +143,26 @@ impl LockOptions {
     /// # let _ = options;
     /// ```
     #[must_use]
-    pub fn heartbeat(mut self, interval: Duration, deadline: Duration) -> Self {
-        self.heartbeat = Heartbeat { interval, deadline };
+    pub fn heartbeat(mut self, interval: Duration, timeout: Duration) -> Self {
+        self.heartbeat = Heartbeat { interval, timeout };
         self
     }
 
-    /// Sets when the server gives up a client that is silent. Default: idle for 3 s, then 5 probes,
-    /// one each 1 s; so after 8 s. Whole seconds.
+    /// Sets when the server ends the session of a silent client. Default: after 3 s of silence, then 5
+    /// probes, one per second; so after 8 s. Whole seconds.
     ///
-    /// The probes must take at least a second longer than the [`heartbeat`](Self::heartbeat) comes to.
-    /// The idle time does not count: a session whose connection is lent may have been idle for as long
-    /// when the network fails.
+    /// The probes must take at least a second longer than the sum of the [`heartbeat`](Self::heartbeat).
+    /// The idle time does not count, because a session whose connection is borrowed may have been idle for
+    /// as long when the network fails.
     ///
     /// These are the server's `tcp_keepalives_idle`, `tcp_keepalives_interval` and
-    /// `tcp_keepalives_count` for the lock's session; `tcp_user_timeout` is set to what they come to.
-    /// From PostgreSQL 14 on, `client_connection_check_interval` is set to one second, so that a
-    /// session which is busy or waits is looked after too. They stay on the pooled connection, where
-    /// they do no harm. Over a unix socket they do nothing, and nothing is needed.
+    /// `tcp_keepalives_count` for the lock's session; `tcp_user_timeout` is set to their sum.
+    /// The keepalives stay on the pooled connection, where an application can't notice them. The
+    /// timeout is set while the session waits for a lock or has held one for longer than a heartbeat's
+    /// interval, and so is `client_connection_check_interval` (PostgreSQL 14 and later), to one second,
+    /// while it holds. Both are reset when the session is released; the timeout also while the connection is
+    /// borrowed, because it would end the connection of a client that pauses while it reads. Over a unix
+    /// socket they do nothing, and nothing is needed.
     ///
     /// # Examples
     ///
@@ -166,9 +184,10 @@ impl LockOptions {
 
     /// Demands that the server accepts the settings of [`server_gives_up`](Self::server_gives_up).
     ///
-    /// Without, a server that refuses them (a managed service may) is used as it is, with one warning
-    /// per process: a host that vanishes may keep its locks for as long as the server's own settings
-    /// say, by default two hours.
+    /// Without this, a server that rejects them (a managed service may) is used as it is, with one warning:
+    /// a host that vanishes may keep its locks for as long as the server's own settings say, by default
+    /// two hours. A setting counts as rejected only if the same statement succeeds without it, and is
+    /// tried again after a minute.
     ///
     /// # Examples
     ///
@@ -186,8 +205,8 @@ impl LockOptions {
     ///
     /// Without, an acquire there is an [`Error::Standby`].
     ///
-    /// When the standby is promoted, its sessions live on, and their locks with them. Whoever holds the
-    /// same key on the old primary holds it there, and is not excluded. A fencing token can only be drawn
+    /// When the standby is promoted, its sessions live on, and their locks with them. A holder of the
+    /// same key on the old primary keeps it there, and is not excluded. A fencing token can only be drawn
     /// once the standby is promoted.
     ///
     /// # Examples
@@ -202,16 +221,18 @@ impl LockOptions {
         self
     }
 
-    /// Sets for how long one statement waits for a busy lock. Default: 5 s; from 2 s to 1 h.
+    /// Sets for how long one statement waits for a busy lock. Default: 60 s; from 2 s to 1 h.
     ///
-    /// A wait is made of slices, because a statement that waits holds a snapshot, which keeps
+    /// A wait is divided into slices, because a statement that waits holds a snapshot, which keeps
     /// `VACUUM` and `CREATE INDEX CONCURRENTLY` waiting in turn. Within a slice the waiter keeps its
     /// place in the server's queue; between two slices it goes to the end. A longer slice is fairer,
-    /// a shorter one holds others up less. Where hundreds of connections wait for one key, a short one
-    /// is dear: see [what a waiter costs](crate::guide::cost#per-waiter).
+    /// a shorter one holds others up less. Where hundreds of connections wait for one key, a short slice
+    /// is expensive: see [the cost of a waiter](crate::guide::cost#per-waiter).
     ///
-    /// A slice always lasts one second longer than the server's `deadlock_timeout`, however short
-    /// it is set, so that deadlocks are found.
+    /// A slice is up to a tenth shorter, at random, so that waiters don't re-queue in step. It always lasts at
+    /// least a second longer than the server's `deadlock_timeout`, so that deadlocks are detected. A session
+    /// that already holds a lock waits for another one in slices of at most 5 s, because its other
+    /// handles use the connection between two slices.
     ///
     /// # Examples
     ///
@@ -367,8 +388,8 @@ impl LockOptions {
                 "wait_slice is {wait_slice:?}; it must be from {SHORTEST:?} to {LONGEST:?}"
             ));
         }
-        let Heartbeat { interval, deadline } = heartbeat;
-        for (name, value) in [("interval", interval), ("deadline", deadline)] {
+        let Heartbeat { interval, timeout } = heartbeat;
+        for (name, value) in [("interval", interval), ("timeout", timeout)] {
             if !(TICK..=LONGEST).contains(value) {
                 return Some(format!(
                     "the heartbeat's {name} is {value:?}; it must be from {TICK:?} to {LONGEST:?}"
@@ -390,7 +411,7 @@ impl LockOptions {
         let (holder, server) = (heartbeat.bound(), server_gives_up.bound());
         (holder + MARGIN > server).then(|| {
             format!(
-                "the holder would give up after {interval:?} + {deadline:?} = {holder:?}, and the \
+                "the holder would give up after {interval:?} + {timeout:?} = {holder:?}, and the \
                  server after {count} * {between:?} = {server:?}, if the client was idle before; \
                  the holder must be at least {MARGIN:?} earlier, or two could believe that they hold \
                  the lock"

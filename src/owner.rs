@@ -8,8 +8,9 @@ use tokio::runtime::Handle;
 use tracing::Instrument;
 use tracing::field::{Empty, display};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::held::Held;
+use crate::holdings::Holdings;
 use crate::key::Key;
 use crate::manager::Managed;
 use crate::options::LockOptions;
@@ -17,25 +18,29 @@ use crate::request::Request;
 use crate::session::Session;
 use crate::session::conn::Conn;
 use crate::session::ledger::Join;
-use crate::session::pending::{self, Patience, Pending};
-use crate::session::servers::Behind;
+use crate::session::pending::{self, Pending, WaitPolicy};
+use crate::session::servers::PoolServer;
+use crate::session::slot::Unavailable;
 
 /// What every kind of handle is made of: it stacks what it acquires on one session.
 #[derive(Clone, Debug)]
 pub(crate) struct Owner {
     pool: PgPool,
-    server: Behind,
+    server: PoolServer,
     pub(crate) options: LockOptions,
     /// The session of the guards that this owner has given out, while any live.
     session: Weak<Session>,
-    /// Somebody else takes the locks.
+    /// What the guards of this owner hold.
+    holdings: Arc<Holdings>,
+    /// A manager takes the locks.
     managed: Option<Managed>,
 }
 
 impl Owner {
     pub(crate) fn new(pool: &PgPool, options: LockOptions) -> Self {
-        let server = Behind::of(pool);
-        Self { pool: pool.clone(), server, options, session: Weak::new(), managed: None }
+        let server = PoolServer::of(pool);
+        let (session, holdings) = (Weak::new(), Arc::default());
+        Self { pool: pool.clone(), server, options, session, holdings, managed: None }
     }
 
     /// The same, but a manager takes its locks.
@@ -53,38 +58,42 @@ impl Owner {
     /// An owner like this one, that holds nothing.
     pub(crate) fn another(&self) -> Self {
         let managed = self.managed.as_ref().map(Managed::another);
-        Self { session: Weak::new(), managed, ..self.clone() }
+        Self { session: Weak::new(), holdings: Arc::default(), managed, ..self.clone() }
     }
 
-    /// Lets go of everything, however many guards are alive.
+    /// Releases everything, however many guards are alive.
     pub(crate) async fn close(&mut self, key: &Key) -> Result<()> {
         if let Some(managed) = &mut self.managed {
             return managed.close(key).await;
         }
-        let Some(session) = std::mem::take(&mut self.session).upgrade() else { return Ok(()) };
-        session.close().await.map_err(|reason| Error::lost(key, reason))
+        self.take_holdings().close().done().await
+    }
+
+    /// What the guards of this owner hold. It holds nothing from then on.
+    pub(crate) fn take_holdings(&mut self) -> Arc<Holdings> {
+        std::mem::take(&mut self.holdings)
     }
 
     pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Held> {
         loop {
-            // Patience without an end never ends in `None`.
-            if let Some(held) = self.take(request, Patience::Forever).await? {
+            // WaitPolicy without an end never ends in `None`.
+            if let Some(held) = self.take(request, WaitPolicy::Forever).await? {
                 return Ok(held);
             }
         }
     }
 
     pub(crate) async fn try_acquire(&mut self, request: &Request) -> Result<Option<Held>> {
-        self.take(request, Patience::Never).await
+        self.take(request, WaitPolicy::Never).await
     }
 
-    /// The same, with patience for the pool until then.
+    /// The same, with policy for the pool until then.
     pub(crate) async fn try_acquire_by(
         &mut self,
         request: &Request,
         deadline: Instant,
     ) -> Result<Option<Held>> {
-        self.take(request, Patience::ForPool(deadline)).await
+        self.take(request, WaitPolicy::ForPool(deadline)).await
     }
 
     pub(crate) async fn try_acquire_for(
@@ -92,17 +101,17 @@ impl Owner {
         request: &Request,
         timeout: Duration,
     ) -> Result<Option<Held>> {
-        self.take(request, patience(timeout)).await
+        self.take(request, policy(timeout)).await
     }
 
     /// A connection of the pool, for a question that no session of ours has to answer.
     pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
-        let pooled = pending::lend(&self.pool, key, Patience::Forever).await?;
+        let pooled = pending::lend(&self.pool, key, WaitPolicy::Forever).await?;
         Ok(Conn::new(pooled, Handle::current()))
     }
 
     /// Acquires, inside a span that tells how it went.
-    async fn take(&mut self, request: &Request, patience: Patience) -> Result<Option<Held>> {
+    async fn take(&mut self, request: &Request, policy: WaitPolicy) -> Result<Option<Held>> {
         let span = tracing::debug_span!(
             "acquire",
             key = %request.key().id(),
@@ -112,7 +121,7 @@ impl Owner {
             waited_ms = Empty,
         );
         let ending = Ending { span: span.clone(), started: Instant::now(), outcome: "cancelled" };
-        let taken = self.take_from_session(request, patience).instrument(span).await;
+        let taken = self.take_from_session(request, policy).instrument(span).await;
         ending.was(match &taken {
             Ok(Some(_)) => "acquired",
             Ok(None) => "busy",
@@ -124,64 +133,69 @@ impl Owner {
     async fn take_from_session(
         &mut self,
         request: &Request,
-        patience: Patience,
+        policy: WaitPolicy,
     ) -> Result<Option<Held>> {
         if let Some(managed) = &self.managed {
-            return managed.acquire(request, patience).await;
+            return managed.acquire(request, policy).await;
         }
         let joined = match self.session.upgrade() {
             Some(session) => match session.join(request) {
-                Join::Covered => return Ok(Some(Held::new(session, request.clone()))),
-                join @ (Join::Ask | Join::Ended) => Some((session, join)),
+                Join::Covered => {
+                    let held = Held::new(session, request.clone());
+                    return Ok(Some(held.held_by(|s, r| self.holdings.add(s, r))));
+                }
+                join @ (Join::Ask | Join::Lost | Join::Released) => Some((session, join)),
             },
             None => None,
         };
-        // On the heap, or all who wait in a manager's queue would have room for it.
-        Box::pin(self.take_from_own_session(joined, request, patience)).await
+        // On the heap, or all waiters in a manager's queue would have room for it.
+        Box::pin(self.take_from_own_session(joined, request, policy)).await
     }
 
     async fn take_from_own_session(
         &mut self,
         joined: Option<(Arc<Session>, Join)>,
         request: &Request,
-        patience: Patience,
+        policy: WaitPolicy,
     ) -> Result<Option<Held>> {
         let joined = match joined {
-            Some((session, Join::Covered | Join::Ask)) => {
-                let joining = Pending::join(session, request, &self.options);
-                let Some(joined) = Box::pin(patience.bound(joining)).await else { return Ok(None) };
-                joined
+            Some((session, Join::Ask)) => {
+                match Box::pin(Pending::join(session, request, &self.options, policy)).await {
+                    Ok(joined) => joined,
+                    // It waited for another wait of the session.
+                    Err(Unavailable::TimedOut) => return Ok(None),
+                    Err(reason) => return Err(reason.error(request.key())),
+                }
             }
-            Some((session, Join::Ended)) => {
-                // Or this handle would find the lock busy that it has just let go of.
-                let ended = Box::pin(patience.bound(session.ended())).await;
-                if ended.is_none() {
+            Some((session, Join::Released)) => {
+                // Or this handle would find the lock busy that it has just released.
+                if Box::pin(policy.bound(session.ended())).await.is_none() {
                     return Ok(None);
                 }
                 None
             }
-            None => None,
+            Some((_, Join::Covered | Join::Lost)) | None => None,
         };
         let (pending, verdict) = if let Some(pending) = joined {
-            Box::pin(pending.try_now(patience)).await?
+            Box::pin(pending.try_now(policy)).await?
         } else {
             let Self { pool, server, options, .. } = self;
-            Pending::open(pool, server.server(pool), request, options, patience).await?
+            Pending::open(pool, server.server(pool), request, options, policy).await?
         };
-        let held = pending.settle(verdict, patience).await?;
-        if let Some(held) = &held {
+        let held = pending.settle(verdict, policy).await?;
+        Ok(held.map(|held| {
             self.session = Arc::downgrade(held.session());
-        }
-        Ok(held)
+            held.held_by(|session, request| self.holdings.add(session, request))
+        }))
     }
 }
 
-/// Patience that ends after `timeout`: at once, later, or never if that is too far to count.
-fn patience(timeout: Duration) -> Patience {
+/// A policy that ends after `timeout`: at once, later, or never if that is too far to count.
+fn policy(timeout: Duration) -> WaitPolicy {
     if timeout.is_zero() {
-        return Patience::Never;
+        return WaitPolicy::Never;
     }
-    Instant::now().checked_add(timeout).map_or(Patience::Forever, Patience::Until)
+    Instant::now().checked_add(timeout).map_or(WaitPolicy::Forever, WaitPolicy::Until)
 }
 
 /// Writes into the span how the acquire ended, even if its future was dropped.

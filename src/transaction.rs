@@ -1,17 +1,19 @@
-//! Locks that end with the transaction: taken on one of yours, released by its commit or rollback.
+//! Transaction-level advisory locks, acquired on a transaction of yours and released by its end.
 //!
-//! There is no guard, for there is nothing to release, and nothing can be lost: when the session ends,
-//! the server rolls the transaction back and frees its locks in one. So this is the better tool where
-//! the work *is* one transaction. It works behind every pooler, one in transaction mode included.
+//! These functions call `pg_advisory_xact_lock` and its variants. There is no guard, because there is
+//! nothing to release, and a lock can't be lost while the transaction lives: when the session ends, the
+//! server rolls back the transaction and releases its locks together. Use this module where the
+//! protected work *is* one transaction. It works behind every pooler, including one in transaction mode.
 //!
-//! | | waits | waits so long | never waits |
+//! | | waits | waits up to a timeout | never waits |
 //! |---|---|---|---|
 //! | exclusive | [`acquire`] | [`try_acquire_for`] | [`try_acquire`] |
 //! | shared | [`acquire_shared`] | [`try_acquire_shared_for`] | [`try_acquire_shared`] |
 //!
-//! Whoever holds the same key excludes whoever else wants it, be it with a transaction or with a
-//! [`Lock`](crate::Lock). The owner is the session: a transaction is not excluded by what it holds
-//! already, nor by a guard whose [`connection`](crate::ExclusiveGuard::connection) it runs on.
+//! Transaction-level locks and the session-level locks of [`Lock`](crate::Lock) exclude each other if
+//! the keys are equal. Locks are re-entrant within a session: a transaction is excluded neither by a
+//! lock that it already holds, nor by a guard whose
+//! [`connection`](crate::ExclusiveGuard::connection) it runs on.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -21,73 +23,95 @@
 //!
 //! let mut tx = pool.begin().await?;
 //! transaction::acquire(&mut tx, "ledger").await?;
-//! // Nobody else is in here, on any machine, until the commit.
+//! // No other session, on any machine, holds this lock until the commit.
 //! sqlx::query("INSERT INTO ledger VALUES (100)").execute(&mut *tx).await?;
 //! tx.commit().await?;
 //! # Ok(()) }
 //! ```
 //!
-//! # When it is released
+//! # Release
 //!
-//! By the commit or rollback of the transaction. Nothing else releases it, but one thing: rolling back
-//! to a savepoint, such as that of a nested sqlx transaction, releases what was acquired after it. A
-//! nested transaction that commits leaves its locks to the outer one.
+//! The lock is released by the commit or rollback of the transaction. It is released earlier only by a
+//! rollback to a savepoint that was set before the acquire, such as the rollback of a nested sqlx
+//! transaction. The commit of a nested transaction leaves its locks to the outer one.
 //!
 //! # Isolation
 //!
-//! Under `READ COMMITTED`, the default, every statement sees what was committed before it began. So what
-//! is read after the lock was acquired includes all that its previous holders have committed.
+//! Under `READ COMMITTED`, the default, each statement sees what was committed before the statement
+//! began. So a statement after the acquire sees everything that previous holders have committed.
 //!
-//! **Under `REPEATABLE READ` and `SERIALIZABLE` it does not.** There, all statements of a transaction
-//! see what was committed before its first one began, and that may be the very statement that waits for
-//! the lock. What the previous holder has committed meanwhile stays invisible, to the end of the
-//! transaction: a read after the lock may be stale, and a write to such a row fails with SQLSTATE 40001.
-//! Acquire in a transaction that is `READ COMMITTED`; or acquire a [`Lock`](crate::Lock) first, and begin
-//! the transaction under its guard.
+//! **Under `REPEATABLE READ` and `SERIALIZABLE` this does not hold.** There, all statements of a
+//! transaction see what was committed before its first statement began, and that may be the statement
+//! that waits for the lock. What the previous holder commits during the wait stays invisible until the
+//! end of the transaction: a read after the acquire may be stale, and an update of such a row fails with
+//! SQLSTATE 40001. Acquire in a `READ COMMITTED` transaction, or acquire a [`Lock`](crate::Lock) first
+//! and begin the transaction under its guard.
 //!
 //! # Settings
 //!
-//! How long to wait is told by the function that is called, here as with every lock: a `lock_timeout` or
-//! `statement_timeout` of the role, the session or the transaction does not end the wait. Both are as
-//! they were afterwards. Limits on the whole transaction stay in force: `transaction_timeout`, and
-//! `idle_in_transaction_session_timeout`, which is well set where these locks are used, for it frees
-//! them from a client that hangs.
+//! The timeout is an argument, as with every lock of this crate: a `lock_timeout` or
+//! `statement_timeout` of the role, the session or the transaction does not end the wait. Limits on the
+//! transaction stay in force: `transaction_timeout`, and `idle_in_transaction_session_timeout`. Setting
+//! the latter is recommended with these locks, because it releases the locks of a client that hangs.
+//!
+//! While a statement waits, these settings are changed for the transaction, and then restored to the
+//! transaction's own values:
+//!
+//! * `lock_timeout` limits the slice, and `statement_timeout` is 0.
+//! * `client_connection_check_interval` is 0 (PostgreSQL 14 and later), because each check can write a
+//!   line to the server's log. So a client that dies while it waits keeps its place in the server's
+//!   queue until the end of the slice.
+//! * `log_lock_waits` is off, if the role may set it.
 //!
 //! # Waiting
 //!
-//! The wait is in the server's queue, in slices: one statement each, of five seconds, or one more than
-//! `deadlock_timeout` if that is longer. So under `READ COMMITTED` it holds no snapshot for longer than
-//! that, unless the transaction has written something. A wait that runs out leaves the transaction
-//! usable, and no line in the server's log.
+//! Waiters queue on the server, in FIFO order. A wait is divided into slices of 54 to 60 seconds, each
+//! one message to the server. The length is random, so that waiters don't re-queue in step. A slice is
+//! longer if `deadlock_timeout` is: at least `deadlock_timeout` plus a second, so that deadlocks are
+//! detected. Between two slices, the waiter goes to the end of the queue: sessions that arrived during
+//! the slice may overtake it, at most once per slice.
+//!
+//! Under `READ COMMITTED`, a wait holds a snapshot no longer than a slice, unless the transaction has
+//! written something. A wait that times out leaves the transaction usable and writes nothing to the
+//! server's log. With `log_lock_waits` on, and a role that may not turn it off, the server logs one
+//! "still waiting" line per wait and slice (before PostgreSQL 19 two, if
+//! `client_connection_check_interval` is longer than `deadlock_timeout`). In `pg_stat_statements`,
+//! waits have a fixed number of entries, independent of keys and timeouts.
+//!
+//! A wait runs in a PL/pgSQL block. For a role that may not use PL/pgSQL, or if the language was dropped,
+//! the wait is a plain function call after a `SAVEPOINT`. The result is the same, but the server logs one
+//! error when it refuses the block, and one more for each slice that ends without a grant.
+//! [`doctor`](crate::doctor) reports that.
 //!
 //! # Cancel safety
 //!
-//! A future of this module that is dropped leaves its statement running on your connection, as every
-//! query of sqlx does. So you don't know whether the transaction holds the lock, until it ends: then it
-//! does not.
+//! If a future of this module is dropped, its statement keeps running on your connection, as with every
+//! query of sqlx. Whether the transaction holds the lock is then unknown until the transaction ends; its
+//! end releases the lock. Nothing is logged.
 //!
-//! **A wait that is dropped delays whatever the connection is used for next**, the rollback included,
-//! by what is left of its slice, or until it is granted. It occupies a connection of the pool for as
-//! long. There is no other connection here through which it could be cancelled. To give up after a
-//! time, don't wrap [`acquire`] in a timeout, but call [`try_acquire_for`], which leaves nothing
-//! behind.
+//! **A wait that is dropped delays the next use of the connection**, including the rollback, until the
+//! lock is granted or the slice ends: up to a minute. The connection is missing from the pool for that
+//! time. No other connection is at hand through which the wait could be cancelled. To limit a wait, call
+//! [`try_acquire_for`] instead of wrapping [`acquire`] in a timeout.
 //!
 //! # Errors
 //!
-//! That somebody else holds the lock is `false`. After an error of the server the transaction has
-//! failed, and all that it can do is to roll back. Then it holds nothing.
+//! Contention is not an error: the `try_` functions return `false`. After an error from the server the
+//! transaction has failed and can only be rolled back. It then holds no lock.
 //!
-//! * [`Error::Deadlock`] if two transactions waited for each other. Begin anew, and acquire everywhere in
-//!   the same order. A wait with a limit shorter than the server's `deadlock_timeout` (1 s) just ends
-//!   with `false`.
-//! * [`Error::Standby`] if the server is a hot standby. Its transactions write nothing, so there is no
-//!   option to allow it, as there is for a [`Lock`](crate::LockOptions::allow_standby); and the
-//!   transaction has not failed.
-//! * [`Error::OutOfLocks`] and [`Error::Cancelled`] as with every lock.
+//! * [`Error::Deadlock`] if two transactions waited for each other. Retry the transaction, and acquire in
+//!   the same order everywhere. A wait whose timeout is shorter than the server's `deadlock_timeout` (1 s
+//!   by default) returns `false` instead.
+//! * [`Error::Standby`] if the server is a hot standby. The transaction has not failed. There is no
+//!   option to allow it, as [`LockOptions::allow_standby`](crate::LockOptions::allow_standby) does for
+//!   other locks.
+//! * [`Error::OutOfLocks`] if the server's lock table is full.
+//! * [`Error::Cancelled`] if the statement was cancelled.
 //! * [`Error::Disconnected`] if the connection broke, or if the server has not answered half a second
-//!   after a time that you have set.
-//! * [`Error::Database`] for all else: among others, that the transaction had failed before.
+//!   after the timeout of the call.
+//! * [`Error::Database`] for all other errors, for example because the transaction had failed before.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -97,22 +121,29 @@ use tokio::time::timeout_at;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::sql::{self, WaitLimit};
+use crate::sql::transaction::{self as statements, Tried, Way};
 
-/// How long one statement waits, and holds its snapshot; and by how much a dropped one is in the way.
-const SLICE: Duration = Duration::from_secs(5);
+/// The longest that one statement waits, and holds its snapshot.
+const SLICE: Duration = Duration::from_mins(1);
 
-/// How much later than the server a bounded wait gives up, if the server does not answer.
+/// By how much a slice may be shorter, in milliseconds.
+const JITTER: u64 = 6000;
+
+/// How long a deadlock check may take after `deadlock_timeout`.
+const DEADLOCK_CHECK: Duration = Duration::from_secs(1);
+
+/// How long a bounded call waits for the server's answer after its timeout.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// Acquires the lock exclusively, and waits for as long as others hold it.
+/// Acquires the lock exclusively (`pg_advisory_xact_lock`), waiting until it is available.
 ///
-/// Takes one statement if the lock is free.
+/// Sends one statement if the lock is free (`pg_try_advisory_xact_lock`), and one message per minute of
+/// waiting otherwise: see [Waiting](self#waiting).
 ///
 /// # Cancel safety
 ///
-/// A dropped wait goes on for up to a slice, and your connection is busy until then: see
-/// [the module](self#cancel-safety).
+/// If the future is dropped while it waits, the connection stays busy until the lock is granted or the
+/// slice ends, up to a minute: see [the module](self#cancel-safety).
 ///
 /// # Errors
 ///
@@ -136,17 +167,18 @@ pub async fn acquire(tx: &mut Transaction<'_, Postgres>, key: impl Into<Key>) ->
     wait_for(tx, &key.into(), Mode::Exclusive).await
 }
 
-/// Acquires the lock exclusively if that is possible at once. `false` if others hold it.
+/// Acquires the lock exclusively if it is free (`pg_try_advisory_xact_lock`). Returns `false` otherwise.
 ///
-/// Takes one statement. It is also refused while others wait for the lock, which it does not overtake.
+/// Sends one statement. Returns `false` also while others wait for the lock, because it does not
+/// overtake them.
 ///
 /// # Cancel safety
 ///
-/// The transaction may have the lock: see [the module](self#cancel-safety).
+/// If the future is dropped, the transaction may hold the lock until it ends.
 ///
 /// # Errors
 ///
-/// See [the module](self#errors); there is no deadlock.
+/// See [the module](self#errors). There is no deadlock, because the call does not wait.
 ///
 /// # Examples
 ///
@@ -157,23 +189,25 @@ pub async fn acquire(tx: &mut Transaction<'_, Postgres>, key: impl Into<Key>) ->
 ///
 /// let mut tx = pool.begin().await?;
 /// if transaction::try_acquire(&mut tx, "ledger").await? {
-///     // Nobody else is in here, until the commit.
+///     // No other session holds this lock until the commit.
 /// }
 /// tx.commit().await?;
 /// # Ok(()) }
 /// ```
-#[must_use = "`false` means that somebody else has the lock"]
+#[must_use = "`false` means that another session holds the lock"]
 pub async fn try_acquire(tx: &mut Transaction<'_, Postgres>, key: impl Into<Key>) -> Result<bool> {
     try_now(tx, &key.into(), Mode::Exclusive).await
 }
 
-/// Acquires the lock exclusively, and waits for at most `timeout`. `false` if that passes.
+/// Acquires the lock exclusively, waiting for at most `timeout`. Returns `false` if it times out.
 ///
-/// The server ends the wait itself, so giving up costs nothing, and the transaction goes on.
+/// The server ends the wait (`lock_timeout`), so the transaction stays usable after a timeout. The
+/// server counts in milliseconds, and rounds a timeout of zero to a single try.
 ///
 /// # Cancel safety
 ///
-/// As for [`acquire`], but never for longer than `timeout`.
+/// If the future is dropped while it waits, the connection stays busy until the lock is granted or the
+/// slice ends, up to a minute but never longer than `timeout`: see [the module](self#cancel-safety).
 ///
 /// # Errors
 ///
@@ -195,7 +229,7 @@ pub async fn try_acquire(tx: &mut Transaction<'_, Postgres>, key: impl Into<Key>
 /// tx.commit().await?;
 /// # Ok(()) }
 /// ```
-#[must_use = "`false` means that somebody else has the lock"]
+#[must_use = "`false` means that another session holds the lock"]
 pub async fn try_acquire_for(
     tx: &mut Transaction<'_, Postgres>,
     key: impl Into<Key>,
@@ -204,14 +238,15 @@ pub async fn try_acquire_for(
     wait_until(tx, &key.into(), Mode::Exclusive, timeout).await
 }
 
-/// Acquires the lock shared, and waits for as long as others hold it exclusively.
+/// Acquires the lock shared (`pg_advisory_xact_lock_shared`), waiting until it is available.
 ///
-/// Who waits for the lock exclusively is ahead of those who come later to share it. Else as
-/// [`acquire`].
+/// Waits while another session holds the lock exclusively, or waits for it exclusively and came
+/// earlier. Sends the same statements as [`acquire`].
 ///
 /// # Cancel safety
 ///
-/// As for [`acquire`].
+/// If the future is dropped while it waits, the connection stays busy until the lock is granted or the
+/// slice ends, up to a minute: see [the module](self#cancel-safety).
 ///
 /// # Errors
 ///
@@ -234,17 +269,18 @@ pub async fn acquire_shared(tx: &mut Transaction<'_, Postgres>, key: impl Into<K
     wait_for(tx, &key.into(), Mode::Shared).await
 }
 
-/// Acquires the lock shared if that is possible at once. `false` if it is held exclusively.
+/// Acquires the lock shared if no other session holds it exclusively
+/// (`pg_try_advisory_xact_lock_shared`). Returns `false` otherwise.
 ///
-/// Else as [`try_acquire`]: it is also refused while others wait for the lock exclusively.
+/// Sends one statement. Returns `false` also while others wait for the lock exclusively.
 ///
 /// # Cancel safety
 ///
-/// As for [`try_acquire`].
+/// If the future is dropped, the transaction may hold the lock until it ends.
 ///
 /// # Errors
 ///
-/// See [the module](self#errors); there is no deadlock.
+/// See [the module](self#errors). There is no deadlock, because the call does not wait.
 ///
 /// # Examples
 ///
@@ -259,7 +295,7 @@ pub async fn acquire_shared(tx: &mut Transaction<'_, Postgres>, key: impl Into<K
 /// assert!(!transaction::try_acquire_shared(&mut reader, "ledger").await?);
 /// # Ok(()) }
 /// ```
-#[must_use = "`false` means that somebody else has the lock"]
+#[must_use = "`false` means that another session holds the lock"]
 pub async fn try_acquire_shared(
     tx: &mut Transaction<'_, Postgres>,
     key: impl Into<Key>,
@@ -267,13 +303,14 @@ pub async fn try_acquire_shared(
     try_now(tx, &key.into(), Mode::Shared).await
 }
 
-/// Acquires the lock shared, and waits for at most `timeout`. `false` if that passes.
+/// Acquires the lock shared, waiting for at most `timeout`. Returns `false` if it times out.
 ///
-/// Else as [`try_acquire_for`].
+/// The server ends the wait (`lock_timeout`), so the transaction stays usable after a timeout.
 ///
 /// # Cancel safety
 ///
-/// As for [`try_acquire_for`].
+/// If the future is dropped while it waits, the connection stays busy until the lock is granted or the
+/// slice ends, up to a minute but never longer than `timeout`: see [the module](self#cancel-safety).
 ///
 /// # Errors
 ///
@@ -288,11 +325,11 @@ pub async fn try_acquire_shared(
 /// use std::time::Duration;
 ///
 /// let mut tx = pool.begin().await?;
-/// let patience = Duration::from_millis(200);
-/// assert!(transaction::try_acquire_shared_for(&mut tx, "ledger", patience).await?);
+/// let timeout = Duration::from_millis(200);
+/// assert!(transaction::try_acquire_shared_for(&mut tx, "ledger", timeout).await?);
 /// # Ok(()) }
 /// ```
-#[must_use = "`false` means that somebody else has the lock"]
+#[must_use = "`false` means that another session holds the lock"]
 pub async fn try_acquire_shared_for(
     tx: &mut Transaction<'_, Postgres>,
     key: impl Into<Key>,
@@ -302,9 +339,8 @@ pub async fn try_acquire_shared_for(
 }
 
 async fn wait_for(tx: &mut Transaction<'_, Postgres>, key: &Key, mode: Mode) -> Result<()> {
-    // Without a deadline it never ends in `false`.
-    while !queue(tx, key, mode, None).await? {}
-    Ok(())
+    // Without a deadline it never returns `false`.
+    queue(tx, key, mode, None).await.map(drop)
 }
 
 async fn wait_until(
@@ -313,7 +349,7 @@ async fn wait_until(
     mode: Mode,
     timeout: Duration,
 ) -> Result<bool> {
-    // A time too far to count is no limit.
+    // A deadline that can't be represented is no limit.
     let Some(deadline) = Instant::now().checked_add(timeout) else {
         return wait_for(tx, key, mode).await.map(|()| true);
     };
@@ -324,30 +360,64 @@ async fn wait_until(
     })
 }
 
-/// Tries, and then waits in the server's queue, slice by slice.
+/// Tries once, and then waits in the server's queue, slice by slice.
 async fn queue(
     tx: &mut Transaction<'_, Postgres>,
     key: &Key,
     mode: Mode,
     deadline: Option<Instant>,
 ) -> Result<bool> {
-    let mut granted = try_now(tx, key, mode).await?;
-    while !granted {
+    let Some(deadlock_timeout) = try_once(tx, key, mode).await? else { return Ok(true) };
+    let mut way = Way::Block;
+    loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            break;
+            return Ok(false);
         }
-        let limit = WaitLimit { slice: SLICE, left };
-        let waited = sql::wait_transaction(tx, key.id(), mode, limit).await;
-        granted = waited.map_err(|error| Error::acquiring(key, error))?;
+        let jitter = Duration::from_millis(RandomState::new().hash_one(()) % JITTER);
+        let slice = slice(deadlock_timeout, jitter);
+        let limit = left.map_or(slice, |left| left.min(slice));
+        let waited = statements::wait(tx, key.id(), mode, limit, &mut way).await;
+        if waited.map_err(|error| Error::acquiring(key, error))? {
+            return Ok(true);
+        }
     }
-    Ok(granted)
+}
+
+/// A slice that is shorter than `deadlock_timeout` would end before each deadlock check.
+fn slice(deadlock_timeout: Duration, jitter: Duration) -> Duration {
+    SLICE.saturating_sub(jitter).max(deadlock_timeout + DEADLOCK_CHECK)
 }
 
 async fn try_now(tx: &mut Transaction<'_, Postgres>, key: &Key, mode: Mode) -> Result<bool> {
-    match sql::try_lock_transaction(tx, key.id(), mode).await {
-        Ok(Some(granted)) => Ok(granted),
-        Ok(None) => Err(Error::Standby { key: key.clone() }),
+    Ok(try_once(tx, key, mode).await?.is_none())
+}
+
+/// Returns the server's `deadlock_timeout` if the lock is busy.
+async fn try_once(
+    tx: &mut Transaction<'_, Postgres>,
+    key: &Key,
+    mode: Mode,
+) -> Result<Option<Duration>> {
+    match statements::try_lock(tx, key.id(), mode).await {
+        Ok(Tried::Busy { deadlock_timeout }) => Ok(Some(deadlock_timeout)),
+        Ok(Tried::Granted) => Ok(None),
+        Ok(Tried::Standby) => Err(Error::Standby { key: key.clone() }),
         Err(error) => Err(Error::acquiring(key, error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_lasts_a_minute_and_is_longer_than_the_deadlock_timeout() {
+        let seconds = Duration::from_secs;
+        for (deadlock_timeout, jitter, expected) in
+            [(1, 0, 60), (1, 6, 54), (20, 6, 54), (58, 0, 60), (58, 6, 59), (90, 0, 91)]
+        {
+            assert_eq!(slice(seconds(deadlock_timeout), seconds(jitter)), seconds(expected));
+        }
     }
 }

@@ -6,7 +6,7 @@ use tokio::time::sleep;
 
 use super::Election;
 use crate::error::Result;
-use crate::sql::Holder;
+use crate::sql::election::Holder;
 
 /// How often an observer looks.
 const LOOK: Duration = Duration::from_millis(500);

@@ -4,7 +4,7 @@ use super::table::{Step, Taken};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::session::ledger::Modes;
-use crate::sql::Call;
+use crate::sql::batch::Call;
 
 /// How many steps go into one statement: enough that its cost is spread, and few enough that the first
 /// does not wait long for the last.

@@ -19,7 +19,7 @@ use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::shared::Called;
-use crate::sql::Call;
+use crate::sql::batch::Call;
 
 /// Starts to wait for a key. Dropping what is returned ends the wait.
 pub(super) fn start(

@@ -15,7 +15,7 @@ use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::pending::Patience;
+use crate::session::pending::WaitPolicy;
 
 /// An owner whose locks a manager takes, and each of his guards.
 #[derive(Clone)]
@@ -42,18 +42,18 @@ impl Managed {
         Self::new(&self.manager)
     }
 
-    /// Acquires. `None` if the patience ran out.
+    /// Acquires. `None` if the policy ran out.
     pub(crate) async fn acquire(
         &self,
         request: &Request,
-        patience: Patience,
+        policy: WaitPolicy,
     ) -> Result<Option<Held>> {
         let (key, mode) = (request.key(), request.mode());
         loop {
-            let Some(waiting) = self.want(key, mode, patience)? else { return Ok(None) };
+            let Some(waiting) = self.want(key, mode, policy)? else { return Ok(None) };
             let place = match waiting {
                 Wish::Granted(place) => place,
-                Wish::Waits(mut waiting) => match patience.bound(&mut waiting.answer).await {
+                Wish::Waits(mut waiting) => match policy.bound(&mut waiting.answer).await {
                     // It was not the lock that was busy.
                     None if waiting.is_unasked() => {
                         let source = sqlx::Error::PoolTimedOut;
@@ -79,8 +79,8 @@ impl Managed {
         }
     }
 
-    fn want(&self, key: &Key, mode: Mode, patience: Patience) -> Result<Option<Wish<'_>>> {
-        let patient = matches!(patience, Patience::Forever | Patience::Until(_));
+    fn want(&self, key: &Key, mode: Mode, policy: WaitPolicy) -> Result<Option<Wish<'_>>> {
+        let patient = matches!(policy, WaitPolicy::Forever | WaitPolicy::Until(_));
         let mut answer = None;
         let tell = || {
             let (tell, told) = oneshot::channel();

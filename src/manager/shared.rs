@@ -142,7 +142,7 @@ impl Driver {
                 () = manager.pool.close_event(), if listened_to && !closed => {}
                 () = async {
                     sleep(time).await;
-                    session.is_quiet().await;
+                    session.resume_polling();
                 } => {
                     if listened_to {
                         self.let_go();

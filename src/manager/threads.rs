@@ -30,7 +30,7 @@ use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::pending::Patience;
+use crate::session::pending::WaitPolicy;
 
 const ORDERS: usize = 3000;
 const KEYS: i64 = 2;
@@ -202,13 +202,13 @@ fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
     let mode = if one_in(2) { Mode::Exclusive } else { Mode::Shared };
     let wanted = request(mode);
     let acquired = match thread_rng().gen_range(0..4) {
-        0 => block_on(managed.acquire(&wanted, Patience::Never)),
+        0 => block_on(managed.acquire(&wanted, WaitPolicy::Never)),
         1 => {
             let polls = thread_rng().gen_range(1..4);
-            let given_up = given_up(polls, managed.acquire(&wanted, Patience::Forever));
+            let given_up = given_up(polls, managed.acquire(&wanted, WaitPolicy::Forever));
             block_on(given_up).unwrap_or(Ok(None))
         }
-        _ => block_on(managed.acquire(&wanted, Patience::Forever)),
+        _ => block_on(managed.acquire(&wanted, WaitPolicy::Forever)),
     };
     let Some(held) = unless_it_passes(acquired) else { return };
     let entered = inside.enter(owner, &held, mode);
@@ -217,7 +217,7 @@ fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
         let upgraded = if one_in(2) {
             block_on(held.and(&exclusive))
         } else {
-            block_on(managed.acquire(&exclusive, Patience::Forever))
+            block_on(managed.acquire(&exclusive, WaitPolicy::Forever))
         };
         if let Some(more) = unless_it_passes(upgraded) {
             let entered = inside.enter(owner, &more, Mode::Exclusive);

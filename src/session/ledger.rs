@@ -1,9 +1,12 @@
 //! How many guards hold each key of a session, in each mode: pure counts, no database.
 //!
-//! The ledger knows what the guards need and what the server has granted. A guard is wanted: is it
-//! covered? A guard goes: does the server hold more than is needed? Whoever has the connection tells
-//! the server, and asks the ledger what at that moment, so it does not matter in which order guards
-//! that go at once get their turn.
+//! The ledger knows what the guards need and what the server has granted. When a guard is acquired: is it
+//! covered? When a guard is released: does the server hold more than is needed? The owner of the
+//! connection asks for the surplus at the moment at which it gives it up, so it does not matter in which
+//! order concurrent releases get the connection.
+//!
+//! An acquire that is in flight counts a share for each key as soon as it is covered or granted, so
+//! nothing else can release the key before the acquire has all of them.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -17,19 +20,19 @@ use crate::request::{Need, Request};
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     // Invariant: every entry has a guard, or something that the server has granted.
-    // Mostly one, of which a hash would cost as much as all else here.
+    // Usually there is one, of which a hash would cost as much as all else here.
     keys: BTreeMap<KeyId, Counts>,
     /// Guards of the session itself, which is open for what is not counted here.
-    keepers: usize,
-    /// Statements under way that change what the server has granted. They keep the session open.
-    under_way: usize,
+    pins: usize,
+    /// Acquires and releases that are in flight. They keep the session open.
+    in_flight: usize,
     ended: Option<Ended>,
 }
 
 /// Why no guard can join the session any more.
 #[derive(Clone, Debug)]
 enum Ended {
-    /// The last guard went.
+    /// The last guard was released.
     Released,
     Lost(Loss),
 }
@@ -48,31 +51,39 @@ pub(crate) struct Modes {
     pub(crate) shared: bool,
 }
 
-/// What a wanted guard takes.
+impl Modes {
+    pub(crate) fn only(mode: Mode) -> Self {
+        Self { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared }
+    }
+}
+
+/// What an acquire needs.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) enum Join {
-    /// A statement: the server has to be asked. It counts as under way.
+    /// A statement: the server has to be asked. The acquire counts as in flight.
     Ask,
     /// Nothing: the guard is counted, and covered by what the session holds.
     Covered,
-    /// Another session: this one has ended.
-    Ended,
+    /// Another session: this one was lost.
+    Lost,
+    /// Another session: this one is being released.
+    Released,
 }
 
-/// What a guard that goes leaves to do.
+/// What the end of a guard leaves to do.
 #[derive(Debug)]
 pub(crate) enum Leave {
     /// Nothing: other guards need all that the session holds.
     Keep,
     /// Nothing: the session was lost before.
     Lost(Loss),
-    /// A statement: the server holds more than is needed. It counts as under way.
-    Tell,
+    /// A statement: the server holds more than is needed. The release counts as in flight.
+    Unlock,
 }
 
-/// What the server is to be told, so that it holds no more than is needed.
+/// What the server holds beyond what is needed.
 #[derive(Debug, Default)]
-pub(crate) struct Tell {
+pub(crate) struct Surplus {
     /// Take these keys shared, then give their exclusive locks up: only shared guards are left.
     pub(crate) downgrade: Vec<KeyId>,
     /// Give these keys up, in these modes.
@@ -89,66 +100,80 @@ enum Excess {
 }
 
 impl Ledger {
-    /// A session on which an acquire is under way.
+    /// A session on which an acquire is in flight.
     pub(crate) fn opening() -> Self {
-        Self { under_way: 1, ..Self::default() }
+        Self { in_flight: 1, ..Self::default() }
     }
 
     /// Counts a guard if what the session holds covers it.
     pub(crate) fn join(&mut self, request: &Request) -> Join {
-        if self.ended.is_some() {
-            return Join::Ended;
+        match self.ended {
+            Some(Ended::Lost(_)) => return Join::Lost,
+            Some(Ended::Released) => return Join::Released,
+            None => {}
         }
-        if request.need == Need::All && self.missing(request).is_empty() {
+        if request.need == Need::All && request.ids().all(|(key, mode)| self.covers(key, mode)) {
             for (key, mode) in request.ids() {
                 *self.keys.entry(key).or_default().of(mode) += 1;
             }
             return Join::Covered;
         }
-        self.under_way += 1;
+        self.in_flight += 1;
         Join::Ask
     }
 
-    /// What the session does not hold yet of what is wanted.
-    ///
-    /// For whoever has the connection: what is missing changes with every statement.
-    pub(crate) fn missing(&self, request: &Request) -> Vec<(KeyId, Mode)> {
-        let covered = |key, mode| self.keys.get(&key).is_some_and(|counts| counts.covers(mode));
-        request.ids().filter(|&(key, mode)| !covered(key, mode)).collect()
+    fn covers(&self, key: KeyId, mode: Mode) -> bool {
+        self.keys.get(&key).is_some_and(|counts| counts.covers(mode))
     }
 
-    /// Counts a guard for which the server granted what was missing, in place of the statement that
-    /// asked for it.
-    ///
-    /// The session may have been lost while the answer was on its way; then there is no guard, and
-    /// what was granted is still to be given up.
-    pub(crate) fn granted(
+    /// Counts shares of an acquire that is in flight: those that what the session holds covers. Moves them
+    /// from `missing` to `claimed`.
+    pub(crate) fn claim(
         &mut self,
-        request: &Request,
-        missing: &[(KeyId, Mode)],
-    ) -> Result<(), Loss> {
+        missing: &mut Vec<(KeyId, Mode)>,
+        claimed: &mut Vec<(KeyId, Mode)>,
+    ) {
+        missing.retain(|&(key, mode)| {
+            let covered = self.covers(key, mode);
+            if covered {
+                *self.keys.entry(key).or_default().of(mode) += 1;
+                claimed.push((key, mode));
+            }
+            !covered
+        });
+    }
+
+    /// Counts a share of an acquire that is in flight: the server has granted it.
+    ///
+    /// The session may have been lost while the answer was on its way. Then nothing is counted, and the
+    /// connection is closed.
+    pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) -> Result<(), Loss> {
         if let Some(loss) = self.loss() {
             return Err(loss);
         }
-        self.under_way -= 1;
-        self.keepers += usize::from(request.need == Need::Nothing);
-        for (key, mode) in request.ids() {
-            *self.keys.entry(key).or_default().of(mode) += 1;
-        }
-        for &(key, mode) in missing {
-            let server = &mut self.keys.entry(key).or_default().server;
-            match mode {
-                Mode::Exclusive => server.exclusive = true,
-                Mode::Shared => server.shared = true,
-            }
+        let counts = self.keys.entry(key).or_default();
+        *counts.of(mode) += 1;
+        match mode {
+            Mode::Exclusive => counts.server.exclusive = true,
+            Mode::Shared => counts.server.shared = true,
         }
         Ok(())
     }
 
-    /// Counts a statement as done that granted nothing. Returns whether nothing needs the session.
+    /// Turns the shares of an acquire that was in flight into a guard.
+    pub(crate) fn settle(&mut self, need: Need) -> Result<(), Loss> {
+        if let Some(loss) = self.loss() {
+            return Err(loss);
+        }
+        self.in_flight -= 1;
+        self.pins += usize::from(need == Need::Nothing);
+        Ok(())
+    }
+
+    /// Counts an acquire or a release as done. Returns whether nothing needs the session.
     pub(crate) fn done(&mut self) -> bool {
-        self.under_way -= 1;
-        let unused = self.under_way == 0 && !self.has_guards();
+        self.in_flight -= 1;
+        let unused = self.in_flight == 0 && !self.has_guards();
         if unused && self.ended.is_none() {
             self.ended = Some(Ended::Released);
         }
@@ -160,59 +185,75 @@ impl Ledger {
         if let Some(loss) = self.loss() {
             return Leave::Lost(loss);
         }
-        let mut excess = request.need == Need::Nothing;
-        self.keepers -= usize::from(excess);
-        for (key, mode) in request.ids() {
-            // A guard that is not counted has nothing to give up.
+        let is_pin = request.need == Need::Nothing;
+        self.pins -= usize::from(is_pin);
+        if !self.withdraw(request.ids()) && !is_pin {
+            return Leave::Keep;
+        }
+        if !self.has_guards() && self.in_flight == 0 {
+            self.ended = Some(Ended::Released);
+        }
+        self.in_flight += 1;
+        Leave::Unlock
+    }
+
+    /// Takes shares out. Returns whether the server holds more than is needed.
+    pub(crate) fn withdraw(&mut self, shares: impl Iterator<Item = (KeyId, Mode)>) -> bool {
+        let mut excess = false;
+        for (key, mode) in shares {
+            // A share of a lost session has nothing to give up.
             if let Some(counts) = self.keys.get_mut(&key) {
                 *counts.of(mode) -= 1;
                 excess |= counts.excess().is_some();
             }
         }
-        if !excess {
-            return Leave::Keep;
-        }
-        if !self.has_guards() && self.under_way == 0 {
-            self.ended = Some(Ended::Released);
-        }
-        self.under_way += 1;
-        Leave::Tell
+        excess
     }
 
-    /// Returns what the server is to be told of the keys of a guard that left, and counts it as told.
+    /// Returns what the server holds of these keys beyond what is needed, and counts it as given up.
     ///
-    /// For whoever has the connection; if the server then does not do it, the session is lost.
-    pub(crate) fn tell(&mut self, request: &Request) -> Tell {
-        let mut tell = Tell::default();
-        for (key, _) in request.ids() {
+    /// For the owner of the connection; if the server then does not do it, the session is lost.
+    pub(crate) fn surplus(&mut self, keys: impl Iterator<Item = KeyId>) -> Surplus {
+        let mut surplus = Surplus::default();
+        for key in keys {
             let Some(counts) = self.keys.get_mut(&key) else { continue };
             match counts.excess() {
                 Some(Excess::Exclusive) => {
-                    counts.server = Modes { exclusive: false, shared: true };
-                    tell.downgrade.push(key);
+                    counts.server = Modes::only(Mode::Shared);
+                    surplus.downgrade.push(key);
                 }
                 Some(Excess::Modes(modes)) => {
                     counts.server.exclusive &= !modes.exclusive;
                     counts.server.shared &= !modes.shared;
-                    tell.unlock.push((key, modes));
+                    surplus.unlock.push((key, modes));
                 }
-                // A release that came later was sooner here, and told the server for both.
+                // Another release got the connection first, and did the work of both.
                 None => {}
             }
             if counts.is_unused() {
                 self.keys.remove(&key);
             }
         }
-        tell
+        surplus
     }
 
-    /// Whether it is open for what is not counted here.
-    pub(crate) fn is_kept(&self) -> bool {
-        self.keepers > 0
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// Whether the session is open for what is not counted here.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins > 0
     }
 
     pub(crate) fn has_guards(&self) -> bool {
-        self.is_kept() || self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
+        self.is_pinned() || self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
+    }
+
+    /// Whether there are guards beside so many shares of an acquire in flight.
+    pub(crate) fn has_more_than(&self, claimed: usize) -> bool {
+        let shares = self.keys.values().map(|counts| counts.exclusive + counts.shared);
+        self.is_pinned() || shares.sum::<usize>() > claimed
     }
 
     /// What the server has granted.
@@ -224,16 +265,9 @@ impl Ledger {
         self.keys.get(&key).is_some_and(|counts| counts.exclusive + counts.shared > 0)
     }
 
-    /// Whether a statement under way is the last that the session needs.
+    /// Whether a release that is in flight is the last statement that the session needs.
     pub(crate) fn is_last(&self) -> bool {
-        !self.has_guards() && self.under_way == 1
-    }
-
-    /// Ends the session for all its guards, and leaves one statement to do: to unlock what the
-    /// server had granted.
-    pub(crate) fn close(&mut self) -> Vec<(KeyId, Modes)> {
-        self.under_way += 1;
-        self.lose(Loss::Closed)
+        !self.has_guards() && self.in_flight == 1
     }
 
     /// Ends the session for all its guards. Returns what the server had granted it.

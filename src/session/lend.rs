@@ -1,32 +1,39 @@
-//! The session's own connection, lent to the application.
+//! The session's own connection, borrowed by the application.
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use sqlx::PgConnection;
-use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::conn::Conn;
+use super::keeper;
+use super::slot::ConnGuard;
 use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
-use crate::error::{Error, Loss, Result};
+use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::Key;
 use crate::sql;
 
-/// The connection of the session that holds the lock, lent by a guard.
+/// The connection of the session that holds the lock, borrowed from a guard.
 ///
 /// What is written through it can't outlive the lock: when the session ends, the server frees the
-/// lock and rolls back the open transaction in one.
+/// lock and rolls back the open transaction at once.
 ///
 /// Dereferences to sqlx's [`PgConnection`]: pass `&mut *connection` where an executor is wanted.
 ///
+/// While it is borrowed, a lost session is detected only at the next heartbeat. Methods of the session's
+/// guards and handles that need the connection wait for it, for at most ten seconds
+/// ([`Error::Borrowed`]).
+///
 /// # Drop
 ///
-/// Gives the connection back to the session. A transaction that is still open is rolled back, and a
-/// query whose future was dropped is cancelled after 100 ms, both on a task. Settings changed
-/// with `SET` stay, as on any pooled connection.
+/// Returns the connection to the session. A transaction that is still open is rolled back, and a
+/// query whose future was dropped is cancelled after 100 ms, both on a task. The task also asks the server
+/// whether the session still holds its locks, because `DISCARD ALL` and `pg_advisory_unlock_all()` release
+/// them. Settings changed with `SET` stay, as on any pooled connection.
 ///
 /// # Examples
 ///
@@ -41,78 +48,107 @@ use crate::sql;
 /// assert_eq!(pid, guard.backend_pid());
 /// # Ok(()) }
 /// ```
-#[must_use = "a connection that is not used was lent for nothing"]
+#[must_use = "a connection that is not used was borrowed for nothing"]
 #[clippy::has_significant_drop]
 pub struct SessionConnection<'g> {
     session: Arc<Session>,
-    // Invariant: `Some` until dropped.
-    conn: Option<OwnedMappedMutexGuard<Option<Conn>, PgConnection>>,
+    // Invariant: `Some`, and with a connection inside, until dropped.
+    slot: Option<ConnGuard>,
     guard: PhantomData<&'g ()>,
 }
 
-const TAKEN: &str = "BUG: the connection is used after it was given back";
+const RETURNED: &str = "BUG: the connection is used after it was returned";
 
 impl Session {
-    /// Lends the connection; waits while it is lent to somebody else or used for a statement of ours.
+    /// Lends the connection; waits while it is borrowed or used for a statement of ours.
     pub(crate) async fn lend<'g>(self: &Arc<Self>, key: &Key) -> Result<SessionConnection<'g>> {
-        let mut slot = Arc::clone(&self.conn).lock_owned().await;
+        let mut slot = self.connection_for_guard().await.map_err(|reason| reason.error(key))?;
         let tidied = match slot.as_mut() {
             Some(conn) => within(DEADLINE, self.make_fit(conn)).await,
-            None => Ok(()),
+            // Only a released session is empty, and a guard is proof that this one was not.
+            None => return Err(Error::lost(key, Loss::NotHeld)),
         };
         if let Err(error) = tidied {
+            // First, because the server grants the lock to another session once the connection is closed.
+            self.give_up(&Loss::broken(error));
             drop(slot.take());
-            self.lose(&Loss::broken(error));
         }
         if let Some(reason) = self.loss() {
             return Err(Error::lost(key, reason));
         }
-        let lent = OwnedMutexGuard::try_map(slot, |slot| {
-            let conn = slot.as_mut()?;
+        if let Some(conn) = slot.as_mut() {
             conn.lent = true;
-            conn.pg().ok()
-        });
-        match lent {
-            Ok(conn) => Ok(SessionConnection {
-                session: Arc::clone(self),
-                conn: Some(conn),
-                guard: PhantomData,
-            }),
-            // Only an ended session is empty, and a guard is proof that this one was not released.
-            Err(_) => Err(Error::lost(key, Loss::NotHeld)),
         }
+        self.borrowed.store(true, Ordering::Relaxed);
+        Ok(SessionConnection { session: Arc::clone(self), slot: Some(slot), guard: PhantomData })
     }
 
     async fn make_fit(&self, conn: &mut Conn) -> std::result::Result<(), sqlx::Error> {
         self.tidy(conn).await?;
-        // Or what the application writes would end with somebody else's transaction.
-        if !conn.checked {
-            sql::end_transaction(conn.pg()?).await?;
+        // Otherwise what the application writes would end with somebody else's transaction.
+        let is_first = !conn.checked;
+        if is_first {
+            sql::backend::end_transaction(conn.pg()?).await?;
             conn.checked = true;
+        }
+        let has_long_settings = self.has_long_settings.swap(false, Ordering::Relaxed);
+        if (is_first || has_long_settings) && !self.settings_refused.load(Ordering::Relaxed) {
+            self.restore_settings();
+            match sql::settings::lend(conn.pg()?).await {
+                Err(error) if is_answer(&error) => {
+                    self.settings_refused.store(true, Ordering::Relaxed);
+                }
+                answer => return answer,
+            }
         }
         Ok(())
     }
 
-    /// Tidies the connection that was lent, so that it keeps nothing open while the guard lives on.
+    /// Tidies the connection that was borrowed, so that it keeps nothing open while the guard lives on, and
+    /// makes sure that the session still holds its locks.
     async fn take_back(self: Arc<Self>) {
-        let mut slot = self.connection().await;
-        if self.is_broken() {
+        let mut slot = self.connection_at_last().await;
+        if self.is_lost() {
             return;
         }
-        let Some(conn) = slot.as_mut() else { return };
-        if let Err(error) = within_task(DEADLINE, self.tidy(conn)).await {
-            drop(slot.take());
-            self.lose(&Loss::broken(error));
-        }
+        let Some(conn) = slot.as_mut().filter(|conn| conn.lent) else { return };
+        let answer = within_task(DEADLINE, async {
+            self.tidy(conn).await?;
+            match sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await {
+                Ok((_, held)) => {
+                    let held = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
+                    Ok(keeper::holds(&held, &self.ledger().granted_by_server()))
+                }
+                // The role may not ask.
+                Err(error) if is_answer(&error) => Ok(true),
+                Err(error) => Err(error),
+            }
+        });
+        let loss = match answer.await {
+            Ok(true) => return,
+            Ok(false) => Loss::NotHeld,
+            Err(error) => Loss::broken(error),
+        };
+        // First, because the server grants the lock to another session once the connection is closed.
+        self.give_up(&loss);
+        drop(slot.take());
     }
 }
 
 impl Drop for SessionConnection<'_> {
     fn drop(&mut self) {
-        drop(self.conn.take());
+        self.session.borrowed.store(false, Ordering::Relaxed);
+        // If the session was lost, this closes the connection.
+        drop(self.slot.take());
         let session = Arc::clone(&self.session);
-        // Detach: nobody is left to wait for it.
+        // Detach: no caller waits for it.
         drop(Task::start(&self.session.runtime, session.take_back()));
+    }
+}
+
+impl SessionConnection<'_> {
+    fn conn(&self) -> Option<&Conn> {
+        self.slot.as_ref()?.as_ref()
     }
 }
 
@@ -121,14 +157,15 @@ impl Deref for SessionConnection<'_> {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.conn.as_deref().expect(TAKEN)
+        self.conn().and_then(Conn::as_pg).expect(RETURNED)
     }
 }
 
 #[expect(clippy::expect_used, reason = "the field is only empty in Drop")]
 impl DerefMut for SessionConnection<'_> {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        self.conn.as_deref_mut().expect(TAKEN)
+        let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
+        conn.and_then(|conn| conn.pg().ok()).expect(RETURNED)
     }
 }
 

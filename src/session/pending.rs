@@ -1,7 +1,10 @@
-//! An acquire under way: from the pool's connection to the guard.
+//! An acquire in flight: from the pool's connection to the guard.
 
+use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
@@ -10,40 +13,41 @@ use tokio::runtime::Handle;
 use tokio::time::{timeout, timeout_at};
 
 use super::conn::Conn;
-use super::ledger::Modes;
-use super::recover::silence;
 use super::servers::Server;
+use super::slot::{ConnGuard, Unavailable};
 use super::task::Task;
-use super::{Backend, ConnGuard, DEADLINE, Session, within, within_task};
+use super::{DEADLINE, Session, silence, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer, sqlstate};
 use crate::held::Held;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::{Need, Request};
-use crate::sql::{self, WaitLimit, Waited};
+use crate::sql;
+use crate::sql::lock::{Tried, Wanted};
+use crate::sql::wait::{Slice, Waited};
 
 /// What the server said.
 #[derive(Debug)]
 pub(crate) enum Verdict {
     Busy,
     Granted,
-    /// A pooler in transaction mode sits in between.
+    /// Locks exclude nothing on this connection.
     Pooled,
     Standby,
 }
 
 /// For how long an acquire waits for a busy lock.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Patience {
-    /// Never for the lock, and until then for the pool.
+pub(crate) enum WaitPolicy {
+    /// Not for the lock, and until then for the pool.
     ForPool(Instant),
     Forever,
     Never,
     Until(Instant),
 }
 
-/// An acquire under way.
+/// An acquire in flight.
 ///
 /// # Drop
 ///
@@ -53,12 +57,13 @@ pub(crate) enum Patience {
 #[derive(Debug)]
 pub(crate) struct Pending {
     session: Arc<Session>,
-    // Invariant: `Some` until the acquire is settled one way or the other.
+    /// `None` between two slices of a wait.
     slot: Option<ConnGuard>,
     request: Request,
-    /// What of it the session did not hold before; the server has granted the first `taken`.
+    /// Shares that are counted: the session holds what they need.
+    claimed: Vec<(KeyId, Mode)>,
+    /// What the server is still to grant.
     missing: Vec<(KeyId, Mode)>,
-    taken: usize,
     options: LockOptions,
     /// The role has a limit on idle sessions, which a holder may be.
     idle_limited: bool,
@@ -69,33 +74,41 @@ pub(crate) struct Pending {
 /// What the server is doing for the acquire.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Stage {
-    /// Nothing, and it has granted nothing.
-    Nothing,
-    /// Nothing that waits; it may have granted the lock.
+    /// Nothing, and what it has granted is counted.
+    Idle,
+    /// Nothing that waits; it may have granted what is missing.
     Trying,
-    /// It has the session in the lock's queue, and may have granted the lock.
-    Waiting,
+    /// It has the session in the lock's queue, until then, and may have granted the lock.
+    Waiting(Instant),
 }
-
-/// How long an acquire looks for a pooler.
-const PROBE: Duration = Duration::from_secs(1);
 
 /// How much later than the server a bounded wait gives up, if the server does not answer.
 const GRACE: Duration = Duration::from_millis(500);
 
-impl Patience {
-    /// Waits for what is not the lock itself. `None` if the patience runs out.
+/// How long a slice lasts in which the session keeps its other guards waiting.
+const JOINED_SLICE: Duration = Duration::from_secs(5);
+
+/// How much later than the server an unbounded wait gives up.
+const LATE: Duration = Duration::from_secs(8);
+
+impl WaitPolicy {
+    /// Waits for what is not the lock itself. `None` if the time is over.
     pub(crate) async fn bound<T>(self, future: impl Future<Output = T>) -> Option<T> {
+        match self.deadline() {
+            None => Some(future.await),
+            Some(deadline) => timeout_at(deadline.into(), future).await.ok(),
+        }
+    }
+
+    fn deadline(self) -> Option<Instant> {
         match self {
-            Self::Forever | Self::Never => Some(future.await),
-            Self::ForPool(deadline) | Self::Until(deadline) => {
-                timeout_at(deadline.into(), future).await.ok()
-            }
+            Self::Forever | Self::Never => None,
+            Self::ForPool(deadline) | Self::Until(deadline) => Some(deadline),
         }
     }
 
     /// How long an answer may take that needs no wait.
-    fn deadline(self) -> Duration {
+    fn answer_limit(self) -> Duration {
         match self {
             Self::ForPool(_) | Self::Forever | Self::Never => DEADLINE,
             Self::Until(_) => self.left().map_or(DEADLINE, |left| DEADLINE.min(left + GRACE)),
@@ -112,52 +125,65 @@ impl Patience {
 }
 
 impl Pending {
-    /// An acquire on a session that is open and counts it as pending.
+    /// An acquire on a session that is open and counts it as in flight.
     ///
-    /// Waits for its connection. `None` if the session ended before it was free.
+    /// Waits for its connection. `Ok(None)` if the session ended before it was free.
     pub(crate) async fn join(
         session: Arc<Session>,
         request: &Request,
         options: &LockOptions,
-    ) -> Option<Self> {
+        policy: WaitPolicy,
+    ) -> Result<Option<Self>, Unavailable> {
         let mut pending = Self::new(session, request, options);
-        let slot = pending.session.connection().await;
-        let open = slot.is_some();
-        pending.slot = Some(slot);
-        open.then_some(pending)
+        match pending.session.connection_for_acquire(policy.deadline()).await {
+            Ok(slot) => {
+                let open = slot.is_some();
+                pending.slot = Some(slot);
+                Ok(open.then_some(pending))
+            }
+            Err(Unavailable::Lost(_)) => Ok(None),
+            Err(reason) => Err(reason),
+        }
     }
 
     /// An acquire on a session of its own, and the answer to its first try.
     ///
-    /// Where the pool has an idle connection, it is taken as it is, without sqlx's ping: the try
-    /// will tell whether it is alive, and a dead one is replaced. (The pool's `before_acquire` hook
-    /// goes with the ping.) Only then the pool is asked properly, which may wait and connect.
+    /// Where the pool has idle connections, they are taken as they are, without sqlx's ping: the try
+    /// will tell whether a connection is alive, and a dead one is replaced. (The pool's `before_acquire`
+    /// hook goes with the ping.) Only then the pool is asked properly, which may wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
         server: &Arc<Server>,
         request: &Request,
         options: &LockOptions,
-        patience: Patience,
+        policy: WaitPolicy,
     ) -> Result<(Self, Verdict)> {
         let runtime = Handle::current();
-        if let Some(idle) = pool.try_acquire() {
+        let started = Instant::now();
+        while let Some(idle) = pool.try_acquire() {
             let mut pending = Self::start(pool, server, idle, &runtime, request, options);
-            match pending.ask(patience).await {
+            // A connection on which nothing arrives must not use up the time of the others.
+            let limit = policy.answer_limit().min(options.beat().timeout);
+            let error = match pending.ask(limit).await {
                 Ok(verdict) => return Ok((pending, verdict)),
                 Err(error) if is_answer(&error) => return Err(Box::pin(pending.fail(error)).await),
-                Err(error) => tracing::debug!(
-                    key = %request.key(),
-                    error = &error as &dyn std::error::Error,
-                    "an idle connection of the pool was dead; taking another"
-                ),
-            }
+                Err(error) => error,
+            };
+            tracing::debug!(
+                key = %request.key(),
+                error = &error as &dyn std::error::Error,
+                "an idle connection of the pool was dead; taking another"
+            );
             // Before the pool is asked: this may be its only connection.
             pending.close();
+            if started.elapsed() >= policy.answer_limit() {
+                return Err(Error::acquiring(request.key(), error));
+            }
         }
         Box::pin(async {
-            let pooled = lend(pool, request.key(), patience).await?;
+            let pooled = lend(pool, request.key(), policy).await?;
             let pending = Self::start(pool, server, pooled, &runtime, request, options);
-            pending.try_now(patience).await
+            pending.try_now(policy).await
         })
         .await
     }
@@ -173,7 +199,7 @@ impl Pending {
         let conn = Conn::new(pooled, runtime.clone());
         let session = Session::open(pool, server, conn, runtime.clone(), options);
         let mut pending = Self::new(session, request, options);
-        // Nobody else knows the session yet.
+        // Nothing else knows the session yet.
         pending.slot = pending.session.free_connection();
         pending
     }
@@ -183,135 +209,130 @@ impl Pending {
             session,
             slot: None,
             request: request.clone(),
-            missing: Vec::new(),
-            taken: 0,
+            claimed: Vec::new(),
+            missing: request.ids().collect(),
             options: options.clone(),
             idle_limited: false,
-            stage: Stage::Nothing,
+            stage: Stage::Idle,
             settled: false,
         }
     }
 
     /// Asks the server once: the whole of an acquire of what is free.
     ///
-    /// A transaction that somebody left open on the pooled connection is ended; a session lock does
+    /// A transaction that was left open on the pooled connection is ended; a session lock does
     /// not depend on it.
-    async fn ask(&mut self, patience: Patience) -> Result<Verdict, sqlx::Error> {
-        let Self { session, slot, request, missing, taken, options, stage, .. } = self;
+    async fn ask(&mut self, limit: Duration) -> Result<Verdict, sqlx::Error> {
+        let Self { session, slot, request, claimed, missing, options, stage, .. } = self;
         let Some(conn) = slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
         };
-        let asked = Instant::now();
-        let need = request.need;
-        if *taken == 0 {
-            // Another handle of the session may have been here since it was joined.
-            *missing = session.ledger().missing(request);
-            if missing.is_empty() && need != Need::Nothing {
-                return Ok(Verdict::Granted);
-            }
+        // Another handle of the session may have acquired some of it meanwhile.
+        session.ledger().claim(missing, claimed);
+        if missing.is_empty() && request.need == Need::All {
+            return Ok(Verdict::Granted);
         }
-        let rest = missing.get(*taken..).unwrap_or_default();
-        let allow_standby = options.standby_allowed();
+        let asked = Instant::now();
         // Pinned here, and boxed below what is rare: all that an acquire may have to do is 3 kB of future.
         let tried = {
             let answer = pin!(async {
                 session.tidy(conn).await?;
-                let pg = conn.pg()?;
-                let server = &session.server;
-                if !server.is_direct() {
-                    let limit = patience.deadline().min(PROBE);
-                    // Without an answer the next acquire asks again.
-                    match timeout(limit, Box::pin(session.is_pooled(pg))).await {
-                        Ok(Ok(Some(true))) => return Ok(None),
-                        Ok(Ok(Some(false))) => server.set_direct(true),
-                        Ok(Ok(None)) | Err(_) => {}
-                        Ok(Err(error)) => return Err(error),
-                    }
-                }
                 *stage = Stage::Trying;
-                let without = server.refuses_settings() && !options.settings_required();
-                let vigilance = (!without).then(|| (options.vigilance(), options.mark()));
-                let tried = match sql::try_lock(pg, rest, need, vigilance, allow_standby).await {
-                    Err(error) if sqlstate(&error).as_deref() == Some("25P02") => {
+                let pg = conn.pg()?;
+                let (need, required) = (request.need, options.settings_required());
+                let wanted: Wanted<'_> = (required || !session.server.refuses_settings())
+                    .then(|| (options.vigilance(), options.mark()));
+                let allow_standby = options.standby_allowed();
+                match sql::lock::try_lock(pg, missing, need, wanted, required, allow_standby).await
+                {
+                    Err(error) if needs_another_try(&error, required) => {
                         Box::pin(async {
-                            sql::end_transaction(pg).await?;
-                            sql::try_lock(pg, rest, need, vigilance, allow_standby).await
-                        })
-                        .await
-                    }
-                    Err(error) if refuses_settings(&error) && !options.settings_required() => {
-                        server.refused_settings();
-                        tracing::warn!(
-                            error = &error as &dyn std::error::Error,
-                            "the server refuses a setting by which it would notice a dead client; a host \
-                         that vanishes keeps its locks for as long as the server's own settings say"
-                        );
-                        Box::pin(async {
+                            if sqlstate(&error).as_deref() == Some("25P02") {
+                                sql::backend::end_transaction(pg).await?;
+                                return sql::lock::try_lock(
+                                    pg, missing, need, wanted, required, allow_standby,
+                                )
+                                .await;
+                            }
                             // In case the server took a lock first.
-                            sql::unlock_if_held(pg, rest).await?;
-                            sql::try_lock(pg, rest, need, None, allow_standby).await
+                            session.give_up_unknown(pg, missing).await.ok();
+                            let tried =
+                                sql::lock::try_lock(pg, missing, need, None, false, allow_standby).await?;
+                            if session.server.set_refused() {
+                                tracing::warn!(
+                                    error = &error as &dyn std::error::Error,
+                                    "the server rejects a setting by which it detects a dead client; a \
+                                     host that vanishes keeps its locks for as long as the server's own \
+                                     settings say"
+                                );
+                            }
+                            Ok(tried)
                         })
                         .await
                     }
                     tried => tried,
-                };
-                tried.map(Some)
+                }
             });
-            within(patience.deadline(), answer).await?
+            within(limit, answer).await?
         };
-        let Some(tried) = tried else { return Ok(Verdict::Pooled) };
-        let backend = Backend { pid: tried.backend_pid, known_since: Instant::now() };
-        if session.backend.get_or_init(|| backend).pid != tried.backend_pid {
-            Box::pin(session.retrieve(conn, tried.backend_pid, &all_modes(rest))).await;
+        let Tried { backend_pid, count, idle_limited, refused } = tried;
+        if *session.backend_pid.get_or_init(|| backend_pid) != backend_pid {
+            let locks = sql::release::each_mode(missing);
+            Box::pin(session.retrieve(backend_pid, &locks)).await;
             return Ok(Verdict::Pooled);
         }
         session.trust(asked);
-        self.idle_limited = tried.idle_limited;
-        Ok(self.judge(tried.count))
+        if refused {
+            session.settings_refused.store(true, Ordering::Relaxed);
+        } else {
+            session.server.set_accepted();
+        }
+        self.idle_limited |= idle_limited;
+        Ok(self.judge(count))
     }
 
-    /// Takes in what was granted of what was tried.
+    /// Counts what was granted of what was tried.
     fn judge(&mut self, count: Option<usize>) -> Verdict {
-        let granted = match (count, self.request.need) {
-            (None, _) => {
-                self.stage = self.at_rest();
-                return Verdict::Standby;
-            }
-            (Some(count), Need::All) => {
-                self.taken += count;
-                self.taken == self.missing.len()
-            }
-            (Some(_), Need::Nothing) => true,
-            (Some(count), Need::Any) => {
-                let granted = self.missing.get(count).and_then(|&(key, _)| self.request.only(key));
-                if let Some(request) = granted {
-                    self.missing = request.ids().collect();
-                    self.request = request;
-                    self.taken = 1;
-                }
-                self.taken == 1
+        self.stage = Stage::Idle;
+        let Some(count) = count else { return Verdict::Standby };
+        let granted = match self.request.need {
+            Need::Nothing => return Verdict::Granted,
+            Need::All => 0..count,
+            Need::Any => {
+                let only = self.missing.get(count).and_then(|&(key, _)| self.request.only(key));
+                let Some(only) = only else { return Verdict::Busy };
+                self.missing = only.ids().collect();
+                self.request = only;
+                0..1
             }
         };
-        if granted {
-            return Verdict::Granted;
+        let lost = self.count(granted);
+        if lost.is_err() || self.missing.is_empty() { Verdict::Granted } else { Verdict::Busy }
+    }
+
+    /// Counts shares of the first ones that are missing: the server has granted them.
+    fn count(&mut self, granted: std::ops::Range<usize>) -> Result<(), Loss> {
+        let mut ledger = self.session.ledger();
+        for (key, mode) in self.missing.drain(granted) {
+            ledger.granted(key, mode)?;
+            self.claimed.push((key, mode));
         }
-        self.stage = self.at_rest();
-        Verdict::Busy
+        Ok(())
     }
 
     /// Asks, and takes the acquire back if that fails.
-    pub(crate) async fn try_now(mut self, patience: Patience) -> Result<(Self, Verdict)> {
-        match self.ask(patience).await {
+    pub(crate) async fn try_now(mut self, policy: WaitPolicy) -> Result<(Self, Verdict)> {
+        match self.ask(policy.answer_limit()).await {
             Ok(verdict) => Ok((self, verdict)),
             Err(error) => Err(self.fail(error).await),
         }
     }
 
-    /// Does what the server's answer calls for. `None` if the patience ran out.
-    pub(crate) async fn settle(self, verdict: Verdict, patience: Patience) -> Result<Option<Held>> {
+    /// Does what the server's answer calls for. `None` if the time is over.
+    pub(crate) async fn settle(self, verdict: Verdict, policy: WaitPolicy) -> Result<Option<Held>> {
         match verdict {
-            Verdict::Granted => self.granted().await.map(Some),
-            Verdict::Busy => Box::pin(self.wait(patience)).await,
+            Verdict::Granted => self.granted(policy).await.map(Some),
+            Verdict::Busy => Box::pin(self.wait(policy)).await,
             // The drop of `self` gives up what may have been granted.
             Verdict::Pooled => Err(Error::Pooled { key: self.request.key().clone() }),
             Verdict::Standby => {
@@ -323,128 +344,263 @@ impl Pending {
     }
 
     /// Waits in the server's queue, slice by slice, for one lock after the other. `None` if the
-    /// patience ran out.
-    async fn wait(mut self, patience: Patience) -> Result<Option<Held>> {
-        let slice = self.options.slice();
+    /// time is over.
+    ///
+    /// Between two slices the session's connection is free for its other handles.
+    async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Held>> {
+        let mut plainly = self.session.server.waits_plainly();
         loop {
-            let left = patience.left();
+            let session = Arc::clone(&self.session);
+            session.ledger().claim(&mut self.missing, &mut self.claimed);
+            let left = policy.left();
             if left.is_some_and(|left| left.is_zero()) {
                 self.withdraw().await;
                 return Ok(None);
             }
-            let wanted = self.missing.get(self.taken).copied();
-            let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
-            let (Some((key, mode)), Some(conn)) = (wanted, conn) else {
-                return Err(self.fail(sqlx::Error::PoolClosed).await);
+            let Some(&(key, mode)) = self.missing.first() else {
+                return self.granted(policy).await.map(Some);
             };
-            self.stage = Stage::Waiting;
-            let limit = WaitLimit { slice, left };
+            let limit = self.slice(left).await;
+            let vigilance = (!session.settings_refused.load(Ordering::Relaxed))
+                .then(|| self.options.vigilance());
             let asked = Instant::now();
-            let pg = match conn.pg() {
-                Ok(pg) => pg,
+            let slice = Slice { key, mode, limit, vigilance };
+            let granted = match self.wait_once(slice, left, plainly).await {
+                Waiting::Answered(waited) => {
+                    if plainly {
+                        session.server.set_waits_plainly();
+                    }
+                    if waited.backend_pid != session.backend_pid() {
+                        return Err(self.found_pooler(waited.backend_pid).await);
+                    }
+                    waited.granted
+                }
+                Waiting::Failed(error) => match sqlstate(&error).as_deref() {
+                    // The timeout was not caught, so the slice is over, and the lock may be held.
+                    Some("55P03") => false,
+                    // The role may not use plpgsql, or not make a setting.
+                    Some("42501" | "42704") if !plainly => {
+                        self.stage = Stage::Idle;
+                        plainly = true;
+                        continue;
+                    }
+                    Some("0A000" | "22023" | "42501" | "42704" | "55P02")
+                        if vigilance.is_some() =>
+                    {
+                        self.stage = Stage::Idle;
+                        session.settings_refused.store(true, Ordering::Relaxed);
+                        plainly = session.server.waits_plainly();
+                        continue;
+                    }
+                    _ => return Err(self.fail(error).await),
+                },
+                // The drop of `self` cleans up.
+                Waiting::Ended(error) => return Err(error),
+                Waiting::TimedOut => return Ok(None),
+            };
+            self.stage = Stage::Trying;
+            let granted = match self.is_granted(granted, key, mode).await {
+                Ok(granted) => granted,
                 Err(error) => return Err(self.fail(error).await),
             };
-            let waiting = sql::wait(pg, key, mode, limit);
-            let answer = match timeout(limit.longest() + GRACE, waiting).await {
-                Ok(answer) => answer,
-                // The server is silent; the drop of `self` cleans up.
-                Err(_) if left.is_some_and(|left| limit.longest() == left) => return Ok(None),
-                Err(_) => return Err(Error::acquiring(self.request.key(), silence())),
-            };
-            match answer {
-                Ok(Waited { backend_pid, .. }) if backend_pid != self.session.backend_pid() => {
-                    self.session.retrieve(conn, backend_pid, &all_modes(&[(key, mode)])).await;
-                    return Err(Error::Pooled { key: self.request.key().clone() });
+            self.stage = Stage::Idle;
+            if granted {
+                // A loss shows when the acquire is settled.
+                self.count(0..1).ok();
+                session.trust(asked);
+                if self.missing.is_empty() {
+                    return self.confirm(asked, policy).await.map(Some);
                 }
-                Ok(Waited { granted: true, .. }) => {
-                    self.stage = Stage::Trying;
-                    self.session.trust(asked);
-                    self.taken += 1;
-                    if self.taken == self.missing.len() {
-                        return self.confirm(asked).await.map(Some);
+                // The next ones may be free.
+                match self.ask(policy.answer_limit()).await {
+                    Ok(Verdict::Granted) => return self.granted(policy).await.map(Some),
+                    Ok(Verdict::Busy) => {}
+                    // It was neither when the first one was granted.
+                    Ok(Verdict::Pooled | Verdict::Standby) => {
+                        return Err(Error::Pooled { key: self.request.key().clone() });
                     }
-                    // The next ones may be free.
-                    match self.ask(patience).await {
-                        Ok(Verdict::Granted) => return self.granted().await.map(Some),
-                        Ok(Verdict::Busy) => {}
-                        // It was neither when the first one was granted.
-                        Ok(Verdict::Pooled | Verdict::Standby) => {
-                            return Err(Error::Pooled { key: self.request.key().clone() });
-                        }
-                        Err(error) => return Err(self.fail(error).await),
-                    }
+                    Err(error) => return Err(self.fail(error).await),
                 }
-                Ok(Waited { granted: false, .. }) => self.stage = self.at_rest(),
-                // The timeout was not caught, so the slice is over, and the lock may be held.
-                Err(error) if sqlstate(&error).as_deref() == Some("55P03") => {
-                    self.stage = Stage::Trying;
-                    if let Err(error) = sql::unlock_if_held(pg, &[(key, mode)]).await {
-                        return Err(self.fail(error).await);
-                    }
-                    self.stage = self.at_rest();
+            }
+            self.slot = None;
+            match session.connection_for_acquire(policy.deadline()).await {
+                Ok(slot) => self.slot = Some(slot),
+                Err(Unavailable::TimedOut) => return Ok(None),
+                Err(Unavailable::Lost(loss)) => {
+                    return Err(Error::broken(self.request.key(), &loss));
                 }
-                Err(error) => return Err(self.fail(error).await),
+                Err(reason) => return Err(reason.error(self.request.key())),
             }
         }
     }
 
-    /// What is left of the acquire between two statements that did not grant anything.
-    fn at_rest(&self) -> Stage {
-        if self.taken == 0 { Stage::Nothing } else { Stage::Trying }
+    /// Waits for a slice.
+    async fn wait_once(&mut self, slice: Slice, left: Option<Duration>, plainly: bool) -> Waiting {
+        let session = Arc::clone(&self.session);
+        let key = self.request.key().clone();
+        if slice.vigilance.is_some() {
+            session.restore_settings();
+        }
+        self.stage = Stage::Waiting(Instant::now() + slice.limit);
+        let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
+        let waiting = async {
+            let conn = conn.ok_or(sqlx::Error::PoolClosed)?;
+            // The application may have had it between two slices.
+            session.tidy(conn).await?;
+            if plainly {
+                sql::wait::wait_plainly(conn.pg()?, slice).await
+            } else {
+                sql::wait::wait(conn.pg()?, slice).await
+            }
+        };
+        let late = slice.limit + LATE;
+        let over = left.map(|left| left + GRACE).filter(|over| *over < late);
+        tokio::select! {
+            biased;
+            answer = timeout(over.unwrap_or(late), waiting) => match answer {
+                Ok(Ok(waited)) => Waiting::Answered(waited),
+                Ok(Err(error)) => Waiting::Failed(error),
+                Err(_) if over.is_some() => Waiting::TimedOut,
+                Err(_) => Waiting::Ended(Error::acquiring(&key, silence(slice.limit))),
+            },
+            () = session.pool.close_event() => {
+                Waiting::Ended(Error::Pool { key, source: sqlx::Error::PoolClosed })
+            }
+            loss = session.lost() => Waiting::Ended(Error::broken(&key, &loss)),
+        }
     }
 
-    /// Makes sure that the server still hears us, after a wait in which it was not told anything.
+    /// How long the next statement waits at most.
+    ///
+    /// A waiter that is re-queued loses its place, so slices are long; but a snapshot must not get old. They
+    /// vary, so that waiters don't re-queue in step. A session with other guards waits for a shorter time,
+    /// because their releases wait for the connection.
+    async fn slice(&mut self, left: Option<Duration>) -> Duration {
+        let deadlock_timeout = self.deadlock_timeout().await;
+        let longest = self.options.slice();
+        let slice = if self.session.ledger().has_more_than(self.claimed.len()) {
+            longest.min(JOINED_SLICE)
+        } else {
+            let jitter = u32::try_from(RandomState::new().hash_one(0) % 100).unwrap_or_default();
+            longest / 1000 * (1000 - jitter)
+        };
+        // Otherwise a deadlock would look like a timeout.
+        let slice = slice.max(deadlock_timeout + Duration::from_secs(1));
+        left.map_or(slice, |left| left.min(slice))
+    }
+
+    /// The server's `deadlock_timeout`, which is asked for once.
+    async fn deadlock_timeout(&mut self) -> Duration {
+        let server = Arc::clone(&self.session.server);
+        if let Some(known) = server.deadlock_timeout().get() {
+            return *known;
+        }
+        let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
+        let asking = within(self.options.beat().timeout, async {
+            let pg = conn.ok_or(sqlx::Error::PoolClosed)?.pg()?;
+            sql::backend::deadlock_timeout(pg).await
+        });
+        // If the connection is broken, the wait will say so.
+        let asked = asking.await.ok().flatten().and_then(|asked| u64::try_from(asked).ok());
+        let Some(milliseconds) = asked else { return Duration::from_secs(1) };
+        *server.deadlock_timeout().get_or_init(|| Duration::from_millis(milliseconds))
+    }
+
+    /// Whether a wait has got the lock: its timeout can strike after the grant.
+    async fn is_granted(
+        &mut self,
+        granted: bool,
+        key: KeyId,
+        mode: Mode,
+    ) -> Result<bool, sqlx::Error> {
+        if granted {
+            return Ok(true);
+        }
+        let pid = self.session.backend_pid();
+        let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else {
+            return Err(sqlx::Error::PoolClosed);
+        };
+        within(DEADLINE, async {
+            match sql::backend::holdings(conn.pg()?, &[pid]).await {
+                Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
+                // The role may not ask. Then the server warns of what was not held.
+                Err(error) if is_answer(&error) => {
+                    let lock = sql::release::each_mode(&[(key, mode)]);
+                    sql::release::unlock_all(conn.pg()?, &lock, false).await?;
+                    Ok(false)
+                }
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Another backend has answered.
+    async fn found_pooler(self, backend_pid: i32) -> Error {
+        let locks = sql::release::each_mode(&self.missing);
+        self.session.retrieve(backend_pid, &locks).await;
+        Error::Pooled { key: self.request.key().clone() }
+    }
+
+    /// Makes sure that the server still hears us, after a wait in which nothing was sent to it.
     ///
     /// The grant says that we hear the server. Only an answer says that the server hears us, and has
     /// not begun to give us up.
-    async fn confirm(mut self, waiting_since: Instant) -> Result<Held> {
+    async fn confirm(mut self, waiting_since: Instant, policy: WaitPolicy) -> Result<Held> {
         if waiting_since.elapsed() > self.options.beat().interval
             && let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut())
         {
             let asked = Instant::now();
-            let answer = async { sql::backend_pid(conn.pg()?).await };
-            match within(self.options.beat().deadline, answer).await {
+            let answer = async { sql::backend::heartbeat(conn.pg()?, None).await };
+            match within(self.options.beat().timeout, answer).await {
                 Ok(_) => self.session.trust(asked),
                 Err(error) => return Err(self.fail(error).await),
             }
         }
-        self.granted().await
+        self.granted(policy).await
     }
 
-    /// Lifts the limit that a role has on idle sessions, as long as the session holds something.
+    /// Lifts the limit that a role has on idle sessions, for as long as the session holds something.
     async fn lift_idle_timeout(&mut self) -> Result<(), sqlx::Error> {
         let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else { return Ok(()) };
-        self.session.to_put_back();
-        within(DEADLINE, async { sql::lift_idle_timeout(conn.pg()?).await }).await
+        self.session.restore_settings();
+        within(DEADLINE, async { sql::settings::lift_idle_timeout(conn.pg()?).await }).await
     }
 
-    /// Makes the guard's part of what the server granted.
-    async fn granted(mut self) -> Result<Held> {
+    /// Makes a guard's part of what the server granted.
+    async fn granted(mut self, policy: WaitPolicy) -> Result<Held> {
         if self.idle_limited
             && let Err(error) = Box::pin(self.lift_idle_timeout()).await
         {
             return Err(Box::pin(self.fail(error)).await);
         }
-        let counted = self.session.ledger().granted(&self.request, &self.missing);
-        if let Err(reason) = counted {
-            // The drop of `self` gives the locks up.
+        let Session { server, pool, .. } = &*self.session;
+        if !server.proof.is_positive()
+            && !Box::pin(server.proof.allows(server, pool, policy.deadline())).await
+        {
+            if let Some(slot) = self.slot.as_mut() {
+                Box::pin(self.session.give_up_pooled(slot, Vec::new())).await;
+            }
+            return Err(Error::Pooled { key: self.request.key().clone() });
+        }
+        let settled = self.session.ledger().settle(self.request.need);
+        if let Err(reason) = settled {
+            // The drop of `self` closes the connection.
             return Err(Error::lost(self.request.key(), reason));
         }
         self.settled = true;
-        self.session.watch();
+        self.session.keep();
         Ok(Held::new(Arc::clone(&self.session), self.request.clone()))
     }
 
     /// Takes an acquire back that was refused, and what it was granted before.
     async fn withdraw(mut self) {
-        if self.taken > 0 {
-            self.undo().await;
+        if let Some(slot) = self.slot.take_if(|_| self.claimed.is_empty()) {
+            self.settled = true;
+            self.session.done(slot);
             return;
         }
-        self.settled = true;
-        if let Some(slot) = self.slot.take() {
-            self.session.done(slot);
-        }
+        self.undo().await;
     }
 
     /// Closes the connection of an acquire on a session of its own.
@@ -456,14 +612,26 @@ impl Pending {
         }
     }
 
-    /// Takes an acquire back that failed, and waits until it holds nothing.
+    /// Takes an acquire back that failed, and waits until it holds nothing, unless the server is silent.
     async fn fail(mut self, error: sqlx::Error) -> Error {
+        let answered = is_answer(&error);
         // The server has answered, so there is nothing to cancel.
-        if self.stage == Stage::Waiting {
+        if answered && matches!(self.stage, Stage::Waiting(_)) {
             self.stage = Stage::Trying;
         }
-        // If the runtime is going down, so is the connection.
-        self.undo().await;
+        let is_late =
+            matches!(&error, sqlx::Error::Io(error) if error.kind() == io::ErrorKind::TimedOut);
+        if !answered && !is_late {
+            // First, so that no guard joins the session while the acquire is undone.
+            let broken =
+                sqlx::Error::Io(io::Error::new(io::ErrorKind::BrokenPipe, error.to_string()));
+            self.session.give_up(&Loss::broken(broken));
+        }
+        // If the runtime is shut down, so is the connection.
+        let undo = self.undo();
+        if answered {
+            undo.await;
+        }
         if refuses_settings(&error) && self.options.settings_required() {
             return Error::Settings { key: self.request.key().clone(), source: error };
         }
@@ -472,64 +640,87 @@ impl Pending {
 
     fn undo(&mut self) -> Task<()> {
         self.settled = true;
-        let session = Arc::clone(&self.session);
-        let missing = std::mem::take(&mut self.missing);
-        let undo = session.undo(self.slot.take(), self.request.clone(), missing, self.stage);
-        Task::start(&self.session.runtime, undo)
+        let abandoned = Abandoned {
+            session: Arc::clone(&self.session),
+            key: self.request.key().clone(),
+            mode: self.request.mode(),
+            claimed: std::mem::take(&mut self.claimed),
+            missing: std::mem::take(&mut self.missing),
+            stage: self.stage,
+        };
+        Task::start(&self.session.runtime, abandoned.clean_up(self.slot.take()))
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
         if !self.settled {
-            // Detach: nobody is left to wait for it.
+            // Detach: no caller waits for it.
             drop(self.undo());
         }
     }
 }
 
-impl Session {
-    async fn undo(
-        self: Arc<Self>,
-        slot: Option<ConnGuard>,
-        request: Request,
-        missing: Vec<(KeyId, Mode)>,
-        stage: Stage,
-    ) {
+/// What came of a slice.
+enum Waiting {
+    Answered(Waited),
+    /// The session was lost, or the pool closed, or the server is silent.
+    Ended(Error),
+    Failed(sqlx::Error),
+    /// The server is silent, and the caller's time is over.
+    TimedOut,
+}
+
+/// An acquire that was dropped, or has failed.
+struct Abandoned {
+    session: Arc<Session>,
+    key: Key,
+    mode: Mode,
+    claimed: Vec<(KeyId, Mode)>,
+    missing: Vec<(KeyId, Mode)>,
+    stage: Stage,
+}
+
+impl Abandoned {
+    /// Has the server stop what it is doing for the acquire, and gives up what it has granted.
+    async fn clean_up(self, slot: Option<ConnGuard>) {
+        let Self { session, key, mode, claimed, missing, stage } = self;
         let mut slot = match slot {
             Some(slot) => slot,
-            None => self.connection().await,
+            None => session.connection_at_last().await,
         };
+        if session.is_lost() {
+            drop(slot.take());
+        }
         if let Some(conn) = slot.as_mut()
-            && stage != Stage::Nothing
+            && (stage != Stage::Idle || !claimed.is_empty())
         {
             tracing::debug!(
-                key = %request.key(), mode = %request.mode(), backend_pid = self.backend_pid(), ?stage,
-                "giving up an acquire that was abandoned or failed"
+                %key, %mode, backend_pid = session.backend_pid(), ?stage,
+                "undoing an acquire that was abandoned or failed"
             );
-            // A try ends by itself; a wait does not.
-            let waiting = stage == Stage::Waiting;
-            let grace = if waiting { Duration::ZERO } else { Duration::from_secs(1) };
-            let settled = within_task(DEADLINE, async {
-                Box::pin(self.drain(conn.pg()?, grace)).await?;
-                sql::unlock_if_held(conn.pg()?, &missing).await
+            // A try ends by itself; a wait ends at the end of its slice.
+            let (grace, limit) = match stage {
+                Stage::Waiting(until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    (Duration::ZERO, left + DEADLINE)
+                }
+                Stage::Idle | Stage::Trying => (Duration::from_secs(1), DEADLINE),
+            };
+            let cleaned = within_task(limit + DEADLINE, async {
+                if stage == Stage::Idle {
+                    return session.undo(conn, &claimed, &[]).await;
+                }
+                Box::pin(session.drain(conn.pg()?, grace, limit)).await?;
+                session.undo(conn, &claimed, &missing).await
             });
-            if let Err(error) = settled.await {
-                self.fail(slot, Loss::broken(error));
+            if let Err(error) = cleaned.await {
+                session.fail(slot, Loss::broken(error));
                 return;
             }
         }
-        self.done(slot);
+        session.done(slot);
     }
-}
-
-/// What an unlock says of locks that one statement has taken.
-fn all_modes(locks: &[(KeyId, Mode)]) -> Vec<(KeyId, Modes)> {
-    let modes = |mode| match mode {
-        Mode::Exclusive => Modes { exclusive: true, shared: false },
-        Mode::Shared => Modes { exclusive: false, shared: true },
-    };
-    locks.iter().map(|&(key, mode)| (key, modes(mode))).collect()
 }
 
 /// A setting may be out of the role's rights, unknown, fixed, or not supported by the platform.
@@ -538,30 +729,37 @@ fn refuses_settings(error: &sqlx::Error) -> bool {
     sqlstate(error).is_some_and(|code| codes.contains(&code.as_str()))
 }
 
-/// Asks the pool for a connection, for no longer than the caller has patience.
+/// Whether a statement that tries may succeed another time: in a failed transaction, or with settings that
+/// are rejected.
+fn needs_another_try(error: &sqlx::Error, settings_required: bool) -> bool {
+    sqlstate(error).as_deref() == Some("25P02") || (refuses_settings(error) && !settings_required)
+}
+
+/// Asks the pool for a connection, for no longer than the caller waits.
 ///
-/// One who only tries has no patience with the lock, but waits for the pool like any query.
+/// A caller that only tries does not wait for the lock, but for the pool like any query.
 pub(crate) async fn lend(
     pool: &PgPool,
     key: &Key,
-    patience: Patience,
+    policy: WaitPolicy,
 ) -> Result<PoolConnection<Postgres>> {
     let key = key.clone();
     // Boxed, or every acquire would be a future of 18 kB: as large as what may have to log in.
-    let Some(lent) = patience.bound(Box::pin(pool.acquire())).await else {
-        return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut });
+    let source = match policy.bound(Box::pin(pool.acquire())).await {
+        Some(Ok(lent)) => return Ok(lent),
+        Some(Err(source)) => source,
+        // The caller's time is over.
+        None => return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut }),
     };
-    lent.map_err(|source| {
-        let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
-        // With room for more connections, it was the server that did not answer.
-        let exhausted = timed_out && pool.size() >= pool.options().get_max_connections();
-        if sqlstate(&source).as_deref() == Some("53200") {
-            // A login takes locks too.
-            Error::OutOfLocks { key, source }
-        } else if exhausted || matches!(source, sqlx::Error::PoolClosed) {
-            Error::Pool { key, source }
-        } else {
-            Error::Connect { key, source }
-        }
+    let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
+    // With room for more connections, it was the server that did not answer.
+    let exhausted = timed_out && pool.size() >= pool.options().get_max_connections();
+    Err(if sqlstate(&source).as_deref() == Some("53200") {
+        // A login takes locks too.
+        Error::OutOfLocks { key, source }
+    } else if exhausted || matches!(source, sqlx::Error::PoolClosed) {
+        Error::Pool { key, source }
+    } else {
+        Error::Connect { key, source }
     })
 }

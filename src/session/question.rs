@@ -1,33 +1,42 @@
 //! Questions that a guard puts to its session.
 
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::{ConnGuard, DEADLINE, Session, within};
+use tokio::time::timeout;
+
+use super::conn::Conn;
+use super::slot::ConnGuard;
+use super::{DEADLINE, Session, silence, within};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::Key;
+use crate::mode::Mode;
+use crate::request::Request;
 use crate::sql;
 
 impl Session {
     /// Draws a fencing token.
+    ///
+    /// The commit may wait for a synchronous standby that is not there. Then it is cancelled, and the lock
+    /// is still held.
     pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<u64> {
         let mut slot = self.for_guard(key).await?;
-        let answer = within(DEADLINE, async {
-            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-            self.tidy(conn).await?;
-            sql::draw_token(conn.pg()?).await
+        let answer = timeout(DEADLINE, async {
+            let conn = self.tidied(&mut slot).await?;
+            sql::backend::draw_token(conn.pg()?).await
         });
-        let answer = answer.await;
+        let Ok(answer) = answer.await else { return Err(self.interrupt(key, slot).await) };
         self.sort_out(key, slot, answer).map(i64::cast_unsigned)
     }
 
     /// Shows a name on the server for as long as the session holds something.
     pub(crate) async fn show_name(self: &Arc<Self>, key: &Key, name: &str) -> Result<()> {
         let mut slot = self.for_guard(key).await?;
-        self.to_put_back();
+        self.restore_settings();
         let answer = within(DEADLINE, async {
-            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-            self.tidy(conn).await?;
-            sql::show_name(conn.pg()?, name).await
+            let conn = self.tidied(&mut slot).await?;
+            sql::settings::show_name(conn.pg()?, name).await
         });
         let answer = answer.await;
         self.sort_out(key, slot, answer)
@@ -41,25 +50,87 @@ impl Session {
     ) -> Result<Option<i64>> {
         let mut slot = self.for_guard(key).await?;
         let answer = within(DEADLINE, async {
-            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-            self.tidy(conn).await?;
-            sql::other_count(conn.pg()?, permit.id()).await
+            let conn = self.tidied(&mut slot).await?;
+            sql::semaphore::other_count(conn.pg()?, permit.id()).await
         });
         let answer = answer.await;
         self.sort_out(key, slot, answer)
     }
 
-    /// Waits for the connection, behind all who asked before.
+    /// Asks the session whether it holds what a guard stands for.
+    ///
+    /// That it does not answer in time is not a loss: the next heartbeat decides.
+    pub(crate) async fn verify(self: &Arc<Self>, request: &Request) -> Result<()> {
+        let key = request.key();
+        let mut slot = self.for_guard(key).await?;
+        let asked = Instant::now();
+        let limit = self.heartbeat.timeout;
+        let answer = timeout(limit, async {
+            let conn = self.tidied(&mut slot).await?;
+            sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await
+        });
+        let loss = match answer.await {
+            Ok(Ok((pid, held))) if pid == self.backend_pid() => {
+                let held: HashSet<_> = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
+                // A shared guard may be covered by the exclusive lock of another one.
+                let is_held = |(key, mode)| {
+                    held.contains(&(key, mode))
+                        || mode == Mode::Shared && held.contains(&(key, Mode::Exclusive))
+                };
+                if request.ids().all(is_held) {
+                    self.trust(asked);
+                    return Ok(());
+                }
+                Loss::NotHeld
+            }
+            Ok(Ok(_)) => {
+                self.give_up_pooled(&mut slot, Vec::new()).await;
+                return Err(Error::Pooled { key: key.clone() });
+            }
+            Ok(Err(error)) => return self.sort_out(key, slot, Err(error)),
+            Err(_) => {
+                return Err(Error::Database { key: key.clone(), source: silence(limit) });
+            }
+        };
+        // First, because the server grants the lock to another session once the connection is closed.
+        self.give_up(&loss);
+        drop(slot.take());
+        Err(Error::lost(key, loss))
+    }
+
+    /// Waits for the connection, behind all that asked before.
     async fn for_guard(self: &Arc<Self>, key: &Key) -> Result<ConnGuard> {
-        let slot = self.connection().await;
-        match self.loss() {
-            Some(reason) => Err(Error::lost(key, reason)),
-            None if slot.is_none() => Err(Error::lost(key, Loss::NotHeld)),
-            None => Ok(slot),
+        let slot = self.connection_for_guard().await.map_err(|reason| reason.error(key))?;
+        if slot.is_none() {
+            return Err(Error::lost(key, self.loss().unwrap_or(Loss::NotHeld)));
+        }
+        Ok(slot)
+    }
+
+    async fn tidied<'s>(&self, slot: &'s mut ConnGuard) -> Result<&'s mut Conn, sqlx::Error> {
+        let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+        self.tidy(conn).await?;
+        Ok(conn)
+    }
+
+    /// Cancels a statement that has not been answered in time.
+    async fn interrupt(self: &Arc<Self>, key: &Key, mut slot: ConnGuard) -> Error {
+        let drained = async {
+            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+            self.drain(conn.pg()?, Duration::ZERO, DEADLINE).await
+        };
+        match drained.await {
+            Ok(()) => Error::Database { key: key.clone(), source: silence(DEADLINE) },
+            Err(source) => {
+                let loss = Loss::broken(source);
+                self.give_up(&loss);
+                drop(slot.take());
+                Error::lost(key, loss)
+            }
         }
     }
 
-    /// Tells what is wrong with the question from what is wrong with the session.
+    /// Distinguishes a failure of the question from a failure of the session.
     fn sort_out<T>(
         &self,
         key: &Key,
@@ -72,8 +143,8 @@ impl Session {
                 return Error::Database { key: key.clone(), source };
             }
             let loss = Loss::broken(source);
+            self.give_up(&loss);
             drop(slot.take());
-            self.lose(&loss);
             Error::lost(key, loss)
         })
     }

@@ -2,46 +2,82 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 
+use super::proof::Proof;
+
+/// How long a server that has rejected the settings is used without.
+const ASK_AGAIN: Duration = Duration::from_mins(1);
+
 /// What is known of one server, as one user sees it.
 #[derive(Debug, Default)]
 pub(crate) struct Server {
-    /// Asked often enough to trust that no transaction pooler sits in between.
-    direct: AtomicBool,
-    /// It refuses the settings by which it would notice a dead client.
-    refuses_settings: AtomicBool,
+    pub(super) proof: Proof,
+    /// When it rejected the settings by which it detects a dead client.
+    refused_settings: Mutex<Option<Instant>>,
+    /// The same, for a quick look.
+    has_refused: AtomicBool,
+    /// The role may not wait in plpgsql.
+    waits_plainly: AtomicBool,
+    deadlock_timeout: OnceLock<Duration>,
 }
 
 impl Server {
-    pub(super) fn is_direct(&self) -> bool {
-        self.direct.load(Ordering::Relaxed)
+    /// A session has found that another backend answers.
+    pub(super) fn disprove(&self) {
+        self.proof.disprove();
     }
 
-    pub(super) fn set_direct(&self, direct: bool) {
-        self.direct.store(direct, Ordering::Relaxed);
-    }
-
+    /// Whether the server has rejected the settings lately. It is asked again now and then.
     pub(super) fn refuses_settings(&self) -> bool {
-        self.refuses_settings.load(Ordering::Relaxed)
+        self.has_refused.load(Ordering::Relaxed)
+            && self.refused().is_some_and(|at| at.elapsed() < ASK_AGAIN)
     }
 
-    pub(super) fn refused_settings(&self) {
-        self.refuses_settings.store(true, Ordering::Relaxed);
+    /// The server has rejected the settings. Returns whether that is new.
+    pub(super) fn set_refused(&self) -> bool {
+        self.has_refused.store(true, Ordering::Relaxed);
+        self.refused().replace(Instant::now()).is_none()
+    }
+
+    /// The server has accepted the settings.
+    pub(super) fn set_accepted(&self) {
+        if self.has_refused.load(Ordering::Relaxed) {
+            self.has_refused.store(false, Ordering::Relaxed);
+            *self.refused() = None;
+        }
+    }
+
+    fn refused(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.refused_settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn waits_plainly(&self) -> bool {
+        self.waits_plainly.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_waits_plainly(&self) {
+        self.waits_plainly.store(true, Ordering::Relaxed);
+    }
+
+    /// The server's `deadlock_timeout`, once it was asked for.
+    pub(super) fn deadlock_timeout(&self) -> &OnceLock<Duration> {
+        &self.deadlock_timeout
     }
 }
 
 /// The server behind a pool, looked up once for as long as the pool's options stay what they are.
 #[derive(Clone, Debug)]
-pub(crate) struct Behind {
+pub(crate) struct PoolServer {
     options: Arc<PgConnectOptions>,
     server: Arc<Server>,
 }
 
-impl Behind {
+impl PoolServer {
     pub(crate) fn of(pool: &PgPool) -> Self {
         let options = pool.connect_options();
         let server = find(&options);

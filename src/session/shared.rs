@@ -6,10 +6,13 @@ use std::time::Instant;
 
 use super::ledger::Modes;
 use super::{Session, within};
-use crate::error::{Loss, is_answer};
+use sqlx::Connection;
+
+use crate::error::{Loss, is_answer, is_not_prepared};
 use crate::key::KeyId;
 use crate::mode::Mode;
-use crate::sql::{self, Call};
+use crate::sql;
+use crate::sql::batch::{self, Call};
 
 /// What came of calls.
 #[derive(Debug)]
@@ -25,16 +28,25 @@ pub(crate) enum Called {
 impl Session {
     /// Makes calls that never wait. If the future is dropped under way, the session must be given up.
     pub(crate) async fn call(self: &Arc<Self>, calls: &[(KeyId, Call)]) -> Called {
-        let mut slot = self.quietly().await;
+        let mut slot = self.quiet_connection().await;
         let Some(conn) = slot.as_mut() else {
             return Called::Lost(self.loss().unwrap_or(Loss::NotHeld));
         };
         let asked = Instant::now();
         let called = within(self.heartbeat.bound(), async {
             let pg = conn.pg()?;
-            match sql::call_all(pg, calls).await {
+            let mut called = batch::call_all(pg, calls).await;
+            if called.as_ref().is_err_and(is_not_prepared) {
+                // Nothing was called: something has deallocated what was prepared.
+                pg.clear_cached_statements().await?;
+                called = batch::call_all(pg, calls).await;
+            }
+            match called {
                 Ok(called) => Ok(Ok(called)),
-                Err(error) if is_answer(&error) => Ok(Err((error, sql::held(pg).await?))),
+                Err(error) if is_answer(&error) && !is_not_prepared(&error) => {
+                    let (_, held) = sql::backend::holdings(pg, &[self.backend_pid()]).await?;
+                    Ok(Err((error, held)))
+                }
                 Err(error) => Err(error),
             }
         });
@@ -46,26 +58,26 @@ impl Session {
             }
             // Another session than the one that was asked has answered.
             Ok(Ok(called)) => {
-                self.retrieve(conn, called.backend_pid, &tried(calls)).await;
+                self.retrieve(called.backend_pid, &tried(calls)).await;
                 Loss::Pooled
             }
             Ok(Err((error, held))) => {
                 self.trust(asked);
+                let held: Vec<_> = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
                 let others = self.ledger().granted_by_server().len();
-                self.managed.store(held.len().saturating_sub(others), Ordering::Relaxed);
+                self.managed_locks.store(held.len().saturating_sub(others), Ordering::Relaxed);
                 return Called::Failed(error, held);
             }
             Err(error) => Loss::broken(error),
         };
-        drop(slot.take());
-        drop(slot);
         self.lose(&loss);
+        drop(slot.take());
         Called::Lost(loss)
     }
 
     /// Counts what calls have locked and unlocked, for who is told of a loss.
     fn count(&self, calls: &[(KeyId, Call)], answers: &[bool]) {
-        let mut locks = self.managed.load(Ordering::Relaxed);
+        let mut locks = self.managed_locks.load(Ordering::Relaxed);
         for ((_, call), yes) in calls.iter().zip(answers) {
             match call {
                 Call::TryLock(_) | Call::LockShared => locks += usize::from(*yes),
@@ -73,23 +85,14 @@ impl Session {
                 Call::IsWaitedFor => {}
             }
         }
-        self.managed.store(locks, Ordering::Relaxed);
+        self.managed_locks.store(locks, Ordering::Relaxed);
     }
 
-    /// Gives the session up: it does not hold what it should, or nobody knows what it holds.
-    pub(crate) fn give_up(&self, loss: &Loss) {
-        if self.loss().is_none() {
-            self.lose(loss);
+    /// Has the idle connection polled for closure again, after it was used quietly.
+    pub(crate) fn resume_polling(&self) {
+        if let Some(wake) = self.wake.get() {
+            wake.again();
         }
-    }
-
-    /// Has the idle connection listened to again, after it was used quietly; or at last, if it was in use
-    /// whenever the watch looked.
-    pub(crate) async fn is_quiet(&self) {
-        if !self.listened_to.load(Ordering::Relaxed) {
-            self.listen().await;
-        }
-        self.used.notify_one();
     }
 }
 

@@ -1,13 +1,13 @@
-//! The statements of [`inspect`](crate::inspect), on whatever connection the caller has.
+//! The statements of [`inspect`](crate::inspect), on any connection.
 
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgExecutor, Row};
 
-use super::{OF_THIS_DATABASE, Place};
+use super::place::{ADVISORY, LOCKS, Place};
 use crate::key::KeyId;
 use crate::mode::Mode;
 
-/// A row of `pg_locks`, and what the server says of its session. Times are in microseconds since 1970.
+/// A row of the lock table, and what the role may see of its session. Times are in microseconds since 1970.
 #[derive(Debug)]
 pub(crate) struct LockRow {
     pub(crate) key: KeyId,
@@ -30,34 +30,40 @@ pub(crate) struct LockRow {
     pub(crate) state_change: Option<i64>,
 }
 
-/// Forgets what this transaction has seen of the sessions, and is always true.
+/// Clears the statistics snapshot of this transaction; always true.
 ///
-/// The server shows a transaction the sessions as they were when it first looked, and its locks as they
-/// are now.
-const LOOK_AGAIN: &str = "pg_stat_clear_snapshot() IS NOT NULL";
+/// Within a transaction the server shows the sessions as they were when they were first looked at, but
+/// the locks as they are now.
+const CLEAR_SNAPSHOT: &str = "pg_catalog.pg_stat_clear_snapshot() IS NOT NULL";
 
-/// Asks who holds and who waits for the advisory locks of this database, or for one of them.
+/// Returns the holders and waiters of the advisory locks of this database, or of one of them.
 ///
-/// `waitstart` is new in PostgreSQL 14, so it is asked for by name. A prepared transaction is found by
-/// the lock that it holds on its own id.
+/// The functions behind the views are read, because a hardened role may not read the views. The column
+/// `waitstart` is new in PostgreSQL 14, so it is read by name. A prepared transaction is found by the
+/// lock that it holds on its own transaction id.
 pub(crate) async fn locks(
     db: impl PgExecutor<'_>,
     key: Option<KeyId>,
 ) -> Result<Vec<LockRow>, sqlx::Error> {
     let place = key.map_or_else(|| "true".to_owned(), |key| Place(key).to_string());
-    // The sessions are an argument's subject, and so looked at after it: see `LOOK_AGAIN`.
+    // The snapshot is cleared in the argument of the function that reads the sessions, so before that.
     let statement = format!(
-        "SELECT l.classid::int8, l.objid::int8, l.objsubid::int4, l.mode, l.granted, {}, \
-           CASE WHEN NOT l.granted THEN pg_blocking_pids(l.pid) END, {}, l.pid, p.gid, \
-           u.rolname::text, a.application_name, host(a.client_addr), a.state, {}, {}, {}, {} \
-         FROM (SELECT * FROM pg_locks WHERE locktype = 'advisory' AND {OF_THIS_DATABASE} AND {place}) l \
-         LEFT JOIN pg_stat_get_activity(CASE WHEN NOT ({LOOK_AGAIN}) THEN 0 END) a ON a.pid = l.pid \
-         LEFT JOIN pg_roles u ON u.oid = a.usesysid \
-         LEFT JOIN (pg_locks x JOIN pg_prepared_xacts p ON p.transaction = x.transactionid) \
-           ON l.pid IS NULL AND x.pid IS NULL AND x.virtualtransaction = l.virtualtransaction \
+        "SELECT l.classid::bigint, l.objid::bigint, l.objsubid::integer, l.mode, l.granted, {}, \
+           CASE WHEN NOT l.granted THEN pg_catalog.pg_blocking_pids(l.pid) END, {}, l.pid, p.gid, \
+           pg_catalog.pg_get_userbyid(a.usesysid)::pg_catalog.text, a.application_name, \
+           pg_catalog.host(a.client_addr), a.state, {}, {}, {}, {} \
+         FROM (SELECT l.* FROM {LOCKS} WHERE {ADVISORY} AND {place}) AS l \
+         LEFT JOIN pg_catalog.pg_stat_get_activity(CASE WHEN NOT ({CLEAR_SNAPSHOT}) THEN 0 END) AS a \
+           ON a.pid OPERATOR(pg_catalog.=) l.pid \
+         LEFT JOIN (pg_catalog.pg_lock_status() AS x JOIN pg_catalog.pg_prepared_xact() AS p \
+             ON p.transaction OPERATOR(pg_catalog.=) x.transactionid) \
+           ON l.pid IS NULL AND x.pid IS NULL \
+           AND x.virtualtransaction OPERATOR(pg_catalog.=) l.virtualtransaction \
          ORDER BY l.classid, l.objid, l.objsubid, l.granted DESC, 6, l.pid, l.mode",
-        micros("(to_jsonb(l) ->> 'waitstart')::timestamptz"),
-        micros("clock_timestamp()"),
+        micros(
+            "(pg_catalog.to_jsonb(l) OPERATOR(pg_catalog.->>) 'waitstart')::timestamp with time zone"
+        ),
+        micros("pg_catalog.clock_timestamp()"),
         micros("a.backend_start"),
         micros("a.xact_start"),
         micros("a.query_start"),
@@ -67,17 +73,18 @@ pub(crate) async fn locks(
     rows.iter().map(LockRow::read).collect()
 }
 
-/// Ends a session, if it still is the one that was started then. Returns whether it was told to end.
+/// Ends a session if it was started at this time. Returns whether a signal was sent.
 pub(crate) async fn terminate(
     db: impl PgExecutor<'_>,
     backend_pid: i32,
     backend_start: i64,
 ) -> Result<bool, sqlx::Error> {
     let statement = format!(
-        "SELECT pg_terminate_backend(pid) \
-         FROM pg_stat_get_activity(CASE WHEN {LOOK_AGAIN} THEN {backend_pid} END) \
-         WHERE pid = {backend_pid} AND {} = {backend_start}",
-        micros("backend_start"),
+        "SELECT pg_catalog.pg_terminate_backend(a.pid) \
+         FROM pg_catalog.pg_stat_get_activity(CASE WHEN {CLEAR_SNAPSHOT} THEN {backend_pid} END) AS a \
+         WHERE a.pid OPERATOR(pg_catalog.=) {backend_pid} \
+         AND {} OPERATOR(pg_catalog.=) {backend_start}",
+        micros("a.backend_start"),
     );
     let rows = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(db).await?;
     rows.first().map_or(Ok(false), |row| row.try_get(0))
@@ -85,7 +92,7 @@ pub(crate) async fn terminate(
 
 /// A time as an integer, in which nothing is lost.
 fn micros(time: &str) -> String {
-    format!("(extract(epoch FROM {time}) * 1000000)::int8")
+    format!("(extract(epoch FROM {time}) OPERATOR(pg_catalog.*) 1000000)::bigint")
 }
 
 impl LockRow {

@@ -88,6 +88,82 @@ async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
     }
 }
 
+/// A role may have to work without the catalog's views. What can't be told is not taken for fine.
+#[tokio::test]
+async fn a_role_that_may_not_read_the_catalog_is_examined_all_the_same() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let run = async |admin: &mut sqlx::PgConnection, change: &str| {
+        sqlx::raw_sql(AssertSqlSafe(change.to_owned())).execute(admin).await.unwrap();
+        let mut doctor = pglock(&db, &["doctor", "--json"]);
+        doctor.env("DATABASE_URL", db.url().replace("postgres@", "app@"));
+        Running::start(doctor).finish().await
+    };
+
+    let views = "CREATE ROLE app LOGIN; \
+                 REVOKE ALL ON pg_stat_activity, pg_locks, pg_settings, pg_stat_database FROM PUBLIC";
+    let ended = run(&mut admin, views).await;
+    for check in ["functions", "plpgsql", "list of locks", "lock table", "connections"] {
+        assert_eq!(finding(&ended, check)["severity"], "fine", "{}{}", ended.output, ended.errors);
+    }
+
+    let cannot = "cannot tell: ";
+    for (change, check, seen, back) in [
+        (
+            "REVOKE ALL ON pg_roles FROM PUBLIC",
+            "connections",
+            cannot,
+            "GRANT SELECT ON pg_roles TO PUBLIC",
+        ),
+        (
+            "REVOKE ALL ON pg_language FROM PUBLIC",
+            "plpgsql",
+            cannot,
+            "GRANT SELECT ON pg_language TO PUBLIC",
+        ),
+        (
+            "REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC",
+            "plpgsql",
+            "the role can't use",
+            "GRANT USAGE ON LANGUAGE plpgsql TO PUBLIC",
+        ),
+    ] {
+        let ended = run(&mut admin, change).await;
+        let found = finding(&ended, check);
+        assert_eq!(found["severity"], "warning", "{change}: {}{}", ended.output, ended.errors);
+        assert!(found["seen"].as_str().unwrap().starts_with(seen), "{found}");
+        assert!(found["advice"].as_str().unwrap().contains("TO \"app\""), "{found}");
+        let ended = run(&mut admin, back).await;
+        assert_eq!(finding(&ended, check)["severity"], "fine", "{}", ended.output);
+    }
+    let ended = run(&mut admin, "REVOKE ALL ON FUNCTION pg_lock_status() FROM PUBLIC").await;
+    for (check, seen) in [("list of locks", "the role can't list locks: "), ("lock table", cannot)]
+    {
+        let found = finding(&ended, check);
+        assert_eq!(found["severity"], "warning", "{}{}", ended.output, ended.errors);
+        assert!(found["seen"].as_str().unwrap().starts_with(seen), "{found}");
+    }
+}
+
+/// The limit on connections is that of the role that logged in; the grants are for the current role.
+#[tokio::test]
+async fn a_role_that_becomes_another_is_examined() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let roles = "CREATE ROLE owner NOLOGIN CONNECTION LIMIT 1; \
+                 CREATE ROLE app LOGIN CONNECTION LIMIT 3 IN ROLE owner; \
+                 ALTER ROLE app SET role = owner";
+    sqlx::raw_sql(roles).execute(&mut admin).await.unwrap();
+    let mut doctor = pglock(&db, &["doctor", "--json"]);
+    doctor.env("DATABASE_URL", db.url().replace("postgres@", "app@"));
+    let ended = Running::start(doctor).finish().await;
+    assert_eq!(finding(&ended, "connections")["seen"], "2 more are free", "{}", ended.output);
+    let advice = finding(&ended, "other roles")["advice"].as_str().unwrap().to_owned();
+    assert!(advice.contains("TO \"owner\""), "{advice}");
+}
+
 #[tokio::test]
 async fn where_a_lock_would_mean_nothing_it_says_so() {
     let (_primary, standby) = ServerOptions::default().start_with_standby();

@@ -236,7 +236,10 @@ impl Hundred {
     fn messages(&self, mark: usize) -> u32 {
         let log = self.server.log_since(mark);
         let said = ["LOG:  statement: ", "LOG:  execute "];
-        let lines = log.lines().filter(|line| said.iter().any(|said| line.contains(said)));
+        // Of the proof that locks exclude other sessions, which comes once in a process, whenever it can.
+        let proof = ["advisory_lock('", "advisory_unlock('", "statement: ROLLBACK"];
+        let has = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
+        let lines = log.lines().filter(|line| has(line, &said) && !has(line, &proof));
         u32::try_from(lines.count()).unwrap()
     }
 }
@@ -251,8 +254,9 @@ async fn a_hundred_candidates_are_quiet_while_nothing_happens() {
     sleep(SOON * QUIET).await;
     let messages = hundred.messages(mark);
     println!("{HUNDRED} candidates: {messages} messages in {QUIET} s");
-    assert!(messages > QUIET, "the log does not show what is sent");
-    assert!(messages < 60 * QUIET, "{messages} messages in {QUIET} s");
+    assert!(messages > 0, "the log does not show what is sent");
+    // The leader's heartbeats: who waits sends a statement a minute.
+    assert!(messages < 4 * QUIET, "{messages} messages in {QUIET} s");
     hundred.candidates.shutdown().await;
 }
 

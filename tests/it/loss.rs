@@ -157,7 +157,8 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
                 let guard = Lock::new(&pool, 1).acquire().await.unwrap();
                 let mut conn = guard.connection().await.unwrap();
                 let shown: String = sqlx::query_scalar(show).fetch_one(&mut *conn).await.unwrap();
-                assert_eq!(shown, "3 1 5 8000", "{prepares}, {left_open:?}, {round}");
+                // The timeout would end the connection of a client that reads slowly.
+                assert_eq!(shown, "3 1 5 0", "{prepares}, {left_open:?}, {round}");
                 drop(conn);
                 guard.release().await.unwrap();
                 no_locks(&mut admin).await;

@@ -6,9 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
-use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after, eventually};
+use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after, eventually, replace_function};
 use sqlx::PgPool;
-use sqlx::postgres::PgPoolOptions;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
@@ -54,22 +53,21 @@ async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     guard.release().await.unwrap();
 }
 
-/// Has the database lie about the unlocks of some keys, after so many seconds.
-const TRAP: &str = "CREATE SCHEMA trap; CREATE TABLE trap.lie (key int8, seconds float8); \
-    CREATE FUNCTION trap.pg_advisory_unlock(k int8) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN \
-      IF EXISTS (SELECT FROM trap.lie WHERE key = k) THEN \
-        PERFORM pg_sleep((SELECT seconds FROM trap.lie WHERE key = k)); \
-        RETURN false; \
-      END IF; \
-      RETURN pg_catalog.pg_advisory_unlock(k); \
-    END $$";
-
-/// A database in which [`TRAP`] is found before the server's own function.
+/// A database that lies about the unlocks of the keys in `trap.lie`, after so many seconds.
 async fn with_a_trap() -> (TestDb, PgPool) {
     let db = TestDb::new().await;
-    sqlx::raw_sql(TRAP).execute(&mut db.admin().await).await.unwrap();
-    let options = db.options().options([("search_path", "trap,pg_catalog")]);
-    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let mut admin = db.admin().await;
+    let lies = "CREATE SCHEMA trap; CREATE TABLE trap.lie (key int8, seconds float8)";
+    sqlx::raw_sql(lies).execute(&mut admin).await.unwrap();
+    let body = "BEGIN \
+        IF EXISTS (SELECT FROM trap.lie WHERE key = $1) THEN \
+          PERFORM pg_sleep((SELECT seconds FROM trap.lie WHERE key = $1)); \
+          RETURN false; \
+        END IF; \
+        RETURN original.pg_advisory_unlock($1); \
+      END";
+    replace_function(&mut admin, "pg_advisory_unlock(bigint)", body).await;
+    let pool = db.pool(2).await;
     (db, pool)
 }
 
@@ -97,14 +95,12 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
 #[tokio::test]
 async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
     let db = TestDb::new().await;
-    let slow = "CREATE SCHEMA trap; \
-        CREATE FUNCTION trap.pg_try_advisory_lock(k int8) RETURNS bool LANGUAGE plpgsql AS $$ BEGIN \
-          IF k = 2 THEN PERFORM pg_sleep(0.9); END IF; \
-          RETURN pg_catalog.pg_try_advisory_lock(k); \
-        END $$";
-    sqlx::raw_sql(slow).execute(&mut db.admin().await).await.unwrap();
-    let options = db.options().options([("search_path", "trap,pg_catalog")]);
-    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let slow = "BEGIN \
+        IF $1 = 2 THEN PERFORM pg_sleep(0.9); END IF; \
+        RETURN original.pg_try_advisory_lock($1); \
+      END";
+    replace_function(&mut db.admin().await, "pg_try_advisory_lock(bigint)", slow).await;
+    let pool = db.pool(2).await;
     let beat = Duration::from_millis(600);
     let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(SOON, SOON, 3);
     let manager = options.manager(&pool).unwrap();

@@ -219,8 +219,10 @@ async fn round(scene: &Scene, direction: Direction, phase: Duration) -> Vec<Run>
         contenders.spawn(Scene::contend(scene.near.clone(), kind, key));
     }
     locks_are(&mut admin, count + waiting + count, ALLOWANCE).await;
-    // The rounds differ in what the heartbeats and the keepalives are about to do.
-    sleep(phase).await;
+    // By its first heartbeat the server has `tcp_user_timeout`; before, it retransmits for longer to a client
+    // that has not acknowledged its last answer. The rounds differ in what the heartbeats and the keepalives
+    // are about to do.
+    sleep(HOLDER + phase).await;
 
     let cutting = monotonic();
     scene.network.cut(direction);
@@ -357,6 +359,7 @@ async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
         let next = Scene::contend(scene.near.clone(), kind, 1);
         let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
             locks_are(&mut admin, 2, ALLOWANCE).await;
+            sleep(HOLDER).await;
             let port: i32 = sqlx::query_scalar(
                 "SELECT client_port FROM pg_stat_activity JOIN pg_locks USING (pid) \
                  WHERE locktype = 'advisory' AND granted",
@@ -475,6 +478,7 @@ async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_s
         let next = Scene::contend(scene.near.clone(), Kind::Idle, 1);
         let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
             locks_are(&mut admin, 2, ALLOWANCE).await;
+            sleep(HOLDER).await;
             sleeper.tell("now").await;
             sleeper.stands_still().await;
             scene.network.cut(Direction::Both);

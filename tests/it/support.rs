@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use pglock::LockManager;
-use pglock_testkit::{TestDb, advisory_locks, eventually};
+use pglock_testkit::{Environment, TestDb, advisory_locks, eventually};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool, Row};
 use tokio::runtime::Handle;
@@ -66,8 +66,18 @@ pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
 /// The bound within which nothing may be left behind.
 pub(crate) const SOON: Duration = Duration::from_secs(1);
 
-/// After which a hold is watched by listening.
-pub(crate) const WATCHED: Duration = Duration::from_millis(150);
+/// [`SOON`], as the environment has it.
+pub(crate) fn soon() -> Duration {
+    Environment::current().limit(SOON)
+}
+
+/// How often a test repeats something in this environment: `count` times in the plain one.
+pub(crate) fn rounds(count: usize) -> usize {
+    Environment::current().rounds(count)
+}
+
+/// After which a session is monitored: the default interval of the heartbeat, and some time to start.
+pub(crate) const WATCHED: Duration = Duration::from_millis(2_200);
 
 /// Waits until the server knows of exactly `count` advisory locks, held or waited for.
 pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
@@ -84,7 +94,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Dur
 
 /// Waits until the server knows of no advisory lock and no waiter.
 pub(crate) async fn no_locks(admin: &mut PgConnection) {
-    locks_are(admin, 0, SOON).await;
+    locks_are(admin, 0, soon()).await;
 }
 
 /// Waits until a backend is in a state of `pg_stat_activity`.
@@ -108,7 +118,7 @@ pub(crate) async fn backend_is(admin: &mut PgConnection, pid: i32, state: &str, 
 /// Waits until the pool has all its connections back, so that the next acquire finds one idle.
 pub(crate) async fn all_are_idle(pool: &PgPool) {
     let idle = || async { pool.num_idle() == pool.size() as usize };
-    eventually("all connections are idle", SOON * 20, idle).await;
+    eventually("all connections are idle", soon() * 20, idle).await;
 }
 
 /// Runs a call until it completes or plainly waits: until the server has known for a while of somebody
@@ -161,11 +171,16 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
         // The pool lends all its connections within a second; a manager keeps one for another second.
-        let mut conn = tokio::time::timeout(SOON * 2, pool.acquire()).await.unwrap().unwrap();
+        let mut conn = tokio::time::timeout(soon() * 2, pool.acquire()).await.unwrap().unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
+        // Exact, because other functions may be in front of these in the search path. The view `pg_locks`
+        // may be revoked; what is behind it is not.
         let row = sqlx::raw_sql(
-            "SELECT pg_backend_pid(), now() <> statement_timestamp(), \
-             (SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory')",
+            "SELECT pg_catalog.pg_backend_pid(), \
+             pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp(), \
+             (SELECT pg_catalog.count(*) FROM pg_catalog.pg_lock_status() \
+              WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
+                AND locktype OPERATOR(pg_catalog.=) 'advisory')",
         )
         .fetch_one(&mut *conn)
         .await

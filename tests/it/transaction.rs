@@ -1,9 +1,10 @@
-//! Locks of a transaction: released with it, whatever ends it, and all else in it as it was.
+//! Transaction-level locks: released by the end of the transaction, and everything else in it unchanged.
 
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Key, Lock, Result, transaction};
 use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, cancel_after, eventually};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{Acquire, AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
 use tokio::time::{sleep, timeout};
 
@@ -229,6 +230,8 @@ mod settings {
 
     const SETTINGS: &str = "current_setting('lock_timeout') || ' ' || \
                             current_setting('statement_timeout') || ' ' || \
+                            current_setting('log_lock_waits') || ' ' || coalesce( \
+                            current_setting('client_connection_check_interval', true), '-') || ' ' || \
                             current_setting('transaction_isolation') || ' ' || \
                             current_setting('transaction_read_only')";
 
@@ -281,6 +284,7 @@ mod settings {
         let limit = async |admin: &mut PgConnection, db: &str| {
             execute(admin, format!("ALTER DATABASE {db} SET lock_timeout = '400ms'")).await;
             execute(admin, format!("ALTER DATABASE {db} SET statement_timeout = '500ms'")).await;
+            execute(admin, format!("ALTER DATABASE {db} SET log_lock_waits = on")).await;
         };
         stay(limit, "BEGIN", "SELECT 1").await;
     }
@@ -288,7 +292,10 @@ mod settings {
     #[tokio::test]
     async fn of_the_transaction_do_not_end_a_wait_and_stay() {
         let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
-        let local = "SET LOCAL lock_timeout = 400; SET LOCAL statement_timeout = '500ms'";
+        let local = "SET LOCAL lock_timeout = 400; SET LOCAL statement_timeout = '500ms'; \
+                     SET LOCAL log_lock_waits = on; \
+                     SELECT set_config(name, '700ms', true) FROM pg_settings \
+                     WHERE name = 'client_connection_check_interval'";
         stay(async |_, _| {}, begin, local).await;
     }
 
@@ -298,19 +305,33 @@ mod settings {
     }
 }
 
-/// A wait longer than a slice renews its snapshot, so vacuum can go on, and is granted all the same.
+/// A slice lasts a minute. Then a wait renews its snapshot, so vacuum can go on, and is granted all the
+/// same; and a dropped wait frees its connection, though the holder still holds.
 #[tokio::test]
-async fn a_long_wait_renews_its_snapshot() {
+async fn a_slice_ends_the_snapshot_of_a_wait_and_a_dropped_wait() {
+    const SLICE: Duration = Duration::from_secs(62);
+
     let db = TestDb::new().await;
     let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
-    let pool = db.pool(2).await;
-    let mut holder = pool.begin().await.unwrap();
+    let (pool, other) = (db.pool(3).await, db.pool(1).await);
+    let mut holder = other.begin().await.unwrap();
     transaction::acquire(&mut holder, KEY).await.unwrap();
+    let mut one = pool.begin().await.unwrap();
+    let mut two = pool.begin().await.unwrap();
+    for tx in [&mut one, &mut two] {
+        timeout(MOMENT * 3, transaction::acquire(tx, KEY)).await.unwrap_err();
+    }
+    assert_eq!(advisory_locks(&mut admin).await.len(), 3);
     let mut tx = pool.begin().await.unwrap();
     let pid = ask(&mut tx, "pg_backend_pid()").await;
+    let dropped = async {
+        drop(one);
+        timeout(SLICE, two.rollback()).await.unwrap().unwrap();
+        eventually("the pool has them back", SLICE, || async { pool.num_idle() == 2 }).await;
+    };
 
-    let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-        locks_are(&mut admin, 2, PATIENCE).await;
+    let (acquired, (), ()) = tokio::join!(transaction::acquire(&mut tx, KEY), dropped, async {
+        locks_are(&mut admin, 4, PATIENCE).await;
         let xmin = format!("SELECT backend_xmin FROM pg_stat_activity WHERE pid = {pid}");
         let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
         let started = Instant::now();
@@ -321,14 +342,249 @@ async fn a_long_wait_renews_its_snapshot() {
             if now.parse::<u32>().is_ok_and(|now| now > first) {
                 break;
             }
-            assert!(started.elapsed() < PATIENCE, "the snapshot is as old as the wait");
-            sleep(Duration::from_millis(50)).await;
+            assert!(started.elapsed() < SLICE, "the snapshot is as old as the wait");
+            sleep(MOMENT).await;
         }
+        locks_are(&mut admin, 2, SLICE).await;
         holder.commit().await.unwrap();
     });
     acquired.unwrap();
     tx.commit().await.unwrap();
     no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+mod limits {
+    use super::*;
+
+    /// The limits that the server was sent since a mark of its log, in milliseconds.
+    fn sent(server: &Server, mark: usize) -> Vec<u64> {
+        let log = server.log_since(mark);
+        let limits = log.split("set_config('pglock.limit', '").skip(1);
+        limits.map(|rest| rest.split('\'').next().unwrap().parse().unwrap()).collect()
+    }
+
+    /// A shorter slice would end before each deadlock check: a deadlock would never be found.
+    #[tokio::test]
+    async fn a_slice_is_longer_than_the_deadlock_timeout() {
+        for (deadlock_timeout, least, most) in [("90s", 91_000, 91_000), ("3s", 54_000, 60_000)] {
+            let server = Server::options()
+                .setting("log_statement", "all")
+                .setting("deadlock_timeout", deadlock_timeout)
+                .start();
+            let db = TestDb::on(&server).await;
+            let pool = db.pool(2).await;
+            let mut holder = pool.begin().await.unwrap();
+            transaction::acquire(&mut holder, KEY).await.unwrap();
+            let mut tx = pool.begin().await.unwrap();
+
+            let mark = server.log_len();
+            let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+                locks_are(&mut db.admin().await, 2, PATIENCE).await;
+                holder.commit().await.unwrap();
+            });
+            acquired.unwrap();
+            let limits = sent(&server, mark);
+            assert!(matches!(limits[..], [limit] if (least..=most).contains(&limit)), "{limits:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_callers_timeout_is_the_limit_if_it_is_shorter() {
+        let server = Server::options().setting("log_statement", "all").start();
+        let db = TestDb::on(&server).await;
+        let pool = db.pool(2).await;
+        let mut holder = pool.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        let mut tx = pool.begin().await.unwrap();
+        let mark = server.log_len();
+        assert!(!transaction::try_acquire_for(&mut tx, KEY, MOMENT).await.unwrap());
+        let limits = sent(&server, mark);
+        assert!(!limits.is_empty() && limits.iter().all(|limit| *limit <= 100), "{limits:?}");
+    }
+}
+
+mod logs {
+    use std::fmt::Write;
+    use std::sync::{Arc, Mutex};
+
+    use tracing::field::{Field, Visit};
+    use tracing::subscriber::set_default;
+    use tracing::{Dispatch, Event, Level, Subscriber};
+    use tracing_subscriber::Registry;
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+
+    use super::*;
+
+    async fn app_pool(db: &TestDb) -> PgPool {
+        let pool = PgPoolOptions::new().max_connections(2);
+        pool.connect_with(db.options().username("app")).await.unwrap()
+    }
+
+    /// How many lines of the server's log say that a wait lasts.
+    async fn waits_logged(server: &Server, db: &TestDb, pool: &PgPool) -> usize {
+        let mut admin = db.admin().await;
+        let mut holder = db.pool(1).await.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        let mut tx = pool.begin().await.unwrap();
+        // One check is due before the wait can switch the checks off. It is not logged, because it
+        // comes before the deadlock check.
+        let set = "SELECT set_config(name, '50ms', true) FROM pg_settings \
+                   WHERE name = 'client_connection_check_interval'";
+        execute(&mut tx, set).await;
+        let mark = server.log_len();
+        let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
+            locks_are(&mut admin, 2, PATIENCE).await;
+            // Not to wait for something, but to let the server log.
+            sleep(MOMENT * 8).await;
+            holder.commit().await.unwrap();
+        });
+        acquired.unwrap();
+        tx.rollback().await.unwrap();
+        server.log_since(mark).matches("still waiting").count()
+    }
+
+    #[tokio::test]
+    async fn of_the_server_have_no_line_for_a_wait_where_the_role_may_switch_it_off() {
+        let server = Server::options()
+            .setting("log_lock_waits", "on")
+            .setting("deadlock_timeout", "200ms")
+            .start();
+        let db = TestDb::on(&server).await;
+        assert_eq!(waits_logged(&server, &db, &db.pool(2).await).await, 0);
+        // One for a role that may not, however often the server checks the connection.
+        execute(&mut db.admin().await, "CREATE ROLE app LOGIN").await;
+        assert_eq!(waits_logged(&server, &db, &app_pool(&db).await).await, 1);
+    }
+
+    struct Warnings(Arc<Mutex<Vec<String>>>);
+
+    struct Text(String);
+
+    impl Visit for Text {
+        fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+            write!(self.0, "{field}={value:?} ").unwrap();
+        }
+    }
+
+    impl<S: Subscriber> Layer<S> for Warnings {
+        fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+            if *event.metadata().level() <= Level::INFO {
+                let mut text = Text(String::new());
+                event.record(&mut text);
+                self.0.lock().unwrap().push(text.0);
+            }
+        }
+    }
+
+    /// sqlx warns of a statement that takes longer than a second, also when its future is dropped.
+    #[tokio::test]
+    async fn of_the_application_have_no_line_for_a_wait() {
+        // `tracing` remembers the answer of a subscriber that is alone, for all threads.
+        let _bystanders = [Dispatch::new(Registry::default()), Dispatch::new(Registry::default())];
+        let warnings = Arc::default();
+        let _capturing = set_default(Registry::default().with(Warnings(Arc::clone(&warnings))));
+        let db = TestDb::new().await;
+        let pool = db.pool(2).await;
+        let mut holder = pool.begin().await.unwrap();
+        transaction::acquire(&mut holder, KEY).await.unwrap();
+        let mut tx = pool.begin().await.unwrap();
+        timeout(MOMENT * 13, transaction::acquire(&mut tx, KEY)).await.unwrap_err();
+        holder.commit().await.unwrap();
+        tx.rollback().await.unwrap();
+        assert_eq!(*warnings.lock().unwrap(), [""; 0]);
+
+        // Those of the application are not suppressed.
+        execute(&mut db.admin().await, "SELECT pg_sleep(1.2)").await;
+        assert_eq!(warnings.lock().unwrap().len(), 1);
+    }
+
+    /// Whatever keys and timeouts are used.
+    #[tokio::test]
+    async fn of_statements_have_a_bounded_number_of_entries() {
+        let available =
+            "SELECT count(*) FROM pg_available_extensions WHERE name = 'pg_stat_statements'";
+        if ask(&mut TestDb::new().await.admin().await, available).await == "0" {
+            crate::support::report("skipped: there is no pg_stat_statements");
+            return;
+        }
+        let server = Server::options()
+            .setting("shared_preload_libraries", "pg_stat_statements")
+            .setting("pg_stat_statements.track", "all")
+            .start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        execute(&mut admin, "CREATE EXTENSION pg_stat_statements").await;
+        let (pool, other) = (db.pool(1).await, db.pool(1).await);
+        let mut counts = Vec::new();
+        for round in 0..8_i32 {
+            for key in [Key::from(i64::from(round) << 40), Key::from((round, -round))] {
+                let mut holder = other.begin().await.unwrap();
+                transaction::acquire(&mut holder, &key).await.unwrap();
+                let mut tx = pool.begin().await.unwrap();
+                let wait = Duration::from_millis(3 + u64::try_from(round).unwrap());
+                assert!(!transaction::try_acquire_for(&mut tx, &key, wait).await.unwrap());
+                assert!(!transaction::try_acquire_shared_for(&mut tx, &key, wait).await.unwrap());
+            }
+            eventually("both have rolled back", PATIENCE, || async {
+                pool.num_idle() == 1 && other.num_idle() == 1
+            })
+            .await;
+            let count = "SELECT count(*) FROM pg_stat_statements";
+            counts.push(ask(&mut admin, count).await);
+        }
+        // The first count is not yet among what it counts.
+        assert_eq!(counts.get(1), counts.last(), "{counts:?}");
+    }
+}
+
+/// Where the role may not use PL/pgSQL, and where it was dropped.
+#[tokio::test]
+async fn a_role_without_plpgsql_waits_all_the_same() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    execute(&mut admin, "CREATE ROLE app LOGIN").await;
+    let options = db.options().username("app");
+    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    for lose in ["REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC", "DROP EXTENSION plpgsql"] {
+        execute(&mut admin, lose).await;
+        for key in [Key::from(7), Key::from((7, -7))] {
+            for shared in [false, true] {
+                let mut holder = pool.begin().await.unwrap();
+                transaction::acquire(&mut holder, &key).await.unwrap();
+                let mut tx = pool.begin().await.unwrap();
+                execute(&mut tx, "SET LOCAL lock_timeout = 400; SET LOCAL statement_timeout = 500")
+                    .await;
+                let timeouts =
+                    "current_setting('lock_timeout') || current_setting('statement_timeout')";
+
+                let timed_out = if shared {
+                    transaction::try_acquire_shared_for(&mut tx, &key, MOMENT * 6).await
+                } else {
+                    transaction::try_acquire_for(&mut tx, &key, MOMENT * 6).await
+                };
+                assert!(!timed_out.unwrap());
+                assert_eq!(ask(&mut tx, timeouts).await, "400ms500ms");
+                let wait = async {
+                    if shared {
+                        transaction::acquire_shared(&mut tx, &key).await
+                    } else {
+                        transaction::acquire(&mut tx, &key).await
+                    }
+                };
+                let (acquired, ()) = tokio::join!(wait, async {
+                    locks_are(&mut admin, 2, PATIENCE).await;
+                    holder.commit().await.unwrap();
+                });
+                acquired.unwrap();
+                assert_eq!(ask(&mut tx, timeouts).await, "400ms500ms");
+                assert_eq!(count_locks(&mut tx).await, "1");
+                tx.commit().await.unwrap();
+                no_locks(&mut admin).await;
+            }
+        }
+    }
 }
 
 mod isolation {
@@ -453,28 +709,6 @@ mod cancelled {
         for way in [1, 2, 4, 5] {
             dropped_at(1, async || at_every_poll(&db, 1, way).await).await;
         }
-    }
-
-    /// The price of a dropped wait, as it is documented: the connection is free after a slice at the
-    /// latest, though the holder still holds.
-    #[tokio::test]
-    async fn while_it_waits_without_a_limit() {
-        let db = TestDb::new().await;
-        let mut admin = db.admin().await;
-        let pool = db.pool(2).await;
-        let other = db.pool(1).await;
-        let _held = Lock::new(&other, KEY).acquire().await.unwrap();
-        let mut one = pool.begin().await.unwrap();
-        let mut two = pool.begin().await.unwrap();
-        for tx in [&mut one, &mut two] {
-            timeout(MOMENT * 3, transaction::acquire(tx, KEY)).await.unwrap_err();
-        }
-        assert_eq!(advisory_locks(&mut admin).await.len(), 3);
-        drop(one);
-        timeout(PATIENCE, two.rollback()).await.unwrap().unwrap();
-        eventually("the pool has them back", PATIENCE, || async { pool.num_idle() == 2 }).await;
-        locks_are(&mut admin, 1, SOON).await;
-        borrow_all(&pool).await;
     }
 
     /// The dropped wait is granted: the transaction has the lock, until it ends.

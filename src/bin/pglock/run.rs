@@ -149,25 +149,25 @@ impl RunArgs {
     /// Acquires what is asked for, as patiently as is asked for, and draws a token.
     async fn acquire(&self, pool: &PgPool) -> Result<Option<(Held, u64)>> {
         let key = &self.key.key;
-        let patience = if self.no_wait { Some(Duration::ZERO) } else { self.wait };
+        let policy = if self.no_wait { Some(Duration::ZERO) } else { self.wait };
         let held = if let Some(permits) = self.permits {
             let semaphore = Semaphore::new(pool, key, permits)?;
-            let permit = match patience {
-                Some(patience) => semaphore.try_acquire_for(patience).await?,
+            let permit = match policy {
+                Some(policy) => semaphore.try_acquire_for(policy).await?,
                 None => Some(semaphore.acquire().await?),
             };
             permit.map(Held::Permit)
         } else if self.shared {
             let mut lock = Lock::new(pool, key);
-            let guard = match patience {
-                Some(patience) => lock.try_acquire_shared_for(patience).await?,
+            let guard = match policy {
+                Some(policy) => lock.try_acquire_shared_for(policy).await?,
                 None => Some(lock.acquire_shared().await?),
             };
             guard.map(Held::Shared)
         } else {
             let mut lock = Lock::new(pool, key);
-            let guard = match patience {
-                Some(patience) => lock.try_acquire_for(patience).await?,
+            let guard = match policy {
+                Some(policy) => lock.try_acquire_for(policy).await?,
                 None => Some(lock.acquire().await?),
             };
             guard.map(Held::Exclusive)

@@ -13,17 +13,16 @@ use crate::key::Key;
 /// What happens to a session. A number picks one of those that are there, if there are any.
 #[derive(Clone, Debug)]
 enum Step {
-    /// A guard is wanted.
+    /// A guard is acquired.
     Join(Vec<(i64, Mode)>),
-    /// The first that is free is wanted.
+    /// The first key that is free is acquired.
     JoinAny(Vec<i64>),
-    /// The server answers an acquire: yes or no.
+    /// The server answers an acquire for its next key: yes or no.
     Answer(usize, bool),
-    /// A guard goes.
+    /// A guard is released.
     Leave(usize),
-    /// A release has its turn at the connection.
-    Tell(usize),
-    Close,
+    /// A release gets the connection.
+    Unlock(usize),
     Lose,
 }
 
@@ -33,14 +32,27 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         8 => vec((0..3_i64, mode), 1..3).prop_map(Step::Join),
         1 => subsequence(vec![0, 1, 2], 1..3).prop_map(Step::JoinAny),
-        8 => (pick.clone(), prop::bool::weighted(0.8)).prop_map(|(pick, yes)| Step::Answer(pick, yes)),
+        12 => (pick.clone(), prop::bool::weighted(0.8)).prop_map(|(pick, yes)| Step::Answer(pick, yes)),
         8 => pick.clone().prop_map(Step::Leave),
-        8 => pick.prop_map(Step::Tell),
+        8 => pick.prop_map(Step::Unlock),
         // Rarely, or little else would happen.
-        1 => prop::bool::weighted(0.1).prop_map(|is_close| if is_close { Step::Close } else { Step::Tell(0) }),
         1 => prop::bool::weighted(0.1).prop_map(|is_lost| if is_lost { Step::Lose } else { Step::Leave(0) }),
     ];
     vec(step, 0..60)
+}
+
+/// An acquire in flight.
+struct Asking {
+    request: Request,
+    claimed: Vec<(KeyId, Mode)>,
+    missing: Vec<(KeyId, Mode)>,
+}
+
+impl Asking {
+    fn new(request: Request) -> Self {
+        let missing = request.ids().collect();
+        Self { request, claimed: Vec::new(), missing }
+    }
 }
 
 /// A session: its ledger, what the server has granted it, and who is there.
@@ -48,13 +60,10 @@ struct Scene {
     ledger: Ledger,
     server: BTreeMap<KeyId, Modes>,
     guards: Vec<Request>,
-    asking: Vec<Request>,
-    telling: Vec<Request>,
-    /// How it was lost, in a word.
-    lost: Option<&'static str>,
-    /// It was closed, and the last unlock is not sent.
-    closing: bool,
-    /// Its last guard went, so that nobody can join.
+    asking: Vec<Asking>,
+    unlocking: Vec<Request>,
+    lost: bool,
+    /// Its last guard was released, so that no guard can join.
     released: bool,
 }
 
@@ -64,7 +73,7 @@ fn request(locks: &[(i64, Mode)]) -> Request {
     rest.iter().fold(one, |request, &(key, mode)| request.and(Key::from(key), mode))
 }
 
-fn take(from: &mut Vec<Request>, pick: usize) -> Option<Request> {
+fn take<T>(from: &mut Vec<T>, pick: usize) -> Option<T> {
     let count = from.len();
     (count > 0).then(|| from.remove(pick % count))
 }
@@ -76,16 +85,21 @@ impl Scene {
             ledger: Ledger::opening(),
             server: BTreeMap::new(),
             guards: Vec::new(),
-            asking: vec![request(&[(0, Mode::Exclusive)])],
-            telling: Vec::new(),
-            lost: None,
-            closing: false,
+            asking: vec![Asking::new(request(&[(0, Mode::Exclusive)]))],
+            unlocking: Vec::new(),
+            lost: false,
             released: false,
         }
     }
 
-    fn under_way(&self) -> usize {
-        self.asking.len() + self.telling.len() + usize::from(self.closing)
+    fn in_flight(&self) -> usize {
+        self.asking.len() + self.unlocking.len()
+    }
+
+    /// The shares of guards and of acquires in flight.
+    fn shares(&self) -> impl Iterator<Item = (KeyId, Mode)> {
+        let claimed = self.asking.iter().flat_map(|asking| asking.claimed.iter().copied());
+        self.guards.iter().flat_map(Request::ids).chain(claimed)
     }
 
     fn holds(&self, key: KeyId, mode: Mode) -> bool {
@@ -93,24 +107,23 @@ impl Scene {
         modes.exclusive || mode == Mode::Shared && modes.shared
     }
 
-    fn missing(&self, request: &Request) -> Vec<(KeyId, Mode)> {
-        request.ids().filter(|&(key, mode)| !self.holds(key, mode)).collect()
-    }
-
-    /// What the guards of a key need.
+    /// What the shares of a key need.
     fn needed(&self, wanted: KeyId) -> Option<Mode> {
-        let locks = self.guards.iter().flat_map(Request::ids);
         // Exclusive is the lesser of the two.
-        locks.filter(|&(key, _)| key == wanted).map(|(_, mode)| mode).min()
+        self.shares().filter(|&(key, _)| key == wanted).map(|(_, mode)| mode).min()
     }
 
-    /// Whether the server holds something of these keys that no guard needs.
-    fn excess(&self, request: &Request) -> bool {
-        request.ids().any(|(key, _)| match self.needed(key) {
+    /// Whether the server holds something of these keys that no share needs.
+    fn excess(&self, keys: impl Iterator<Item = KeyId>) -> bool {
+        keys.into_iter().any(|key| match self.needed(key) {
             Some(Mode::Exclusive) => false,
             Some(Mode::Shared) => self.holds(key, Mode::Exclusive),
             None => self.holds(key, Mode::Shared),
         })
+    }
+
+    fn is_unused(&self) -> bool {
+        (self.lost || self.shares().next().is_none()) && self.in_flight() == 0
     }
 
     fn step(&mut self, step: Step) {
@@ -120,8 +133,8 @@ impl Scene {
                 self.join(Request::any(keys.into_iter().map(Key::from).collect()));
             }
             Step::Answer(pick, yes) => {
-                if let Some(request) = take(&mut self.asking, pick) {
-                    self.answer(request, yes);
+                if let Some(asking) = take(&mut self.asking, pick) {
+                    self.answer(asking, yes);
                 }
             }
             Step::Leave(pick) => {
@@ -129,97 +142,116 @@ impl Scene {
                     self.leave(request);
                 }
             }
-            Step::Tell(pick) => {
-                if self.closing {
-                    self.closing = false;
+            Step::Unlock(pick) => {
+                if let Some(request) = take(&mut self.unlocking, pick) {
+                    let keys: Vec<_> = request.ids().map(|(key, _)| key).collect();
+                    self.unlock(&keys);
                     self.done();
-                } else if let Some(request) = take(&mut self.telling, pick) {
-                    self.tell(&request);
                 }
             }
-            Step::Close if self.lost.is_none() && !self.released => {
-                assert_eq!(granted(self.ledger.close()), self.server);
-                self.closing = true;
-                self.end("closed");
-            }
             Step::Lose if !self.released => {
-                let told = granted(self.ledger.lose(Loss::Silent));
-                // A second loss finds nothing, and does not hide the first.
-                assert_eq!(told, mem::take(&mut self.server));
-                self.end("silent");
+                let granted = granted(self.ledger.lose(Loss::Silent));
+                // A second loss finds nothing.
+                assert_eq!(granted, mem::take(&mut self.server));
+                self.lost = true;
+                for asking in &mut self.asking {
+                    asking.claimed.clear();
+                }
             }
-            Step::Close | Step::Lose => {}
+            Step::Lose => {}
         }
         self.check();
     }
 
-    fn end(&mut self, how: &'static str) {
-        self.lost.get_or_insert(how);
-        self.server.clear();
-    }
-
     fn join(&mut self, request: Request) {
-        let covered = request.need == Need::All && self.missing(&request).is_empty();
+        let covered =
+            request.need == Need::All && request.ids().all(|(key, mode)| self.holds(key, mode));
         let joined = self.ledger.join(&request);
-        if self.lost.is_some() || self.released {
-            assert_eq!(joined, Join::Ended);
+        if self.lost {
+            assert_eq!(joined, Join::Lost);
+        } else if self.released {
+            assert_eq!(joined, Join::Released);
         } else if covered {
             assert_eq!(joined, Join::Covered);
             self.guards.push(request);
         } else {
             assert_eq!(joined, Join::Ask);
-            self.asking.push(request);
+            self.asking.push(Asking::new(request));
         }
     }
 
-    fn answer(&mut self, request: Request, yes: bool) {
-        let missing = self.ledger.missing(&request);
-        assert_eq!(missing, self.missing(&request));
-        let (request, missing) = match (request.need, missing.first()) {
-            // Of any, the server grants the first that is free.
-            (Need::Any, Some(&(key, mode))) => (request.only(key).unwrap(), vec![(key, mode)]),
-            _ => (request, missing),
-        };
-        if !yes && !missing.is_empty() {
-            self.done();
+    /// The server answers for the first key that is missing.
+    fn answer(&mut self, mut asking: Asking, yes: bool) {
+        let covered: Vec<_> =
+            asking.missing.iter().copied().filter(|&(key, mode)| self.holds(key, mode)).collect();
+        let before = asking.claimed.len();
+        self.ledger.claim(&mut asking.missing, &mut asking.claimed);
+        assert_eq!(asking.claimed.get(before..), Some(&covered[..]));
+        // Of any, the server grants the first that is free.
+        if asking.request.need == Need::Any && asking.claimed.is_empty() {
+            asking.missing.truncate(1);
+        }
+        let decided = !asking.claimed.is_empty() && asking.request.need == Need::Any;
+        if let (false, Some(&(key, mode))) = (decided, asking.missing.first()) {
+            if !yes {
+                return self.undo(&asking);
+            }
+            if self.ledger.granted(key, mode).is_err() {
+                assert!(self.lost);
+                return self.undo(&asking);
+            }
+            asking.missing.remove(0);
+            asking.claimed.push((key, mode));
+            let modes = self.server.entry(key).or_default();
+            modes.exclusive |= mode == Mode::Exclusive;
+            modes.shared |= mode == Mode::Shared;
+        }
+        if asking.request.need == Need::All && !asking.missing.is_empty() {
+            self.asking.push(asking);
             return;
         }
-        match self.ledger.granted(&request, &missing) {
-            Ok(()) => {
-                assert_eq!(self.lost, None);
-                for (key, mode) in missing {
-                    let modes = self.server.entry(key).or_default();
-                    match mode {
-                        Mode::Exclusive => modes.exclusive = true,
-                        Mode::Shared => modes.shared = true,
-                    }
-                }
-                self.guards.push(request);
-            }
-            Err(loss) => {
-                assert_eq!(self.lost, Some(word(&loss)));
-                self.done();
-            }
+        if self.ledger.settle(asking.request.need).is_err() {
+            assert!(self.lost);
+            return self.undo(&asking);
         }
+        // Of any, more than one may have been covered.
+        let (&first, rest) = asking.claimed.split_first().unwrap();
+        if asking.request.need == Need::Any {
+            let only = asking.request.only(first.0).unwrap();
+            self.guards.push(only);
+            for &(key, mode) in rest {
+                self.guards.push(Request::one(asking.request.only(key).unwrap().key(), mode));
+            }
+        } else {
+            self.guards.push(asking.request);
+        }
+    }
+
+    fn undo(&mut self, asking: &Asking) {
+        let keys: Vec<_> = asking.claimed.iter().map(|&(key, _)| key).collect();
+        let excess = self.ledger.withdraw(asking.claimed.iter().copied());
+        assert_eq!(excess, !self.lost && self.excess(keys.iter().copied()));
+        self.unlock(&keys);
+        self.done();
     }
 
     fn leave(&mut self, request: Request) {
         match self.ledger.leave(&request) {
-            Leave::Lost(loss) => assert_eq!(self.lost, Some(word(&loss))),
-            Leave::Keep => assert!(!self.excess(&request)),
-            Leave::Tell => {
-                assert!(self.excess(&request));
-                self.released = self.guards.is_empty() && self.under_way() == 0;
-                self.telling.push(request);
+            Leave::Lost(_) => assert!(self.lost),
+            Leave::Keep => assert!(!self.excess(request.ids().map(|(key, _)| key))),
+            Leave::Unlock => {
+                assert!(self.excess(request.ids().map(|(key, _)| key)));
+                self.released = self.is_unused();
+                self.unlocking.push(request);
             }
         }
     }
 
-    fn tell(&mut self, request: &Request) {
-        let Tell { downgrade, unlock } = self.ledger.tell(request);
+    fn unlock(&mut self, keys: &[KeyId]) {
+        let Surplus { downgrade, unlock } = self.ledger.surplus(keys.iter().copied());
         for key in downgrade {
-            let before = self.server.insert(key, Modes { exclusive: false, shared: true });
-            assert_eq!(before, Some(Modes { exclusive: true, shared: false }));
+            let before = self.server.insert(key, Modes::only(Mode::Shared));
+            assert_eq!(before, Some(Modes::only(Mode::Exclusive)));
         }
         for (key, modes) in unlock {
             let held = self.server.get_mut(&key).unwrap();
@@ -232,19 +264,15 @@ impl Scene {
                 self.server.remove(&key);
             }
         }
-        assert!(!self.excess(request), "the server holds more than is needed");
-        assert_eq!(
-            self.ledger.is_last(),
-            (self.guards.is_empty() || self.lost.is_some()) && self.under_way() == 0
-        );
-        self.done();
+        assert!(!self.excess(keys.iter().copied()), "the server holds more than is needed");
+        assert_eq!(self.ledger.is_last(), self.is_unused());
     }
 
-    /// A statement is done that was taken off its list.
+    /// An acquire or a release is done that was taken off its list.
     fn done(&mut self) {
-        let unused = (self.guards.is_empty() || self.lost.is_some()) && self.under_way() == 0;
+        let unused = self.is_unused();
         assert_eq!(self.ledger.done(), unused);
-        if unused && self.lost.is_none() {
+        if unused && !self.lost {
             self.released = true;
             assert!(self.server.is_empty(), "the pool would get a connection that holds a lock");
         }
@@ -252,30 +280,23 @@ impl Scene {
 
     /// What holds at any time.
     fn check(&self) {
-        assert_eq!(self.ledger.loss().map(|loss| word(&loss)), self.lost);
-        if self.lost.is_some() {
+        assert_eq!(self.ledger.loss().is_some(), self.lost);
+        assert_eq!(self.ledger.has_ended(), self.lost || self.released);
+        if self.lost {
             assert!(!self.ledger.has_guards());
             return;
         }
         assert_eq!(granted(self.ledger.granted_by_server()), self.server);
-        assert_eq!(self.ledger.has_guards(), !self.guards.is_empty());
+        assert_eq!(self.ledger.has_guards(), self.shares().next().is_some());
         for key in (0..3).map(|key| Key::from(key).id()) {
             assert_eq!(self.ledger.has_guard(key), self.needed(key).is_some());
         }
-        for guard in &self.guards {
-            assert_eq!(self.missing(guard), [], "a guard is not covered");
+        for (key, mode) in self.shares() {
+            assert!(self.holds(key, mode), "a share is not covered");
         }
         // No entry outlives its use.
         let used = |key: &KeyId| self.needed(*key).is_some() || self.server.contains_key(key);
         assert!(self.ledger.keys.keys().all(used), "{:?}", self.ledger);
-    }
-}
-
-fn word(loss: &Loss) -> &'static str {
-    match loss {
-        Loss::Closed => "closed",
-        Loss::Silent => "silent",
-        Loss::Abandoned | Loss::Disconnected(_) | Loss::NotHeld | Loss::Pooled => "something else",
     }
 }
 
@@ -293,12 +314,13 @@ proptest! {
             scene.step(step);
         }
         // Then all go, and the session ends with nothing held.
-        while scene.under_way() > 0 || !scene.guards.is_empty() {
-            for step in [Step::Answer(0, false), Step::Leave(0), Step::Tell(0)] {
+        while scene.in_flight() > 0 || !scene.guards.is_empty() {
+            for step in [Step::Answer(0, false), Step::Leave(0), Step::Unlock(0)] {
                 scene.step(step);
             }
         }
         prop_assert!(scene.server.is_empty());
-        prop_assert_eq!(scene.ledger.join(&request(&[(0, Mode::Shared)])), Join::Ended);
+        let ended = if scene.lost { Join::Lost } else { Join::Released };
+        prop_assert_eq!(scene.ledger.join(&request(&[(0, Mode::Shared)])), ended);
     }
 }

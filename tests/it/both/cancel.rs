@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::new_lock;
 use crate::cancel::{POLLS, dropped_at_every_poll_on};
-use crate::support::{SOON, borrow_all, locks_are, no_locks};
+use crate::support::{borrow_all, locks_are, no_locks, rounds, soon};
 
 /// Drops a call on a fresh handle at every poll.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
@@ -164,7 +164,7 @@ async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
     let mut upgrade = Box::pin(lock.acquire());
     timeout(Duration::from_millis(50), &mut upgrade).await.unwrap_err();
     drop((mine, theirs));
-    let upgraded = timeout(SOON * 10, upgrade).await.unwrap().unwrap();
+    let upgraded = timeout(soon() * 10, upgrade).await.unwrap().unwrap();
     upgraded.release().await.unwrap();
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
@@ -181,7 +181,7 @@ async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
 
     let pool = db.pool(10).await;
     let mut waits = JoinSet::new();
-    for _ in 0..100 {
+    for _ in 0..rounds(100) {
         let mut lock = new_lock(&pool, "nightly-report");
         waits.spawn(async move {
             timeout(Duration::from_millis(20), lock.acquire()).await.unwrap_err();
@@ -192,8 +192,8 @@ async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
     }
     let asked = Instant::now();
     sqlx::query("SELECT 1").execute(&pool).await.unwrap();
-    assert!(asked.elapsed() < SOON, "the pool answered after {:?}", asked.elapsed());
-    locks_are(&mut admin, 1, SOON).await;
+    assert!(asked.elapsed() < soon(), "the pool answered after {:?}", asked.elapsed());
+    locks_are(&mut admin, 1, soon()).await;
     borrow_all(&pool).await;
     held.release().await.unwrap();
 }
@@ -201,10 +201,10 @@ async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
 /// 10,000 acquires dropped at random points, against 20 contenders that live; nothing is left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storm_of_dropped_acquires_leaves_nothing() {
-    const DROPPED: usize = 10_000;
     const CONTENDERS: usize = 20;
     const DROPPERS: usize = 12;
 
+    let enough = rounds(10_000);
     // A server of its own: the storm is also one of connections, for sqlx closes those that it was
     // about to lend to somebody who gave up.
     let server = Server::start();
@@ -244,7 +244,7 @@ async fn a_storm_of_dropped_acquires_leaves_nothing() {
         let cut_off = Arc::clone(&cut_off);
         droppers.spawn(async move {
             let mut random = seed + 1;
-            while cut_off.load(Ordering::Relaxed) < DROPPED {
+            while cut_off.load(Ordering::Relaxed) < enough {
                 // xorshift64
                 random ^= random << 13;
                 random ^= random >> 7;

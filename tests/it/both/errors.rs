@@ -355,8 +355,10 @@ mod a_wait_outlasts {
         let show: AssertSqlSafe<String> = AssertSqlSafe(format!("SHOW {setting}"));
         let shown: String = sqlx::query_scalar(show).fetch_one(&mut *conn).await.unwrap();
         assert_eq!(shown, LIMIT);
-        let same: i32 =
-            sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *conn).await.unwrap();
+        let same: i32 = sqlx::query_scalar("SELECT pg_catalog.pg_backend_pid()")
+            .fetch_one(&mut *conn)
+            .await
+            .unwrap();
         assert_eq!(same, pid, "the connection that waited is in the pool again");
         drop(conn);
         becomes(&mut admin, 0, 0).await;

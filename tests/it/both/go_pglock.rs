@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pglock::{Error, Loss};
-use pglock_testkit::{TestDb, advisory_locks};
+use pglock_testkit::{Environment, TestDb, advisory_locks};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
@@ -18,9 +18,13 @@ use super::{new_lock, sessions};
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// The bound within which the server must show what was done: less than a slice of a wait.
-const SOON: Duration = Duration::from_secs(3);
+fn soon() -> Duration {
+    Environment::current().limit(Duration::from_secs(3))
+}
 /// A wait that is meant to run out.
-const MOMENT: Duration = Duration::from_millis(100);
+fn moment() -> Duration {
+    Environment::current().limit(Duration::from_millis(100))
+}
 
 struct Scene {
     one: PgPool,
@@ -48,7 +52,7 @@ impl Scene {
                 sleep(Duration::from_millis(2)).await;
             }
         };
-        let met = timeout(SOON, met).await;
+        let met = timeout(soon(), met).await;
         assert!(met.is_ok(), "not {holders} holders and {waiters} waiters: {locks:#?}");
     }
 
@@ -188,8 +192,8 @@ async fn a_deadline_ends_the_wait() {
     let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
     let mut other = new_lock(&scene.two, 10);
 
-    assert!(other.try_acquire_for(MOMENT).await.unwrap().is_none());
-    assert!(timeout(MOMENT, other.acquire()).await.is_err());
+    assert!(other.try_acquire_for(moment()).await.unwrap().is_none());
+    assert!(timeout(moment(), other.acquire()).await.is_err());
     scene.becomes(1, 0).await;
     guard.release().await.unwrap();
     other.acquire().await.unwrap().release().await.unwrap();
@@ -298,7 +302,7 @@ async fn exclusive_blocks_shared() {
     let exclusive = new_lock(&scene.one, 10).acquire().await.unwrap();
     let mut reader = new_lock(&scene.two, 10);
     assert!(reader.try_acquire_shared().await.unwrap().is_none());
-    assert!(reader.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
+    assert!(reader.try_acquire_shared_for(moment()).await.unwrap().is_none());
 
     let (shared, ()) = tokio::join!(timeout(PATIENCE, reader.acquire_shared()), async {
         scene.becomes(1, 1).await;
@@ -313,7 +317,7 @@ async fn shared_blocks_exclusive() {
     let shared = new_lock(&scene.one, 10).acquire_shared().await.unwrap();
     let mut writer = new_lock(&scene.two, 10);
     assert!(writer.try_acquire().await.unwrap().is_none());
-    assert!(writer.try_acquire_for(MOMENT).await.unwrap().is_none());
+    assert!(writer.try_acquire_for(moment()).await.unwrap().is_none());
 
     let (exclusive, ()) = tokio::join!(timeout(PATIENCE, writer.acquire()), async {
         scene.becomes(1, 1).await;

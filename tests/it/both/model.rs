@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use super::{ALONE, new_lock};
+use crate::support::rounds;
 
 const KEYS: i64 = 3;
 const HANDLES: usize = 6;
@@ -192,20 +193,24 @@ fn shared(held: Option<SharedGuard>) -> Option<Guard> {
     held.map(Guard::Shared)
 }
 
+/// A handle, until it is closed.
+type HandleId = usize;
+
 /// A guard, whose it is, and what it stands for.
 struct Hold {
     owner: Owner,
+    handle: HandleId,
     locks: Vec<(i64, Mode)>,
     guard: Guard,
 }
 
 /// The program under test, beside its model.
 struct Run {
-    handles: Vec<(Owner, i64, Lock)>,
-    groups: Vec<(Owner, MultiLock)>,
+    handles: Vec<(Owner, HandleId, i64, Lock)>,
+    groups: Vec<(Owner, HandleId, MultiLock)>,
     holds: Vec<Hold>,
-    /// The owners whose guards were closed under them.
-    closed: Vec<Owner>,
+    /// The handles that were closed while guards of theirs lived.
+    closed: Vec<HandleId>,
     owners: usize,
     model: Model,
     pool: PgPool,
@@ -215,9 +220,12 @@ impl Run {
     fn new(pool: &PgPool) -> Self {
         let handle = |owner: Owner| {
             let key = i64::try_from(owner).unwrap() % KEYS;
-            (owner, key, new_lock(pool, key))
+            (owner, owner, key, new_lock(pool, key))
         };
-        let group = |group| (HANDLES + group, MultiLock::new(pool, 0).and(1));
+        let group = |group| {
+            let id = HANDLES + group;
+            (id, id, MultiLock::new(pool, 0).and(1))
+        };
         Self {
             handles: (0..HANDLES).map(handle).collect(),
             groups: (0..GROUPS).map(group).collect(),
@@ -230,12 +238,12 @@ impl Run {
     }
 
     #[expect(clippy::indexing_slicing, reason = "the steps know how many handles there are")]
-    fn handle(&mut self, handle: usize) -> &mut (Owner, i64, Lock) {
+    fn handle(&mut self, handle: usize) -> &mut (Owner, HandleId, i64, Lock) {
         &mut self.handles[handle]
     }
 
     #[expect(clippy::indexing_slicing, reason = "the steps know how many groups there are")]
-    fn group(&mut self, group: usize) -> &mut (Owner, MultiLock) {
+    fn group(&mut self, group: usize) -> &mut (Owner, HandleId, MultiLock) {
         &mut self.groups[group]
     }
 
@@ -254,25 +262,26 @@ impl Run {
             Step::AcquireGroup { group, patient } => self.acquire_group(group, patient).await,
             Step::Clone { from, to } => {
                 let owner = self.new_owner();
-                let (_, key, lock) = self.handle(from);
-                let clone = (owner, *key, lock.clone());
+                let (_, _, key, lock) = self.handle(from);
+                let clone = (owner, owner, *key, lock.clone());
                 *self.handle(to) = clone;
             }
             Step::New { handle, key } => {
-                let new = (self.new_owner(), key, new_lock(&self.pool, key));
-                *self.handle(handle) = new;
+                let owner = self.new_owner();
+                *self.handle(handle) = (owner, owner, key, new_lock(&self.pool, key));
             }
             Step::Beside { guard, handle, key } => {
                 let index = guard.checked_rem(self.holds.len());
                 let hold = index.and_then(|index| self.holds.get(index));
-                let Some(&Hold { owner, ref guard, .. }) = hold else { return };
-                // What is closed is nobody's session any more.
-                if !self.closed.contains(&owner)
+                let Some(&Hold { owner, handle: of, ref guard, .. }) = hold else { return };
+                // The session of a closed guard may have ended.
+                if !self.closed.contains(&of)
                     && let Some(lock) = guard.lock(key)
                 {
-                    // A session that many share makes nobody the same owner.
-                    let owner = if ALONE { owner } else { self.new_owner() };
-                    *self.handle(handle) = (owner, key, lock);
+                    let id = self.new_owner();
+                    // The handles of a session that a manager shares are not one owner.
+                    let owner = if ALONE { owner } else { id };
+                    *self.handle(handle) = (owner, id, key, lock);
                 }
             }
             Step::Group { group, ref locks } => {
@@ -285,22 +294,27 @@ impl Run {
                     Mode::Exclusive => several.and(key),
                     Mode::Shared => several.and_shared(key),
                 });
-                *self.group(group) = (self.new_owner(), several);
+                let owner = self.new_owner();
+                *self.group(group) = (owner, owner, several);
             }
             Step::Close { handle } => {
-                let (owner, _, lock) = self.handle(handle);
-                let owner = *owner;
+                let (_, id, _, lock) = self.handle(handle);
+                let id = *id;
                 lock.close().await.unwrap();
-                self.was_closed(owner);
+                self.was_closed(id);
                 // What the handle acquires from now on is not closed.
-                self.handle(handle).0 = self.new_owner();
+                let id = self.new_owner();
+                self.handle(handle).1 = id;
+                if !ALONE {
+                    self.handle(handle).0 = id;
+                }
             }
             Step::CloseGroup { group } => {
-                let (owner, several) = self.group(group);
-                let owner = *owner;
+                let (_, id, several) = self.group(group);
+                let id = *id;
                 several.close().await.unwrap();
-                self.was_closed(owner);
-                self.group(group).0 = self.new_owner();
+                self.was_closed(id);
+                self.group(group).1 = self.new_owner();
             }
             Step::Downgrade { guard } => self.downgrade(guard).await,
             Step::Upgrade { guard } => self.upgrade(guard).await,
@@ -310,9 +324,9 @@ impl Run {
                 }
             }
             Step::Release { guard } => {
-                if let Some(Hold { owner, guard, .. }) = self.take_hold(guard) {
+                if let Some(Hold { handle, guard, .. }) = self.take_hold(guard) {
                     let released = guard.release().await;
-                    self.is_told_right(owner, released);
+                    self.is_told_right(handle, released);
                 }
             }
         }
@@ -323,31 +337,36 @@ impl Run {
     fn take_hold(&mut self, guard: usize) -> Option<Hold> {
         let index = guard.checked_rem(self.holds.len())?;
         let hold = self.holds.swap_remove(index);
-        self.model.give_up(hold.owner, &hold.locks);
+        if !self.closed.contains(&hold.handle) {
+            self.model.give_up(hold.owner, &hold.locks);
+        }
         Some(hold)
     }
 
-    fn hold(&mut self, owner: Owner, locks: Vec<(i64, Mode)>, guard: Guard) {
-        self.model.take(owner, &locks);
-        self.holds.push(Hold { owner, locks, guard });
+    fn hold(&mut self, hold: Hold) {
+        self.model.take(hold.owner, &hold.locks);
+        self.holds.push(hold);
     }
 
-    fn was_closed(&mut self, owner: Owner) {
-        if self.model.guards.remove(&owner).is_some() {
-            self.closed.push(owner);
+    /// Closing a handle releases what it holds, and nothing of other handles on the session.
+    fn was_closed(&mut self, handle: HandleId) {
+        for hold in self.holds.iter().filter(|hold| hold.handle == handle) {
+            self.model.give_up(hold.owner, &hold.locks);
         }
+        self.closed.push(handle);
     }
 
     /// A session that nobody needs any more ends, sooner or later; then its handles part. Here they
     /// do so at once.
     fn part_handles(&mut self) {
         let mut seen = Vec::new();
-        for (owner, _, lock) in &mut self.handles {
+        for (owner, id, _, lock) in &mut self.handles {
             if !self.model.guards.contains_key(owner) {
-                if seen.contains(owner) || self.closed.contains(owner) {
+                if seen.contains(owner) {
                     *lock = lock.clone();
                     self.owners += 1;
                     *owner = self.owners - 1;
+                    *id = *owner;
                 }
                 seen.push(*owner);
             }
@@ -357,10 +376,10 @@ impl Run {
     /// A guard learns that its owner was closed, and of no other loss.
     fn is_told_right<T: std::fmt::Debug>(
         &self,
-        owner: Owner,
+        handle: HandleId,
         answer: pglock::Result<T>,
     ) -> Option<T> {
-        if !self.closed.contains(&owner) {
+        if !self.closed.contains(&handle) {
             return Some(answer.unwrap());
         }
         let lost = answer.unwrap_err();
@@ -372,55 +391,61 @@ impl Run {
     }
 
     async fn downgrade(&mut self, guard: usize) {
-        let Some(Hold { owner, locks, guard }) = self.take_hold(guard) else { return };
+        let Some(Hold { owner, handle, locks, guard }) = self.take_hold(guard) else { return };
         let Guard::Exclusive(exclusive) = guard else {
-            return self.put_back(owner, locks, guard);
+            return self.put_back(Hold { owner, handle, locks, guard });
         };
         let pid = exclusive.backend_pid();
         let answer = exclusive.downgrade().await;
-        if let Some(shared) = self.is_told_right(owner, answer) {
+        if let Some(shared) = self.is_told_right(handle, answer) {
             assert_eq!(shared.backend_pid(), pid);
             let locks = locks.iter().map(|&(key, _)| (key, Mode::Shared)).collect();
-            self.hold(owner, locks, Guard::Shared(shared));
+            self.hold(Hold { owner, handle, locks, guard: Guard::Shared(shared) });
         }
     }
 
     async fn upgrade(&mut self, guard: usize) {
-        let Some(Hold { owner, locks, guard }) = self.take_hold(guard) else { return };
+        let Some(Hold { owner, handle, locks, guard }) = self.take_hold(guard) else { return };
         let Guard::Shared(shared) = guard else {
-            return self.put_back(owner, locks, guard);
+            return self.put_back(Hold { owner, handle, locks, guard });
         };
         let pid = shared.backend_pid();
         let wanted: Vec<_> = locks.iter().map(|&(key, _)| (key, Mode::Exclusive)).collect();
         let granted = self.model.grants(owner, &wanted);
         let answer = shared.try_upgrade().await;
-        match self.is_told_right(owner, answer) {
+        match self.is_told_right(handle, answer) {
             Some(Ok(exclusive)) => {
                 assert!(granted, "owner {owner} wants more of {locks:?}");
                 assert_eq!(exclusive.backend_pid(), pid);
-                self.hold(owner, wanted, Guard::Exclusive(exclusive));
+                self.hold(Hold {
+                    owner,
+                    handle,
+                    locks: wanted,
+                    guard: Guard::Exclusive(exclusive),
+                });
             }
             Some(Err(shared)) => {
                 assert!(!granted, "owner {owner} is refused more of {locks:?}");
-                self.hold(owner, locks, Guard::Shared(shared));
+                self.hold(Hold { owner, handle, locks, guard: Guard::Shared(shared) });
             }
             None => {}
         }
     }
 
     /// Nothing was done with the guard.
-    fn put_back(&mut self, owner: Owner, locks: Vec<(i64, Mode)>, guard: Guard) {
-        if !self.closed.contains(&owner) {
-            self.model.take(owner, &locks);
+    fn put_back(&mut self, hold: Hold) {
+        if self.closed.contains(&hold.handle) {
+            self.holds.push(hold);
+        } else {
+            self.hold(hold);
         }
-        self.holds.push(Hold { owner, locks, guard });
     }
 
     async fn acquire(&mut self, handle: usize, mode: Mode, patient: bool) {
-        let &mut (owner, key, _) = self.handle(handle);
+        let &mut (owner, id, key, _) = self.handle(handle);
         let granted = self.model.grants(owner, &[(key, mode)]);
         let patience = patience(granted);
-        let (_, _, lock) = self.handle(handle);
+        let (_, _, _, lock) = self.handle(handle);
         let answer = match (mode, patient) {
             (Mode::Exclusive, false) => lock.try_acquire().await.map(exclusive),
             (Mode::Exclusive, true) => lock.try_acquire_for(patience).await.map(exclusive),
@@ -430,18 +455,18 @@ impl Run {
         let held = unless_out_of_patience(answer, patient && !granted);
         assert_eq!(held.is_some(), granted, "owner {owner} wants key {key} {mode}");
         if let Some(guard) = held {
-            self.hold(owner, vec![(key, mode)], guard);
+            self.hold(Hold { owner, handle: id, locks: vec![(key, mode)], guard });
         }
     }
 
     async fn acquire_group(&mut self, group: usize, patient: bool) {
-        let (owner, several) = self.group(group);
-        let owner = *owner;
+        let (owner, id, several) = self.group(group);
+        let (owner, id) = (*owner, *id);
         let number = |key: &pglock::Key| key.to_string().parse().unwrap();
         let locks: Vec<(i64, Mode)> =
             several.keys().map(|(key, mode)| (number(key), mode)).collect();
         let granted = self.model.grants(owner, &locks);
-        let (_, several) = self.group(group);
+        let (_, _, several) = self.group(group);
         let answer = if patient {
             several.try_acquire_for(patience(granted)).await
         } else {
@@ -451,28 +476,28 @@ impl Run {
         let held = unless_out_of_patience(answer, patient && !granted);
         assert_eq!(held.is_some(), granted, "owner {owner} wants {locks:?}");
         if let Some(guard) = held {
-            self.hold(owner, locks, guard);
+            self.hold(Hold { owner, handle: id, locks, guard });
         }
     }
 
     async fn acquire_if_free(&mut self, handle: usize, mode: Mode) {
-        let &mut (owner, key, _) = self.handle(handle);
+        let &mut (owner, id, key, _) = self.handle(handle);
         if !self.model.grants(owner, &[(key, mode)]) {
             return;
         }
-        let (_, _, lock) = self.handle(handle);
+        let (_, _, _, lock) = self.handle(handle);
         let guard = match mode {
             Mode::Exclusive => Guard::Exclusive(lock.acquire().await.unwrap()),
             Mode::Shared => Guard::Shared(lock.acquire_shared().await.unwrap()),
         };
-        self.hold(owner, vec![(key, mode)], guard);
+        self.hold(Hold { owner, handle: id, locks: vec![(key, mode)], guard });
     }
 
     /// The strongest mode in which each session should hold each key. (`Exclusive` sorts first.)
     fn expected(&self) -> BTreeMap<(i32, i64), Mode> {
         let mut strongest = BTreeMap::new();
         for hold in &self.holds {
-            if !self.closed.contains(&hold.owner) {
+            if !self.closed.contains(&hold.handle) {
                 for &(key, mode) in &hold.locks {
                     let known = strongest.entry((hold.guard.backend_pid(), key)).or_insert(mode);
                     *known = mode.min(*known);
@@ -485,7 +510,7 @@ impl Run {
     /// Where each owner has a session, he has one, and shares it with nobody.
     fn each_has_a_session(&self) {
         let mut sessions = BTreeMap::new();
-        for hold in self.holds.iter().filter(|hold| !self.closed.contains(&hold.owner)) {
+        for hold in self.holds.iter().filter(|hold| !self.closed.contains(&hold.handle)) {
             let owner = *sessions.entry(hold.guard.backend_pid()).or_insert(hold.owner);
             assert_eq!(owner, hold.owner, "two owners share a session");
         }
@@ -585,7 +610,7 @@ async fn guards_of_one_handle_can_be_released_at_once() {
     let db = TestDb::new().await;
     let pool = db.pool(1).await;
     let mut lock = new_lock(&pool, 42);
-    for round in 0..1000 {
+    for round in 0..rounds(1000) {
         let exclusive = lock.acquire().await.unwrap();
         let shared = lock.acquire_shared().await.unwrap();
         let mut releases = JoinSet::new();

@@ -8,6 +8,7 @@ use pglock_testkit::{Role, Server, Shutdown, TestDb, cues, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use super::new_lock;
+use crate::support::rounds;
 
 const URL: &str = "PGLOCK_TOKENS_URL";
 
@@ -50,16 +51,18 @@ async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
     let start = || Role::start(&format!("{here}::holder"), &[(URL, &db.url())]);
     let (mut holder, mut next) = (start(), start());
     let mut last: u64 = holder.ask("take").await.parse().unwrap();
-    for turn in 1..=1000 {
+    let turns = rounds(1000);
+    let (quarter, half, last_quarter) = (turns / 4, turns / 2, turns - turns / 4);
+    for turn in 1..=turns {
         next.tell("take").await;
         let ended = match turn {
             // Two, with nothing in between that would write down what was drawn.
-            250 | 251 | 750 => {
+            _ if [quarter, quarter + 1, last_quarter].contains(&turn) => {
                 server.kill();
                 server.restart();
                 "lost"
             }
-            500 => {
+            _ if turn == half => {
                 server.stop(Shutdown::Fast);
                 server.restart();
                 "lost"
@@ -68,7 +71,8 @@ async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
         };
         let answer = holder.ask("let go").await;
         // A server that ends its sessions one by one may grant the lock once more in between.
-        let granted_at_the_end = matches!(turn, 252 | 501 | 751) && answer == "lost";
+        let granted_at_the_end =
+            [quarter + 2, half + 1, last_quarter + 1].contains(&turn) && answer == "lost";
         assert!(answer == ended || granted_at_the_end, "turn {turn}: {answer}");
         let token = next.answer().await.parse().unwrap();
         assert!(token > last, "turn {turn}: {token} after {last}");

@@ -1,7 +1,5 @@
 //! A held lock changes its mode without a moment in which it is not held.
 
-use std::time::Duration;
-
 use pglock::{Error, ExclusiveGuard, Loss, SharedGuard};
 use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks};
 use sqlx::PgConnection;
@@ -9,7 +7,7 @@ use tokio::time::timeout;
 
 use super::new_lock;
 use crate::loss::terminate;
-use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn};
+use crate::support::{borrow_all, locks_are, no_locks, rounds, soon, spawn};
 
 const KEY: i64 = 42;
 
@@ -30,7 +28,7 @@ fn waiting(mode: &str) -> Vec<(String, bool)> {
 
 /// Waits until there are so many rows, and returns the backend of the last that waits.
 async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
-    locks_are(admin, count, SOON * 10).await;
+    locks_are(admin, count, soon() * 10).await;
     let locks = advisory_locks(admin).await;
     let mut new = locks.iter().filter(|lock| !lock.granted && !known.contains(&lock.pid));
     new.next().unwrap().pid
@@ -52,7 +50,7 @@ async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
     let mut admin = db.admin().await;
     let [pool, second, third] = [db.pool(2).await, db.pool(2).await, db.pool(2).await];
     let mut lock = new_lock(&pool, KEY);
-    for _ in 0..50 {
+    for _ in 0..rounds(50) {
         let writing = lock.acquire().await.unwrap();
         let pid = writing.backend_pid();
         let (mut reader, mut writer) = (new_lock(&second, KEY), new_lock(&third, KEY));
@@ -64,13 +62,13 @@ async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
         let reading = writing.downgrade().await.unwrap();
         assert_eq!(reading.backend_pid(), pid);
         assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
-        let also_reading = timeout(SOON * 10, reader).await.unwrap().unwrap();
+        let also_reading = timeout(soon() * 10, reader).await.unwrap().unwrap();
         assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
         reading.verify().await.unwrap();
         reading.release().await.unwrap();
         assert!(!writer.is_finished());
         also_reading.release().await.unwrap();
-        timeout(SOON * 10, writer).await.unwrap().unwrap().release().await.unwrap();
+        timeout(soon() * 10, writer).await.unwrap().unwrap().release().await.unwrap();
         no_locks(&mut admin).await;
     }
     borrow_all(&pool).await;
@@ -82,17 +80,17 @@ async fn a_downgrade_goes_ahead_of_a_writer_who_waits() {
     let mut admin = db.admin().await;
     let [pool, second] = [db.pool(2).await, db.pool(2).await];
     let mut lock = new_lock(&pool, KEY);
-    for _ in 0..50 {
+    for _ in 0..rounds(50) {
         let writing = lock.acquire().await.unwrap();
         let pid = writing.backend_pid();
         let mut writer = new_lock(&second, KEY);
         let writer = spawn(async move { writer.acquire().await.unwrap() });
         let writer_pid = last_waiter(&mut admin, 2, &[]).await;
-        let reading = timeout(SOON * 10, writing.downgrade()).await.unwrap().unwrap();
+        let reading = timeout(soon() * 10, writing.downgrade()).await.unwrap().unwrap();
         assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
         assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
         drop(reading);
-        timeout(SOON * 10, writer).await.unwrap().unwrap().release().await.unwrap();
+        timeout(soon() * 10, writer).await.unwrap().unwrap().release().await.unwrap();
     }
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
@@ -135,7 +133,7 @@ async fn a_downgrade_of_a_lost_lock_is_lost() {
 
     let guard = lock.acquire().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
-    timeout(SOON * 10, guard.lost()).await.unwrap();
+    timeout(soon() * 10, guard.lost()).await.unwrap();
     assert!(matches!(guard.downgrade().await, Err(Error::Lost { .. })));
     no_locks(&mut admin).await;
 
@@ -154,7 +152,7 @@ async fn an_upgrade_of_who_reads_alone_succeeds_on_the_same_session() {
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
     let mut lock = new_lock(&pool, KEY);
     let mut other = new_lock(&elsewhere, KEY);
-    for _ in 0..50 {
+    for _ in 0..rounds(50) {
         let reading = lock.acquire_shared().await.unwrap();
         let pid = reading.backend_pid();
         let writing = upgraded(reading).await;
@@ -210,7 +208,7 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
         .fetch_one(&mut admin)
         .await
         .unwrap();
-    match timeout(SOON * 10, reading.try_upgrade()).await.unwrap().unwrap() {
+    match timeout(soon() * 10, reading.try_upgrade()).await.unwrap().unwrap() {
         Ok(writing) => {
             assert!(version >= 170_000);
             assert!(modes(&mut admin, pid).await.contains(&("ExclusiveLock".to_owned(), true)));
@@ -224,7 +222,7 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
             reading.release().await.unwrap();
         }
     }
-    timeout(SOON * 10, writer).await.unwrap().unwrap().release().await.unwrap();
+    timeout(soon() * 10, writer).await.unwrap().unwrap().release().await.unwrap();
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
 }
@@ -235,11 +233,11 @@ async fn two_who_read_and_both_want_to_write_do_not_hang() {
     let mut admin = db.admin().await;
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
     let (mut one, mut two) = (new_lock(&pool, KEY), new_lock(&elsewhere, KEY));
-    for _ in 0..100 {
+    for _ in 0..rounds(100) {
         let (first, second) =
             (one.acquire_shared().await.unwrap(), two.acquire_shared().await.unwrap());
         let upgrades = async { tokio::join!(spawn(first.try_upgrade()), second.try_upgrade()) };
-        let (first, second) = timeout(Duration::from_millis(900), upgrades).await.unwrap();
+        let (first, second) = timeout(soon() * 9 / 10, upgrades).await.unwrap();
         // Both held it to the end, so neither can have got it.
         let first = first.unwrap().unwrap().unwrap_err();
         let second = second.unwrap().unwrap_err();
@@ -258,7 +256,7 @@ async fn two_guards_of_one_handle_can_both_be_upgraded() {
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
     let mut lock = new_lock(&pool, KEY);
     let mut other = new_lock(&elsewhere, KEY);
-    for _ in 0..100 {
+    for _ in 0..rounds(100) {
         let (first, second) =
             (lock.acquire_shared().await.unwrap(), lock.acquire_shared().await.unwrap());
         let (first, second) = tokio::join!(spawn(first.try_upgrade()), second.try_upgrade());
@@ -281,13 +279,13 @@ async fn an_upgrade_on_a_lost_session_is_an_error_and_no_lock_elsewhere() {
 
     let guard = lock.acquire_shared().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
-    timeout(SOON * 10, guard.lost()).await.unwrap();
+    timeout(soon() * 10, guard.lost()).await.unwrap();
     let lost = guard.try_upgrade().await.unwrap_err();
     assert!(matches!(lost, Error::Lost { .. }), "{lost:?}");
     no_locks(&mut admin).await;
 
     // Nobody has noticed it yet.
-    for _ in 0..20 {
+    for _ in 0..rounds(20) {
         let guard = lock.acquire_shared().await.unwrap();
         terminate(&mut admin, guard.backend_pid()).await;
         no_locks(&mut admin).await;

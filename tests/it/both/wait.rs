@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{new_lock, new_lock_with, sessions};
-use crate::support::{SOON, borrow_all, locks_are, no_locks};
+use crate::support::{borrow_all, locks_are, no_locks, soon};
 
 /// Waits that last many slices hold up neither index builds nor vacuum, and write nothing to the
 /// server's log.
@@ -38,7 +38,7 @@ async fn a_long_wait_costs_others_nothing() {
         let waiting = tokio::task::spawn_local(async move {
             lock.acquire().await.unwrap().release().await.unwrap();
         });
-        locks_are(&mut admin, 2, SOON).await;
+        locks_are(&mut admin, 2, soon()).await;
 
         let mut builder = db.admin().await;
         let index = sqlx::raw_sql("CREATE INDEX CONCURRENTLY other_x ON other (x)");
@@ -67,7 +67,7 @@ async fn a_long_wait_costs_others_nothing() {
         assert!(!waiting.is_finished());
         assert_eq!(server.log_since(logged), "");
         held.release().await.unwrap();
-        timeout(SOON * 5, waiting).await.unwrap().unwrap();
+        timeout(soon() * 5, waiting).await.unwrap().unwrap();
     });
     waiting.await;
     assert_eq!(server.log_since(logged), "");
@@ -90,7 +90,7 @@ async fn waiters_within_a_slice_are_served_in_order() {
                 assert_eq!(served.fetch_add(1, Ordering::SeqCst), place);
                 guard.release().await.unwrap();
             });
-            locks_are(&mut admin, sessions(place + 2, 1), SOON).await;
+            locks_are(&mut admin, sessions(place + 2, 1), soon()).await;
         }
         held.release().await.unwrap();
         while let Some(finished) = waiters.join_next().await {
@@ -116,7 +116,7 @@ async fn a_wait_goes_on_over_slices() {
 /// Waits until the pool has an idle connection, so that no time goes into opening one.
 async fn borrow_one(pool: &sqlx::PgPool) {
     drop(pool.acquire().await.unwrap());
-    eventually("the pool has an idle connection", SOON, || async { pool.num_idle() > 0 }).await;
+    eventually("the pool has an idle connection", soon(), || async { pool.num_idle() > 0 }).await;
 }
 
 #[tokio::test]
@@ -132,8 +132,8 @@ async fn a_bounded_wait_gives_up_on_time() {
         assert!(lock.try_acquire_for(patience).await.unwrap().is_none());
         let waited = started.elapsed();
         assert!(waited >= patience, "gave up after {waited:?} of {patience:?}");
-        assert!(waited < patience + SOON * 2, "gave up only after {waited:?} of {patience:?}");
-        locks_are(&mut admin, 1, SOON).await;
+        assert!(waited < patience + soon() * 2, "gave up only after {waited:?} of {patience:?}");
+        locks_are(&mut admin, 1, soon()).await;
     }
 }
 
@@ -209,7 +209,7 @@ async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
     let mut lock = new_lock(&pool, 1);
     let started = Instant::now();
     let (got, ()) = tokio::join!(lock.try_acquire_for(Duration::from_secs(1)), async {
-        locks_are(&mut db.admin().await, 2, SOON).await;
+        locks_are(&mut db.admin().await, 2, soon()).await;
         server.pause();
     });
     let waited = started.elapsed();
@@ -230,7 +230,7 @@ async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
     let options = LockOptions::new().wait_slice(Duration::from_secs(2));
     let mut lock = new_lock_with(&options, &pool, 1);
     let (got, ()) = tokio::join!(lock.acquire(), async {
-        locks_are(&mut db.admin().await, 2, SOON).await;
+        locks_are(&mut db.admin().await, 2, soon()).await;
         server.pause();
     });
     server.resume();
@@ -238,6 +238,6 @@ async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
     assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
     // It was silent for longer than a holder believes it.
     assert!(held.is_lost());
-    locks_are(&mut db.admin().await, 0, SOON * 5).await;
+    locks_are(&mut db.admin().await, 0, soon() * 5).await;
     borrow_all(&pool).await;
 }

@@ -1,0 +1,147 @@
+//! Getting a connection back into a known state: read what was interrupted, end what is open.
+
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use sqlx::{Connection, PgConnection};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::timeout;
+
+use super::conn::Conn;
+use super::{DEADLINE, Session, silence};
+use crate::error::is_answer;
+use crate::sql;
+
+/// How many connections of a process may be open beside its pools, to cancel something.
+static CANCELLING: Semaphore = Semaphore::const_new(16);
+
+/// How long a cancel is given to take effect before it is sent again: the first may have arrived
+/// before the statement that it was for.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// The longest time between two cancels that had no effect.
+const LONGEST_RETRY: Duration = Duration::from_secs(1);
+
+/// How long a connection may take to send a cancel, before another one is tried.
+const SEND_LIMIT: Duration = Duration::from_secs(2);
+
+impl Session {
+    /// Makes a connection that the application has used fit for a statement of ours.
+    pub(super) async fn tidy(&self, conn: &mut Conn) -> Result<(), sqlx::Error> {
+        if conn.lent {
+            // A query of the application whose future was dropped still runs; most end by themselves.
+            // Boxed: it is large, because it may have to log in, and part of almost everything else.
+            Box::pin(self.drain(conn.pg()?, Duration::from_millis(100), DEADLINE)).await?;
+            if sql::backend::end_transaction(conn.pg()?).await? {
+                tracing::debug!(
+                    backend_pid = self.backend_pid(),
+                    "rolled back the transaction that was left open on a lock's connection"
+                );
+            }
+            conn.lent = false;
+        }
+        Ok(())
+    }
+
+    /// Reads the answer to a statement whose caller has gone, and cancels it after `grace`. Takes `limit` at
+    /// most.
+    ///
+    /// A cancel names a process, and not a statement. It can't strike a later one: the server has
+    /// signalled the process before it answers the cancel, and the process drops a cancel that finds
+    /// it idle. A cancel without an answer may still be on its way, so the connection must not be used for
+    /// as long; unless guards depend on it, for which a cancelled statement is not a loss.
+    pub(super) async fn drain(
+        &self,
+        conn: &mut PgConnection,
+        grace: Duration,
+        limit: Duration,
+    ) -> Result<(), sqlx::Error> {
+        // This may be the first step of a task, which must not poll the timers below.
+        tokio::task::yield_now().await;
+        let started = Instant::now();
+        let mut answered = pin!(conn.ping());
+        let mut pause = grace;
+        let mut next_pause = RETRY;
+        let mut cancelled = Ok(());
+        loop {
+            match timeout(pause, &mut answered).await {
+                // Or the interrupted statement's own failure: an answer like any other.
+                Ok(Ok(()) | Err(sqlx::Error::Database(_))) => {
+                    return if self.ledger().has_guards() { Ok(()) } else { cancelled };
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(_) if started.elapsed() > limit => return Err(silence(limit)),
+                Err(_) => {}
+            }
+            if let Err(error) = self.cancel().await {
+                cancelled = Err(error);
+            }
+            pause = next_pause;
+            next_pause = LONGEST_RETRY.min(2 * next_pause);
+        }
+    }
+
+    /// Cancels what the session's backend is doing, from another connection: an idle one of the
+    /// pool, else one beside it, because the pool may be full of waiters.
+    ///
+    /// An error leaves open whether the cancel was sent. Where no connection could be had, or the server
+    /// refused it, it was not.
+    async fn cancel(&self) -> Result<(), sqlx::Error> {
+        let Some(&backend_pid) = self.backend_pid.get() else { return Ok(()) };
+        let mut unknown = Ok(());
+        if let Some(pooled) = self.pool.try_acquire() {
+            let mut conn = Conn::new(pooled, self.runtime.clone());
+            let cancelling = async { sql::backend::cancel(conn.pg()?, backend_pid).await };
+            match timeout(SEND_LIMIT, cancelling).await {
+                Ok(answer) if answer.as_ref().err().is_none_or(is_answer) => {
+                    conn.give_back();
+                    if answer.is_ok_and(|sent| sent) {
+                        return Ok(());
+                    }
+                }
+                Ok(Err(error)) => unknown = Err(error),
+                Ok(Ok(_)) => {}
+                Err(_) => unknown = Err(silence(SEND_LIMIT)),
+            }
+        }
+        let cancelling = timeout(SEND_LIMIT, async {
+            let mut beside = self.connect_beside().await?;
+            let sent = sql::backend::cancel(&mut beside.conn, backend_pid).await;
+            beside.close().await;
+            sent
+        });
+        let error = match cancelling.await {
+            Ok(Ok(_)) => return unknown,
+            Ok(Err(error)) => error,
+            Err(_) => silence(SEND_LIMIT),
+        };
+        tracing::debug!(
+            backend_pid,
+            error = &error as &dyn std::error::Error,
+            "cannot cancel a wait that was abandoned; trying again"
+        );
+        unknown
+    }
+
+    /// Opens a connection beside the pool, for one short question.
+    async fn connect_beside(&self) -> Result<Beside, sqlx::Error> {
+        // Never closed, so never an error.
+        let permit = CANCELLING.acquire().await.ok();
+        let conn = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        Ok(Beside { conn, _permit: permit })
+    }
+}
+
+/// A connection beside the pool.
+#[derive(Debug)]
+struct Beside {
+    conn: PgConnection,
+    _permit: Option<SemaphorePermit<'static>>,
+}
+
+impl Beside {
+    /// Says goodbye to the server. If that fails, the connection is closed all the same.
+    async fn close(self) {
+        drop(self.conn.close().await);
+    }
+}

@@ -1,0 +1,427 @@
+//! Noticing that a session is lost: one task per runtime for all sessions that are held.
+//!
+//! A session is admitted when it is granted its first lock, and from then on trusted for as long as it
+//! answers. When it has been held for two seconds, the keeper polls its idle connection, so that a closed
+//! session is noticed at once, and at every heartbeat it asks the session, so that a silent one is noticed
+//! in time. A session that is released earlier costs nothing.
+//!
+//! The answer to a question proves that the session held its locks when it was asked. From then on it is
+//! trusted for the heartbeat's interval and timeout, by the clock, whether or not the keeper runs: a
+//! process that was stopped for longer must not assume that it holds.
+//!
+//! If the connection of a session is in use, its backend is looked up on another connection, the
+//! [`monitor`](super::monitor): one statement for all such sessions of a server. Whatever the server
+//! answers to a question is a sign of life, unless it says that the locks are not held. So neither an error
+//! nor a rejected login is a loss; only silence is, and a closed connection.
+
+use std::collections::{HashMap, HashSet};
+use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::{Handle, Id};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::sleep_until;
+
+use super::ledger::Modes;
+use super::monitor::Monitor;
+use super::slot::ConnGuard;
+use super::{Session, is_alive};
+use crate::error::{Loss, is_answer};
+use crate::key::KeyId;
+use crate::mode::Mode;
+use crate::sql;
+
+/// How long a session is held before its idle connection is polled for closure, unless the heartbeat is
+/// quicker. Younger ones cost nothing extra.
+const GROWN_UP: Duration = Duration::from_secs(2);
+
+/// How often the keeper looks which sessions are due.
+const TICK: Duration = Duration::from_millis(25);
+
+static KEEPERS: LazyLock<Mutex<HashMap<Id, Arc<Keeper>>>> = LazyLock::new(Mutex::default);
+
+/// The sessions of one runtime, from outside of the task.
+#[derive(Debug, Default)]
+struct Keeper {
+    inbox: Mutex<Inbox>,
+    /// There is something in the inbox that can't wait for the next tick.
+    notify: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    admitted: Vec<Weak<Session>>,
+    /// Their idle connections are to be polled.
+    awake: Vec<Arc<Wake>>,
+    asleep: bool,
+}
+
+/// Starts to monitor a session.
+pub(super) fn admit(session: &Arc<Session>) {
+    let keeper = Keeper::of(&session.runtime);
+    let mut inbox = keeper.inbox();
+    inbox.admitted.push(Arc::downgrade(session));
+    if mem::take(&mut inbox.asleep) {
+        keeper.notify.notify_one();
+    }
+}
+
+impl Keeper {
+    /// The keeper of a runtime, with its task.
+    fn of(runtime: &Handle) -> Arc<Self> {
+        let id = runtime.id();
+        let mut all = keepers();
+        if let Some(keeper) = all.get(&id) {
+            return Arc::clone(keeper);
+        }
+        let keeper = Arc::new(Self::default());
+        all.insert(id, Arc::clone(&keeper));
+        drop(all);
+        let task = KeeperTask {
+            id,
+            keeper: Arc::clone(&keeper),
+            sessions: Vec::new(),
+            monitors: HashMap::new(),
+            questions: JoinSet::new(),
+        };
+        // Detach: it ends with the runtime, and at once if that is gone.
+        drop(runtime.spawn(task.run()));
+        keeper
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn keepers() -> MutexGuard<'static, HashMap<Id, Arc<Keeper>>> {
+    KEEPERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has the keeper poll the idle connection of a session: the waker of that connection.
+#[derive(Debug)]
+pub(super) struct Wake {
+    session: Weak<Session>,
+    keeper: Weak<Keeper>,
+    queued: AtomicBool,
+}
+
+impl Wake {
+    /// The connection is idle again, or something has arrived on it.
+    pub(super) fn again(self: &Arc<Self>) {
+        if !self.queued.swap(true, Ordering::Relaxed)
+            && let Some(keeper) = self.keeper.upgrade()
+        {
+            keeper.inbox().awake.push(Arc::clone(self));
+            keeper.notify.notify_one();
+        }
+    }
+}
+
+impl std::task::Wake for Wake {
+    fn wake(self: Arc<Self>) {
+        self.again();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.again();
+    }
+}
+
+/// A session that is monitored.
+struct Kept {
+    session: Weak<Session>,
+    since: Instant,
+    /// A question is in flight.
+    asking: Arc<AtomicBool>,
+}
+
+/// A question that is in flight.
+///
+/// # Drop
+///
+/// It is not any more.
+struct Question(Arc<AtomicBool>);
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+type SharedMonitor = Arc<tokio::sync::Mutex<Monitor>>;
+
+/// The task.
+///
+/// # Drop
+///
+/// The runtime is shut down, and the sockets of its sessions with it. Loses its sessions at once,
+/// instead of letting their guards trust them until the clock says otherwise.
+struct KeeperTask {
+    id: Id,
+    keeper: Arc<Keeper>,
+    sessions: Vec<Kept>,
+    /// By the address of the server in memory.
+    monitors: HashMap<usize, SharedMonitor>,
+    questions: JoinSet<()>,
+}
+
+impl Drop for KeeperTask {
+    fn drop(&mut self) {
+        keepers().remove(&self.id);
+        let admitted = mem::take(&mut self.keeper.inbox().admitted);
+        let kept = mem::take(&mut self.sessions).into_iter().map(|kept| kept.session);
+        for session in kept.chain(admitted).filter_map(|session| session.upgrade()) {
+            if session.ledger().has_guards() {
+                session.lose(&Loss::Abandoned);
+            }
+        }
+    }
+}
+
+impl KeeperTask {
+    async fn run(mut self) {
+        let mut next_look = Instant::now();
+        loop {
+            let awake = {
+                let mut inbox = self.keeper.inbox();
+                let admitted = mem::take(&mut inbox.admitted);
+                self.sessions.extend(admitted.into_iter().map(|session| Kept {
+                    session,
+                    since: Instant::now(),
+                    asking: Arc::new(AtomicBool::new(false)),
+                }));
+                mem::take(&mut inbox.awake)
+            };
+            if next_look <= Instant::now() {
+                self.look();
+                next_look = Instant::now() + TICK;
+            }
+            for wake in awake {
+                self.poll(&wake);
+            }
+            while self.questions.try_join_next().is_some() {}
+            self.rest(next_look).await;
+        }
+    }
+
+    /// Waits until a connection is to be polled, or it is time to look.
+    async fn rest(&mut self, next_look: Instant) {
+        let asleep = {
+            let mut inbox = self.keeper.inbox();
+            inbox.asleep = self.sessions.is_empty() && inbox.admitted.is_empty();
+            inbox.asleep
+        };
+        if asleep {
+            self.monitors.clear();
+            self.keeper.notify.notified().await;
+            return;
+        }
+        tokio::select! {
+            biased;
+            () = sleep_until(next_look.into()) => {}
+            () = self.keeper.notify.notified() => {}
+        }
+    }
+
+    /// Looks which sessions have ended, are lost, or are to be asked.
+    fn look(&mut self) {
+        let now = Instant::now();
+        let mut servers = HashSet::new();
+        let mut busy: HashMap<usize, Vec<(Arc<Session>, Question)>> = HashMap::new();
+        for kept in mem::take(&mut self.sessions) {
+            let Some(session) = kept.session.upgrade() else { continue };
+            if session.server.proof.is_negative() && session.loss().is_none() {
+                match session.free_connection() {
+                    Some(mut slot) => {
+                        let locks = session.ledger().granted_by_server();
+                        session.give_up(&Loss::Pooled);
+                        self.questions.spawn(async move {
+                            session.give_up_pooled(&mut slot, locks).await;
+                        });
+                    }
+                    None => session.give_up(&Loss::Pooled),
+                }
+                continue;
+            }
+            if session.loss().is_some() || session.ledger().has_ended() {
+                continue;
+            }
+            let server = Arc::as_ptr(&session.server).addr();
+            let due = session.last_answered() + session.heartbeat.interval <= now;
+            let grown_up = kept.since + GROWN_UP.min(session.heartbeat.interval) <= now;
+            if due || grown_up {
+                servers.insert(server);
+                let monitor = self.monitors.entry(server).or_default();
+                if session.wake.get().is_none() {
+                    let wake = Wake {
+                        session: Weak::clone(&kept.session),
+                        keeper: Arc::downgrade(&self.keeper),
+                        queued: AtomicBool::new(false),
+                    };
+                    session.wake.set(Arc::new(wake)).ok();
+                    self.questions.spawn(listen(Arc::clone(&session), Arc::clone(monitor)));
+                }
+                if due && !kept.asking.swap(true, Ordering::Relaxed) {
+                    let question = Question(Arc::clone(&kept.asking));
+                    match session.free_connection() {
+                        Some(slot) => {
+                            self.questions.spawn(beat(slot, question, Arc::clone(monitor)));
+                        }
+                        None => busy.entry(server).or_default().push((session, question)),
+                    }
+                }
+            }
+            self.sessions.push(kept);
+        }
+        for (server, sessions) in busy {
+            let monitor = Arc::clone(self.monitors.entry(server).or_default());
+            self.questions.spawn(ask_elsewhere(sessions, monitor));
+        }
+        self.monitors.retain(|server, _| servers.contains(server));
+    }
+
+    /// Polls an idle connection for closure.
+    fn poll(&self, wake: &Arc<Wake>) {
+        wake.queued.store(false, Ordering::Relaxed);
+        let Some(session) = wake.session.upgrade() else { return };
+        let monitor = self.monitors.get(&Arc::as_ptr(&session.server).addr());
+        let Some(monitor) = monitor else { return };
+        let Ok(mut monitor) = monitor.try_lock() else {
+            // It is used for a question. The next look is soon enough.
+            wake.queued.store(true, Ordering::Relaxed);
+            self.keeper.inbox().awake.push(Arc::clone(wake));
+            return;
+        };
+        // If it is in use, its return wakes the keeper again; as does the end of tidying it.
+        let Ok(mut slot) = session.conn.try_lock() else { return };
+        let Some(conn) = slot.as_mut().filter(|conn| !conn.lent) else { return };
+        let Ok(pg) = conn.pg() else { return };
+        let waker = Waker::from(Arc::clone(wake));
+        if let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) {
+            drop(slot);
+            // Without a guard, it is just being released.
+            if session.ledger().has_guards() {
+                session.give_up(&Loss::broken(error));
+            }
+        }
+    }
+}
+
+/// Asks a session, and has its idle connection polled from then on.
+async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
+    let session = Arc::clone(slot.session());
+    let asked = Instant::now();
+    let set = session.long_settings();
+    let answer = async {
+        let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+        session.tidy(conn).await?;
+        sql::backend::heartbeat(conn.pg()?, set).await
+    };
+    let answer = tokio::select! {
+        biased;
+        // The connection is closed when the slot is dropped.
+        _loss = session.lost() => return,
+        answer = answer => answer,
+    };
+    match answer {
+        Ok(pid) if pid == session.backend_pid() => session.trust(asked),
+        Ok(_) => {
+            // Without a guard, it is just being released, which finds the pooler too.
+            if session.ledger().has_guards() {
+                session.give_up_pooled(&mut slot, Vec::new()).await;
+            }
+            return;
+        }
+        Err(error) if is_answer(&error) => {
+            session.trust(asked);
+            if set.is_some() {
+                session.settings_refused.store(true, Ordering::Relaxed);
+            }
+        }
+        Err(error) => {
+            if session.ledger().has_guards() {
+                session.give_up(&Loss::broken(error));
+            }
+            return;
+        }
+    }
+    drop((slot, question));
+    if !monitor.lock().await.is_connected() {
+        listen(session, monitor).await;
+    }
+}
+
+/// Connects the monitor, and has the idle connection of a session polled.
+async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
+    let options = session.pool.connect_options();
+    let connected = monitor.lock().await.connect(&options).await;
+    if let Err(error) = connected {
+        tracing::debug!(
+            backend_pid = session.backend_pid(),
+            error = &error as &dyn std::error::Error,
+            "cannot monitor idle sessions; a closed one is noticed at its next heartbeat"
+        );
+    }
+    if let Some(wake) = session.wake.get() {
+        wake.again();
+    }
+}
+
+/// Asks on another connection whether sessions still hold their locks.
+async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedMonitor) {
+    let Some((first, _)) = sessions.first() else { return };
+    let (options, limit) = (first.pool.connect_options(), first.heartbeat.timeout);
+    let asked = Instant::now();
+    let before: Vec<_> = sessions
+        .iter()
+        .map(|(session, _)| {
+            (session.uses.load(Ordering::Relaxed), session.ledger().granted_by_server())
+        })
+        .collect();
+    let pids: Vec<_> = sessions.iter().map(|(session, _)| session.backend_pid()).collect();
+    let answer = async {
+        let mut monitor = monitor.lock().await;
+        monitor.connect(&options).await?;
+        monitor.holdings(&pids, limit).await
+    };
+    let answer = answer.await;
+    let mut held: HashMap<i32, HashSet<(KeyId, Mode)>> = HashMap::new();
+    match &answer {
+        Ok(holdings) => {
+            for &(pid, key, mode) in holdings {
+                held.entry(pid).or_default().insert((key, mode));
+            }
+        }
+        Err(error) => tracing::debug!(
+            sessions = sessions.len(),
+            error = error as &dyn std::error::Error,
+            "cannot ask about lock sessions whose connections are in use"
+        ),
+    }
+    for ((session, _), (uses, granted)) in sessions.iter().zip(before) {
+        let held = held.remove(&session.backend_pid()).unwrap_or_default();
+        match &answer {
+            Ok(_) if holds(&held, &granted) => session.trust(asked),
+            // It may have been released meanwhile, unless its connection is still in the same use.
+            Ok(_) if session.uses.load(Ordering::Relaxed) == uses => {
+                session.give_up(&Loss::NotHeld);
+            }
+            // The server lives, and refuses to answer.
+            Err(_) if is_alive(&answer) => session.trust(asked),
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+/// Whether all that was granted is held.
+pub(super) fn holds(held: &HashSet<(KeyId, Mode)>, granted: &[(KeyId, Modes)]) -> bool {
+    granted.iter().all(|&(key, modes)| {
+        (!modes.exclusive || held.contains(&(key, Mode::Exclusive)))
+            && (!modes.shared || held.contains(&(key, Mode::Shared)))
+    })
+}

@@ -1,0 +1,143 @@
+//! The keeper's own connection to a server, by which it learns about sessions that it can't ask.
+//!
+//! It serves two purposes. It answers questions about sessions whose connection is in use, all of them in
+//! one statement. And it is the only way to notice that an idle connection is closed: sqlx reads from an
+//! idle connection only inside a [`PgListener`], so to poll a session, its connection changes places with
+//! that of the listener for the moment of the poll, which registers the task's waker. (Connections are
+//! boxed inside sqlx, so this moves a pointer.) So one connection serves all sessions, and a session needs
+//! no other connection than its own.
+
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use sqlx::{Acquire, Connection, PgConnection};
+
+use tokio::time::sleep;
+
+use super::{DEADLINE, is_alive, within};
+use crate::error::is_answer;
+use crate::sql;
+use crate::sql::backend::Holding;
+
+/// How long to wait before connecting again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The connection of a keeper to a server.
+#[derive(Default)]
+pub(super) struct Monitor {
+    /// With a pool of its own, through which it connects again if its connection is lost.
+    listener: Option<Box<PgListener>>,
+    /// When it could not connect.
+    failed: Option<Instant>,
+}
+
+impl Monitor {
+    /// Connects, if it is not connected.
+    pub(super) async fn connect(&mut self, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+        if self.failed.is_some_and(|at| at.elapsed() < PAUSE) {
+            return Err(sqlx::Error::PoolTimedOut);
+        }
+        let connected = self.connect_now(options).await;
+        // An answer is worth asking for again: it says that the server lives.
+        self.failed = (!is_alive(&connected)).then(Instant::now);
+        connected
+    }
+
+    async fn connect_now(&mut self, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+        let connecting = async {
+            if let Some(listener) = &mut self.listener {
+                return listener.acquire().await.map(drop);
+            }
+            let pool = PgPoolOptions::new()
+                .max_connections(1)
+                .acquire_timeout(DEADLINE / 2)
+                .idle_timeout(None)
+                .max_lifetime(None)
+                .connect_lazy_with(options.clone());
+            let mut listener = tokio::select! {
+                listener = PgListener::connect_with(&pool) => Box::new(listener?),
+                error = why_rejected(options) => return Err(error),
+            };
+            listener.eager_reconnect(false);
+            self.listener = Some(listener);
+            Ok(())
+        };
+        within(DEADLINE, connecting).await
+    }
+
+    /// Returns the advisory locks that these backends hold.
+    pub(super) async fn holdings(
+        &mut self,
+        pids: &[i32],
+        limit: Duration,
+    ) -> Result<Vec<Holding>, sqlx::Error> {
+        let listener = self.listener.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+        let asking = async { sql::backend::holdings(listener.acquire().await?, pids).await };
+        let answer = within(limit, asking).await;
+        if !is_alive(&answer) {
+            // The next question connects again.
+            self.listener = None;
+        }
+        answer.map(|(_, holdings)| holdings)
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.listener.is_some()
+    }
+
+    /// Polls an idle connection: ready with the reason if the other side has closed it.
+    pub(super) fn poll_closed(
+        &mut self,
+        conn: &mut PgConnection,
+        cx: &mut Context<'_>,
+    ) -> Poll<sqlx::Error> {
+        let Some(mut listener) = self.listener.take() else { return Poll::Pending };
+        let Some(own) = inside(&mut listener) else { return Poll::Pending };
+        std::mem::swap(own, conn);
+        let polled = poll(&mut listener, cx);
+        if let Some(own) = inside(&mut listener) {
+            std::mem::swap(own, conn);
+            self.listener = Some(listener);
+        }
+        // Otherwise the listener has dropped the closed connection, and the session is left with that of the
+        // listener, which is closed with the session.
+        polled
+    }
+}
+
+/// Returns why the server rejects a login, if it does. A pool tries for long, and does not say.
+async fn why_rejected(options: &PgConnectOptions) -> sqlx::Error {
+    sleep(Duration::from_millis(500)).await;
+    match PgConnection::connect_with(options).await {
+        Ok(conn) => drop(conn.close().await),
+        Err(error) if is_answer(&error) => return error,
+        Err(_) => {}
+    }
+    std::future::pending().await
+}
+
+/// Reads what the server has sent unasked, until there is nothing.
+fn poll(listener: &mut PgListener, cx: &mut Context<'_>) -> Poll<sqlx::Error> {
+    loop {
+        let mut receiving = std::pin::pin!(listener.try_recv());
+        match receiving.as_mut().poll(cx) {
+            Poll::Pending => return Poll::Pending,
+            // A notification for a channel that the application listens on.
+            Poll::Ready(Ok(Some(_))) => {}
+            Poll::Ready(Ok(None)) => {
+                return Poll::Ready(sqlx::Error::Io(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            Poll::Ready(Err(error)) => return Poll::Ready(error),
+        }
+    }
+}
+
+/// The connection inside a listener: ready at the first poll, if there is one.
+fn inside(listener: &mut PgListener) -> Option<&mut PgConnection> {
+    let mut connection = listener.acquire();
+    match connection.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(connection) => connection.ok(),
+        Poll::Pending => None,
+    }
+}

@@ -1,0 +1,247 @@
+//! The release of guards, and the end of a session.
+
+use std::collections::HashSet;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use sqlx::PgConnection;
+
+use super::conn::Conn;
+use super::ledger::{Leave, Modes};
+use super::slot::ConnGuard;
+use super::task::Task;
+use super::{DEADLINE, Session, within, within_task};
+use crate::error::{Error, Loss, Result, is_answer};
+use crate::key::{Key, KeyId};
+use crate::manager::Farewell;
+use crate::mode::Mode;
+use crate::request::Request;
+use crate::sql;
+use crate::sql::release::{Protocol, Unlocked};
+
+/// A release that is done, or in flight.
+#[derive(Debug)]
+pub(crate) enum Release {
+    Done(Result<()>),
+    Running(Key, Arc<Session>, Task<Result<()>>),
+    /// A manager does it.
+    Managed(Farewell),
+}
+
+impl Release {
+    /// Waits for the server's answer. Dropping this does not stop the release.
+    ///
+    /// While the application has borrowed the connection, waits for at most [`DEADLINE`].
+    pub(crate) async fn done(self) -> Result<()> {
+        match self {
+            Self::Done(result) => result,
+            Self::Running(key, session, task) => {
+                if !session.borrowed.load(Ordering::Relaxed) {
+                    return task.await;
+                }
+                tokio::select! {
+                    biased;
+                    released = task => released,
+                    () = session.borrowed_for_too_long() => Err(Error::Borrowed { key }),
+                }
+            }
+            Self::Managed(farewell) => farewell.answered().await,
+        }
+    }
+}
+
+/// What the server said to a release.
+enum Answer {
+    Released,
+    NotHeld,
+    /// Another backend has answered than the one that was asked.
+    Elsewhere,
+}
+
+impl Session {
+    /// Releases one guard's share. Only if that changes what the server holds, a task sends a statement.
+    pub(crate) fn release(self: Arc<Self>, request: &Request, protocol: Protocol) -> Release {
+        let leave = self.ledger().leave(request);
+        match leave {
+            Leave::Keep => return Release::Done(Ok(())),
+            Leave::Lost(reason) => {
+                return Release::Done(Err(Error::lost(request.key(), reason)));
+            }
+            Leave::Unlock => {}
+        }
+        let runtime = self.runtime.clone();
+        let key = request.key().clone();
+        let session = Arc::clone(&self);
+        let request = request.clone();
+        let unlocking = async move {
+            let unlocked = self.unlock(&request, protocol).await;
+            unlocked.map_err(|reason| Error::lost(request.key(), reason))
+        };
+        let task = match protocol {
+            Protocol::Extended => Task::to_await(&runtime, unlocking),
+            Protocol::Simple => Task::start(&runtime, unlocking),
+        };
+        Release::Running(key, session, task)
+    }
+
+    /// Gives up what no guard needs any more, and returns the connection to the pool if nothing needs it.
+    ///
+    /// The pool gets it only when the server has confirmed that every lock was held and is free now.
+    async fn unlock(self: Arc<Self>, request: &Request, protocol: Protocol) -> Result<(), Loss> {
+        let mut slot = self.connection_at_last().await;
+        let Some(conn) = slot.as_mut() else {
+            self.done(slot);
+            // Another release has done the work of both; or the connection broke while this one waited
+            // for it.
+            let loss = self.ledger().loss().or_else(|| self.connection_error.get().cloned());
+            return loss.map_or(Ok(()), Err);
+        };
+        let mut locks = Vec::new();
+        let answer = {
+            let keys = request.ids().map(|(key, _)| key);
+            let unlocking = pin!(self.give_up_surplus(conn, keys, protocol, &mut locks));
+            match protocol {
+                // The caller that awaits this lets it poll a timer at once, which spares the runtime a step.
+                Protocol::Extended => within(DEADLINE, unlocking).await,
+                Protocol::Simple => within_task(DEADLINE, unlocking).await,
+            }
+        };
+        let loss = match answer {
+            Ok(Answer::Released) => {
+                tracing::trace!(backend_pid = self.backend_pid(), ?locks, "released");
+                self.done(slot);
+                return Ok(());
+            }
+            Ok(Answer::NotHeld) => Loss::NotHeld,
+            Ok(Answer::Elsewhere) => {
+                self.give_up_pooled(&mut slot, locks).await;
+                self.done(slot);
+                return Err(Loss::Pooled);
+            }
+            Err(error) => Loss::broken(error),
+        };
+        Err(self.fail(slot, loss))
+    }
+
+    /// Gives up what the server holds of these keys beyond what the guards need.
+    async fn give_up_surplus(
+        &self,
+        conn: &mut Conn,
+        keys: impl Iterator<Item = KeyId>,
+        protocol: Protocol,
+        locks: &mut Vec<(KeyId, Modes)>,
+    ) -> Result<Answer, sqlx::Error> {
+        self.tidy(conn).await?;
+        let put_back = self.settings_to_restore.load(Ordering::Relaxed) && self.ledger().is_last();
+        let surplus = self.ledger().surplus(keys);
+        for key in surplus.downgrade {
+            if !sql::release::downgrade(conn.pg()?, key).await? {
+                return Ok(Answer::NotHeld);
+            }
+        }
+        *locks = surplus.unlock;
+        if locks.is_empty() && !put_back {
+            return Ok(Answer::Released);
+        }
+        let Unlocked { backend_pid, all } =
+            sql::release::unlock(conn.pg()?, locks, protocol, put_back).await?;
+        if backend_pid != self.backend_pid() {
+            return Ok(Answer::Elsewhere);
+        }
+        if put_back {
+            self.settings_to_restore.store(false, Ordering::Relaxed);
+        }
+        Ok(if all { Answer::Released } else { Answer::NotHeld })
+    }
+
+    /// Undoes an acquire that was in flight: gives up what was granted of `missing` although no answer
+    /// came, and the shares that were counted.
+    pub(super) async fn undo(
+        &self,
+        conn: &mut Conn,
+        claimed: &[(KeyId, Mode)],
+        missing: &[(KeyId, Mode)],
+    ) -> Result<(), sqlx::Error> {
+        self.give_up_unknown(conn.pg()?, missing).await?;
+        let excess = self.ledger().withdraw(claimed.iter().copied());
+        if excess {
+            let keys = claimed.iter().map(|&(key, _)| key);
+            self.give_up_surplus(conn, keys, Protocol::Simple, &mut Vec::new()).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives up what the server holds of these locks, none of which it should.
+    pub(super) async fn give_up_unknown(
+        &self,
+        pg: &mut PgConnection,
+        locks: &[(KeyId, Mode)],
+    ) -> Result<(), sqlx::Error> {
+        if locks.is_empty() {
+            return Ok(());
+        }
+        let pid = match self.backend_pid.get() {
+            Some(&pid) => pid,
+            // The answer to the first statement was not read.
+            None => sql::backend::heartbeat(pg, None).await?,
+        };
+        let held: Vec<_> = match sql::backend::holdings(pg, &[pid]).await {
+            Ok((_, held)) => {
+                let held: HashSet<_> = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
+                locks.iter().copied().filter(|lock| held.contains(lock)).collect()
+            }
+            // The role may not ask. Then the server warns of what was not held.
+            Err(error) if is_answer(&error) => locks.to_vec(),
+            Err(error) => return Err(error),
+        };
+        if !held.is_empty() {
+            sql::release::unlock_all(pg, &sql::release::each_mode(&held), false).await?;
+        }
+        Ok(())
+    }
+
+    /// Counts a statement as done that failed, after which it is not known what the session holds.
+    pub(super) fn fail(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
+        // First, because the server grants the lock to another session once the connection is closed.
+        self.lose(&loss);
+        drop(slot.take());
+        self.done(slot);
+        loss
+    }
+
+    /// Counts an acquire or a release as done, and returns the connection to the pool if nothing needs it
+    /// any more: the good end of a session.
+    pub(super) fn done(&self, mut slot: ConnGuard) {
+        if self.ledger().done()
+            && let Some(mut conn) = slot.take()
+        {
+            if !self.settings_to_restore.load(Ordering::Relaxed) {
+                conn.give_back();
+                return;
+            }
+            // Usually the last unlock has put them back. If this fails, the connection is closed.
+            drop(Task::start(&self.runtime, async move {
+                let put_back = async { sql::settings::put_back(conn.pg()?).await };
+                if within_task(DEADLINE, put_back).await.is_ok() {
+                    conn.give_back();
+                }
+            }));
+        }
+    }
+
+    /// Loses a session whose statements reach other backends than its own, and gives up what it has locked:
+    /// the pooler would keep it.
+    pub(super) async fn give_up_pooled(
+        &self,
+        slot: &mut ConnGuard,
+        mut locks: Vec<(KeyId, Modes)>,
+    ) {
+        locks.extend(self.ledger().granted_by_server());
+        // First, because it may take long to retrieve them.
+        self.give_up(&Loss::Pooled);
+        locks.extend(std::mem::take(&mut *self.left_behind()));
+        drop(slot.take());
+        self.retrieve(self.backend_pid(), &locks).await;
+    }
+}

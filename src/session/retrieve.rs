@@ -1,0 +1,58 @@
+//! Giving up what a pooler in transaction mode has left locked on a server connection.
+
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{Connection, PgConnection};
+
+use super::ledger::Modes;
+use super::{DEADLINE, Session, within};
+use crate::key::KeyId;
+use crate::sql;
+
+/// How many server connections are looked through at most.
+const MOST: usize = 100;
+
+impl Session {
+    /// Gives locks up on a backend that the pooler has lent to one of our connections before.
+    pub(super) async fn retrieve(&self, backend_pid: i32, locks: &[(KeyId, Modes)]) {
+        if locks.is_empty() {
+            return;
+        }
+        let options = self.pool.connect_options();
+        let retrieving = within(DEADLINE, Box::pin(retrieve(&options, backend_pid, locks)));
+        let error = match retrieving.await {
+            Ok(true) => return,
+            Ok(false) => sqlx::Error::RowNotFound,
+            Err(error) => error,
+        };
+        tracing::warn!(
+            backend_pid,
+            error = &error as &dyn std::error::Error,
+            "cannot give up a lock that was taken through a pooler in transaction mode"
+        );
+    }
+}
+
+/// Gives locks up on this backend. Returns whether it was found.
+///
+/// Inside a transaction, a connection keeps the server connection that the pooler has lent it. So the next
+/// one is lent another, until it is the right one.
+pub(super) async fn retrieve(
+    options: &PgConnectOptions,
+    backend_pid: i32,
+    locks: &[(KeyId, Modes)],
+) -> Result<bool, sqlx::Error> {
+    let mut pinned = Vec::new();
+    let mut found = false;
+    while !found && pinned.len() < MOST {
+        let mut conn = PgConnection::connect_with(options).await?;
+        sqlx::raw_sql("BEGIN").execute(&mut conn).await?;
+        found = sql::release::unlock_on(&mut conn, backend_pid, locks).await?;
+        pinned.push(conn);
+    }
+    for mut conn in pinned {
+        // A pooler closes the server connection of a client that leaves in a transaction.
+        sqlx::raw_sql("ROLLBACK").execute(&mut conn).await?;
+        conn.close().await?;
+    }
+    Ok(found)
+}

@@ -1,0 +1,193 @@
+//! The only way to a session's connection.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::{sleep, sleep_until};
+
+use super::conn::Conn;
+use super::{DEADLINE, Session};
+use crate::error::{Error, Loss};
+use crate::key::Key;
+
+/// The connection, for exclusive use.
+///
+/// # Drop
+///
+/// Returns the connection to the session, and has the keeper poll it for closure again. If the session
+/// was lost meanwhile, the connection is closed.
+#[derive(Debug)]
+pub(crate) struct ConnGuard {
+    slot: OwnedMutexGuard<Option<Conn>>,
+    // Dropped after the slot: the keeper must find it free.
+    wakeup: Wakeup,
+}
+
+/// # Drop
+///
+/// Has the keeper poll the connection for closure.
+#[derive(Debug)]
+struct Wakeup {
+    session: Arc<Session>,
+    /// The connection is used again so soon that the keeper need not poll it until then.
+    skip: bool,
+}
+
+impl Drop for Wakeup {
+    fn drop(&mut self) {
+        if !self.skip
+            && let Some(wake) = self.session.wake.get()
+        {
+            wake.again();
+        }
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub(crate) enum Unavailable {
+    /// The application has borrowed it for longer than [`DEADLINE`].
+    Borrowed,
+    /// The session was lost.
+    Lost(Loss),
+    /// The pool was closed.
+    PoolClosed,
+    /// The caller's deadline has passed.
+    TimedOut,
+}
+
+impl Unavailable {
+    /// As an error of a guard's method.
+    pub(crate) fn error(self, key: &Key) -> Error {
+        let key = key.clone();
+        match self {
+            Self::Borrowed | Self::TimedOut => Error::Borrowed { key },
+            Self::Lost(loss) => Error::lost(&key, loss),
+            Self::PoolClosed => Error::Pool { key, source: sqlx::Error::PoolClosed },
+        }
+    }
+}
+
+impl ConnGuard {
+    fn new(slot: OwnedMutexGuard<Option<Conn>>, session: &Arc<Session>) -> Self {
+        session.uses.fetch_add(1, Ordering::Relaxed);
+        Self { slot, wakeup: Wakeup { session: Arc::clone(session), skip: false } }
+    }
+
+    pub(super) fn session(&self) -> &Arc<Session> {
+        &self.wakeup.session
+    }
+}
+
+impl Deref for ConnGuard {
+    type Target = Option<Conn>;
+
+    fn deref(&self) -> &Option<Conn> {
+        &self.slot
+    }
+}
+
+impl DerefMut for ConnGuard {
+    fn deref_mut(&mut self) -> &mut Option<Conn> {
+        &mut self.slot
+    }
+}
+
+impl Drop for ConnGuard {
+    fn drop(&mut self) {
+        let session = &self.wakeup.session;
+        if session.is_lost()
+            && let Some(conn) = self.slot.take()
+        {
+            drop(conn);
+            let left_behind = std::mem::take(&mut *session.left_behind());
+            if !left_behind.is_empty() {
+                // It was lost behind a pooler while this was in use. Detach: no caller waits for it.
+                let session = Arc::clone(session);
+                let runtime = session.runtime.clone();
+                drop(runtime.spawn(async move {
+                    session.retrieve(session.backend_pid(), &left_behind).await;
+                }));
+            }
+        }
+    }
+}
+
+impl Session {
+    /// Waits for the connection on behalf of a guard, behind all that asked before: until it is free, or the
+    /// session is lost. While the application has borrowed it, for at most [`DEADLINE`].
+    pub(super) async fn connection_for_guard(self: &Arc<Self>) -> Result<ConnGuard, Unavailable> {
+        let free = self.free_connection();
+        if let Some(loss) = self.loss() {
+            return Err(Unavailable::Lost(loss));
+        }
+        if let Some(free) = free {
+            return Ok(free);
+        }
+        // Boxed, because usually it is not needed.
+        Box::pin(async {
+            tokio::select! {
+                biased;
+                loss = self.lost() => Err(Unavailable::Lost(loss)),
+                conn = self.connection_at_last() => Ok(conn),
+                () = self.borrowed_for_too_long() => Err(Unavailable::Borrowed),
+            }
+        })
+        .await
+    }
+
+    /// The same on behalf of an acquire, which also ends when its deadline has passed, or the pool is closed.
+    pub(super) async fn connection_for_acquire(
+        self: &Arc<Self>,
+        deadline: Option<Instant>,
+    ) -> Result<ConnGuard, Unavailable> {
+        let passed = async {
+            match deadline {
+                Some(deadline) => sleep_until(deadline.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            conn = self.connection_for_guard() => conn,
+            () = passed => Err(Unavailable::TimedOut),
+            () = self.pool.close_event() => Err(Unavailable::PoolClosed),
+        }
+    }
+
+    pub(super) async fn borrowed_for_too_long(&self) {
+        loop {
+            sleep(DEADLINE).await;
+            if self.borrowed.load(Ordering::Relaxed) {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the connection however long that takes. For tasks that no caller waits for.
+    pub(super) async fn connection_at_last(self: &Arc<Self>) -> ConnGuard {
+        ConnGuard::new(Arc::clone(&self.conn).lock_owned().await, self)
+    }
+
+    /// The connection, if it is not in use.
+    pub(super) fn free_connection(self: &Arc<Self>) -> Option<ConnGuard> {
+        Arc::clone(&self.conn).try_lock_owned().ok().map(|slot| ConnGuard::new(slot, self))
+    }
+
+    /// The connection, for a caller that uses it so often that it would cost too much to wake the keeper
+    /// each time.
+    pub(super) async fn quiet_connection(self: &Arc<Self>) -> ConnGuard {
+        let mut conn = self.connection_at_last().await;
+        conn.wakeup.skip = true;
+        conn
+    }
+
+    /// Waits until the connection of a released session is returned, and its locks with it.
+    pub(crate) async fn ended(&self) {
+        // The task that releases it is in the queue already.
+        drop(self.conn.lock().await);
+    }
+}

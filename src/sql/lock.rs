@@ -1,0 +1,208 @@
+//! Taking locks that are free.
+
+use sqlx::postgres::PgRow;
+use sqlx::{Connection, PgConnection, Row};
+
+use super::backend::{TIME_STANDS_STILL, end_transaction};
+use super::settings::Vigilance;
+use super::{bind, calls, fetch, pair};
+use crate::error::is_not_prepared;
+use crate::key::KeyId;
+use crate::mode::Mode;
+use crate::request::Need;
+
+/// The answer to [`try_lock`].
+#[derive(Debug)]
+pub(crate) struct Tried {
+    pub(crate) backend_pid: i32,
+    /// How many of all locks were granted before one was not; of any, how many were not before one
+    /// was. `None` on a standby.
+    pub(crate) count: Option<usize>,
+    /// The role has a limit on idle sessions.
+    pub(crate) idle_limited: bool,
+    /// The session goes without the settings of [`Vigilance`].
+    pub(crate) refused: bool,
+}
+
+/// The settings that a session should have, and the mark by which they are recognized. Without any, the
+/// server rejected them.
+pub(crate) type Wanted<'o> = Option<(Vigilance, &'o str)>;
+
+/// The mark of a session on which the server rejected the settings.
+const REFUSED: &str = "none";
+
+/// Takes locks that are free, returns the backend's pid, and has the server monitor this client.
+///
+/// The locks are tried in their order. Of [`Need::All`], the first that is busy ends it; of
+/// [`Need::Any`], the first that is free.
+///
+/// A connection on which something is prepared has usually been used for a lock before, and has the mark.
+/// Then one lock is one short prepared statement. Without the mark, a second statement does the rest; on
+/// a connection that is fresh, one statement does it all.
+pub(crate) async fn try_lock(
+    conn: &mut PgConnection,
+    locks: &[(KeyId, Mode)],
+    need: Need,
+    wanted: Wanted<'_>,
+    required: bool,
+    allow_standby: bool,
+) -> Result<Tried, sqlx::Error> {
+    let mut granted = None;
+    if let &[(key, mode)] = locks
+        && conn.cached_statements_size() > 0
+    {
+        match try_one_lock(conn, key, mode).await {
+            Ok((one, mark)) => {
+                let refused = mark.as_deref() == Some(REFUSED);
+                // One of all was granted, or none of any was refused.
+                let count = Some(usize::from(one.granted == (need == Need::All)));
+                let backend_pid = one.backend_pid;
+                let tried = Tried { backend_pid, count, idle_limited: false, refused };
+                let has_mark = wanted.is_some_and(|(_, mark_of)| mark.as_deref() == Some(mark_of));
+                if has_mark || (refused && !required) {
+                    return Ok(tried);
+                }
+                granted = one.granted.then_some(tried);
+            }
+            // Something has deallocated what was prepared, such as `DISCARD ALL`.
+            Err(error) if is_not_prepared(&error) => {
+                Box::pin(conn.clear_cached_statements()).await?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    // Boxed, because usually it is not needed.
+    Box::pin(async {
+        let Some(granted) = granted else {
+            return try_with_settings(conn, locks, need, wanted, allow_standby).await;
+        };
+        let set = try_with_settings(conn, &[], need, wanted, allow_standby).await?;
+        if set.count.is_none() {
+            super::release::unlock_all(conn, &super::release::each_mode(locks), false).await?;
+        }
+        let count = set.count.and(granted.count);
+        Ok(Tried { backend_pid: granted.backend_pid, count, ..set })
+    })
+    .await
+}
+
+/// The answer to [`try_one_lock`].
+struct TriedOne {
+    backend_pid: i32,
+    granted: bool,
+}
+
+/// Takes a lock if it is free, and returns the mark of the session.
+///
+/// The server spends as much time on each function in the statement as on the lock, so whatever can be
+/// computed here is computed here.
+async fn try_one_lock(
+    conn: &mut PgConnection,
+    key: KeyId,
+    mode: Mode,
+) -> Result<(TriedOne, Option<String>), sqlx::Error> {
+    macro_rules! statement {
+        ($call:literal) => {
+            concat!(
+                "SELECT pg_catalog.pg_backend_pid(), pg_catalog.now(), \
+                 pg_catalog.statement_timestamp(), \
+                 pg_catalog.current_setting('pglock.vigilance', true), pg_catalog.",
+                $call
+            )
+        };
+    }
+    let statement = match (key, mode) {
+        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_try_advisory_lock($1)"),
+        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1)"),
+        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_try_advisory_lock($1, $2)"),
+        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1, $2)"),
+    };
+    let row = bind(statement, key).fetch_one(&mut *conn).await?;
+    let tried = TriedOne { backend_pid: row.try_get(0)?, granted: row.try_get(4)? };
+    let mark: Option<String> = row.try_get(3)?;
+    if microseconds(&row, 2)? - microseconds(&row, 1)? > STANDS_STILL_FOR {
+        end_transaction(conn).await?;
+    }
+    Ok((tried, mark))
+}
+
+/// In a prepared statement, the time of the transaction and that of the statement differ by what the
+/// server spends on binding. A transaction that was left open is older: the pool has pinged the
+/// connection since. Asking once too often does no harm.
+const STANDS_STILL_FOR: i64 = 100;
+
+/// A timestamp of a prepared statement, in microseconds since some time in the past.
+fn microseconds(row: &PgRow, column: usize) -> Result<i64, sqlx::Error> {
+    let bytes = row.try_get_raw(column)?.as_bytes().map_err(sqlx::Error::Decode)?;
+    let bytes = bytes.try_into().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    Ok(i64::from_be_bytes(bytes))
+}
+
+/// The role's limit on idle sessions. Unknown before PostgreSQL 14.
+const IDLE_LIMIT: &str = "pg_catalog.current_setting('idle_session_timeout', true)";
+
+/// Tries the lock of a row of [`calls`].
+const TRY: &str = concat!(
+    "CASE WHEN call OPERATOR(pg_catalog.=) 0 THEN pg_catalog.pg_try_advisory_lock(k) \
+     WHEN call OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_try_advisory_lock_shared(k) \
+     WHEN call OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_try_advisory_lock(",
+    pair!(),
+    ") ELSE pg_catalog.pg_try_advisory_lock_shared(",
+    pair!(),
+    ") END"
+);
+
+/// The whole of [`try_lock`], on a session that may not have the mark.
+///
+/// The settings come before the locks: where one is rejected, no lock was taken. The server goes through
+/// the keys in their order, and ends at the first that decides.
+async fn try_with_settings(
+    conn: &mut PgConnection,
+    locks: &[(KeyId, Mode)],
+    need: Need,
+    wanted: Wanted<'_>,
+    allow_standby: bool,
+) -> Result<Tried, sqlx::Error> {
+    let (settings, mark) = match wanted {
+        Some((vigilance, mark)) => (vigilance.keepalives(), mark),
+        None => (String::new(), REFUSED),
+    };
+    let count = locks.len();
+    let tries = if locks.is_empty() {
+        count.to_string()
+    } else {
+        let calls = calls(locks.iter().map(|&(key, mode)| (key, number(key, mode))));
+        let not = if need == Need::All { "NOT " } else { "" };
+        format!(
+            "coalesce((SELECT n OPERATOR(pg_catalog.-) 1 FROM {calls} WHERE {not}{TRY} LIMIT 1), {count})"
+        )
+    };
+    let standby = if allow_standby { "false" } else { "pg_catalog.pg_is_in_recovery()" };
+    // A session on a standby never gets the mark, so that each acquire asks whether it still is one; nor
+    // does one with a limit on idle sessions, which each holder lifts.
+    let statement = format!(
+        "SELECT pg_catalog.pg_backend_pid(), {TIME_STANDS_STILL}, {IDLE_LIMIT}, {settings}\
+         CASE WHEN NOT pg_catalog.pg_is_in_recovery() \
+           AND coalesce({IDLE_LIMIT}, '0') OPERATOR(pg_catalog.=) '0' \
+         THEN pg_catalog.set_config('pglock.vigilance', '{mark}', false) END, \
+         CASE WHEN NOT {standby} THEN ({tries})::bigint END AS count"
+    );
+    let row = fetch(conn, statement).await?;
+    let limit: Option<&str> = row.try_get(2)?;
+    let count: Option<i64> = row.try_get("count")?;
+    let answer = Tried {
+        backend_pid: row.try_get(0)?,
+        count: count.and_then(|count| usize::try_from(count).ok()),
+        idle_limited: limit.is_some_and(|limit| limit != "0"),
+        refused: wanted.is_none(),
+    };
+    if row.try_get(1)? && end_transaction(conn).await? {
+        // That has undone the settings, and no lock.
+        Box::pin(try_with_settings(conn, &[], need, wanted, allow_standby)).await?;
+    }
+    Ok(answer)
+}
+
+fn number(key: KeyId, mode: Mode) -> u8 {
+    u8::from(mode == Mode::Shared) + 2 * u8::from(matches!(key, KeyId::IntPair(..)))
+}

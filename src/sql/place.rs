@@ -1,0 +1,40 @@
+//! Where the server's lock table shows an advisory lock.
+//!
+//! The layout is documented at <https://www.postgresql.org/docs/current/view-pg-locks.html>.
+
+use std::fmt;
+
+use crate::key::KeyId;
+
+/// The lock table: the function behind the view `pg_locks`, which a hardened role may not read.
+///
+/// The conditions in this file call it `l`.
+pub(super) const LOCKS: &str = "pg_catalog.pg_lock_status() AS l";
+
+/// A condition: an advisory lock of this database. Keys belong to a database.
+pub(super) const ADVISORY: &str = "l.locktype OPERATOR(pg_catalog.=) 'advisory' \
+    AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d \
+    WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())";
+
+/// A condition: a lock on this key.
+pub(super) struct Place(pub(super) KeyId);
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (classid, objid, objsubid) = match self.0 {
+            KeyId::BigInt(number) => {
+                let bits = number.cast_unsigned();
+                (bits >> 32, bits & u64::from(u32::MAX), 1)
+            }
+            KeyId::IntPair(first, second) => {
+                (u64::from(first.cast_unsigned()), u64::from(second.cast_unsigned()), 2)
+            }
+        };
+        write!(
+            f,
+            "l.classid OPERATOR(pg_catalog.=) '{classid}'::pg_catalog.oid \
+             AND l.objid OPERATOR(pg_catalog.=) '{objid}'::pg_catalog.oid \
+             AND l.objsubid OPERATOR(pg_catalog.=) {objsubid}"
+        )
+    }
+}

@@ -1,0 +1,141 @@
+//! Giving locks up.
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+
+use super::settings::put_back_all;
+use super::{Args, bind, calls, fetch, pair};
+use crate::error::is_not_prepared;
+use crate::key::KeyId;
+use crate::mode::Mode;
+use crate::session::ledger::Modes;
+
+/// How an unlock is sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Protocol {
+    /// As a prepared statement: cheaper, but the first on a connection takes two messages.
+    Extended,
+    /// As one message, which is sent with the first write to the socket. After that, no task may be
+    /// left to write another.
+    Simple,
+}
+
+/// The answer to an unlock.
+#[derive(Debug)]
+pub(crate) struct Unlocked {
+    pub(crate) backend_pid: i32,
+    /// The session held every one of the locks.
+    pub(crate) all: bool,
+}
+
+/// Gives locks up, and puts settings back if told to.
+///
+/// One lock in one mode, as most are, by the protocol that was asked for; all else in one message.
+pub(crate) async fn unlock(
+    conn: &mut PgConnection,
+    locks: &[(KeyId, Modes)],
+    protocol: Protocol,
+    put_back: bool,
+) -> Result<Unlocked, sqlx::Error> {
+    if let (&[(key, modes)], Protocol::Extended, false) = (locks, protocol, put_back)
+        && let Some(unlocked) = unlock_one(conn, key, modes).await?
+    {
+        return Ok(unlocked);
+    }
+    unlock_all(conn, locks, put_back).await
+}
+
+/// Gives one lock up in one mode. `None` if it takes another statement.
+async fn unlock_one(
+    conn: &mut PgConnection,
+    key: KeyId,
+    Modes { exclusive, shared }: Modes,
+) -> Result<Option<Unlocked>, sqlx::Error> {
+    macro_rules! statement {
+        ($call:literal) => {
+            concat!("SELECT pg_catalog.", $call, ", pg_catalog.pg_backend_pid()")
+        };
+    }
+    let statement = match (key, exclusive, shared) {
+        (KeyId::BigInt(_), true, false) => statement!("pg_advisory_unlock($1)"),
+        (KeyId::BigInt(_), false, true) => statement!("pg_advisory_unlock_shared($1)"),
+        (KeyId::IntPair(..), true, false) => statement!("pg_advisory_unlock($1, $2)"),
+        (KeyId::IntPair(..), false, true) => statement!("pg_advisory_unlock_shared($1, $2)"),
+        (_, true, true) | (_, false, false) => return Ok(None),
+    };
+    match bind(statement, key).fetch_one(&mut *conn).await {
+        Ok(row) => Ok(Some(Unlocked { backend_pid: row.try_get(1)?, all: row.try_get(0)? })),
+        // Something has deallocated what was prepared, such as `DISCARD ALL`.
+        Err(error) if is_not_prepared(&error) => {
+            Box::pin(conn.clear_cached_statements()).await?;
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives up the lock of a row of [`calls`].
+const UNLOCK: &str = concat!(
+    "CASE WHEN call OPERATOR(pg_catalog.=) 0 THEN pg_catalog.pg_advisory_unlock(k) \
+     WHEN call OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_advisory_unlock_shared(k) \
+     WHEN call OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(",
+    pair!(),
+    ") ELSE pg_catalog.pg_advisory_unlock_shared(",
+    pair!(),
+    ") END"
+);
+
+/// An expression that gives locks up, and is true if the session held all of them.
+fn unlocks(locks: &[(KeyId, Modes)]) -> String {
+    let number = |key| 2 * u8::from(matches!(key, KeyId::IntPair(..)));
+    let unlocks = locks.iter().flat_map(|&(key, modes)| {
+        let exclusive = modes.exclusive.then_some((key, number(key)));
+        let shared = modes.shared.then_some((key, number(key) + 1));
+        exclusive.into_iter().chain(shared)
+    });
+    format!("coalesce((SELECT pg_catalog.bool_and({UNLOCK}) FROM {}), true)", calls(unlocks))
+}
+
+/// Gives locks up, all in one message, and puts settings back if told to.
+pub(crate) async fn unlock_all(
+    conn: &mut PgConnection,
+    locks: &[(KeyId, Modes)],
+    put_back: bool,
+) -> Result<Unlocked, sqlx::Error> {
+    let unlocks = if locks.is_empty() { "true".to_owned() } else { unlocks(locks) };
+    let put_back = if put_back { format!(", {}", put_back_all()) } else { String::new() };
+    let statement = format!("SELECT pg_catalog.pg_backend_pid(), {unlocks}{put_back}");
+    let row = fetch(conn, statement).await?;
+    Ok(Unlocked { backend_pid: row.try_get(0)?, all: row.try_get(1)? })
+}
+
+/// Gives locks up if the statement is answered by this backend. Returns whether it was.
+pub(crate) async fn unlock_on(
+    conn: &mut PgConnection,
+    backend_pid: i32,
+    locks: &[(KeyId, Modes)],
+) -> Result<bool, sqlx::Error> {
+    let unlocks = unlocks(locks);
+    let statement = format!(
+        "SELECT pg_catalog.pg_backend_pid(), \
+         CASE WHEN pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) {backend_pid} THEN {unlocks} END"
+    );
+    let row = fetch(conn, statement).await?;
+    Ok(row.try_get::<i32, _>(0)? == backend_pid)
+}
+
+/// Turns an exclusive lock into a shared one, without a moment in which it is not held.
+///
+/// The session's own exclusive lock lets it in, ahead of all waiters; `pg_try_…` would not.
+pub(crate) async fn downgrade(conn: &mut PgConnection, key: KeyId) -> Result<bool, sqlx::Error> {
+    let key = Args(key);
+    let statement = format!(
+        "SELECT pg_catalog.pg_advisory_lock_shared({key}); SELECT pg_catalog.pg_advisory_unlock({key})"
+    );
+    let rows = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn).await?;
+    rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)
+}
+
+/// Locks as an unlock takes them.
+pub(crate) fn each_mode(locks: &[(KeyId, Mode)]) -> Vec<(KeyId, Modes)> {
+    locks.iter().map(|&(key, mode)| (key, Modes::only(mode))).collect()
+}

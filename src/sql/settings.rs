@@ -1,0 +1,158 @@
+//! Settings of the session: those that stay on the pooled connection, and those that are put back.
+
+use std::sync::Arc;
+
+use sqlx::PgConnection;
+
+use super::fetch;
+
+/// When the server gives a silent client up: [`LockOptions::server_gives_up`].
+///
+/// [`LockOptions::server_gives_up`]: crate::LockOptions::server_gives_up
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Vigilance {
+    pub(crate) idle_s: u32,
+    pub(crate) interval_s: u32,
+    pub(crate) count: u32,
+}
+
+/// How often the server looks whether the client of a running statement is still connected.
+const CHECK_INTERVAL_MS: u32 = 1000;
+
+impl Vigilance {
+    /// Distinguishes these settings from others.
+    pub(crate) fn mark(self) -> Arc<str> {
+        let Self { idle_s, interval_s, count } = self;
+        format!("{idle_s}/{interval_s}/{count}").into()
+    }
+
+    /// Columns that set what an application can't notice, each followed by a comma. These settings
+    /// stay on the pooled connection: the operating system of the client answers the probes, also
+    /// while the application does not read.
+    pub(super) fn keepalives(self) -> String {
+        let Self { idle_s, interval_s, count } = self;
+        format!(
+            "pg_catalog.set_config('tcp_keepalives_idle', '{idle_s}', false), \
+             pg_catalog.set_config('tcp_keepalives_interval', '{interval_s}', false), \
+             pg_catalog.set_config('tcp_keepalives_count', '{count}', false), "
+        )
+    }
+
+    /// Columns that set how long the server retransmits to a client that still owes it an
+    /// acknowledgement, each followed by a comma.
+    ///
+    /// This also ends a connection whose client does not read for so long, so it is only set while no
+    /// application uses the connection.
+    pub(super) fn user_timeout(self) -> String {
+        let Self { idle_s, interval_s, count } = self;
+        let milliseconds = 1000 * (idle_s + interval_s * count);
+        change(Changed::TcpUserTimeout, &format!("'{milliseconds}'")) + ", "
+    }
+
+    /// Columns that set all of this, each followed by a comma.
+    pub(super) fn settings(self, version: Option<u32>) -> String {
+        let mut columns = self.keepalives() + &self.user_timeout();
+        // New in PostgreSQL 14.
+        if version >= Some(140_000) {
+            columns += &check_connection();
+            columns += ", ";
+        }
+        columns
+    }
+}
+
+/// The settings that an application would notice. They are put back when the session ends.
+#[derive(Clone, Copy, Debug)]
+enum Changed {
+    ApplicationName,
+    ClientConnectionCheckInterval,
+    IdleSessionTimeout,
+    TcpUserTimeout,
+}
+
+impl Changed {
+    const ALL: [Self; 4] = [
+        Self::ApplicationName,
+        Self::ClientConnectionCheckInterval,
+        Self::IdleSessionTimeout,
+        Self::TcpUserTimeout,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::ApplicationName => "application_name",
+            Self::ClientConnectionCheckInterval => "client_connection_check_interval",
+            Self::IdleSessionTimeout => "idle_session_timeout",
+            Self::TcpUserTimeout => "tcp_user_timeout",
+        }
+    }
+}
+
+/// Two columns that change a setting. The first one saves its old value in a setting of ours, with a
+/// mark in front because the value may be empty.
+fn change(setting: Changed, value: &str) -> String {
+    let name = setting.name();
+    format!(
+        "CASE WHEN coalesce(pg_catalog.current_setting('pglock.{name}', true), '') \
+           OPERATOR(pg_catalog.=) '' \
+         THEN pg_catalog.set_config('pglock.{name}', \
+           '=' OPERATOR(pg_catalog.||) pg_catalog.current_setting('{name}'), false) END, \
+         pg_catalog.set_config('{name}', {value}, false)"
+    )
+}
+
+/// A column that puts a setting back if it was changed.
+fn put_back_one(setting: Changed) -> String {
+    let name = setting.name();
+    format!(
+        "CASE WHEN pg_catalog.current_setting('pglock.{name}', true) OPERATOR(pg_catalog.<>) '' \
+         THEN pg_catalog.set_config('{name}', \
+           pg_catalog.substr(pg_catalog.current_setting('pglock.{name}'), 2), false) \
+           OPERATOR(pg_catalog.||) pg_catalog.set_config('pglock.{name}', '', false) END"
+    )
+}
+
+/// Columns that put back all that was changed, and remove the mark: a role's limit on idle sessions applies
+/// again.
+pub(super) fn put_back_all() -> String {
+    let idle_limit = Changed::IdleSessionTimeout.name();
+    format!(
+        "CASE WHEN pg_catalog.current_setting('pglock.{idle_limit}', true) OPERATOR(pg_catalog.<>) '' \
+         THEN pg_catalog.set_config('pglock.vigilance', '', false) END, {}",
+        Changed::ALL.map(put_back_one).join(", ")
+    )
+}
+
+/// Puts back all settings that were changed.
+pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    fetch(conn, format!("SELECT {}", put_back_all())).await.map(drop)
+}
+
+/// Prepares the session for statements of the application: puts back what a slow reader would notice, and
+/// has the server check during a long statement whether this client is still connected.
+pub(crate) async fn lend(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let mut columns = put_back_one(Changed::TcpUserTimeout);
+    // New in PostgreSQL 14.
+    if conn.server_version_num() >= Some(140_000) {
+        columns += ", ";
+        columns += &check_connection();
+    }
+    fetch(conn, format!("SELECT {columns}")).await.map(drop)
+}
+
+/// Columns that have the server check whether the client of a running statement is still connected.
+fn check_connection() -> String {
+    change(Changed::ClientConnectionCheckInterval, &format!("'{CHECK_INTERVAL_MS}'"))
+}
+
+/// Lifts the role's limit on idle sessions, because a holder may be idle.
+pub(crate) async fn lift_idle_timeout(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    fetch(conn, format!("SELECT {}", change(Changed::IdleSessionTimeout, "'0'"))).await.map(drop)
+}
+
+/// Shows a name in `application_name`, which is all that others see of a session.
+pub(crate) async fn show_name(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
+    let statement = format!("SELECT {}", change(Changed::ApplicationName, "$1"));
+    let query = sqlx::query(sqlx::AssertSqlSafe(statement)).persistent(false);
+    query.bind(name).execute(conn).await.map(drop)
+}

@@ -1,0 +1,152 @@
+//! Waiting for a lock in the server's queue.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, PgConnection, Row};
+
+use super::milliseconds;
+use super::quiet::quietly;
+use super::settings::Vigilance;
+use crate::key::KeyId;
+use crate::mode::Mode;
+
+/// One wait in the server's queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slice {
+    pub(crate) key: KeyId,
+    pub(crate) mode: Mode,
+    /// After so long, the server ends the wait. Longer than `deadlock_timeout` if there is time for
+    /// that, because a deadlock would look like a timeout otherwise.
+    pub(crate) limit: Duration,
+    /// Set for as long as the session holds the lock, unless the server rejects it.
+    pub(crate) vigilance: Option<Vigilance>,
+}
+
+/// The answer to a wait.
+#[derive(Debug)]
+pub(crate) struct Waited {
+    pub(crate) backend_pid: i32,
+    /// If not, the slice is over; the timeout can have struck after the grant.
+    pub(crate) granted: bool,
+}
+
+/// Waits for a lock in the server's queue.
+///
+/// One message of several statements, which the server runs as one transaction, so the snapshot that a
+/// waiting statement holds ends with it, and so do the settings that are made for the wait:
+///
+/// 1. No limits of the role on statements, and `lock_timeout`.
+/// 2. `log_lock_waits` is off if the role may set it. Then the server checks whether this client is still
+///    connected. Otherwise it must not, because before PostgreSQL 19 each check logs again that the session
+///    still waits.
+/// 3. Wait. The timeout is caught, so the server logs no error.
+/// 4. Return the result, which `DO` can't: the backend's process id, negative after a timeout. What comes
+///    after the grant is on the way from one holder to the next, so it is `SHOW`, which needs no plan.
+///
+/// The text of the third one contains neither key nor limit, so the number of entries in
+/// `pg_stat_statements` is bounded.
+pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited, sqlx::Error> {
+    let settings = settings(conn, slice);
+    let call = call(slice, "pg_catalog.current_setting('pglock.key')");
+    // New in PostgreSQL 14.
+    let check = if conn.server_version_num() >= Some(140_000) {
+        format!("PERFORM {CHECK_CONNECTION}; ")
+    } else {
+        String::new()
+    };
+    let statement = format!(
+        "{settings}; \
+         DO $$ BEGIN \
+           BEGIN \
+             PERFORM pg_catalog.set_config('log_lock_waits', 'off', true); \
+           EXCEPTION WHEN insufficient_privilege THEN NULL; \
+           END; \
+           {check}\
+         END $$; \
+         DO $$ BEGIN \
+           PERFORM pg_catalog.set_config('pglock.granted', \
+             pg_catalog.pg_backend_pid()::pg_catalog.text, true); \
+           BEGIN \
+             PERFORM {call}; \
+           EXCEPTION WHEN lock_not_available THEN \
+             PERFORM pg_catalog.set_config('pglock.granted', \
+               '-' OPERATOR(pg_catalog.||) pg_catalog.current_setting('pglock.granted'), true); \
+           END; \
+         END $$; \
+         SHOW pglock.granted"
+    );
+    let rows = quietly(sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn)).await?;
+    let answer: &str = rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)?;
+    let backend_pid: i32 = answer.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    Ok(Waited { backend_pid: backend_pid.abs(), granted: backend_pid > 0 })
+}
+
+/// Sets whether the server checks if this client is still connected.
+const CHECK_CONNECTION: &str = "pg_catalog.set_config('client_connection_check_interval', \
+     CASE WHEN pg_catalog.current_setting('log_lock_waits')::boolean THEN '0' ELSE '1000' END, true)";
+
+/// The same for a role that may not use the language plpgsql. A slice that ends is an error on the server
+/// (55P03), which it logs.
+pub(crate) async fn wait_plainly(
+    conn: &mut PgConnection,
+    slice: Slice,
+) -> Result<Waited, sqlx::Error> {
+    let (settings, call) =
+        (settings(conn, slice), call(slice, &format!("'{}'", Numbers(slice.key))));
+    // New in PostgreSQL 14.
+    let check = if conn.server_version_num() >= Some(140_000) {
+        format!("SELECT {CHECK_CONNECTION}; ")
+    } else {
+        String::new()
+    };
+    let statement = format!("{settings}; {check}SELECT {call}; SELECT pg_catalog.pg_backend_pid()");
+    let rows = quietly(sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn)).await?;
+    let last = rows.last().ok_or(sqlx::Error::RowNotFound)?;
+    Ok(Waited { backend_pid: last.try_get(0)?, granted: true })
+}
+
+fn settings(conn: &PgConnection, slice: Slice) -> String {
+    let version = conn.server_version_num();
+    let mut local = vec![
+        ("statement_timeout", "0".to_owned()),
+        ("lock_timeout", milliseconds(slice.limit).to_string()),
+        ("pglock.key", Numbers(slice.key).to_string()),
+    ];
+    if version >= Some(170_000) {
+        local.push(("transaction_timeout", "0".to_owned()));
+    }
+    let local: Vec<_> = local
+        .iter()
+        .map(|(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)"))
+        .collect();
+    let vigilance = slice.vigilance.map_or_else(String::new, Vigilance::user_timeout);
+    format!("SELECT {vigilance}{}", local.join(", "))
+}
+
+/// Calls the function that waits, with the key in `text`.
+fn call(slice: Slice, text: &str) -> String {
+    let function = match slice.mode {
+        Mode::Exclusive => "pg_catalog.pg_advisory_lock",
+        Mode::Shared => "pg_catalog.pg_advisory_lock_shared",
+    };
+    let args = match slice.key {
+        KeyId::BigInt(_) => format!("{text}::bigint"),
+        KeyId::IntPair(..) => format!(
+            "pg_catalog.split_part({text}, ' ', 1)::integer, \
+             pg_catalog.split_part({text}, ' ', 2)::integer"
+        ),
+    };
+    format!("{function}({args})")
+}
+
+/// A key as text.
+struct Numbers(KeyId);
+
+impl std::fmt::Display for Numbers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            KeyId::BigInt(number) => write!(f, "{number}"),
+            KeyId::IntPair(first, second) => write!(f, "{first} {second}"),
+        }
+    }
+}
