@@ -1,0 +1,249 @@
+//! A wait costs others nothing: neither the server's log, nor its statistics, nor its snapshots, nor the
+//! application's log.
+
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use pglock::{Error, Lock, LockOptions};
+use pglock_testkit::{Server, ServerOptions, TestDb};
+use sqlx::postgres::{PgConnection, PgPoolOptions};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tracing::subscriber::set_default;
+use tracing::{Dispatch, Event, Level, Subscriber};
+use tracing_subscriber::Registry;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+
+use crate::support::{all_are_idle, borrow_all, locks_are, report};
+
+const KEY: i64 = 7;
+const WAITERS: u32 = 10;
+/// How long they wait: some times the server's `deadlock_timeout`, and the interval of its checks.
+const WAIT: Duration = Duration::from_secs(4);
+/// How long the server may take for what is in flight.
+const LATE: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn waits_write_nothing_into_the_log_of_the_server() {
+    let (log, _) = log_of_waits(Server::options(), "postgres").await;
+    assert_eq!(log, "");
+}
+
+/// A role that may not switch `log_lock_waits` off.
+#[tokio::test]
+async fn a_wait_is_logged_once_at_most_where_the_server_logs_waits() {
+    let (log, waiting) = log_of_waits(logging_waits(), "ordinary").await;
+    report(format_args!("{waiting} of {WAITERS} waits of {WAIT:?} are logged by an ordinary role"));
+    let some: Vec<_> = log.lines().take(8).collect();
+    assert!(waiting <= WAITERS as usize, "{waiting} messages of {WAITERS} waits: {some:#?}");
+}
+
+#[tokio::test]
+async fn a_wait_is_not_logged_where_the_role_may_prevent_it() {
+    let (log, waiting) = log_of_waits(logging_waits(), "postgres").await;
+    report(format_args!("{waiting} of {WAITERS} waits of {WAIT:?} are logged by a superuser"));
+    let some: Vec<_> = log.lines().take(8).collect();
+    assert_eq!(waiting, 0, "{some:#?}");
+}
+
+fn logging_waits() -> ServerOptions {
+    Server::options().setting("log_lock_waits", "on").setting("deadlock_timeout", "100ms")
+}
+
+/// Lets several wait for a lock, half of them with a timeout that passes. Returns what the server has logged,
+/// and how often it says that a process waits.
+async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
+    let server = options.start();
+    let db = TestDb::on(&server).await;
+    let mut holder = db.admin().await;
+    if role != "postgres" {
+        sqlx::raw_sql("CREATE ROLE ordinary LOGIN").execute(&mut holder).await.unwrap();
+    }
+    let pool = PgPoolOptions::new().max_connections(WAITERS + 1);
+    let pool = pool.connect_with(db.options().username(role)).await.unwrap();
+    // The first acquire of a pool looks at the server.
+    drop(Lock::new(&pool, KEY + 1).acquire().await.unwrap());
+    hold(&mut holder, KEY).await;
+
+    let mark = server.log_len();
+    let mut tasks = JoinSet::new();
+    for number in 0..WAITERS {
+        let mut lock = Lock::new(&pool, KEY);
+        tasks.spawn(async move {
+            if number % 2 == 0 {
+                drop(lock.acquire().await.unwrap());
+            } else {
+                assert!(lock.try_acquire_for(WAIT / 8 * 7).await.unwrap().is_none());
+            }
+        });
+    }
+    let mut admin = db.admin().await;
+    locks_are(&mut admin, 1 + WAITERS as usize, LATE).await;
+    sleep(WAIT).await;
+    unlock(&mut holder, KEY).await;
+    timeout(LATE, tasks.join_all()).await.unwrap();
+    locks_are(&mut admin, 0, LATE).await;
+
+    let log = server.log_since(mark);
+    let waiting = log.lines().filter(|line| line.contains("still waiting for")).count();
+    (log, waiting)
+}
+
+#[tokio::test]
+async fn waits_leave_few_entries_in_the_statement_statistics() {
+    const WAITS: u32 = 200;
+    const MOST: i64 = 10;
+
+    if !has_statement_statistics().await {
+        return report("skipped: the server has no pg_stat_statements");
+    }
+    let server =
+        Server::options().setting("shared_preload_libraries", "pg_stat_statements").start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    sqlx::raw_sql("CREATE EXTENSION pg_stat_statements").execute(&mut admin).await.unwrap();
+    let pool = db.pool(WAITERS).await;
+    // Some of the timeouts are shorter than a connection takes to open.
+    borrow_all(&pool).await;
+    let mut holder = db.admin().await;
+    let hold = "SELECT count(pg_advisory_lock(key)) FROM generate_series(1, $1::int8) AS key";
+    sqlx::query(hold).bind(i64::from(WAITS)).execute(&mut holder).await.unwrap();
+    // The first acquire of a pool looks at the server.
+    drop(Lock::new(&pool, 0).acquire().await.unwrap());
+    sqlx::raw_sql("SELECT pg_stat_statements_reset()").execute(&mut admin).await.unwrap();
+
+    let mut tasks = JoinSet::new();
+    for waiter in 0..WAITERS {
+        let pool = pool.clone();
+        tasks.spawn(async move {
+            for key in (1..=WAITS).filter(|key| key % WAITERS == waiter) {
+                let time = Duration::from_millis(u64::from(5 + key % 40));
+                let mut lock = Lock::new(&pool, i64::from(key));
+                // On a busy machine the time may be over before the pool has lent a connection.
+                match lock.try_acquire_for(time).await {
+                    Ok(granted) => assert!(granted.is_none()),
+                    Err(error) => assert!(matches!(error, Error::Pool { .. }), "{error:?}"),
+                }
+            }
+        });
+    }
+    tasks.join_all().await;
+
+    let entries: Vec<String> = sqlx::query_scalar(
+        "SELECT left(query, 200) FROM pg_stat_statements
+         WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+           AND query NOT LIKE '%pg_stat_statements%'",
+    )
+    .fetch_all(&mut admin)
+    .await
+    .unwrap();
+    let count = i64::try_from(entries.len()).unwrap();
+    report(format_args!("{WAITS} waits on as many keys leave {count} entries"));
+    assert!(count > 0, "the waits are not seen in the statistics");
+    let some = entries.iter().take(12).map(String::as_str).collect::<Vec<_>>().join("\n\n");
+    assert!(count <= MOST, "{count} entries, among them:\n{some}");
+}
+
+async fn has_statement_statistics() -> bool {
+    let sql = "SELECT count(*) > 0 FROM pg_available_extensions WHERE name = 'pg_stat_statements'";
+    let mut admin = TestDb::on(Server::shared()).await.admin().await;
+    sqlx::query_scalar(sql).fetch_one(&mut admin).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_wait_holds_no_snapshot_for_longer_than_a_slice() {
+    const SLICE: Duration = Duration::from_secs(2);
+    /// A slice is a second longer than `deadlock_timeout` at least; and the machine may be busy.
+    const LONGEST: Duration = Duration::from_millis(4500);
+
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let (mut holder, mut admin) = (db.admin().await, db.admin().await);
+    hold(&mut holder, KEY).await;
+    let mut lock = LockOptions::new().wait_slice(SLICE).lock(&pool, KEY).unwrap();
+    let wait = lock.try_acquire_for(SLICE * 5);
+    let looking = async {
+        let started = Instant::now();
+        let mut snapshots: Vec<(String, Instant, Instant)> = Vec::new();
+        while started.elapsed() < SLICE * 4 {
+            // Uses up a transaction id, so that a new snapshot is told from an old one.
+            let found: Option<String> = sqlx::query_scalar(
+                "SELECT min(backend_xmin::text) FROM pg_stat_activity
+                 WHERE wait_event = 'advisory' AND datname = current_database()
+                   AND txid_current() > 0",
+            )
+            .fetch_one(&mut admin)
+            .await
+            .unwrap();
+            if let Some(xmin) = found {
+                match snapshots.last_mut().filter(|(last, _, _)| *last == xmin) {
+                    Some((_, _, until)) => *until = Instant::now(),
+                    None => snapshots.push((xmin, Instant::now(), Instant::now())),
+                }
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        snapshots
+    };
+    let (waited, snapshots) = tokio::join!(wait, looking);
+    assert!(waited.unwrap().is_none());
+    assert!(snapshots.len() > 1, "the waiter has {} snapshots", snapshots.len());
+    let oldest = snapshots.iter().map(|(_, from, until)| *until - *from).max().unwrap();
+    report(format_args!("{} snapshots, the oldest for {oldest:?}", snapshots.len()));
+    assert!(oldest < LONGEST, "a snapshot is held for {oldest:?}");
+}
+
+/// Subscribers that take nothing. While there is one subscriber only, `tracing` remembers of a place in the
+/// code that nobody listens to it, if it is first reached on another thread; of several it asks each.
+static BYSTANDERS: LazyLock<[Dispatch; 2]> =
+    LazyLock::new(|| std::array::from_fn(|_| Dispatch::new(Registry::default())));
+
+/// Keeps the warnings, and the errors, that are logged on this thread.
+#[derive(Clone, Default)]
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl<S: Subscriber> Layer<S> for Warnings {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        if *event.metadata().level() <= Level::WARN {
+            let warning = format!("{event:?}");
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(warning);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_wait_warns_of_nothing_in_the_application() {
+    /// Longer than the second after which sqlx warns of a slow statement.
+    const SLOW: Duration = Duration::from_millis(1300);
+
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let (mut holder, mut admin) = (db.admin().await, db.admin().await);
+    hold(&mut holder, KEY).await;
+    LazyLock::force(&BYSTANDERS);
+    let warnings = Warnings::default();
+    let _capturing = set_default(Registry::default().with(warnings.clone()));
+
+    let mut lock = Lock::new(&pool, KEY);
+    assert!(timeout(SLOW, lock.acquire()).await.is_err());
+    locks_are(&mut admin, 1, LATE).await;
+    // One that is granted as late is as quiet.
+    let (granted, ()) = tokio::join!(lock.acquire(), async {
+        sleep(SLOW).await;
+        unlock(&mut holder, KEY).await;
+    });
+    granted.unwrap().release().await.unwrap();
+    locks_are(&mut admin, 0, LATE).await;
+    all_are_idle(&pool).await;
+
+    let warnings = warnings.0.lock().unwrap_or_else(PoisonError::into_inner);
+    assert!(warnings.is_empty(), "{warnings:#?}");
+}
+
+async fn hold(holder: &mut PgConnection, key: i64) {
+    sqlx::query("SELECT pg_advisory_lock($1)").bind(key).execute(holder).await.unwrap();
+}
+
+async fn unlock(holder: &mut PgConnection, key: i64) {
+    sqlx::query("SELECT pg_advisory_unlock($1)").bind(key).execute(holder).await.unwrap();
+}
