@@ -1,0 +1,91 @@
+//! What an application does with the connection of a session.
+
+use std::time::Duration;
+
+use sqlx::{Connection as _, PgConnection};
+use tokio::time::timeout;
+
+use crate::calls::{Ended, Interruption};
+use crate::guard::Guard;
+use crate::member::{ANSWERED, Member};
+
+/// A use of a borrowed connection.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    /// A transaction by hand, which is not ended.
+    Begin,
+    /// A transaction that is committed.
+    Commit,
+    /// A statement that fails inside of a transaction.
+    Fail,
+    /// A statement.
+    Query,
+    /// A transaction whose commit is never sent.
+    Rollback,
+}
+
+impl Member {
+    /// Borrows the connection of the guard's session, and leaves it in any state.
+    pub(crate) async fn borrow(&mut self, guard: &Guard) {
+        let backend = guard.backend_pid();
+        let interruption = Interruption::any(&mut self.dice);
+        let call = guard.connection();
+        let Some(mut connection) = self.ask_until("connection", backend, interruption, call).await
+        else {
+            return;
+        };
+        let (verb, purpose) = match self.dice.below(5) {
+            0 => ("statement: begin", Use::Begin),
+            1 => ("statement: commit", Use::Commit),
+            2 => ("statement: fail", Use::Fail),
+            3 => ("statement: rollback", Use::Rollback),
+            _ => ("statement: query", Use::Query),
+        };
+        // An application times out as well, in the midst of a statement.
+        let time = Duration::from_micros(self.dice.below(8000));
+        self.world.spend(verb);
+        let work = timeout(time, work(&mut connection, purpose));
+        match self.world.calls.make(verb, ANSWERED, Interruption::Never, work).await {
+            Ended::Returned(Ok(Ok(pid))) if pid != backend => {
+                self.world.fail(format!("{verb}: backend {pid} answers for {backend}"));
+            }
+            Ended::Returned(Ok(Err(error))) => self.world.check_statement(verb, &error, backend),
+            Ended::Returned(Err(_)) => self.world.count(format!("{verb}: interrupted")),
+            Ended::Returned(Ok(Ok(_))) | Ended::Interrupted => {}
+            Ended::TooLate => self.world.fail(format!("{verb} did not end in time")),
+        }
+    }
+}
+
+/// Uses the connection. Returns the backend that has answered.
+async fn work(connection: &mut PgConnection, purpose: Use) -> sqlx::Result<i32> {
+    const QUERY: &str = "SELECT pg_backend_pid() FROM pg_sleep(0.002)";
+    match purpose {
+        Use::Begin => {
+            sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
+            sqlx::query_scalar(QUERY).fetch_one(connection).await
+        }
+        Use::Commit => {
+            let mut transaction = connection.begin().await?;
+            let pid = sqlx::query_scalar(QUERY).fetch_one(&mut *transaction).await?;
+            transaction.commit().await?;
+            Ok(pid)
+        }
+        Use::Fail => {
+            let pid = sqlx::query_scalar(QUERY).fetch_one(&mut *connection).await?;
+            sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
+            match sqlx::query("SELECT 1 / (random() * 0)::int").execute(connection).await {
+                Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22012") => {
+                    Ok(pid)
+                }
+                Err(error) => Err(error),
+                Ok(_) => Err(sqlx::Error::Protocol("a division by zero succeeds".to_owned())),
+            }
+        }
+        Use::Query => sqlx::query_scalar(QUERY).fetch_one(connection).await,
+        Use::Rollback => {
+            let mut transaction = connection.begin().await?;
+            sqlx::query_scalar(QUERY).fetch_one(&mut *transaction).await
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Random operations on a few keys, from many handles and tasks at once, keep every guarantee.
+//!
+//! Checked throughout: mutual exclusion among guards that are not lost, fencing tokens that grow, errors of
+//! expected kinds only, and a bound for every call. Checked at the end: no lock, no waiter, and a pool that
+//! has all its connections back, idle and outside of a transaction.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `PGLOCK_STRESS_OPERATIONS` | the number of operations of both tests together (10,000) |
+//! | `PGLOCK_STRESS_SEED` | repeats the choices of a run, though not its interleaving |
+//! | `PGLOCK_STRESS_WITHOUT` | verbs to leave out, separated by spaces, to look past a known failure |
+
+#![expect(
+    clippy::expect_used,
+    clippy::large_futures,
+    clippy::unwrap_used,
+    reason = "in a test, what cannot go on panics, and the message says why"
+)]
+
+mod world;
+mod table;
+mod guard;
+mod member;
+mod family;
+mod hold;
+mod borrow;
+mod faults;
+mod calls;
+#[path = "../history/dice.rs"]
+mod dice;
+
+use std::env;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use pglock_testkit::{TestDb, advisory_locks, eventually};
+use sqlx::{PgPool, Row as _};
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use dice::Dice;
+use world::{Weather, World};
+
+/// Tasks that share nothing but the pool and the keys.
+const LONERS: u64 = 4;
+/// Sessions that several tasks share.
+const FAMILIES: u64 = 3;
+/// More than all guards of all tasks need at once, so that a timeout of the pool is a failure.
+const CONNECTIONS: u32 = 30;
+/// How long abandoned calls may take to leave the server.
+const SETTLED: Duration = Duration::from_secs(15);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn random_operations_without_faults_keep_every_guarantee() {
+    stress(Weather::Calm).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn random_operations_among_killed_and_cancelled_backends_keep_every_guarantee() {
+    stress(Weather::Stormy).await;
+}
+
+async fn stress(weather: Weather) {
+    let operations = number("PGLOCK_STRESS_OPERATIONS").unwrap_or(10_000) / 2;
+    let seed = number("PGLOCK_STRESS_SEED").unwrap_or_else(|| {
+        u64::from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos())
+    });
+    let db = TestDb::new().await;
+    let pool = db.pool(CONNECTIONS).await;
+    let world = World::new(&db, &pool, weather, seed, operations).await;
+
+    let mut dice = Dice::new(seed);
+    let mut tasks = JoinSet::new();
+    for _ in 0..LONERS {
+        tasks.spawn(member::run_alone(Arc::clone(&world), Dice::new(dice.below(u64::MAX))));
+    }
+    for number in 0..FAMILIES {
+        tasks.spawn(family::run(Arc::clone(&world), number, Dice::new(dice.below(u64::MAX))));
+    }
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(panic) = ended {
+            world.fail(format!("a task ended early: {panic}"));
+        }
+    }
+    world.summarize();
+    world.assert_no_failure();
+
+    drop(world);
+    nothing_is_left(&db, &pool).await;
+    timeout(SETTLED, pool.close()).await.expect("the pool closes");
+}
+
+/// Waits until nothing is left of the operations: on the server, and in the pool.
+async fn nothing_is_left(db: &TestDb, pool: &PgPool) {
+    let admin = Mutex::new(db.admin().await);
+    let no_locks = async || advisory_locks(&mut *admin.lock().await).await.is_empty();
+    eventually("the server has no advisory lock and no waiter", SETTLED, no_locks).await;
+    let idle = async || pool.num_idle() == usize::try_from(pool.size()).unwrap();
+    eventually("the pool has all its connections back, idle", SETTLED, idle).await;
+
+    // A lost slot of the pool is not seen in its counts, but in how many it still lends.
+    let mut borrowed = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut connection = timeout(SETTLED, pool.acquire()).await.expect("a slot").unwrap();
+        // By the simple protocol, in which both times are the same outside of a transaction.
+        let row = sqlx::raw_sql("SELECT now() <> statement_timestamp()")
+            .fetch_one(&mut *connection)
+            .await
+            .unwrap();
+        assert!(!row.get::<bool, _>(0), "a pooled connection is inside of a transaction");
+        borrowed.push(connection);
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    env::var(variable).ok().map(|number| number.parse().expect("a number"))
+}

@@ -1,0 +1,202 @@
+//! What all tasks share: the database, the table of holders, the budget, and what went wrong.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::env;
+use std::fmt::Write as _;
+use std::io::{Write as _, stdout};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pglock::{Error, LockManager, LockOptions, Loss};
+use pglock_testkit::TestDb;
+use sqlx::{PgConnection, PgPool};
+
+use crate::calls::Calls;
+use crate::table::Table;
+
+/// The keys are the numbers below this.
+pub(crate) const KEYS: u64 = 4;
+/// After so many failures a run ends early.
+const ENOUGH: usize = 20;
+
+/// Whether faults strike.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Weather {
+    /// No fault: then no session is lost, and no statement is cancelled.
+    Calm,
+    /// Backends are killed, and statements are cancelled on the server.
+    Stormy,
+}
+
+/// The shared state.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) pool: PgPool,
+    pub(crate) options: LockOptions,
+    pub(crate) table: Table,
+    pub(crate) calls: Calls,
+    /// For faults. Not of the pool, so that it is never struck itself.
+    pub(crate) admin: tokio::sync::Mutex<PgConnection>,
+    manager: LockManager,
+    weather: Weather,
+    seed: u64,
+    started: Instant,
+    without: BTreeSet<String>,
+    left: AtomicU64,
+    tally: Mutex<BTreeMap<String, u64>>,
+    failures: Mutex<Vec<String>>,
+}
+
+impl World {
+    pub(crate) async fn new(
+        db: &TestDb,
+        pool: &PgPool,
+        weather: Weather,
+        seed: u64,
+        operations: u64,
+    ) -> Arc<Self> {
+        // Short, so that a run has many of both: slices, and heartbeats.
+        let options = LockOptions::new()
+            .wait_slice(Duration::from_secs(2))
+            .heartbeat(Duration::from_millis(250), Duration::from_secs(2));
+        let without = env::var("PGLOCK_STRESS_WITHOUT").unwrap_or_default();
+        Arc::new(Self {
+            pool: pool.clone(),
+            manager: options.manager(pool).unwrap(),
+            options,
+            table: Table::default(),
+            calls: Calls::start(format!("{weather:?}, PGLOCK_STRESS_SEED={seed}")),
+            admin: tokio::sync::Mutex::new(db.admin().await),
+            weather,
+            seed,
+            started: Instant::now(),
+            without: without.split_whitespace().map(str::to_owned).collect(),
+            left: AtomicU64::new(operations),
+            tally: Mutex::default(),
+            failures: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn manager(&self) -> &LockManager {
+        &self.manager
+    }
+
+    pub(crate) fn is_stormy(&self) -> bool {
+        self.weather == Weather::Stormy
+    }
+
+    /// Whether the verb takes part in this run.
+    pub(crate) fn has(&self, verb: &str) -> bool {
+        !self.without.contains(verb)
+    }
+
+    /// Whether the run goes on.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.left.load(Ordering::Relaxed) > 0
+    }
+
+    /// Takes one operation from the budget.
+    pub(crate) fn spend(&self, verb: &str) {
+        // Tasks that are in the middle of a hold spend a few more than there are.
+        let spent = |left: u64| left.checked_sub(1);
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spent).unwrap_or_default();
+        self.count(verb.to_owned());
+    }
+
+    pub(crate) fn count(&self, what: String) {
+        *locked(&self.tally).entry(what).or_default() += 1;
+    }
+
+    pub(crate) fn fail(&self, failure: impl std::fmt::Display) {
+        let mut failures = locked(&self.failures);
+        failures.push(format!("{:.3} s: {failure}", self.started.elapsed().as_secs_f64()));
+        if failures.len() >= ENOUGH {
+            self.left.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts an error of a verb, and fails if its kind is unexpected.
+    ///
+    /// `backend` is the session of the guard that the verb was called on.
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all other variants are unexpected")]
+    pub(crate) fn check_error(&self, verb: &str, error: &Error, backend: Option<i32>) {
+        self.count(format!("{verb}: error {}", kind(error)));
+        // An acquire runs on a session that is not known, so that any fault may have been its own.
+        let struck = backend.map_or_else(|| self.is_stormy(), |pid| self.table.is_struck(pid));
+        let expected = match error {
+            // Two sessions wait for each other now and then: every acquire has other keys beside.
+            Error::Deadlock { .. } => backend.is_none(),
+            Error::Cancelled { .. }
+            | Error::Disconnected { .. }
+            | Error::Lost { reason: Loss::Disconnected(_) | Loss::NotHeld, .. } => struck,
+            Error::Database { source, .. } => {
+                // An answer to a cancelled statement that is no acquire.
+                struck && backend.is_some() && code(source).as_deref() == Some("57014")
+            }
+            // A short timeout is over before a connection is opened.
+            Error::Pool { source, .. } => {
+                verb.ends_with("_for") && matches!(source, sqlx::Error::PoolTimedOut)
+            }
+            _ => false,
+        };
+        if !expected {
+            let cause = std::error::Error::source(error).map(ToString::to_string);
+            self.fail(format!("{verb} of backend {backend:?}: {error}: {cause:?}"));
+        }
+    }
+
+    /// The same for a statement of the application, on a borrowed connection.
+    pub(crate) fn check_statement(&self, verb: &str, error: &sqlx::Error, backend: i32) {
+        self.count(format!("{verb}: statement failed"));
+        if !self.table.is_struck(backend) {
+            self.fail(format!("{verb} of backend {backend}: {error}"));
+        }
+    }
+
+    /// Prints what the run has done, also if it succeeds.
+    #[expect(
+        clippy::explicit_write,
+        reason = "the test runner keeps what `println!` prints to itself"
+    )]
+    pub(crate) fn summarize(&self) {
+        let (weather, seconds) = (self.weather, self.started.elapsed().as_secs_f64());
+        let mut lines =
+            format!("\n{weather:?} for {seconds:.1} s; PGLOCK_STRESS_SEED={}", self.seed);
+        for (what, count) in locked(&self.tally).iter() {
+            write!(lines, "\n{count:>8}  {what}").unwrap();
+        }
+        writeln!(stdout(), "{lines}").unwrap();
+    }
+
+    pub(crate) fn assert_no_failure(&self) {
+        let failures = locked(&self.failures);
+        assert!(
+            failures.is_empty(),
+            "{} failures with PGLOCK_STRESS_SEED={}:\n{}",
+            failures.len(),
+            self.seed,
+            failures.join("\n"),
+        );
+    }
+}
+
+/// Locks a mutex whose other users may have panicked.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn code(error: &sqlx::Error) -> Option<String> {
+    error.as_database_error()?.code().map(std::borrow::Cow::into_owned)
+}
+
+/// The variant's name, and that of the loss.
+#[expect(clippy::wildcard_enum_match_arm, reason = "only a loss has a reason")]
+fn kind(error: &Error) -> String {
+    let text = format!("{error:?}");
+    let name = |text: &str| text.split([' ', '(', '{']).next().unwrap_or_default().to_owned();
+    match error {
+        Error::Lost { reason, .. } => format!("Lost, {}", name(&format!("{reason:?}"))),
+        _ => name(&text),
+    }
+}
