@@ -80,7 +80,7 @@ pub(super) enum Step {
 pub(super) enum Effect<S, W> {
     /// The waiter holds the key, on this seat.
     Granted(W, S),
-    /// It is busy, and the waiter has no policy.
+    /// It is busy, and the request does not wait.
     Refused(W),
     /// It would wait for one who waits for it.
     Deadlock(W),
@@ -555,7 +555,7 @@ impl<S: Seat, W> Entry<S, W> {
         effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
     }
 
-    /// The lock was busy: who has no policy goes, the others wait on a session of their own.
+    /// The lock was busy: requests that do not wait are refused, the others wait on a session of their own.
     fn refused(&mut self, key: KeyId, numbers: &mut Numbers, effects: &mut Vec<Effect<S, W>>) {
         self.dismiss(effects);
         if let Some(first) = self.queue.front() {
@@ -637,7 +637,7 @@ impl<S: Seat, W> Entry<S, W> {
         waiter.mode == Mode::Exclusive && self.holders.get(waiter.owner).is_some()
     }
 
-    /// Turns away who has no policy.
+    /// Refuses the requests that do not wait.
     fn dismiss(&mut self, effects: &mut Vec<Effect<S, W>>) {
         let waiters = std::mem::take(&mut self.queue);
         for waiter in waiters {

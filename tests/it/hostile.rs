@@ -139,7 +139,6 @@ async fn no_schema_takes_over_a_statement_of_a_transaction_or_an_inspection() {
 }
 
 #[tokio::test]
-#[ignore = "the statements of session-level locks look up names"]
 async fn no_schema_takes_over_a_statement_of_a_lock() {
     let server = Server::start();
     let db = TestDb::on(&server).await;

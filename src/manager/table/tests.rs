@@ -470,7 +470,7 @@ fn an_upgrade_is_tried_by_who_is_alone() {
     }
 }
 
-/// Who has no policy hears at once where asking the server is no use, and only there.
+/// A request that does not wait is refused at once where asking the server is no use, and only there.
 #[test]
 fn who_only_tries_hears_at_once_of_who_is_before_him() {
     use Mode::{Exclusive, Shared};
@@ -646,7 +646,7 @@ fn nothing_is_asked_that_must_be_waited_for() {
     assert_eq!(world.waiting.len(), 1);
 }
 
-/// Of those who ask for a lock that is busy, only who has policy goes on waiting.
+/// Of the requests for a lock that is busy, only those that wait stay queued.
 #[test]
 fn who_only_tries_is_refused_when_the_server_says_so() {
     let mut world = World::new();
