@@ -68,6 +68,7 @@ impl Attendant {
                 return manager.failed(self.key, self.id, Some(&Arc::new(error)));
             }
         };
+        held.session().poll_early();
         let place = Place { session: Arc::clone(held.session()), shared: false };
         self.holds.push(held);
         self.place = Some(place.clone());

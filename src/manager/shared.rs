@@ -183,7 +183,10 @@ impl Driver {
             let opened = self.open().await;
             self.manager.state().opening = false;
             match opened {
-                Ok(keeper) => self.keeper = keeper,
+                Ok(keeper) => {
+                    keeper.iter().for_each(|keeper| keeper.session().poll_early());
+                    self.keeper = keeper;
+                }
                 Err(error) => {
                     end_with_the_runtime().await;
                     self.fail(Some(&Arc::new(error)));
