@@ -203,7 +203,10 @@ impl KeeperTask {
                 next_look = Instant::now() + TICK;
             }
             for wake in awake {
-                self.poll(&wake);
+                if self.poll(&wake) {
+                    // The other sessions have probably gone the same way.
+                    next_look = Instant::now();
+                }
             }
             while self.questions.try_join_next().is_some() {}
             self.rest(next_look).await;
@@ -234,6 +237,13 @@ impl KeeperTask {
         let now = Instant::now();
         let mut servers = HashSet::new();
         let mut busy: HashMap<usize, Vec<(Arc<Session>, Question)>> = HashMap::new();
+        // Their idle connections are not polled until the monitor is connected again.
+        let unmonitored: HashSet<usize> = self
+            .monitors
+            .iter()
+            .filter(|(_, monitor)| monitor.try_lock().is_ok_and(|mut monitor| monitor.take_lost()))
+            .map(|(&server, _)| server)
+            .collect();
         for kept in mem::take(&mut self.sessions) {
             let Some(session) = kept.session.upgrade() else { continue };
             if session.server.proof.is_negative() && session.loss().is_none() {
@@ -253,7 +263,8 @@ impl KeeperTask {
                 continue;
             }
             let server = Arc::as_ptr(&session.server).addr();
-            let due = session.last_answered() + session.heartbeat.interval <= now;
+            let due = unmonitored.contains(&server)
+                || session.last_answered() + session.heartbeat.interval <= now;
             let grown_up = session.polled_early.load(Ordering::Relaxed)
                 || kept.since + GROWN_UP.min(session.heartbeat.interval) <= now;
             if due || grown_up {
@@ -287,30 +298,32 @@ impl KeeperTask {
         self.monitors.retain(|server, _| servers.contains(server));
     }
 
-    /// Polls an idle connection for closure.
-    fn poll(&self, wake: &Arc<Wake>) {
+    /// Polls an idle connection for closure. Returns whether it is closed.
+    fn poll(&self, wake: &Arc<Wake>) -> bool {
         wake.queued.store(false, Ordering::Relaxed);
-        let Some(session) = wake.session.upgrade() else { return };
+        let Some(session) = wake.session.upgrade() else { return false };
         let monitor = self.monitors.get(&Arc::as_ptr(&session.server).addr());
-        let Some(monitor) = monitor else { return };
+        let Some(monitor) = monitor else { return false };
         let Ok(mut monitor) = monitor.try_lock() else {
             // It is used for a question. The next look is soon enough.
             wake.queued.store(true, Ordering::Relaxed);
             self.keeper.inbox().awake.push(Arc::clone(wake));
-            return;
+            return false;
         };
         // If it is in use, its return wakes the keeper again; as does the end of tidying it.
-        let Ok(mut slot) = session.conn.try_lock() else { return };
-        let Some(conn) = slot.as_mut().filter(|conn| !conn.lent) else { return };
-        let Ok(pg) = conn.pg() else { return };
+        let Ok(mut slot) = session.conn.try_lock() else { return false };
+        let Some(conn) = slot.as_mut().filter(|conn| !conn.lent) else { return false };
+        let Ok(pg) = conn.pg() else { return false };
         let waker = Waker::from(Arc::clone(wake));
-        if let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) {
-            drop(slot);
-            // Without a guard, it is just being released.
-            if session.ledger().has_guards() {
-                session.give_up(&Loss::broken(error));
-            }
+        let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) else {
+            return false;
+        };
+        drop(slot);
+        // Without a guard, it is just being released.
+        if session.ledger().has_guards() {
+            session.give_up(&Loss::broken(error));
         }
+        true
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Monitor {
     listener: Option<Box<PgListener>>,
     /// When it could not connect.
     failed: Option<Instant>,
+    /// It was connected, and is not any more.
+    lost: bool,
 }
 
 impl Monitor {
@@ -77,7 +79,7 @@ impl Monitor {
         let answer = within(limit, asking).await;
         if !is_alive(&answer) {
             // The next question connects again.
-            self.listener = None;
+            self.lost |= self.listener.take().is_some();
         }
         answer.map(|(_, holdings)| holdings)
     }
@@ -99,10 +101,18 @@ impl Monitor {
         if let Some(own) = inside(&mut listener) {
             std::mem::swap(own, conn);
             self.listener = Some(listener);
+        } else {
+            // The listener has dropped the closed connection, and the session is left with that of the
+            // listener, which is closed with the session.
+            self.lost = true;
         }
-        // Otherwise the listener has dropped the closed connection, and the session is left with that of the
-        // listener, which is closed with the session.
         polled
+    }
+
+    /// Whether the connection was lost since the last call. Until it is connected again, no idle connection
+    /// is polled.
+    pub(super) fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost)
     }
 }
 
