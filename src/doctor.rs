@@ -18,7 +18,7 @@
 //! ```
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use tokio::runtime::Handle;
@@ -110,8 +110,8 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
     let lock = options.lock(pool, &key)?;
     let failed = |source| Error::Database { key: key.clone(), source };
 
-    let pooled = lend(pool, &key, WaitPolicy::Forever).await?;
-    let mut conn = Conn::new(pooled, Handle::current());
+    let pooled = lend(pool, &key, WaitPolicy::Forever, Instant::now()).await?;
+    let mut conn = Conn::new(pooled, Handle::current(), None);
     let asking = within(DEADLINE, async {
         let pg = conn.pg()?;
         let refused = statements::look_after(pg, options.vigilance()).await.err();

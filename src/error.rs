@@ -147,13 +147,16 @@ pub enum Error {
 
     /// No connection of the pool became available in time, or the pool was closed, also during a wait. The
     /// lock is not held.
-    #[error("lock {key}: {}", PoolAdvice(source))]
+    #[error("lock {key}: {}", PoolAdvice(source, *locks))]
     #[non_exhaustive]
     Pool {
         /// The key of the lock.
         key: Key,
         /// What the pool said.
         source: sqlx::Error,
+        /// How many of the pool's connections locks had, if it was their share of the pool that was
+        /// used up ([`LockOptions::reserve_connections`](crate::LockOptions::reserve_connections)).
+        locks: Option<u32>,
     },
 
     /// Locks exclude no other session on this connection: it goes through a transaction-mode pooler or a
@@ -256,7 +259,7 @@ impl Loss {
 }
 
 /// What went wrong with the pool, told from the two waits that must never look alike.
-struct PoolAdvice<'e>(&'e sqlx::Error);
+struct PoolAdvice<'e>(&'e sqlx::Error, Option<u32>);
 
 impl Error {
     /// Returns the key of the lock that the error is about.
@@ -375,7 +378,7 @@ impl Error {
             Self::Lost { reason, .. } => Self::Lost { key, reason: reason.clone() },
             Self::Options { reason, .. } => Self::Options { key, reason: reason.clone() },
             Self::OutOfLocks { .. } => Self::OutOfLocks { key, source: source() },
-            Self::Pool { .. } => Self::Pool { key, source: source() },
+            Self::Pool { locks, .. } => Self::Pool { key, source: source(), locks: *locks },
             Self::Pooled { .. } => Self::Pooled { key },
             Self::Settings { .. } => Self::Settings { key, source: source() },
             Self::SharedSession { .. } => Self::SharedSession { key },
@@ -477,12 +480,20 @@ impl DatabaseError for Again {
 
 impl fmt::Display for PoolAdvice<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if matches!(self.0, sqlx::Error::PoolClosed) {
-            "the pool is closed; acquire before it is closed"
-        } else {
-            "it was the pool that timed out, not the lock: no connection came free in time; raise \
-             max_connections, hold and await fewer locks at once, or be more patient"
-        })
+        match self {
+            Self(sqlx::Error::PoolClosed, _) => {
+                f.write_str("the pool is closed; acquire before it is closed")
+            }
+            Self(_, Some(locks)) => write!(
+                f,
+                "timed out waiting for a connection of the pool, not for the lock: locks have {locks}, and \
+                 leave the others to queries; raise max_connections, or hold and await fewer locks at once"
+            ),
+            Self(_, None) => f.write_str(
+                "timed out waiting for a connection of the pool, not for the lock; raise \
+                 max_connections or acquire_timeout, or hold connections for less time"
+            ),
+        }
     }
 }
 

@@ -39,6 +39,7 @@ pub struct LockOptions {
     mark: Arc<str>,
     require_settings: bool,
     allow_standby: bool,
+    reserve_connections: Option<u32>,
 }
 
 /// How often a session is asked, and how long it may take to answer.
@@ -114,6 +115,7 @@ impl LockOptions {
             mark: server_gives_up.vigilance().mark(),
             require_settings: false,
             allow_standby: false,
+            reserve_connections: None,
         }
     }
 
@@ -246,6 +248,32 @@ impl LockOptions {
     #[must_use]
     pub fn wait_slice(mut self, wait_slice: Duration) -> Self {
         self.wait_slice = wait_slice;
+        self
+    }
+
+    /// Sets how many connections of the pool all locks on it together leave to queries. Default: a third of
+    /// the pool, rounded up.
+    ///
+    /// A lock uses a connection while it is held or waited for, and what it protects usually needs another
+    /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire
+    /// that would leave fewer waits in the process, in FIFO order, for up to the pool's `acquire_timeout`,
+    /// and then fails with [`Error::Pool`], which says how many connections locks have. A pool of one
+    /// connection has none to leave, and one connection is always allowed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::LockOptions;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// // A pool that is used for nothing but locks.
+    /// let mut lock = LockOptions::new().reserve_connections(0).lock(&pool, "migrate")?;
+    /// # drop(lock.acquire().await?); Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn reserve_connections(mut self, connections: u32) -> Self {
+        self.reserve_connections = Some(connections);
         self
     }
 
@@ -438,6 +466,10 @@ impl LockOptions {
 
     pub(crate) fn settings_required(&self) -> bool {
         self.require_settings
+    }
+
+    pub(crate) fn reserve(&self) -> Option<u32> {
+        self.reserve_connections
     }
 
     pub(crate) fn standby_allowed(&self) -> bool {

@@ -106,8 +106,8 @@ impl Owner {
 
     /// A connection of the pool, for a question that no session of ours has to answer.
     pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
-        let pooled = pending::lend(&self.pool, key, WaitPolicy::Forever).await?;
-        Ok(Conn::new(pooled, Handle::current()))
+        let pooled = pending::lend(&self.pool, key, WaitPolicy::Forever, Instant::now()).await?;
+        Ok(Conn::new(pooled, Handle::current(), None))
     }
 
     /// Acquires, inside a span that tells how it went.
@@ -180,7 +180,7 @@ impl Owner {
             Box::pin(pending.try_now(policy)).await?
         } else {
             let Self { pool, server, options, .. } = self;
-            Pending::open(pool, server.server(pool), request, options, policy).await?
+            Pending::open(pool, server, request, options, policy).await?
         };
         let held = pending.settle(verdict, policy).await?;
         Ok(held.map(|held| {

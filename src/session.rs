@@ -14,6 +14,7 @@
 //! What must be finished is a [`Task`](task::Task): the caller that awaits it runs it, and if the caller
 //! stops, the runtime of the acquire does.
 
+pub(crate) mod budget;
 mod cancel;
 pub(crate) mod conn;
 mod keeper;

@@ -57,7 +57,7 @@ impl Managed {
                     // It was not the lock that was busy.
                     None if waiting.is_unasked() => {
                         let source = sqlx::Error::PoolTimedOut;
-                        return Err(Error::Pool { key: key.clone(), source });
+                        return Err(Error::Pool { key: key.clone(), source, locks: None });
                     }
                     None => return Ok(None),
                     Some(answer) => match waiting.told(answer.ok()) {
@@ -92,7 +92,11 @@ impl Managed {
         let runtime = Handle::current();
         let mut state = manager.state();
         if manager.pool.is_closed() && !state.table.holds(key.id(), self.owner.id) {
-            return Err(Error::Pool { key: key.clone(), source: sqlx::Error::PoolClosed });
+            return Err(Error::Pool {
+                key: key.clone(),
+                source: sqlx::Error::PoolClosed,
+                locks: None,
+            });
         }
         let now = Instant::now();
         let wants = (mode, patient);

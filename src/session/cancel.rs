@@ -90,7 +90,7 @@ impl Session {
         let Some(&backend_pid) = self.backend_pid.get() else { return Ok(()) };
         let mut unknown = Ok(());
         if let Some(pooled) = self.pool.try_acquire() {
-            let mut conn = Conn::new(pooled, self.runtime.clone());
+            let mut conn = Conn::new(pooled, self.runtime.clone(), None);
             let cancelling = async { sql::backend::cancel(conn.pg()?, backend_pid).await };
             match timeout(SEND_LIMIT, cancelling).await {
                 Ok(answer) if answer.as_ref().err().is_none_or(is_answer) => {

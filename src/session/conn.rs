@@ -6,6 +6,8 @@ use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, Postgres};
 use tokio::runtime::Handle;
 
+use super::budget::Permit;
+
 /// A connection that the pool gets back only through [`give_back`](Self::give_back).
 ///
 /// # Drop
@@ -17,6 +19,8 @@ pub(crate) struct Conn {
     // Invariant: `Some` until it is given back or dropped.
     pooled: Option<PoolConnection<Postgres>>,
     runtime: Handle,
+    /// The share of the pool that locks have. `None` for a connection that is used for a question.
+    _permit: Option<Permit>,
     /// The application has had the connection since it was last tidied.
     pub(crate) lent: bool,
     /// The server was asked whether a transaction was left open on it before.
@@ -25,8 +29,12 @@ pub(crate) struct Conn {
 
 impl Conn {
     /// Keeps the runtime, because `PoolConnection` panics when it is dropped without one.
-    pub(crate) fn new(pooled: PoolConnection<Postgres>, runtime: Handle) -> Self {
-        Self { pooled: Some(pooled), runtime, lent: false, checked: false }
+    pub(crate) fn new(
+        pooled: PoolConnection<Postgres>,
+        runtime: Handle,
+        permit: Option<Permit>,
+    ) -> Self {
+        Self { pooled: Some(pooled), runtime, _permit: permit, lent: false, checked: false }
     }
 
     /// The connection, for a statement.

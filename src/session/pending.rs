@@ -12,8 +12,9 @@ use sqlx::{PgPool, Postgres};
 use tokio::runtime::Handle;
 use tokio::time::{timeout, timeout_at};
 
+use super::budget::{self, Permit};
 use super::conn::Conn;
-use super::servers::Server;
+use super::servers::{PoolServer, Server};
 use super::slot::{ConnGuard, Unavailable};
 use super::task::Task;
 use super::{DEADLINE, Session, silence, within, within_task};
@@ -100,7 +101,7 @@ impl WaitPolicy {
         }
     }
 
-    fn deadline(self) -> Option<Instant> {
+    pub(super) fn deadline(self) -> Option<Instant> {
         match self {
             Self::Forever | Self::Never => None,
             Self::ForPool(deadline) | Self::Until(deadline) => Some(deadline),
@@ -153,15 +154,18 @@ impl Pending {
     /// hook goes with the ping.) Only then the pool is asked properly, which may wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
-        server: &Arc<Server>,
+        server: &mut PoolServer,
         request: &Request,
         options: &LockOptions,
         policy: WaitPolicy,
     ) -> Result<(Self, Verdict)> {
         let runtime = Handle::current();
         let started = Instant::now();
+        let budget = Arc::clone(server.budget());
+        let server = server.server(pool);
+        let mut permit = budget.permit(request.key(), options.reserve(), policy).await?;
         while let Some(idle) = pool.try_acquire() {
-            let mut pending = Self::start(pool, server, idle, &runtime, request, options);
+            let mut pending = Self::start(pool, server, idle, permit, &runtime, request, options);
             // A connection on which nothing arrives must not use up the time of the others.
             let limit = policy.answer_limit().min(options.beat().timeout);
             let error = match pending.ask(limit).await {
@@ -179,10 +183,11 @@ impl Pending {
             if started.elapsed() >= policy.answer_limit() {
                 return Err(Error::acquiring(request.key(), error));
             }
+            permit = budget.permit(request.key(), options.reserve(), policy).await?;
         }
         Box::pin(async {
-            let pooled = lend(pool, request.key(), policy).await?;
-            let pending = Self::start(pool, server, pooled, &runtime, request, options);
+            let pooled = lend(pool, request.key(), policy, started).await?;
+            let pending = Self::start(pool, server, pooled, permit, &runtime, request, options);
             pending.try_now(policy).await
         })
         .await
@@ -192,11 +197,12 @@ impl Pending {
         pool: &PgPool,
         server: &Arc<Server>,
         pooled: PoolConnection<Postgres>,
+        permit: Permit,
         runtime: &Handle,
         request: &Request,
         options: &LockOptions,
     ) -> Self {
-        let conn = Conn::new(pooled, runtime.clone());
+        let conn = Conn::new(pooled, runtime.clone(), Some(permit));
         let session = Session::open(pool, server, conn, runtime.clone(), options);
         let mut pending = Self::new(session, request, options);
         // Nothing else knows the session yet.
@@ -464,7 +470,7 @@ impl Pending {
                 Err(_) => Waiting::Ended(Error::acquiring(&key, silence(slice.limit))),
             },
             () = session.pool.close_event() => {
-                Waiting::Ended(Error::Pool { key, source: sqlx::Error::PoolClosed })
+                Waiting::Ended(Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None })
             }
             loss = session.lost() => Waiting::Ended(Error::broken(&key, &loss)),
         }
@@ -735,21 +741,24 @@ fn needs_another_try(error: &sqlx::Error, settings_required: bool) -> bool {
     sqlstate(error).as_deref() == Some("25P02") || (refuses_settings(error) && !settings_required)
 }
 
-/// Asks the pool for a connection, for no longer than the caller waits.
+/// Asks the pool for a connection, for no longer than the caller waits, or the pool lets anybody wait that has
+/// waited since then.
 ///
 /// A caller that only tries does not wait for the lock, but for the pool like any query.
 pub(crate) async fn lend(
     pool: &PgPool,
     key: &Key,
     policy: WaitPolicy,
+    since: Instant,
 ) -> Result<PoolConnection<Postgres>> {
     let key = key.clone();
     // Boxed, or every acquire would be a future of 18 kB: as large as what may have to log in.
-    let source = match policy.bound(Box::pin(pool.acquire())).await {
-        Some(Ok(lent)) => return Ok(lent),
-        Some(Err(source)) => source,
+    let acquiring = timeout_at(budget::deadline(pool, policy, since).into(), Box::pin(pool.acquire()));
+    let source = match acquiring.await {
+        Ok(Ok(lent)) => return Ok(lent),
+        Ok(Err(source)) => source,
         // The caller's time is over.
-        None => return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut }),
+        Err(_) => return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut, locks: None }),
     };
     let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
     // With room for more connections, it was the server that did not answer.
@@ -758,7 +767,7 @@ pub(crate) async fn lend(
         // A login takes locks too.
         Error::OutOfLocks { key, source }
     } else if exhausted || matches!(source, sqlx::Error::PoolClosed) {
-        Error::Pool { key, source }
+        Error::Pool { key, source, locks: None }
     } else {
         Error::Connect { key, source }
     })

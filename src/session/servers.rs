@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 
+use super::budget::Budget;
 use super::proof::Proof;
 
 /// How long a server that has rejected the settings is used without.
@@ -75,13 +76,14 @@ impl Server {
 pub(crate) struct PoolServer {
     options: Arc<PgConnectOptions>,
     server: Arc<Server>,
+    budget: Arc<Budget>,
 }
 
 impl PoolServer {
     pub(crate) fn of(pool: &PgPool) -> Self {
         let options = pool.connect_options();
         let server = find(&options);
-        Self { options, server }
+        Self { options, server, budget: Budget::of(pool) }
     }
 
     /// The server of now. An application may give its pool other options.
@@ -90,6 +92,11 @@ impl PoolServer {
             *self = Self::of(pool);
         }
         &self.server
+    }
+
+    /// How many of the pool's connections locks may have.
+    pub(crate) fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 }
 

@@ -1,0 +1,141 @@
+//! How many of a pool's connections locks may use at once: they leave the rest to the queries that they
+//! protect.
+//!
+//! A lock is held while other connections of the same pool do the work, so if locks took the last one, the
+//! work that would free them could not begin. All handles on a pool share one budget, whose queue is FIFO.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use sqlx::PgPool;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout_at;
+
+use super::pending::WaitPolicy;
+use crate::error::{Error, Result};
+use crate::key::Key;
+
+const A_YEAR: Duration = Duration::from_hours(24 * 365);
+
+/// The connections of one pool.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    /// One permit for each connection that the pool may open.
+    permits: Arc<Semaphore>,
+    max_connections: u32,
+    /// How many connections locks have.
+    in_use: AtomicU32,
+    // So that no other pool can have the address by which this one is found.
+    pool: PgPool,
+}
+
+/// The right to use one connection of a pool for locks.
+///
+/// # Drop
+///
+/// Lets the next in the queue have it.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    _permit: OwnedSemaphorePermit,
+    // The pool finds it again as long as one of its permits is out.
+    budget: Arc<Budget>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.budget.in_use.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Budget {
+    /// The budget of a pool, which all its clones share.
+    pub(crate) fn of(pool: &PgPool) -> Arc<Self> {
+        static BUDGETS: LazyLock<Mutex<HashMap<usize, Weak<Budget>>>> =
+            LazyLock::new(Mutex::default);
+
+        // The clones of a pool have their options in common.
+        let address = std::ptr::from_ref(pool.options()).addr();
+        let mut budgets = BUDGETS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(budget) = budgets.get(&address).and_then(Weak::upgrade) {
+            return budget;
+        }
+        let max_connections = pool.options().get_max_connections();
+        // More than the semaphore can count is no limit.
+        let permits = usize::try_from(max_connections).unwrap_or(Semaphore::MAX_PERMITS);
+        let permits = Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
+        let in_use = AtomicU32::new(0);
+        let budget = Arc::new(Self { permits, max_connections, in_use, pool: pool.clone() });
+        budgets.retain(|_, budget| budget.strong_count() > 0);
+        budgets.insert(address, Arc::downgrade(&budget));
+        budget
+    }
+
+    /// How many connections locks can have at once if they leave so many to queries.
+    ///
+    /// By default that is a third of the pool, rounded up. One can always be had.
+    pub(crate) fn limit(&self, reserve: Option<u32>) -> u32 {
+        self.max_connections - self.reserved(reserve)
+    }
+
+    fn reserved(&self, reserve: Option<u32>) -> u32 {
+        let reserve = reserve.unwrap_or_else(|| self.max_connections.div_ceil(3));
+        reserve.min(self.max_connections.saturating_sub(1))
+    }
+
+    /// Waits until locks may have one more connection, behind all that asked before: for no longer than
+    /// the caller waits, or than the pool lets anybody wait.
+    pub(crate) async fn permit(
+        self: &Arc<Self>,
+        key: &Key,
+        reserve: Option<u32>,
+        policy: WaitPolicy,
+    ) -> Result<Permit> {
+        // With those that are to be left, which are given back at once.
+        let number = self.reserved(reserve) + 1;
+        let permit = match Arc::clone(&self.permits).try_acquire_many_owned(number) {
+            Ok(permit) => permit,
+            // Boxed, because usually it is not needed.
+            Err(_) => Box::pin(self.queue(key, number, policy)).await?,
+        };
+        Ok(self.keep_one(permit))
+    }
+
+    fn keep_one(self: &Arc<Self>, mut permit: OwnedSemaphorePermit) -> Permit {
+        let others = permit.num_permits().saturating_sub(1);
+        drop(permit.split(others));
+        self.in_use.fetch_add(1, Ordering::Relaxed);
+        Permit { _permit: permit, budget: Arc::clone(self) }
+    }
+
+    async fn queue(
+        &self,
+        key: &Key,
+        number: u32,
+        policy: WaitPolicy,
+    ) -> Result<OwnedSemaphorePermit> {
+        let error = |source| {
+            let locks = self.in_use.load(Ordering::Relaxed);
+            Err(Error::Pool { key: key.clone(), source, locks: Some(locks) })
+        };
+        let deadline = deadline(&self.pool, policy, Instant::now());
+        let acquiring = Arc::clone(&self.permits).acquire_many_owned(number);
+        tokio::select! {
+            biased;
+            () = self.pool.close_event() => error(sqlx::Error::PoolClosed),
+            acquired = timeout_at(deadline.into(), acquiring) => match acquired {
+                Ok(Ok(permit)) => Ok(permit),
+                Ok(Err(_)) | Err(_) => error(sqlx::Error::PoolTimedOut),
+            },
+        }
+    }
+}
+
+/// Until when a caller that has waited for a pool since then may wait.
+pub(super) fn deadline(pool: &PgPool, policy: WaitPolicy, since: Instant) -> Instant {
+    let timeout = pool.options().get_acquire_timeout();
+    // It may be too long to count.
+    let limit = since.checked_add(timeout).unwrap_or_else(|| since + A_YEAR);
+    policy.deadline().map_or(limit, |deadline| deadline.min(limit))
+}
