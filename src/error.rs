@@ -491,7 +491,7 @@ impl fmt::Display for PoolAdvice<'_> {
             ),
             Self(_, None) => f.write_str(
                 "timed out waiting for a connection of the pool, not for the lock; raise \
-                 max_connections or acquire_timeout, or hold connections for less time"
+                 max_connections or acquire_timeout, or hold connections for less time",
             ),
         }
     }

@@ -197,8 +197,8 @@ impl Held {
         }
         self.released = true;
         if let Some(managed) = &self.managed {
-            let farewell = managed.leave(self.key(), self.request.mode(), &self.session);
-            return farewell.map(Release::Managed);
+            let pending = managed.leave(self.key(), self.request.mode(), &self.session);
+            return Some(Release::Managed(pending));
         }
         if self.holding.as_ref().is_some_and(|holding| !holding.end()) {
             // The close of the handle has released it.

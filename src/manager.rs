@@ -1,11 +1,11 @@
 //! Many locks on few connections: a process holds all that is free on one session.
 
 mod batch;
-#[cfg(not(test))]
-mod dedicated;
+mod driver;
 mod managed;
-mod shared;
 mod table;
+#[cfg(not(test))]
+mod wait_session;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 #[cfg(test)]
 use shuttle::sync::{Mutex, MutexGuard};
 use sqlx::PgPool;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::sleep;
 
 use crate::error::{Error, Loss};
 use crate::key::{Key, KeyId};
@@ -26,17 +28,24 @@ use crate::lock::Lock;
 use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::session::Session;
+use crate::session::budget::Budget;
 use crate::session::ledger::Modes;
 use batch::Batch;
-pub(crate) use managed::{Farewell, Managed};
-use table::{Bound, Effect, OwnerId, Seat, Step, Table, Taken};
+pub(crate) use managed::{Managed, PendingRelease};
+use table::{Bound, Effect, OwnerId, Seat, Table, Taken};
 #[cfg(test)]
-use threads::dedicated;
+use threads::wait_session;
 
 /// A lock is passed on inside the process this often, and for this long, before others get their turn.
 const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 
-/// Makes locks that share a connection.
+/// How many wait sessions a manager has at most. Measured: more gain nothing, fewer let a hot key idle.
+const MOST_WAIT_SESSIONS: usize = 4;
+
+/// How long no wait session is opened after one could not be.
+const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
+
+/// Makes locks that share a few connections.
 ///
 /// A [`Lock`] from [`Lock::new`] uses a connection of the pool while it is held or waited for.
 /// The locks of a manager share one connection: a thousand held locks, or a hundred thousand, are one
@@ -47,12 +56,24 @@ const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 /// * Tasks of one process that want the same key queue in the process, in FIFO order, and hand it on without
 ///   a round trip: at most 100 times, and for 10 ms. Then the key goes back to the server's queue, so
 ///   that other processes get their turn.
-/// * The shared session never waits. For a key that another session holds, the manager waits on a separate
-///   connection, one for the key however many tasks want it, which then holds the key.
+/// * The shared session never waits. A key that another session holds is waited for on one of up to four
+///   other connections, which then holds the key. If more keys than that are held elsewhere, the others
+///   queue for those connections, and meanwhile all of them are tried in one statement: again after 5 ms at
+///   first, and after a second at last.
 ///
-/// So a process needs one connection for all uncontended locks, and one more for each key that it
-/// waits for, or acquired by waiting. The shared connection goes back to the pool after a second without a
-/// lock, and immediately when the pool is closed and the last guard was dropped.
+/// So a manager uses at most five connections, however many keys are busy, and fewer if the pool can spare
+/// fewer ([`LockOptions::reserve_connections`]). The shared connection goes back to the pool after a second
+/// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last
+/// guard was dropped.
+///
+/// # Fairness
+///
+/// A key waits in the server's queue for 250 ms at first. If it was not granted by then, and other keys
+/// queue in the process, it goes behind them, and next time it waits twice as long, up to a minute. So with
+/// `n` busy keys and `c` connections, a key has waited long enough to be granted after at most `n / c` times
+/// twice the time for which the others hold it. On a pool that can spare only one connection for locks (by
+/// default one of up to three), there is none to wait on, and a key that is given up and acquired again by other
+/// processes within a retry may be overtaken without bound.
 ///
 /// # What is different
 ///
@@ -156,9 +177,13 @@ impl fmt::Debug for LockManager {
 pub(crate) struct Manager {
     pool: PgPool,
     options: LockOptions,
+    /// At most so many wait sessions.
+    most_wait_sessions: usize,
     state: Mutex<State>,
-    /// There are steps to take for the shared session.
+    /// There are steps to take for the shared session, or keys to try again.
     work: Notify,
+    /// There is a key for an idle wait session.
+    line: Notify,
     owners: AtomicU64,
 }
 
@@ -166,20 +191,48 @@ struct State {
     table: Table<Place, Tell>,
     /// Keys with a step to take on the shared session. Some may have been called off.
     to_do: VecDeque<KeyId>,
-    /// Who waits for a key on a session of its own, or holds it there.
-    dedicated: HashMap<KeyId, mpsc::UnboundedSender<Taken>>,
-    /// Somebody takes the steps.
-    driven: bool,
-    /// He opens the session, so that the server was asked for nothing yet.
-    opening: bool,
+    /// The keys that wait sessions wait for, or hold.
+    apart: HashMap<KeyId, Apart>,
+    /// Who takes the steps.
+    driver: Option<Driving>,
+    /// So many drivers there have been.
+    drivers: u64,
     /// What [`effects`](Self::effects) gives out, so that it need not be allocated each time.
     spare: Vec<Effect<Place, Tell>>,
+}
+
+/// A key that a wait session waits for, or holds.
+struct Apart {
+    /// The number of the step by which it began to wait.
+    wait: u64,
+    /// The steps that it is to take. Dropping this ends the wait.
+    orders: mpsc::UnboundedSender<Taken>,
+}
+
+/// A driver, from outside. All sessions of a manager are on the runtime of its driver.
+struct Driving {
+    number: u64,
+    runtime: Handle,
+    /// When it was last seen running.
+    seen: Instant,
+    /// It opens the shared session, so that the server was asked for nothing yet.
+    opening: bool,
+    wait_sessions: usize,
+    /// How many of them have nothing to wait for.
+    idle: usize,
+    /// When no wait session could be opened.
+    failed: Option<Instant>,
 }
 
 impl State {
     /// What follows from a change is written here, and goes to [`Manager::settle`].
     fn effects(&mut self) -> Vec<Effect<Place, Tell>> {
         std::mem::take(&mut self.spare)
+    }
+
+    /// The driver, if it still is this one.
+    fn driver_of(&mut self, number: u64) -> Option<&mut Driving> {
+        self.driver.as_mut().filter(|driving| driving.number == number)
     }
 }
 
@@ -199,6 +252,8 @@ enum Told {
     Refused,
     Deadlock,
     Released(Result<(), Loss>),
+    /// The process keeps the key: the server was not asked.
+    PassedOn,
     Failed(Arc<Error>),
 }
 
@@ -219,16 +274,20 @@ impl Manager {
         let state = State {
             table: Table::new(BOUND),
             to_do: VecDeque::new(),
-            dedicated: HashMap::new(),
-            driven: false,
-            opening: false,
+            apart: HashMap::new(),
+            driver: None,
+            drivers: 0,
             spare: Vec::new(),
         };
+        // One connection is for the shared session.
+        let spare = Budget::of(pool).limit(options.reserve()).saturating_sub(1);
         Self {
             pool: pool.clone(),
             options,
+            most_wait_sessions: usize::try_from(spare).map_or(0, |n| n.min(MOST_WAIT_SESSIONS)),
             state: Mutex::new(state),
             work: Notify::new(),
+            line: Notify::new(),
             owners: AtomicU64::new(0),
         }
     }
@@ -241,10 +300,118 @@ impl Manager {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The steps that are to be taken on the shared session.
-    fn next_batch(&self) -> Batch {
+    /// Changes the table, and does what follows from it.
+    fn change<T>(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut State, Instant, &mut Vec<Effect<Place, Tell>>) -> T,
+    ) -> T {
+        let mut state = self.state();
+        let mut effects = state.effects();
+        let changed = change(&mut state, Instant::now(), &mut effects);
+        self.settle(&mut state, effects);
+        if state.table.is_empty() {
+            // The driver may not have seen that nobody needs it any more.
+            self.work.notify_one();
+        }
+        changed
+    }
+
+    /// Has somebody take the steps, if nobody does.
+    fn drive(self: &Arc<Self>, runtime: &Handle, state: &mut State) {
+        if state.driver.is_some() || state.table.is_empty() {
+            return;
+        }
+        state.drivers += 1;
+        let number = state.drivers;
+        state.driver = Some(Driving {
+            number,
+            runtime: runtime.clone(),
+            seen: Instant::now(),
+            opening: false,
+            wait_sessions: 0,
+            idle: 0,
+            failed: None,
+        });
+        // Detach: it ends when there is nothing left to do.
+        drop(runtime.spawn(driver::run(Arc::clone(self), number)));
+    }
+
+    /// The driver begins to open the shared session, or has done so.
+    fn set_opening(&self, driver: u64, opening: bool) {
+        if let Some(driving) = self.state().driver_of(driver) {
+            driving.opening = opening;
+        }
+    }
+
+    /// Waits for something that the driver brings about. If the driver has not run for longer than its
+    /// sessions are trusted, because its runtime is blocked or not driven, they are lost, and who waits asks
+    /// again.
+    async fn unless_stalled<T>(self: &Arc<Self>, future: impl Future<Output = T>) -> T {
+        let here = Handle::current().id();
+        let elsewhere = |driver: &Driving| driver.runtime.id() != here;
+        let bound = self.options.beat().bound();
+        let mut future = std::pin::pin!(future);
+        loop {
+            let elsewhere = self.state().driver.as_ref().is_some_and(elsewhere);
+            if !elsewhere {
+                return future.await;
+            }
+            tokio::select! {
+                biased;
+                output = &mut future => return output,
+                () = sleep(bound / 8) => {}
+            }
+            let stalled = self
+                .state()
+                .driver
+                .as_ref()
+                .and_then(|driver| (driver.seen.elapsed() > bound).then_some(driver.number));
+            if let Some(driver) = stalled {
+                self.clear(driver, &Loss::Silent);
+            }
+        }
+    }
+
+    /// Loses all sessions, because their driver has ended or is stalled. Whoever waits asks again, and starts
+    /// another driver.
+    fn clear(&self, driver: u64, loss: &Loss) {
+        let (seats, farewells) = {
+            let mut state = self.state();
+            if state.driver.as_ref().is_none_or(|driving| driving.number != driver) {
+                return;
+            }
+            state.driver = None;
+            state.apart.clear();
+            state.to_do.clear();
+            state.table.clear()
+        };
+        for place in seats {
+            place.session.give_up(loss);
+        }
+        for tell in farewells {
+            drop(tell.send(Told::Released(Err(loss.clone()))));
+        }
+    }
+
+    /// The driver runs. Returns whether it still is the driver.
+    fn is_driven_by(&self, driver: u64) -> bool {
+        let mut state = self.state();
+        let Some(driving) = state.driver_of(driver) else { return false };
+        driving.seen = Instant::now();
+        true
+    }
+
+    /// The steps that are to be taken on the shared session. Before that, keys in the line that are due are
+    /// tried again.
+    fn next_batch(self: &Arc<Self>) -> Batch {
         let mut batch = Batch::default();
         let mut state = self.state();
+        let now = Instant::now();
+        if state.table.next_retry().is_some_and(|retry| retry <= now) {
+            let mut effects = state.effects();
+            state.table.retry(now, &mut effects);
+            self.settle(&mut state, effects);
+        }
         while !batch.is_full()
             && let Some(key) = state.to_do.pop_front()
         {
@@ -255,106 +422,113 @@ impl Manager {
         batch
     }
 
+    /// Whether anything is held on the shared session, or to be done there.
+    fn needs_shared(&self) -> bool {
+        let state = self.state();
+        state.table.len() > state.apart.len()
+    }
+
     /// A step was taken. Returns whether it still counted.
     fn taken(self: &Arc<Self>, key: KeyId, id: u64, place: &Place, yes: bool) -> bool {
-        let mut state = self.state();
-        let mut effects = state.effects();
-        let counted = state.table.taken(key, id, (place, yes), Instant::now(), &mut effects);
-        self.settle(&mut state, effects);
-        counted
+        self.change(|state, now, effects| state.table.taken(key, id, (place, yes), now, effects))
     }
 
     /// Many steps were taken, and the state is asked for once, as all who are told will want it.
     fn all_taken(self: &Arc<Self>, place: &Place, steps: impl Iterator<Item = (KeyId, u64, bool)>) {
-        let now = Instant::now();
-        let mut state = self.state();
-        let mut effects = state.effects();
-        for (key, id, yes) in steps {
-            state.table.taken(key, id, (place, yes), now, &mut effects);
-        }
-        self.settle(&mut state, effects);
+        self.change(|state, now, effects| {
+            for (key, id, yes) in steps {
+                state.table.taken(key, id, (place, yes), now, effects);
+            }
+        });
     }
 
     /// A step failed. Tells who waited for it; without an error they ask again.
-    fn failed(&self, key: KeyId, id: u64, error: Option<&Arc<Error>>) {
-        let mut state = self.state();
-        let waiters = state.table.failed(key, id);
-        if waiters.is_some() {
-            state.dedicated.remove(&key);
-        }
-        for tell in waiters.into_iter().flatten() {
-            if let Some(error) = error {
-                drop(tell.send(Told::Failed(Arc::clone(error))));
-            }
-        }
-        self.rest_if_empty(&state);
+    fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Arc<Error>>) {
+        let waiters = self.change(|state, _, _| state.table.failed(key, id));
+        fail(waiters.into_iter().flatten(), error);
+    }
+
+    /// Nobody can be granted anything any more.
+    fn fail_all(self: &Arc<Self>, error: &Arc<Error>) {
+        let waiters = self.change(|state, now, effects| state.table.dismiss_all(now, effects));
+        fail(waiters, Some(error));
     }
 
     /// This is what the server has granted, after a step that failed half-way.
     fn corrected(self: &Arc<Self>, key: KeyId, place: &Place, server: Modes) {
-        let mut state = self.state();
-        let mut effects = state.effects();
-        state.table.corrected(key, (place, server), Instant::now(), &mut effects);
-        self.settle(&mut state, effects);
-    }
-
-    /// A key was given up that had a session of its own.
-    fn gave_up(self: &Arc<Self>, key: KeyId, id: u64, place: &Place) {
-        let mut state = self.state();
-        let mut effects = state.effects();
-        if state.table.is_seated(key, place) {
-            state.dedicated.remove(&key);
-        }
-        state.table.taken(key, id, (place, true), Instant::now(), &mut effects);
-        self.settle(&mut state, effects);
-        self.rest_if_empty(&state);
+        self.change(|state, now, effects| {
+            state.table.corrected(key, (place, server), now, effects);
+        });
     }
 
     /// A session was lost, and with it all that was held there.
     fn lost(self: &Arc<Self>, place: &Place, loss: &Loss) {
-        let mut state = self.state();
-        let mut effects = state.effects();
-        let farewells = state.table.lost(place, Instant::now(), &mut effects);
-        self.tell_lost(&mut state, effects, farewells, loss);
+        let farewells = self.change(|state, now, effects| state.table.lost(place, now, effects));
+        tell_lost(farewells, loss);
     }
 
-    /// The same for a key that had a session of its own.
+    /// A key was lost with its session, which has not said so yet.
     fn lost_key(self: &Arc<Self>, key: KeyId, place: &Place, loss: &Loss) {
-        let mut state = self.state();
-        let mut effects = state.effects();
-        if state.table.is_seated(key, place) {
-            state.dedicated.remove(&key);
-        }
-        let farewells = state.table.lost_key(key, place, Instant::now(), &mut effects);
-        self.tell_lost(&mut state, effects, farewells, loss);
-        self.rest_if_empty(&state);
+        let farewells =
+            self.change(|state, now, effects| state.table.lost_key(key, place, now, effects));
+        tell_lost(farewells, loss);
+    }
+
+    /// The wait session that waited for a key, or held it, has done with it, unless another one has it now.
+    fn done_apart(
+        self: &Arc<Self>,
+        key: KeyId,
+        wait: u64,
+        change: impl FnOnce(&mut State, Instant, &mut Vec<Effect<Place, Tell>>) -> Vec<Tell>,
+    ) -> Vec<Tell> {
+        self.change(|state, now, effects| {
+            if state.apart.get(&key).is_some_and(|apart| apart.wait == wait) {
+                state.apart.remove(&key);
+            }
+            change(state, now, effects)
+        })
     }
 
     /// Lets the driver end if nobody needs anything. Returns whether it may.
-    fn retire(&self) -> bool {
+    fn retire(&self, driver: u64) -> bool {
         let mut state = self.state();
-        state.driven = !state.table.is_empty();
-        !state.driven
+        let is_over = state.table.is_empty();
+        if is_over {
+            state.driver.take_if(|driving| driving.number == driver);
+        }
+        is_over
     }
 
-    /// Lets the driver see that nobody needs it any more, where that was not its own doing.
-    fn rest_if_empty(&self, state: &State) {
-        if state.table.is_empty() {
-            self.work.notify_one();
+    /// The next key for a wait session. If there is none, it is idle from now on.
+    fn next_wait(self: &Arc<Self>, driver: u64) -> Option<Wait> {
+        let mut state = self.state();
+        let driving = state.driver_of(driver)?;
+        driving.idle += 1;
+        let (key, taken, slice) = state.table.take_wait()?;
+        if let Some(driving) = state.driver_of(driver) {
+            driving.idle -= 1;
         }
+        let (orders, receiver) = mpsc::unbounded_channel();
+        state.apart.insert(key, Apart { wait: taken.id, orders });
+        self.staff_line(&mut state);
+        Some(Wait { key, taken, slice, orders: receiver })
     }
 
-    fn tell_lost(
-        self: &Arc<Self>,
-        state: &mut State,
-        effects: Vec<Effect<Place, Tell>>,
-        farewells: Vec<Tell>,
-        loss: &Loss,
-    ) {
-        for tell in farewells {
-            drop(tell.send(Told::Released(Err(loss.clone()))));
+    /// A wait session is not idle any more. Returns whether there is something to do.
+    fn stop_idling(&self, driver: u64) -> bool {
+        let mut state = self.state();
+        let has_work = state.table.first_in_line().is_some();
+        let Some(driving) = state.driver_of(driver) else { return false };
+        driving.idle -= 1;
+        has_work
+    }
+
+    /// A wait session ends.
+    fn ends_apart(&self, driver: u64, failed: bool) {
+        if let Some(driving) = self.state().driver_of(driver) {
+            driving.wait_sessions -= 1;
+            driving.failed = failed.then(Instant::now);
         }
-        self.settle(state, effects);
     }
 
     /// Does what follows from a change. Whoever is told, is told before anybody can see the change.
@@ -365,27 +539,66 @@ impl Manager {
                 Effect::Granted(tell, place) => drop(tell.send(Told::Granted(place))),
                 Effect::Refused(tell) => drop(tell.send(Told::Refused)),
                 Effect::Deadlock(tell) => drop(tell.send(Told::Deadlock)),
-                Effect::Released(tell) => drop(tell.send(Told::Released(Ok(())))),
+                Effect::Released(tell, true) => drop(tell.send(Told::Released(Ok(())))),
+                Effect::Released(tell, false) => drop(tell.send(Told::PassedOn)),
                 Effect::Start(key) => {
                     state.to_do.push_back(key);
                     self.work.notify_one();
                 }
-                Effect::StartApart(key) => self.start_apart(state, key),
-                Effect::Abandon(key) => drop(state.dedicated.remove(&key)),
+                Effect::StartApart(key) => {
+                    if let Some(taken) = state.table.take_apart(key)
+                        && let Some(apart) = state.apart.get(&key)
+                    {
+                        // If it has just gone, it says itself that the session is lost.
+                        apart.orders.send(taken).ok();
+                    }
+                }
+                Effect::Abandon(key) => drop(state.apart.remove(&key)),
+                Effect::Line => {
+                    self.staff_line(state);
+                    // It is to be tried again, too.
+                    self.work.notify_one();
+                }
             }
         }
         state.spare = effects;
     }
 
-    fn start_apart(self: &Arc<Self>, state: &mut State, key: KeyId) {
-        let Some(taken) = state.table.take_apart(key) else { return };
-        if let Step::Wait(mode) = taken.step {
-            let orders = dedicated::start(self, key, taken.id, mode);
-            state.dedicated.insert(key, orders);
-        } else if let Some(orders) = state.dedicated.get(&key) {
-            // If it has just gone, it says itself that the session is lost.
-            orders.send(taken).ok();
+    /// Finds a wait session for the next key in the line.
+    fn staff_line(self: &Arc<Self>, state: &mut State) {
+        let Some(driving) = &mut state.driver else { return };
+        if state.table.first_in_line().is_none() {
+            return;
         }
+        let rests = driving.failed.is_some_and(|at| at.elapsed() < WAIT_SESSION_PAUSE);
+        if driving.idle > 0 {
+            self.line.notify_one();
+        } else if driving.wait_sessions < self.most_wait_sessions && !rests {
+            driving.wait_sessions += 1;
+            wait_session::start(self, &driving.runtime, driving.number);
+        }
+    }
+}
+
+/// A key that a wait session is to wait for.
+struct Wait {
+    key: KeyId,
+    taken: Taken,
+    slice: Duration,
+    orders: mpsc::UnboundedReceiver<Taken>,
+}
+
+fn fail(waiters: impl IntoIterator<Item = Tell>, error: Option<&Arc<Error>>) {
+    for tell in waiters {
+        if let Some(error) = error {
+            drop(tell.send(Told::Failed(Arc::clone(error))));
+        }
+    }
+}
+
+fn tell_lost(farewells: Vec<Tell>, loss: &Loss) {
+    for tell in farewells {
+        drop(tell.send(Told::Released(Err(loss.clone()))));
     }
 }
 

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
+use tokio::sync::oneshot::{self, error::RecvError};
 
 use super::table::{Left, OwnerId, Want};
-use super::{Manager, Place, Told, shared};
+use super::{Manager, Place, Told, driver};
 use crate::error::{Error, Loss, Result};
 use crate::held::Held;
 use crate::key::{Key, KeyId};
@@ -53,7 +54,7 @@ impl Managed {
             let Some(waiting) = self.want(key, mode, policy)? else { return Ok(None) };
             let place = match waiting {
                 Wish::Granted(place) => place,
-                Wish::Waits(mut waiting) => match policy.bound(&mut waiting.answer).await {
+                Wish::Waits(mut waiting) => match self.wait(&mut waiting.answer, policy).await {
                     // It was not the lock that was busy.
                     None if waiting.is_unasked() => {
                         let source = sqlx::Error::PoolTimedOut;
@@ -66,7 +67,7 @@ impl Managed {
                         Some(Told::Deadlock) => return Err(Error::deadlock(key)),
                         Some(Told::Failed(error)) => return Err(error.again(key)),
                         // Whoever asked for us has gone down with its runtime: ask again.
-                        Some(Told::Released(_)) | None => continue,
+                        Some(Told::Released(_) | Told::PassedOn) | None => continue,
                     },
                 },
             };
@@ -77,6 +78,14 @@ impl Managed {
             }
             return Ok(Some(Held::managed(place.session, request.clone(), self.clone())));
         }
+    }
+
+    async fn wait(
+        &self,
+        answer: &mut oneshot::Receiver<Told>,
+        policy: WaitPolicy,
+    ) -> Option<Result<Told, RecvError>> {
+        policy.bound(self.manager.unless_stalled(answer)).await
     }
 
     fn want(&self, key: &Key, mode: Mode, policy: WaitPolicy) -> Result<Option<Wish<'_>>> {
@@ -103,7 +112,7 @@ impl Managed {
         let mut effects = state.effects();
         let want = state.table.want(key.id(), self.owner.id, wants, tell, now, &mut effects);
         manager.settle(&mut state, effects);
-        shared::drive(manager, &runtime, &mut state);
+        manager.drive(&runtime, &mut state);
         drop(state);
         match (want, answer) {
             (Want::Granted(place), _) => Ok(Some(Wish::Granted(place))),
@@ -121,30 +130,28 @@ impl Managed {
     }
 
     /// A guard goes.
-    pub(crate) fn leave(&self, key: &Key, mode: Mode, session: &Arc<Session>) -> Option<Farewell> {
-        let mut answer = None;
-        let farewell = || {
-            let (tell, told) = oneshot::channel();
-            answer = Some(told);
-            tell
-        };
+    pub(crate) fn leave(&self, key: &Key, mode: Mode, session: &Arc<Session>) -> PendingRelease {
+        let (tell, told) = oneshot::channel();
         // Of whichever kind: places are told apart by their sessions.
         let place = Place { session: Arc::clone(session), shared: true };
-        let mut state = self.manager.state();
-        let mut effects = state.effects();
-        let left = state.table.leave(
-            key.id(),
-            (self.owner.id, mode),
-            &place,
-            Some(farewell),
-            Instant::now(),
-            &mut effects,
-        );
-        self.manager.settle(&mut state, effects);
-        drop(state);
-        match left {
-            Left::Stale => Some(Farewell::stale(key, self.closed().or_else(|| session.loss()))),
-            Left::Told | Left::Done => answer.map(|answer| Farewell::new(key, answer)),
+        let left = self.manager.change(|state, now, effects| {
+            let guard = (self.owner.id, mode);
+            state.table.leave(key.id(), guard, &place, Some(|| tell), now, effects)
+        });
+        let answer = match left {
+            Left::Stale => {
+                let loss = self.closed().or_else(|| session.loss());
+                Answer::Lost(loss.unwrap_or(Loss::NotHeld))
+            }
+            Left::Told => Answer::Comes(told),
+            Left::Done => Answer::PassedOn,
+        };
+        PendingRelease {
+            manager: Arc::clone(&self.manager),
+            session: place.session,
+            key: key.clone(),
+            since: Instant::now(),
+            answer,
         }
     }
 
@@ -153,25 +160,22 @@ impl Managed {
     pub(crate) async fn close(&mut self, key: &Key) -> Result<()> {
         let another = self.another();
         let closed = std::mem::replace(self, another);
-        let mut answer = None;
-        let farewell = || {
-            let (tell, told) = oneshot::channel();
-            answer = Some(told);
-            tell
-        };
-        {
-            let mut state = closed.manager.state();
-            let mut effects = state.effects();
-            let (id, now) = (closed.owner.id, Instant::now());
-            state.table.close(key.id(), id, farewell, now, &mut effects);
+        let (tell, told) = oneshot::channel();
+        let left = closed.manager.change(|state, now, effects| {
+            let left = state.table.close(key.id(), closed.owner.id, || tell, now, effects);
             closed.owner.closed.store(true, Ordering::Relaxed);
-            closed.manager.settle(&mut state, effects);
-        }
+            left
+        });
         closed.owner.told.notify_waiters();
-        match answer {
-            Some(answer) => Farewell::new(key, answer).answered().await,
-            None => Ok(()),
+        if left != Left::Told {
+            return Ok(());
         }
+        let released = match closed.manager.unless_stalled(told).await {
+            Ok(Told::Released(Err(loss))) => Err(loss),
+            Ok(_) => Ok(()),
+            Err(_) => Err(Loss::Abandoned),
+        };
+        released.map_err(|loss| Error::lost(key, loss))
     }
 
     /// Whether the handle was closed while a guard of it lived.
@@ -205,7 +209,7 @@ struct Waiting<'m> {
     managed: &'m Managed,
     key: KeyId,
     mode: Mode,
-    id: u64,
+    id: i64,
     answer: oneshot::Receiver<Told>,
     settled: bool,
 }
@@ -215,7 +219,9 @@ impl Waiting<'_> {
     fn is_unasked(&self) -> bool {
         let manager = &self.managed.manager;
         let state = manager.state();
-        state.opening && state.table.is_unasked(self.key) && shared::is_exhausted(&manager.pool)
+        state.driver.as_ref().is_some_and(|driver| driver.opening)
+            && state.table.is_unasked(self.key)
+            && driver::is_exhausted(&manager.pool)
     }
 
     fn told(mut self, told: Option<Told>) -> Option<Told> {
@@ -230,55 +236,61 @@ impl Drop for Waiting<'_> {
             return;
         }
         let Managed { manager, owner } = self.managed;
-        let now = Instant::now();
-        let mut state = manager.state();
-        let mut effects = state.effects();
-        // Whoever tells holds the state, so there is no third way.
-        if !state.table.cancel(self.key, self.id, now, &mut effects)
-            && let Ok(Told::Granted(place)) = self.answer.try_recv()
-        {
-            let guard = (owner.id, self.mode);
-            let nobody = None::<fn() -> super::Tell>;
-            state.table.leave(self.key, guard, &place, nobody, now, &mut effects);
-        }
-        manager.settle(&mut state, effects);
-        manager.rest_if_empty(&state);
+        manager.change(|state, now, effects| {
+            // Whoever tells holds the state, so there is no third way.
+            if !state.table.cancel(self.key, self.id, now, effects)
+                && let Ok(Told::Granted(place)) = self.answer.try_recv()
+            {
+                let guard = (owner.id, self.mode);
+                let nobody = None::<fn() -> super::Tell>;
+                state.table.leave(self.key, guard, &place, nobody, now, effects);
+            }
+        });
     }
 }
 
-/// The answer to a release that is under way.
-pub(crate) struct Farewell {
+/// A release that is under way.
+pub(crate) struct PendingRelease {
+    manager: Arc<Manager>,
+    session: Arc<Session>,
     key: Key,
-    answer: std::result::Result<oneshot::Receiver<Told>, Loss>,
+    since: Instant,
+    answer: Answer,
 }
 
-impl Farewell {
-    fn new(key: &Key, answer: oneshot::Receiver<Told>) -> Self {
-        Self { key: key.clone(), answer: Ok(answer) }
-    }
+enum Answer {
+    /// It is told.
+    Comes(oneshot::Receiver<Told>),
+    /// The process keeps the key: nobody tells it.
+    PassedOn,
+    Lost(Loss),
+}
 
-    fn stale(key: &Key, loss: Option<Loss>) -> Self {
-        Self { key: key.clone(), answer: Err(loss.unwrap_or(Loss::NotHeld)) }
-    }
-
+impl PendingRelease {
     /// Waits for the server's answer. Dropping this does not stop the release.
-    pub(crate) async fn answered(self) -> Result<()> {
-        let error = |loss| Error::lost(&self.key, loss);
-        match self.answer {
-            Ok(answer) => match answer.await {
-                Ok(Told::Released(released)) => released.map_err(error),
+    ///
+    /// If the process keeps the key, for another guard or another handle, asks whether the session still holds
+    /// it: one question for all that are released at once.
+    pub(crate) async fn done(self) -> Result<()> {
+        let Self { manager, session, key, since, answer } = self;
+        let released = match answer {
+            Answer::Comes(answer) => match manager.unless_stalled(answer).await {
+                Ok(Told::Released(released)) => released,
+                Ok(Told::PassedOn) => session.answers_since(since).await,
                 // Whoever told the server has gone down with its runtime, and the session with it.
                 Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
-                | Err(_) => Err(error(Loss::Abandoned)),
+                | Err(_) => Err(session.loss().unwrap_or(Loss::Abandoned)),
             },
-            Err(loss) => Err(error(loss)),
-        }
+            Answer::PassedOn => session.answers_since(since).await,
+            Answer::Lost(loss) => Err(loss),
+        };
+        released.map_err(|loss| Error::lost(&key, loss))
     }
 }
 
-impl std::fmt::Debug for Farewell {
+impl std::fmt::Debug for PendingRelease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Farewell").field("key", &self.key).finish_non_exhaustive()
+        f.debug_struct("PendingRelease").field("key", &self.key).finish_non_exhaustive()
     }
 }
 

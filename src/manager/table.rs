@@ -7,17 +7,34 @@
 //!
 //! So that other processes get their turn, a lock is passed on only so often, and for so long: see
 //! [`Bound`]. Then it goes back to the server, behind all who wait there.
+//!
+//! A key that another session has stands in a *line* for a wait session, which waits in the server's queue for
+//! one key at a time, and meanwhile is tried again and again on the shared session.
+//!
+//! Every operation takes time that is at most logarithmic in the number of keys and waiters, apart from those
+//! that tell many: each of them costs as much.
 
 mod holders;
+mod queue;
 
-use std::collections::VecDeque;
 use std::collections::hash_map::{Entry as Slot, HashMap, OccupiedEntry};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::session::ledger::Modes;
 use holders::Holders;
+use queue::Queue;
+
+/// How soon a key in the line is tried again at first, and how soon at last: the pause doubles.
+const FIRST_RETRY: Duration = Duration::from_millis(5);
+const LAST_RETRY: Duration = Duration::from_secs(1);
+
+/// How long a wait session waits for a key the first time, and at most: its time doubles whenever it was not
+/// enough.
+const FIRST_SLICE: Duration = Duration::from_millis(250);
+const LAST_SLICE: Duration = Duration::from_mins(1);
 
 /// Tells owners apart: each handle is one.
 pub(super) type OwnerId = u64;
@@ -35,18 +52,45 @@ pub(super) struct Table<S, W> {
     // Boxed, for a map has room for a third more than it holds.
     keys: HashMap<KeyId, Box<Entry<S, W>>>,
     bound: Bound,
-    numbers: Numbers,
+    line: Line,
 }
 
-/// Tells waiters and steps apart.
+/// The keys that wait for a wait session: those whose turn is a [`Step::Wait`] that nobody has taken.
 #[derive(Debug, Default)]
-struct Numbers(u64);
+struct Line {
+    /// By their places.
+    keys: BTreeMap<u64, KeyId>,
+    /// When each is to be tried again.
+    retries: BTreeSet<(Instant, KeyId)>,
+    /// Tells waiters, steps and places apart.
+    numbers: u64,
+}
 
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 += 1;
-        self.0
+impl Line {
+    fn next_number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
     }
+
+    fn enter(&mut self, key: KeyId, stand: &Stand) {
+        self.keys.insert(stand.place, key);
+        self.retries.insert((stand.retry, key));
+    }
+
+    fn leave(&mut self, key: KeyId, stand: &Stand) {
+        self.keys.remove(&stand.place);
+        self.retries.remove(&(stand.retry, key));
+    }
+}
+
+/// What is known of a key that another session has.
+#[derive(Clone, Copy, Debug)]
+struct Stand {
+    place: u64,
+    retry: Instant,
+    pause: Duration,
+    /// How long the next wait session waits for it.
+    slice: Duration,
 }
 
 /// How often, and for how long, a lock is passed on inside the process before others get their turn.
@@ -84,12 +128,14 @@ pub(super) enum Effect<S, W> {
     Refused(W),
     /// It would wait for one who waits for it.
     Deadlock(W),
-    /// The key was given up, or passed on.
-    Released(W),
+    /// The key was given up, as the server has answered; or it was passed on, and nobody was asked.
+    Released(W, bool),
     /// There is a step to take on the shared session, with [`Table::take_for_shared`].
     Start(KeyId),
-    /// There is one for a session of its own, with [`Table::take_apart`].
+    /// There is one for the wait session that holds the key, with [`Table::take_apart`].
     StartApart(KeyId),
+    /// A key has entered the line, see [`Table::take_wait`].
+    Line,
     /// Nobody needs the wait for this key any more.
     Abandon(KeyId),
 }
@@ -101,7 +147,7 @@ pub(super) enum Want<S> {
     Busy,
     Deadlock,
     /// The waiter has this number.
-    Queued(u64),
+    Queued(i64),
 }
 
 /// What came of a departure.
@@ -137,20 +183,15 @@ struct Entry<S, W> {
     /// Another session was seen waiting, so nobody is let in until those who share the lock are through,
     /// even if it gives up.
     closing: bool,
-    queue: VecDeque<Waiter<W>>,
-    /// Who wants to hear that the key was given up. Boxed, for a key that is held has none.
-    farewells: Option<Box<Farewells<W>>>,
-}
-
-#[derive(Debug)]
-struct Farewells<W> {
-    first: W,
-    others: Vec<W>,
+    queue: Queue<W>,
+    /// Another session has it. Boxed, for mostly none does.
+    stand: Option<Box<Stand>>,
+    /// Who wants to hear that the key was given up.
+    farewells: Vec<W>,
 }
 
 #[derive(Debug)]
 struct Waiter<W> {
-    id: u64,
     owner: OwnerId,
     mode: Mode,
     patient: bool,
@@ -167,7 +208,7 @@ struct Turn {
 
 impl<S: Seat, W> Table<S, W> {
     pub(super) fn new(bound: Bound) -> Self {
-        Self { keys: HashMap::new(), bound, numbers: Numbers::default() }
+        Self { keys: HashMap::new(), bound, line: Line::default() }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -178,24 +219,47 @@ impl<S: Seat, W> Table<S, W> {
         self.keys.get(&key).is_some_and(|entry| entry.holders.get(owner).is_some())
     }
 
-    /// Whether a key is held on this seat.
-    pub(super) fn is_seated(&self, key: KeyId, seat: &S) -> bool {
-        self.keys.get(&key).is_some_and(|entry| entry.seat.as_ref() == Some(seat))
-    }
-
     /// Whether the server has not answered for a key yet, with anything.
     pub(super) fn is_unasked(&self, key: KeyId) -> bool {
         let asks = |turn: Turn| matches!(turn.step, Step::Lock(_));
-        let entry = self.keys.get(&key);
-        entry.is_some_and(|entry| entry.seat.is_none() && entry.turn.is_some_and(asks))
+        self.keys.get(&key).is_some_and(|entry| {
+            entry.seat.is_none() && entry.stand.is_none() && entry.turn.is_some_and(asks)
+        })
     }
 
-    /// Whether anything is held on the shared session, or to be done there.
-    pub(super) fn needs_shared(&self) -> bool {
-        self.keys.values().any(|entry| match (&entry.seat, entry.turn) {
-            (Some(seat), _) => seat.is_shared(),
-            (None, turn) => turn.is_some_and(|turn| !matches!(turn.step, Step::Wait(_))),
-        })
+    pub(super) fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// The key that is next in the line.
+    pub(super) fn first_in_line(&self) -> Option<KeyId> {
+        self.line.keys.first_key_value().map(|(_, key)| *key)
+    }
+
+    /// When a key in the line is to be tried again.
+    pub(super) fn next_retry(&self) -> Option<Instant> {
+        self.line.retries.first().map(|(retry, _)| *retry)
+    }
+
+    /// Has the keys tried again that are due.
+    pub(super) fn retry(&mut self, now: Instant, effects: &mut Vec<Effect<S, W>>) {
+        while let Some(&(due, key)) = self.line.retries.first()
+            && due <= now
+        {
+            let Some(entry) = self.keys.get_mut(&key) else {
+                self.line.retries.pop_first();
+                continue;
+            };
+            entry.leave_line(key, &mut self.line);
+            if let (Some(Turn { step: Step::Wait(mode), .. }), Some(stand)) =
+                (entry.turn, &mut entry.stand)
+            {
+                stand.pause = LAST_RETRY.min(2 * stand.pause);
+                let id = self.line.next_number();
+                entry.turn = Some(Turn { id, step: Step::Lock(mode), taken: false });
+                effects.push(Effect::Start(key));
+            }
+        }
     }
 
     /// An owner wants a key. If he has to wait, `tell` makes what he is told by.
@@ -239,24 +303,16 @@ impl<S: Seat, W> Table<S, W> {
             && entry.admits(owner, mode, self.bound, now)
             && let Some(seat) = entry.seat.clone()
         {
+            entry.leave_line(key, &mut self.line);
             entry.turn = None;
             entry.admit(owner, mode);
-            entry.part(effects);
-            advance(slot, self.bound, &mut self.numbers, now, effects);
+            entry.part(effects, false);
+            advance(slot, self.bound, &mut self.line, now, effects);
             return Want::Granted(seat);
         }
-        let id = self.numbers.next();
-        let waiter = Waiter { id, owner, mode, patient, tell: tell() };
-        if entry.queue.is_empty() {
-            // Mostly nobody follows.
-            entry.queue.reserve_exact(1);
-        }
-        if mine.is_some() {
-            entry.queue.push_front(waiter);
-        } else {
-            entry.queue.push_back(waiter);
-        }
-        advance(slot, self.bound, &mut self.numbers, now, effects);
+        let waiter = Waiter { owner, mode, patient, tell: tell() };
+        let id = entry.queue.push(self.line.next_number(), waiter, mine.is_some());
+        advance(slot, self.bound, &mut self.line, now, effects);
         Want::Queued(id)
     }
 
@@ -275,7 +331,7 @@ impl<S: Seat, W> Table<S, W> {
         if entry.seat.as_ref() != Some(seat) || !entry.holders.uncount(owner, mode) {
             return Left::Stale;
         }
-        let entry = advance(slot, self.bound, &mut self.numbers, now, effects);
+        let entry = advance(slot, self.bound, &mut self.line, now, effects);
         left(entry, farewell)
     }
 
@@ -292,7 +348,7 @@ impl<S: Seat, W> Table<S, W> {
         if !slot.get_mut().holders.remove(owner) {
             return Left::Stale;
         }
-        let entry = advance(slot, self.bound, &mut self.numbers, now, effects);
+        let entry = advance(slot, self.bound, &mut self.line, now, effects);
         left(entry, Some(farewell))
     }
 
@@ -300,17 +356,14 @@ impl<S: Seat, W> Table<S, W> {
     pub(super) fn cancel(
         &mut self,
         key: KeyId,
-        waiter: u64,
+        waiter: i64,
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) -> bool {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
-        let queue = &mut slot.get_mut().queue;
-        let before = queue.len();
-        queue.retain(|queued| queued.id != waiter);
-        let cancelled = queue.len() < before;
+        let cancelled = slot.get_mut().queue.remove(waiter).is_some();
         if cancelled {
-            advance(slot, self.bound, &mut self.numbers, now, effects);
+            advance(slot, self.bound, &mut self.line, now, effects);
         }
         cancelled
     }
@@ -322,10 +375,24 @@ impl<S: Seat, W> Table<S, W> {
         if entry.is_for_shared()? { entry.take() } else { None }
     }
 
-    /// The same on a session of the key's own.
+    /// The same on the wait session that holds the key.
     pub(super) fn take_apart(&mut self, key: KeyId) -> Option<Taken> {
         let entry = self.keys.get_mut(&key)?;
         if entry.is_for_shared()? { None } else { entry.take() }
+    }
+
+    /// The next key in the line, and how long to wait for it: the step is a [`Step::Wait`], which from
+    /// here on is under way.
+    pub(super) fn take_wait(&mut self) -> Option<(KeyId, Taken, Duration)> {
+        while let Some((_, key)) = self.line.keys.pop_first() {
+            let Some(entry) = self.keys.get_mut(&key) else { continue };
+            entry.leave_line(key, &mut self.line);
+            let slice = entry.stand.as_ref().map_or(FIRST_SLICE, |stand| stand.slice);
+            if let Some(taken) = entry.take() {
+                return Some((key, taken, slice));
+            }
+        }
+        None
     }
 
     /// A step was taken, with this answer, which only [`Step::Unlock`] and [`Step::Downgrade`] do not
@@ -347,7 +414,7 @@ impl<S: Seat, W> Table<S, W> {
         match (turn.step, yes) {
             (Step::Lock(mode) | Step::Wait(mode), true) => entry.granted(mode, seat, now),
             (Step::Lock(_) | Step::Wait(_), false) => {
-                entry.refused(key, &mut self.numbers, effects);
+                entry.refused(key, &mut self.line, now, effects);
             }
             (Step::Look, true) => {
                 entry.closing = true;
@@ -364,20 +431,43 @@ impl<S: Seat, W> Table<S, W> {
             }
             (Step::Downgrade, _) => {
                 entry.server = Modes { exclusive: false, shared: true };
-                entry.part(effects);
+                entry.part(effects, true);
             }
             (Step::Renew(mode), true) => {
-                entry.part(effects);
+                entry.part(effects, true);
                 entry.granted(mode, seat, now);
             }
             (Step::Renew(_), false) => {
                 entry.given_up(effects);
-                entry.refused(key, &mut self.numbers, effects);
+                entry.refused(key, &mut self.line, now, effects);
             }
             (Step::Unlock, _) => entry.given_up(effects),
         }
-        advance(slot, self.bound, &mut self.numbers, now, effects);
+        advance(slot, self.bound, &mut self.line, now, effects);
         true
+    }
+
+    /// A wait was over before the key was granted.
+    pub(super) fn not_granted(
+        &mut self,
+        key: KeyId,
+        id: u64,
+        now: Instant,
+        effects: &mut Vec<Effect<S, W>>,
+    ) {
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return };
+        let entry = slot.get_mut();
+        if entry.turn.is_none_or(|turn| turn.id != id) {
+            return;
+        }
+        entry.turn = None;
+        // The others in the line have waited for longer.
+        if let Some(stand) = &mut entry.stand {
+            stand.place = self.line.next_number();
+            stand.slice = LAST_SLICE.min(2 * stand.slice);
+        }
+        entry.refused(key, &mut self.line, now, effects);
+        advance(slot, self.bound, &mut self.line, now, effects);
     }
 
     /// A step failed. Returns who waited for it, unless it was called off before.
@@ -385,8 +475,10 @@ impl<S: Seat, W> Table<S, W> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return None };
         let entry = slot.get_mut();
         entry.turn.filter(|turn| turn.id == id)?;
+        entry.leave_line(key, &mut self.line);
         entry.turn = None;
-        let waiters = entry.queue.drain(..).map(|waiter| waiter.tell).collect();
+        entry.stand = None;
+        let waiters = entry.queue.take_all().map(|waiter| waiter.tell).collect();
         if entry.is_unused() {
             slot.remove();
         }
@@ -403,6 +495,7 @@ impl<S: Seat, W> Table<S, W> {
     ) {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return };
         let entry = slot.get_mut();
+        entry.leave_line(key, &mut self.line);
         entry.turn = None;
         if server == Modes::default() {
             entry.given_up(effects);
@@ -413,7 +506,7 @@ impl<S: Seat, W> Table<S, W> {
             entry.server = server;
             entry.seat = Some(seat.clone());
         }
-        advance(slot, self.bound, &mut self.numbers, now, effects);
+        advance(slot, self.bound, &mut self.line, now, effects);
     }
 
     /// A session was lost, and with it all that was held there. Returns who wanted to hear that a key
@@ -446,14 +539,39 @@ impl<S: Seat, W> Table<S, W> {
         if entry.seat.as_ref() != Some(seat) {
             return Vec::new();
         }
-        let farewells =
-            entry.farewells.take().map_or_else(Vec::new, |farewells| farewells.all().collect());
+        let farewells = std::mem::take(&mut entry.farewells);
         entry.holders = Holders::default();
         entry.server = Modes::default();
         entry.seat = None;
         entry.turn = None;
-        advance(slot, self.bound, &mut self.numbers, now, effects);
+        advance(slot, self.bound, &mut self.line, now, effects);
         farewells
+    }
+
+    /// Takes out all who wait.
+    pub(super) fn dismiss_all(&mut self, now: Instant, effects: &mut Vec<Effect<S, W>>) -> Vec<W> {
+        let awaited = self.keys.iter().filter(|(_, entry)| !entry.queue.is_empty());
+        let keys: Vec<KeyId> = awaited.map(|(key, _)| *key).collect();
+        let mut waiters = Vec::new();
+        for key in keys {
+            let Slot::Occupied(mut slot) = self.keys.entry(key) else { continue };
+            waiters.extend(slot.get_mut().queue.take_all().map(|waiter| waiter.tell));
+            advance(slot, self.bound, &mut self.line, now, effects);
+        }
+        waiters
+    }
+
+    /// Forgets everything, because all sessions were lost. Returns them, and who wanted to hear that a key was
+    /// given up; those who wait ask again.
+    pub(super) fn clear(&mut self) -> (Vec<S>, Vec<W>) {
+        self.line.keys.clear();
+        self.line.retries.clear();
+        let (mut seats, mut farewells) = (Vec::new(), Vec::new());
+        for (_, entry) in self.keys.drain() {
+            seats.extend(entry.seat);
+            farewells.extend(entry.farewells);
+        }
+        (seats, farewells)
     }
 }
 
@@ -464,12 +582,12 @@ impl<S: Seat, W> Table<S, W> {
 fn advance<'t, S: Seat, W>(
     mut slot: OccupiedEntry<'t, KeyId, Box<Entry<S, W>>>,
     bound: Bound,
-    numbers: &mut Numbers,
+    line: &mut Line,
     now: Instant,
     effects: &mut Vec<Effect<S, W>>,
 ) -> Option<&'t mut Entry<S, W>> {
     let key = *slot.key();
-    slot.get_mut().advance(key, bound, numbers, now, effects);
+    slot.get_mut().advance(key, bound, line, now, effects);
     if slot.get().is_unused() {
         slot.remove();
         return None;
@@ -482,12 +600,7 @@ fn left<S: Seat, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnc
     let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
     match (entry, farewell) {
         (Some(entry), Some(farewell)) if entry.turn.is_some_and(told) => {
-            if let Some(farewells) = &mut entry.farewells {
-                farewells.others.push(farewell());
-            } else {
-                let first = Farewells { first: farewell(), others: Vec::new() };
-                entry.farewells = Some(Box::new(first));
-            }
+            entry.farewells.push(farewell());
             Left::Told
         }
         _ => Left::Done,
@@ -504,8 +617,9 @@ impl<S: Seat, W> Entry<S, W> {
             since: now,
             handed: 0,
             closing: false,
-            queue: VecDeque::new(),
-            farewells: None,
+            queue: Queue::default(),
+            stand: None,
+            farewells: Vec::new(),
         }
     }
 
@@ -514,7 +628,7 @@ impl<S: Seat, W> Entry<S, W> {
         &mut self,
         key: KeyId,
         bound: Bound,
-        numbers: &mut Numbers,
+        line: &mut Line,
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
     ) {
@@ -527,41 +641,63 @@ impl<S: Seat, W> Entry<S, W> {
             }
             return;
         }
-        let before = self.turn.take();
+        let before = self.turn;
         while let Some((owner, mode)) = self.queue.front().map(|first| (first.owner, first.mode))
             && self.admits(owner, mode, bound, now)
             && let Some(seat) = self.seat.clone()
             && let Some(first) = self.queue.pop_front()
         {
             self.admit(owner, mode);
-            self.part(effects);
+            self.part(effects, false);
             effects.push(Effect::Granted(first.tell, seat));
         }
-        if self.queue.is_empty() {
-            // Mostly a key is held, and nobody waits: then it needs no room for him.
-            self.queue = VecDeque::new();
-        }
-        let Some(step) = self.next_step() else { return };
+        let Some(step) = self.next_step() else {
+            self.leave_line(key, line);
+            self.turn = None;
+            self.stand = None;
+            return;
+        };
         // To take what was found busy a moment ago, is to wait for it.
         let same = |turn: &Turn| {
             turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
         };
-        if let Some(before) = before.filter(same) {
-            self.turn = Some(before);
+        if before.as_ref().is_some_and(same) {
             return;
         }
-        self.turn = Some(Turn { id: numbers.next(), step, taken: false });
+        self.leave_line(key, line);
+        self.turn = Some(Turn { id: line.next_number(), step, taken: false });
         let shared = self.is_for_shared() == Some(true);
         effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
     }
 
-    /// The lock was busy: requests that do not wait are refused, the others wait on a session of their own.
-    fn refused(&mut self, key: KeyId, numbers: &mut Numbers, effects: &mut Vec<Effect<S, W>>) {
+    /// The lock was busy: requests that do not wait are refused, the others stand in the line.
+    fn refused(
+        &mut self,
+        key: KeyId,
+        line: &mut Line,
+        now: Instant,
+        effects: &mut Vec<Effect<S, W>>,
+    ) {
         self.dismiss(effects);
-        if let Some(first) = self.queue.front() {
-            let step = Step::Wait(first.mode);
-            self.turn = Some(Turn { id: numbers.next(), step, taken: false });
-            effects.push(Effect::StartApart(key));
+        let Some(first) = self.queue.front() else {
+            self.stand = None;
+            return;
+        };
+        self.turn =
+            Some(Turn { id: line.next_number(), step: Step::Wait(first.mode), taken: false });
+        let stand = self.stand.get_or_insert_with(|| {
+            let place = line.next_number();
+            Box::new(Stand { place, retry: now, pause: FIRST_RETRY, slice: FIRST_SLICE })
+        });
+        stand.retry = now + stand.pause;
+        line.enter(key, stand);
+        effects.push(Effect::Line);
+    }
+
+    /// Nobody is to take a wait for it, or to try it again.
+    fn leave_line(&self, key: KeyId, line: &mut Line) {
+        if let Some(stand) = &self.stand {
+            line.leave(key, stand);
         }
     }
 
@@ -588,15 +724,14 @@ impl<S: Seat, W> Entry<S, W> {
 
     /// Somebody has it, or will have it first, so asking the server is no use.
     fn is_plainly_busy(&self, mode: Mode) -> bool {
-        let waits = self.turn.is_some_and(|turn| matches!(turn.step, Step::Wait(_)));
-        let exclusive = |waiter: &Waiter<W>| waiter.mode == Mode::Exclusive;
+        let waits = self.stand.is_some();
         match mode {
             Mode::Exclusive => waits || !self.holders.is_empty() || !self.queue.is_empty(),
             Mode::Shared => {
                 waits
                     || self.holders.has_exclusive()
                     || self.closing && !self.holders.is_empty()
-                    || self.queue.iter().any(exclusive)
+                    || self.queue.wants_exclusive()
             }
         }
     }
@@ -639,13 +774,8 @@ impl<S: Seat, W> Entry<S, W> {
 
     /// Refuses the requests that do not wait.
     fn dismiss(&mut self, effects: &mut Vec<Effect<S, W>>) {
-        let waiters = std::mem::take(&mut self.queue);
-        for waiter in waiters {
-            if waiter.patient {
-                self.queue.push_back(waiter);
-            } else {
-                effects.push(Effect::Refused(waiter.tell));
-            }
+        while let Some(waiter) = self.queue.pop_impatient() {
+            effects.push(Effect::Refused(waiter.tell));
         }
     }
 
@@ -682,6 +812,7 @@ impl<S: Seat, W> Entry<S, W> {
     fn granted(&mut self, mode: Mode, seat: &S, now: Instant) {
         self.server = Modes { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared };
         self.seat = Some(seat.clone());
+        self.stand = None;
         self.renew(now);
     }
 
@@ -694,14 +825,13 @@ impl<S: Seat, W> Entry<S, W> {
     fn given_up(&mut self, effects: &mut Vec<Effect<S, W>>) {
         self.server = Modes::default();
         self.seat = None;
-        self.part(effects);
+        self.part(effects, true);
     }
 
-    /// Whoever left need not wait any longer.
-    fn part(&mut self, effects: &mut Vec<Effect<S, W>>) {
-        if let Some(farewells) = self.farewells.take() {
-            effects.extend(farewells.all().map(Effect::Released));
-        }
+    /// Whoever left need not wait any longer: the server has answered, or the key was passed on.
+    fn part(&mut self, effects: &mut Vec<Effect<S, W>>, answered: bool) {
+        let told = |tell| Effect::Released(tell, answered);
+        effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
     }
 
     fn is_unused(&self) -> bool {
@@ -709,13 +839,7 @@ impl<S: Seat, W> Entry<S, W> {
             && self.queue.is_empty()
             && self.turn.is_none()
             && self.seat.is_none()
-            && self.farewells.is_none()
-    }
-}
-
-impl<W> Farewells<W> {
-    fn all(self) -> impl Iterator<Item = W> {
-        std::iter::once(self.first).chain(self.others)
+            && self.farewells.is_empty()
     }
 }
 

@@ -19,13 +19,12 @@ use shuttle::{Config, Runner, thread};
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::runtime::{Builder, Handle};
-use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
-use super::table::{Step, Taken};
-use super::{Managed, Manager, Place};
+use super::table::Step;
+use super::{Managed, Manager, Place, Wait, fail, tell_lost};
 use crate::error::{Error, Loss};
 use crate::held::Held;
-use crate::key::{Key, KeyId};
+use crate::key::Key;
 use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::Request;
@@ -69,25 +68,32 @@ fn meet(pool: &PgPool) {
     }
     over.store(true, Ordering::Relaxed);
     driver.join().unwrap();
-    assert!(manager.state().dedicated.is_empty(), "somebody who has gone is remembered");
+    assert!(manager.state().apart.is_empty(), "somebody who has gone is remembered");
 }
 
-/// Takes the steps, as [`shared`](super::shared) does, whenever a driver is started, until everything is over
+/// Takes the steps, as [`driver`](super::driver) does, whenever a driver is started, until everything is over
 /// and given up.
 fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
     let mut place = open(manager, true);
     loop {
+        let Some(number) = manager.state().driver.as_ref().map(|driver| driver.number) else {
+            if over.load(Ordering::Relaxed) {
+                return;
+            }
+            thread::yield_now();
+            continue;
+        };
+        if one_in(16) {
+            // Its runtime ends, or is stalled.
+            manager.clear(number, &Loss::Abandoned);
+            place.session.give_up(&Loss::Abandoned);
+            place = open(manager, true);
+            continue;
+        }
         let batch = manager.next_batch();
         if batch.is_empty() {
-            if !manager.retire() {
+            if !manager.retire(number) {
                 block_on(manager.work.notified());
-                continue;
-            }
-            while !manager.state().driven {
-                if over.load(Ordering::Relaxed) {
-                    return;
-                }
-                thread::yield_now();
             }
             continue;
         }
@@ -120,63 +126,72 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
 }
 
 /// Stands in for the module of that name.
-pub(super) mod dedicated {
+pub(super) mod wait_session {
     use super::*;
 
-    pub(in crate::manager) fn start(
-        manager: &Arc<Manager>,
-        key: KeyId,
-        id: u64,
-        _: Mode,
-    ) -> UnboundedSender<Taken> {
-        let (orders, receiver) = mpsc::unbounded_channel();
+    pub(in crate::manager) fn start(manager: &Arc<Manager>, _: &Handle, driver: u64) {
         let manager = Arc::clone(manager);
         thread::spawn(move || {
-            match attend(&manager, key, id, receiver) {
-                // Twice, as there: when it notices, and when it is dropped.
-                Some(place) => (0..2).for_each(|_| {
-                    place.session.give_up(&Loss::Silent);
-                    manager.lost_key(key, &place, &Loss::Silent);
-                }),
-                None => manager.failed(key, id, None),
+            loop {
+                if let Some(wait) = manager.next_wait(driver) {
+                    serve(&manager, wait);
+                    continue;
+                }
+                thread::yield_now();
+                if !manager.stop_idling(driver) && one_in(2) {
+                    return manager.ends_apart(driver, false);
+                }
             }
         });
-        orders
     }
 
-    /// Waits for a key, and holds it. Returns the session if it was lost.
-    fn attend(
-        manager: &Arc<Manager>,
-        key: KeyId,
-        id: u64,
-        mut orders: UnboundedReceiver<Taken>,
-    ) -> Option<Place> {
+    /// Waits for a key, and holds it.
+    fn serve(manager: &Arc<Manager>, wait: Wait) {
+        let Wait { key, taken, slice, mut orders } = wait;
+        assert!(!slice.is_zero());
         thread::yield_now();
         if orders.is_closed() {
             // Nobody wants it any more.
-            return None;
+            return;
         }
         if one_in(8) {
-            let error = Error::broken(&Key::unnamed(key), &Loss::Silent);
-            manager.failed(key, id, Some(&Arc::new(error)));
-            return None;
+            let error = Arc::new(Error::broken(&Key::unnamed(key), &Loss::Silent));
+            let waiters = manager.done_apart(key, taken.id, |state, _, _| {
+                state.table.failed(key, taken.id).unwrap_or_default()
+            });
+            return fail(waiters, one_in(2).then_some(&error));
+        }
+        if one_in(4) {
+            drop(manager.done_apart(key, taken.id, |state, now, effects| {
+                state.table.not_granted(key, taken.id, now, effects);
+                Vec::new()
+            }));
+            return;
         }
         let place = open(manager, false);
-        if !manager.taken(key, id, &place, true) {
-            return None;
+        if !manager.taken(key, taken.id, &place, true) {
+            return;
         }
         loop {
             thread::yield_now();
-            if one_in(8) {
-                return Some(place);
+            let is_lost = one_in(8) || place.session.loss().is_some() || orders.is_closed();
+            let order = if is_lost { None } else { orders.try_recv().ok() };
+            if order.is_none() && !is_lost {
+                continue;
             }
-            let Some(order) = block_on(orders.recv()) else {
-                assert!(place.session.loss().is_some(), "taken for another, and dismissed");
-                return Some(place);
+            let Some(order) = order else {
+                place.session.give_up(&Loss::Silent);
+                let farewells = manager.done_apart(key, taken.id, |state, now, effects| {
+                    state.table.lost_key(key, &place, now, effects)
+                });
+                return tell_lost(farewells, &Loss::Silent);
             };
             if order.step == Step::Unlock {
-                manager.gave_up(key, order.id, &place);
-                return None;
+                drop(manager.done_apart(key, taken.id, |state, now, effects| {
+                    state.table.taken(key, order.id, (&place, true), now, effects);
+                    Vec::new()
+                }));
+                return;
             }
             // Another process shares the lock, or waits for it.
             let yes = order.step == Step::Downgrade || one_in(2);

@@ -753,7 +753,8 @@ pub(crate) async fn lend(
 ) -> Result<PoolConnection<Postgres>> {
     let key = key.clone();
     // Boxed, or every acquire would be a future of 18 kB: as large as what may have to log in.
-    let acquiring = timeout_at(budget::deadline(pool, policy, since).into(), Box::pin(pool.acquire()));
+    let acquiring =
+        timeout_at(budget::deadline(pool, policy, since).into(), Box::pin(pool.acquire()));
     let source = match acquiring.await {
         Ok(Ok(lent)) => return Ok(lent),
         Ok(Err(source)) => source,

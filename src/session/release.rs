@@ -14,7 +14,7 @@ use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
-use crate::manager::Farewell;
+use crate::manager::PendingRelease;
 use crate::mode::Mode;
 use crate::request::Request;
 use crate::sql;
@@ -26,7 +26,7 @@ pub(crate) enum Release {
     Done(Result<()>),
     Running(Key, Arc<Session>, Task<Result<()>>),
     /// A manager does it.
-    Managed(Farewell),
+    Managed(PendingRelease),
 }
 
 impl Release {
@@ -46,7 +46,7 @@ impl Release {
                     () = session.borrowed_for_too_long() => Err(Error::Borrowed { key }),
                 }
             }
-            Self::Managed(farewell) => farewell.answered().await,
+            Self::Managed(release) => release.done().await,
         }
     }
 }

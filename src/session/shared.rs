@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::ledger::Modes;
+use super::slot::Unavailable;
 use super::{Session, within};
 use sqlx::Connection;
 
@@ -73,6 +74,36 @@ impl Session {
         self.lose(&loss);
         drop(slot.take());
         Called::Lost(loss)
+    }
+
+    /// Makes sure that the session has answered a question that was asked after `since`, and so held its locks
+    /// then. Of those who ask at once, one asks for all.
+    pub(crate) async fn answers_since(self: &Arc<Self>, since: Instant) -> Result<(), Loss> {
+        let mut slot = self.connection_for_guard().await.map_err(|reason| match reason {
+            Unavailable::Lost(loss) => loss,
+            Unavailable::Borrowed | Unavailable::PoolClosed | Unavailable::TimedOut => Loss::Silent,
+        })?;
+        if self.last_answered() >= since {
+            return self.loss().map_or(Ok(()), Err);
+        }
+        let asked = Instant::now();
+        let answer = within(self.heartbeat.bound(), async {
+            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+            sql::backend::heartbeat(conn.pg()?, None).await
+        });
+        let loss = match answer.await {
+            Ok(pid) if pid == self.backend_pid() => {
+                self.trust(asked);
+                return Ok(());
+            }
+            Ok(_) => Loss::Pooled,
+            // The server lives, and the session with it.
+            Err(error) if is_answer(&error) => return Ok(()),
+            Err(error) => Loss::broken(error),
+        };
+        self.lose(&loss);
+        drop(slot.take());
+        Err(loss)
     }
 
     /// Counts what calls have locked and unlocked, for who is told of a loss.

@@ -1,5 +1,7 @@
 //! The owners that hold a key: mostly one, who then needs no memory of his own.
 
+use std::collections::BTreeMap;
+
 use super::OwnerId;
 use crate::mode::Mode;
 
@@ -8,76 +10,84 @@ use crate::mode::Mode;
 pub(super) enum Holders {
     #[default]
     Nobody,
-    One(Holder),
-    /// Sorted by owner.
-    Many(Vec<Holder>),
+    One(OwnerId, Holder),
+    Many(Box<Many>),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
+pub(super) struct Many {
+    holders: BTreeMap<OwnerId, Holder>,
+    /// How many of them have an exclusive guard.
+    exclusive: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Holder {
-    owner: OwnerId,
     exclusive: u32,
     shared: u32,
 }
 
 impl Holders {
-    fn all(&self) -> &[Holder] {
+    pub(super) fn len(&self) -> usize {
         match self {
-            Self::Nobody => &[],
-            Self::One(holder) => std::slice::from_ref(holder),
-            Self::Many(holders) => holders,
+            Self::Nobody => 0,
+            Self::One(..) => 1,
+            Self::Many(many) => many.holders.len(),
         }
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.all().len()
-    }
-
     pub(super) fn is_empty(&self) -> bool {
-        self.all().is_empty()
+        self.len() == 0
     }
 
     pub(super) fn get(&self, owner: OwnerId) -> Option<Holder> {
-        let holders = self.all();
-        let place = holders.binary_search_by_key(&owner, |holder| holder.owner).ok()?;
-        holders.get(place).copied()
+        match self {
+            Self::One(one, holder) if *one == owner => Some(*holder),
+            Self::Nobody | Self::One(..) => None,
+            Self::Many(many) => many.holders.get(&owner).copied(),
+        }
     }
 
     pub(super) fn has_exclusive(&self) -> bool {
-        self.all().iter().any(|holder| holder.is_exclusive())
+        match self {
+            Self::Nobody => false,
+            Self::One(_, holder) => holder.is_exclusive(),
+            Self::Many(many) => many.exclusive > 0,
+        }
     }
 
     /// Counts another guard of an owner.
     pub(super) fn count(&mut self, owner: OwnerId, mode: Mode) {
-        if let Some(holder) = self.get_mut(owner) {
-            *holder.of(mode) += 1;
-            return;
-        }
-        let mut new = Holder { owner, exclusive: 0, shared: 0 };
-        *new.of(mode) += 1;
-        match self {
-            Self::Nobody => *self = Self::One(new),
-            Self::One(one) => {
-                let mut both = vec![*one, new];
-                both.sort_unstable_by_key(|holder| holder.owner);
-                *self = Self::Many(both);
-            }
-            Self::Many(holders) => {
-                let place = holders.partition_point(|holder| holder.owner < owner);
-                holders.insert(place, new);
-            }
-        }
+        let mut holder = self.get(owner).unwrap_or_default();
+        *holder.of(mode) += 1;
+        self.set(owner, holder);
     }
 
     /// Counts one guard less. Returns whether the owner had such a guard.
     pub(super) fn uncount(&mut self, owner: OwnerId, mode: Mode) -> bool {
-        let Some(holder) = self.get_mut(owner) else { return false };
+        let Some(mut holder) = self.get(owner) else { return false };
         let Some(left) = holder.of(mode).checked_sub(1) else { return false };
         *holder.of(mode) = left;
         if holder.exclusive + holder.shared == 0 {
             self.remove(owner);
+        } else {
+            self.set(owner, holder);
         }
         true
+    }
+
+    fn set(&mut self, owner: OwnerId, holder: Holder) {
+        match self {
+            Self::Nobody => *self = Self::One(owner, holder),
+            Self::One(one, before) if *one == owner => *before = holder,
+            Self::One(one, before) => {
+                let mut many = Many { holders: BTreeMap::new(), exclusive: 0 };
+                many.set(*one, *before);
+                many.set(owner, holder);
+                *self = Self::Many(Box::new(many));
+            }
+            Self::Many(many) => many.set(owner, holder),
+        }
     }
 
     /// Forgets all guards of an owner. Returns whether he had any.
@@ -86,25 +96,26 @@ impl Holders {
             return false;
         }
         match self {
-            Self::Nobody | Self::One(_) => *self = Self::Nobody,
-            Self::Many(holders) => {
-                holders.retain(|holder| holder.owner != owner);
-                if let &[last] = holders.as_slice() {
-                    *self = Self::One(last);
+            Self::Nobody | Self::One(..) => *self = Self::Nobody,
+            Self::Many(many) => {
+                let before = many.holders.remove(&owner);
+                many.exclusive -= usize::from(before.is_some_and(Holder::is_exclusive));
+                if many.holders.len() == 1
+                    && let Some((one, holder)) = many.holders.pop_first()
+                {
+                    *self = Self::One(one, holder);
                 }
             }
         }
         true
     }
+}
 
-    fn get_mut(&mut self, owner: OwnerId) -> Option<&mut Holder> {
-        let holders = match self {
-            Self::Nobody => return None,
-            Self::One(holder) => std::slice::from_mut(holder),
-            Self::Many(holders) => holders.as_mut_slice(),
-        };
-        let place = holders.binary_search_by_key(&owner, |holder| holder.owner).ok()?;
-        holders.get_mut(place)
+impl Many {
+    fn set(&mut self, owner: OwnerId, holder: Holder) {
+        let before = self.holders.insert(owner, holder);
+        self.exclusive -= usize::from(before.is_some_and(Holder::is_exclusive));
+        self.exclusive += usize::from(holder.is_exclusive());
     }
 }
 
@@ -164,8 +175,6 @@ mod tests {
                     }
                 }
                 let owners: BTreeSet<OwnerId> = model.keys().map(|(owner, _)| *owner).collect();
-                let found: Vec<OwnerId> = holders.all().iter().map(|holder| holder.owner).collect();
-                prop_assert_eq!(found, Vec::from_iter(owners.clone()));
                 prop_assert_eq!((holders.len(), holders.is_empty()), (owners.len(), owners.is_empty()));
                 let exclusively = |owner| model.contains_key(&(owner, true));
                 for owner in 0..4 {

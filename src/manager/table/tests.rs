@@ -9,7 +9,7 @@ use super::{Bound, Effect, Left, Modes, Seat, Step, Table, Taken, Want};
 use crate::key::KeyId;
 use crate::mode::Mode;
 
-/// The shared session is 0, the others are sessions of one key.
+/// The shared session is 0, the others are wait sessions, opened for each key.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 struct Session(u32);
 
@@ -48,6 +48,10 @@ enum Act {
     Break,
     /// From now on, steps are under way as soon as they come up, or not.
     Hurry(bool),
+    /// A wait session gives the oldest wait up.
+    SliceOver,
+    /// The keys in the line that are due are tried again.
+    Retry,
     Later,
 }
 
@@ -65,6 +69,8 @@ fn act() -> impl Strategy<Value = Act> {
             .prop_map(|(key, mode)| Act::Others { key, mode }),
         1 => Just(Act::Break),
         3 => any::<bool>().prop_map(Act::Hurry),
+        2 => Just(Act::SliceOver),
+        2 => Just(Act::Retry),
         1 => Just(Act::Later),
     ]
 }
@@ -85,7 +91,7 @@ struct World {
     session: u32,
     guards: Vec<Guard>,
     /// Who waits: what he wants, and the number that the table gave him.
-    waiting: HashMap<u64, (Guard, u64)>,
+    waiting: HashMap<u64, (Guard, i64)>,
     wishes: u64,
     /// What each session has been granted.
     server: HashMap<(KeyId, Session), Modes>,
@@ -191,6 +197,16 @@ impl World {
                 }
             }
             Act::Hurry(hurry) => self.hurry = hurry,
+            Act::SliceOver => {
+                let is_wait =
+                    |(_, taken, _): &(KeyId, Taken, Session)| matches!(taken.step, Step::Wait(_));
+                if let Some(oldest) = self.under_way.iter().position(is_wait)
+                    && let Some((key, taken, _)) = self.under_way.remove(oldest)
+                {
+                    self.table.not_granted(key, taken.id, self.now, &mut effects);
+                }
+            }
+            Act::Retry => self.table.retry(self.now, &mut effects),
             Act::Later => self.now += Duration::from_millis(11),
         }
         self.settle(effects);
@@ -199,6 +215,7 @@ impl World {
         }
         self.busy = None;
         self.check();
+        self.check_line();
         if self.to_do.is_empty() {
             self.check_what_it_says();
         }
@@ -283,7 +300,7 @@ impl World {
                 Effect::Refused(wish) | Effect::Deadlock(wish) => {
                     assert!(self.waiting.remove(&wish).is_some());
                 }
-                Effect::Released(_) => {}
+                Effect::Released(..) | Effect::Line => {}
                 Effect::Start(key) => self.to_do.push_back((key, true)),
                 Effect::StartApart(key) => self.to_do.push_back((key, false)),
                 Effect::Abandon(key) => {
@@ -314,6 +331,12 @@ impl World {
             };
             self.under_way.push_back((key, taken, session));
         }
+        while let Some((key, taken, _)) = self.table.take_wait() {
+            assert!(self.ids.insert(taken.id), "there was a step {taken:?} before");
+            assert!(matches!(taken.step, Step::Wait(_)), "{taken:?} in the line");
+            let own = Session(1000 + u32::try_from(taken.id).expect("few steps"));
+            self.under_way.push_back((key, taken, own));
+        }
     }
 
     /// What must always hold.
@@ -323,7 +346,8 @@ impl World {
             assert!(wanted || !matches!(taken.step, Step::Wait(_)), "nobody wants {key:?}");
         }
         // With nothing under way, who could share a lock shares it, unless others have waited for it.
-        let rests = self.under_way.is_empty() && self.to_do.is_empty();
+        let rests =
+            self.under_way.is_empty() && self.to_do.is_empty() && self.table.line.keys.is_empty();
         for (wish, _) in self.waiting.values().filter(|_| rests) {
             let excludes = |other: &Guard| other.key == wish.key && other.mode == Mode::Exclusive;
             let waiting = self.waiting.values().map(|(wish, _)| wish);
@@ -361,22 +385,32 @@ impl World {
                     self.guards.iter().any(|guard| guard.key == key && guard.owner == owner);
                 assert_eq!(self.table.holds(key, owner), has_guard, "{key:?} {owner}");
             }
-            let mut seats = self.server.keys().map(|(_, seat)| *seat).collect::<HashSet<_>>();
-            seats.insert(Session(self.session));
-            for seat in seats {
-                let is_seated = self.server.contains_key(&(key, seat));
-                assert_eq!(self.table.is_seated(key, &seat), is_seated, "{key:?} {seat:?}");
-            }
             let is_held = self.server.keys().any(|(held, _)| *held == key);
             let is_asked = |(asked, taken, _): &(KeyId, Taken, Session)| {
                 *asked == key && matches!(taken.step, Step::Lock(_))
             };
-            let is_unasked = !is_held && self.under_way.iter().any(is_asked);
+            // One that was refused before is tried again.
+            let was_asked = self.table.keys.get(&key).is_some_and(|entry| entry.stand.is_some());
+            let is_unasked = !is_held && !was_asked && self.under_way.iter().any(is_asked);
             assert_eq!(self.table.is_unasked(key), is_unasked, "{key:?}");
         }
-        let needs_shared = self.server.keys().any(|(_, seat)| seat.is_shared())
-            || self.under_way.iter().any(|(.., seat)| seat.is_shared());
-        assert_eq!(self.table.needs_shared(), needs_shared);
+    }
+
+    /// The line is what the entries say.
+    fn check_line(&self) {
+        let awaited: HashSet<KeyId> = self
+            .table
+            .keys
+            .iter()
+            .filter(|(_, entry)| {
+                entry.turn.is_some_and(|turn| matches!(turn.step, Step::Wait(_)) && !turn.taken)
+            })
+            .map(|(key, _)| *key)
+            .collect();
+        let line = &self.table.line;
+        assert_eq!(line.keys.values().copied().collect::<HashSet<_>>(), awaited);
+        assert_eq!(line.retries.iter().map(|(_, key)| *key).collect::<HashSet<_>>(), awaited);
+        assert_eq!((line.keys.len(), line.retries.len()), (awaited.len(), awaited.len()));
     }
 
     /// Lets everything come to its end: all wishes are granted, nothing is left.
@@ -556,7 +590,7 @@ fn the_last_to_leave_is_told() {
     assert_eq!(step, Step::Unlock);
     let mut effects = Vec::new();
     assert!(world.table.taken(KEY, id, (&SHARED_SESSION, true), world.now, &mut effects));
-    assert_eq!(effects, [Effect::Released(7)]);
+    assert_eq!(effects, [Effect::Released(7, true)]);
 }
 
 /// An answer counts for its own step, when that was taken, and once.
@@ -589,7 +623,8 @@ fn what_the_server_has_granted_is_believed() {
         world.table.corrected(KEY, (&SHARED_SESSION, server), world.now, &mut effects);
         if granted {
             assert_eq!(effects, [Effect::Granted(1, SHARED_SESSION)]);
-            assert!(world.table.is_seated(KEY, &SHARED_SESSION));
+            let seat = world.table.keys.get(&KEY).and_then(|entry| entry.seat);
+            assert_eq!(seat, Some(SHARED_SESSION));
         } else {
             assert_eq!(effects, [Effect::Start(KEY)]);
             assert_eq!(take(&mut world).step, Step::Lock(Mode::Exclusive));

@@ -1,6 +1,6 @@
-//! The session that a manager's keys share, and the task that takes their steps on it.
+//! The driver: the task that takes the steps of a manager's keys, on the session that they share.
 //!
-//! The task lives while there is something to do or to hold, and a little longer. It opens the session
+//! It lives while there is something to do or to hold, and a little longer. It opens the session
 //! for the first step that needs it, makes one statement of all steps that have come up since the
 //! last, and hands the answers to the table; while it does that, the server has the next statement.
 
@@ -9,22 +9,22 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
-use tokio::runtime::Handle;
 use tokio::task::yield_now;
-use tokio::time::sleep;
+use tokio::time::{sleep, sleep_until};
 
 use super::batch::{Answer, Batch};
 use super::table::Step;
-use super::{Manager, Place, State};
+use super::{Manager, Place};
 use crate::error::{Error, Loss};
 use crate::held::Held;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::request::Request;
+use crate::session::Session;
 use crate::session::ledger::Modes;
 use crate::session::shared::Called;
 
@@ -44,13 +44,27 @@ const AT_ONCE: usize = 64;
 /// After so long without a key, the connection goes back to the pool.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// Has somebody take the steps, if nobody does.
-pub(super) fn drive(manager: &Arc<Manager>, runtime: &Handle, state: &mut State) {
-    if !state.driven && !state.table.is_empty() {
-        state.driven = true;
-        let driver = Driver::new(manager);
-        // Detach: it ends when there is nothing left to do.
-        drop(runtime.spawn(driver.run()));
+/// Takes the steps until there is nothing left to do, or another driver has taken over.
+pub(super) async fn run(manager: Arc<Manager>, number: u64) {
+    let pulse = manager.options.beat().bound() / 8;
+    let mut driver = Driver {
+        owner: Owner::new(&manager.pool, manager.options.clone()),
+        number,
+        keeper: None,
+        under_way: Batch::default(),
+        answered: None,
+        manager,
+    };
+    let manager = Arc::clone(&driver.manager);
+    let is_replaced = async {
+        while manager.is_driven_by(number) {
+            sleep(pulse).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = is_replaced => {}
+        () = driver.run() => {}
     }
 }
 
@@ -58,17 +72,17 @@ pub(super) fn drive(manager: &Arc<Manager>, runtime: &Handle, state: &mut State)
 ///
 /// # Drop
 ///
-/// Whoever holds something on the session is told that it is lost, and who waits asks again: the runtime
-/// goes down. At its own end, nobody is left.
+/// Whoever holds something on the manager's sessions is told that it is lost, and who waits asks again: the
+/// runtime goes down. At its own end, nobody is left, and nobody takes it for the driver.
 struct Driver {
     manager: Arc<Manager>,
+    number: u64,
     owner: Owner,
     /// Keeps the session open.
     keeper: Option<Held>,
     under_way: Batch,
     /// What the table has not been told yet.
     answered: Option<Answered>,
-    retired: bool,
 }
 
 /// Steps that were taken.
@@ -84,18 +98,7 @@ enum Rest {
 }
 
 impl Driver {
-    fn new(manager: &Arc<Manager>) -> Self {
-        Self {
-            manager: Arc::clone(manager),
-            owner: Owner::new(&manager.pool, manager.options.clone()),
-            keeper: None,
-            under_way: Batch::default(),
-            answered: None,
-            retired: false,
-        }
-    }
-
-    async fn run(mut self) {
+    async fn run(&mut self) {
         loop {
             if self.answered.as_ref().is_some_and(|answered| answered.answers.len() >= CROWD) {
                 yield_now().await;
@@ -116,38 +119,44 @@ impl Driver {
     /// Waits for something to do.
     async fn rest(&mut self) -> Rest {
         let manager = Arc::clone(&self.manager);
-        let mut listened_to = false;
+        let mut is_quiet = false;
         loop {
-            let Some(session) = self.keeper.as_ref().map(|keeper| Arc::clone(keeper.session()))
-            else {
-                if self.retire() {
-                    return Rest::Retired;
-                }
-                manager.work.notified().await;
-                return Rest::Over;
-            };
-            let closed = manager.pool.is_closed();
-            if closed && self.let_go() {
-                continue;
+            let session = self.keeper.as_ref().map(|keeper| Arc::clone(keeper.session()));
+            if session.is_none() && manager.retire(self.number) {
+                return Rest::Retired;
             }
-            let wanted = listened_to && is_exhausted(&manager.pool);
-            let time = if listened_to && !wanted { IDLE } else { QUIET };
+            let is_closed = manager.pool.is_closed();
+            if is_closed {
+                let error = Error::Pool {
+                    key: self.first_key(),
+                    source: sqlx::Error::PoolClosed,
+                    locks: None,
+                };
+                manager.fail_all(&Arc::new(error));
+                if session.is_some() && self.let_go() {
+                    continue;
+                }
+            }
+            let is_wanted = is_quiet && is_exhausted(&manager.pool);
+            let time = if is_quiet && !is_wanted { IDLE } else { QUIET };
+            let retry = manager.state().table.next_retry();
             tokio::select! {
                 biased;
                 () = manager.work.notified() => return Rest::Over,
-                loss = session.lost() => {
+                loss = lost(session.as_ref()) => {
                     self.lose(&loss);
                     return Rest::Over;
                 }
-                () = manager.pool.close_event(), if listened_to && !closed => {}
-                () = async {
-                    sleep(time).await;
-                    session.resume_polling();
-                } => {
-                    if listened_to {
+                () = manager.pool.close_event(), if !is_closed => {}
+                () = sleep_until(retry.unwrap_or_else(Instant::now).into()), if retry.is_some() => {
+                    return Rest::Over;
+                }
+                () = sleep(time), if session.is_some() => {
+                    session.iter().for_each(|session| session.resume_polling());
+                    if is_quiet {
                         self.let_go();
                     }
-                    listened_to = true;
+                    is_quiet = true;
                 }
             }
         }
@@ -155,18 +164,12 @@ impl Driver {
 
     /// Gives the connection back if nothing is held on it. Returns whether it did.
     fn let_go(&mut self) -> bool {
-        let needed = self.manager.state().table.needs_shared();
+        let needed = self.manager.needs_shared();
         if !needed {
             // Detach: nobody waits for it.
             drop(self.keeper.take());
         }
-        !needed
-    }
-
-    /// Ends if nobody needs anything.
-    fn retire(&mut self) -> bool {
-        self.retired = self.manager.retire();
-        self.retired
+        self.keeper.is_none()
     }
 
     /// Takes the steps that are under way, in one statement.
@@ -179,9 +182,9 @@ impl Driver {
         if is_new {
             // What was held on the old session has been called off.
             self.under_way.keep_only_locks();
-            self.manager.state().opening = true;
+            self.manager.set_opening(self.number, true);
             let opened = self.open().await;
-            self.manager.state().opening = false;
+            self.manager.set_opening(self.number, false);
             match opened {
                 Ok(keeper) => {
                     keeper.iter().for_each(|keeper| keeper.session().poll_early());
@@ -189,7 +192,7 @@ impl Driver {
                 }
                 Err(error) => {
                     end_with_the_runtime().await;
-                    self.fail(Some(&Arc::new(error)));
+                    self.fail_all_steps(&Arc::new(error));
                 }
             }
         }
@@ -269,6 +272,15 @@ impl Driver {
         }
     }
 
+    /// Tells who waits for the steps that are under way, and for those that have come up since.
+    fn fail_all_steps(&mut self, error: &Arc<Error>) {
+        while !self.under_way.is_empty() {
+            self.fail(Some(error));
+            self.under_way = self.manager.next_batch();
+            self.under_way.keep_only_locks();
+        }
+    }
+
     /// Tells who waits for the steps that are under way; without an error they ask again.
     fn fail(&mut self, error: Option<&Arc<Error>>) {
         for (key, taken) in std::mem::take(&mut self.under_way).steps() {
@@ -331,28 +343,16 @@ pub(super) fn is_exhausted(pool: &PgPool) -> bool {
     pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections()
 }
 
+/// Waits for the loss of a session, if there is one.
+async fn lost(session: Option<&Arc<Session>>) -> Loss {
+    match session {
+        Some(session) => session.lost().await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Drop for Driver {
     fn drop(&mut self) {
-        if self.retired {
-            return;
-        }
-        {
-            let mut state = self.manager.state();
-            state.driven = false;
-            state.opening = false;
-        }
-        hand_over(&self.manager, &mut self.answered);
-        self.lose(&Loss::Abandoned);
-        // Who waits asks again, on a runtime that lives.
-        let mut orphans = std::mem::take(&mut self.under_way);
-        loop {
-            for (key, taken) in orphans.steps() {
-                self.manager.failed(*key, taken.id, None);
-            }
-            orphans = self.manager.next_batch();
-            if orphans.is_empty() {
-                break;
-            }
-        }
+        self.manager.clear(self.number, &Loss::Abandoned);
     }
 }

@@ -1,0 +1,252 @@
+//! A wait session: waits in the server's queue for keys that other sessions hold, one at a time.
+//!
+//! It takes the next key in the line, waits for it, holds it while the process passes it on, gives it up, and
+//! takes the next one. It ends when there was nothing to wait for during [`IDLE`], and with its connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::sleep;
+
+use super::driver::end_with_the_runtime;
+use super::table::{Step, Taken};
+use super::{Manager, Place, Wait, fail, tell_lost};
+use crate::error::{Error, Loss, Result};
+use crate::held::Held;
+use crate::key::{Key, KeyId};
+use crate::mode::Mode;
+use crate::owner::Owner;
+use crate::request::Request;
+use crate::session::Session;
+use crate::session::shared::Called;
+use crate::sql::batch::Call;
+
+/// After so long without a key, the connection goes back to the pool.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// Starts to wait for keys on behalf of a driver, until there are none.
+pub(super) fn start(manager: &Arc<Manager>, runtime: &Handle, driver: u64) {
+    // Detach: it ends by itself.
+    drop(runtime.spawn(run(Arc::clone(manager), driver)));
+}
+
+async fn run(manager: Arc<Manager>, driver: u64) {
+    let owner = Owner::new(&manager.pool, manager.options.clone());
+    let mut waiter = WaitSession { manager, driver, owner, busy: None };
+    let failed = match waiter.open().await {
+        Ok(Some(keeper)) => {
+            keeper.session().poll_early();
+            waiter.work(&keeper).await;
+            false
+        }
+        Ok(None) => false,
+        Err(error) => {
+            // The keys are still tried on the shared session, which says so if it can't be opened either.
+            tracing::debug!(
+                error = &error as &dyn std::error::Error,
+                "no connection to wait for busy keys on; they are tried again and again"
+            );
+            true
+        }
+    };
+    waiter.manager.ends_apart(driver, failed);
+}
+
+/// # Drop
+///
+/// If it holds a key, that is lost; if it waits for one, whoever wants the key asks again.
+struct WaitSession {
+    manager: Arc<Manager>,
+    driver: u64,
+    owner: Owner,
+    busy: Option<Busy>,
+}
+
+/// A key that it waits for, or holds.
+struct Busy {
+    key: KeyId,
+    wait: u64,
+    /// Once it is granted.
+    place: Option<Place>,
+}
+
+impl WaitSession {
+    /// Opens the session, on which nothing is held yet.
+    async fn open(&mut self) -> Result<Option<Held>> {
+        let Some(key) = self.manager.state().table.first_in_line() else { return Ok(None) };
+        self.owner.try_acquire(&Request::session(&Key::unnamed(key))).await
+    }
+
+    async fn work(&mut self, keeper: &Held) {
+        let manager = Arc::clone(&self.manager);
+        while !keeper.is_lost() {
+            if let Some(wait) = manager.next_wait(self.driver) {
+                self.busy = Some(Busy { key: wait.key, wait: wait.taken.id, place: None });
+                self.serve(wait).await;
+                self.busy = None;
+                continue;
+            }
+            let is_over = tokio::select! {
+                biased;
+                () = manager.line.notified() => false,
+                _ = keeper.lost() => true,
+                () = manager.pool.close_event() => true,
+                () = sleep(IDLE) => true,
+            };
+            if !manager.stop_idling(self.driver) && is_over {
+                return;
+            }
+        }
+    }
+
+    /// Waits for one key, and holds it until it is given up.
+    async fn serve(&mut self, wait: Wait) {
+        let Wait { key, taken, slice, mut orders } = wait;
+        let Step::Wait(mode) = taken.step else { return };
+        let manager = Arc::clone(&self.manager);
+        let request = request(key, mode);
+        let acquired = tokio::select! {
+            biased;
+            // There are no orders before it holds: nobody wants the key any more.
+            _ = orders.recv() => return,
+            acquired = self.owner.try_acquire_for(&request, slice) => acquired,
+        };
+        let held = match acquired {
+            Ok(Some(held)) => held,
+            Ok(None) => return self.slice_over(key, taken.id),
+            Err(error) => {
+                end_with_the_runtime().await;
+                return self.failed(key, taken.id, error);
+            }
+        };
+        let place = Place { session: Arc::clone(held.session()), shared: false };
+        let mut holds = vec![held];
+        if !manager.taken(key, taken.id, &place, true) {
+            // Nobody wants it any more.
+            return;
+        }
+        self.busy = Some(Busy { key, wait: taken.id, place: Some(place.clone()) });
+        let loss = hold(&manager, key, &place, &mut holds, &mut orders).await;
+        match loss {
+            Ok(Some(unlock)) => {
+                let mut released = Ok(());
+                for held in holds {
+                    released = released.and(held.release().await);
+                }
+                if released.is_ok() {
+                    self.busy = None;
+                    let gave_up = |state: &mut super::State, now, effects: &mut Vec<_>| {
+                        state.table.taken(key, unlock, (&place, true), now, effects);
+                        Vec::new()
+                    };
+                    manager.done_apart(key, taken.id, gave_up);
+                    return;
+                }
+                self.lose(&place.session.loss().unwrap_or(Loss::NotHeld));
+            }
+            Ok(None) => self.lose(&Loss::NotHeld),
+            Err(loss) => self.lose(&loss),
+        }
+    }
+
+    /// The key was not granted in time, and stands in the line again.
+    fn slice_over(&self, key: KeyId, wait: u64) {
+        // On whichever session: it was not granted.
+        self.manager.done_apart(key, wait, |state, now, effects| {
+            state.table.not_granted(key, wait, now, effects);
+            Vec::new()
+        });
+    }
+
+    fn failed(&self, key: KeyId, wait: u64, error: Error) {
+        let passes = matches!(error, Error::Disconnected { .. } | Error::Lost { .. });
+        let waiters = self
+            .manager
+            .done_apart(key, wait, |state, _, _| state.table.failed(key, wait).unwrap_or_default());
+        // If only this session broke, they ask again, and another one is found.
+        fail(waiters, (!passes).then(|| Arc::new(error)).as_ref());
+    }
+
+    /// The session was lost, and the key with it.
+    fn lose(&mut self, loss: &Loss) {
+        let Some(Busy { key, wait, place }) = self.busy.take() else { return };
+        let Some(place) = place else {
+            let ask_again = |state: &mut super::State, _, _: &mut Vec<_>| {
+                state.table.failed(key, wait).unwrap_or_default()
+            };
+            return drop(self.manager.done_apart(key, wait, ask_again));
+        };
+        place.session.give_up(loss);
+        let farewells = self.manager.done_apart(key, wait, |state, now, effects| {
+            state.table.lost_key(key, &place, now, effects)
+        });
+        tell_lost(farewells, loss);
+    }
+}
+
+impl Drop for WaitSession {
+    fn drop(&mut self) {
+        self.lose(&Loss::Abandoned);
+    }
+}
+
+fn request(key: KeyId, mode: Mode) -> Request {
+    Request::one(&Key::unnamed(key), mode)
+}
+
+/// Holds a key, and takes the steps for it. Returns the number of the step by which it is to be given up.
+async fn hold(
+    manager: &Arc<Manager>,
+    key: KeyId,
+    place: &Place,
+    holds: &mut Vec<Held>,
+    orders: &mut UnboundedReceiver<Taken>,
+) -> Result<Option<u64>, Loss> {
+    loop {
+        let order = tokio::select! {
+            biased;
+            loss = place.session.lost() => return Err(loss),
+            order = orders.recv() => order,
+        };
+        let Some(order) = order else { return Ok(None) };
+        if order.step == Step::Unlock {
+            return Ok(Some(order.id));
+        }
+        let yes = take(key, holds, order.step).await?;
+        manager.taken(key, order.id, place, yes);
+    }
+}
+
+/// Takes any step but the last.
+async fn take(key: KeyId, holds: &mut Vec<Held>, step: Step) -> Result<bool, Loss> {
+    let Some(held) = holds.first() else { return Err(Loss::NotHeld) };
+    let why = |session: &Session| session.loss().unwrap_or(Loss::NotHeld);
+    match step {
+        Step::Downgrade => {
+            let shared = held.and(&request(key, Mode::Shared)).await;
+            let Ok(Some(shared)) = shared else { return Err(why(held.session())) };
+            for before in std::mem::replace(holds, vec![shared]) {
+                let session = Arc::clone(before.session());
+                before.release().await.map_err(|_| why(&session))?;
+            }
+            Ok(true)
+        }
+        Step::Upgrade => match held.and(&request(key, Mode::Exclusive)).await {
+            Ok(Some(exclusive)) => {
+                holds.push(exclusive);
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(_) => Err(why(held.session())),
+        },
+        Step::Look => match held.session().call(&[(key, Call::IsWaitedFor)]).await {
+            Called::Answers(answers) => Ok(answers.contains(&true)),
+            // Then others get their turn.
+            Called::Failed(..) => Ok(true),
+            Called::Lost(loss) => Err(loss),
+        },
+        Step::Lock(_) | Step::Wait(_) | Step::Renew(_) | Step::Unlock => Ok(true),
+    }
+}
