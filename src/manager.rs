@@ -20,7 +20,7 @@ use shuttle::sync::{Mutex, MutexGuard};
 use sqlx::PgPool;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::time::timeout;
 
 use crate::error::{Error, Loss};
 use crate::key::{Key, KeyId};
@@ -346,30 +346,33 @@ impl Manager {
     /// Waits for something that the driver brings about. If the driver has not run for longer than its
     /// sessions are trusted, because its runtime is blocked or not driven, they are lost, and who waits asks
     /// again.
-    async fn unless_stalled<T>(self: &Arc<Self>, future: impl Future<Output = T>) -> T {
+    async fn unless_stalled<T>(self: &Arc<Self>, mut future: impl Future<Output = T> + Unpin) -> T {
         let here = Handle::current().id();
-        let elsewhere = |driver: &Driving| driver.runtime.id() != here;
-        let bound = self.options.beat().bound();
-        let mut future = std::pin::pin!(future);
-        loop {
-            let elsewhere = self.state().driver.as_ref().is_some_and(elsewhere);
-            if !elsewhere {
-                return future.await;
-            }
-            tokio::select! {
-                biased;
-                output = &mut future => return output,
-                () = sleep(bound / 8) => {}
-            }
-            let stalled = self
-                .state()
-                .driver
-                .as_ref()
-                .and_then(|driver| (driver.seen.elapsed() > bound).then_some(driver.number));
-            if let Some(driver) = stalled {
-                self.clear(driver, &Loss::Silent);
+        let is_elsewhere = |driver: &Driving| driver.runtime.id() != here;
+        while self.state().driver.as_ref().is_some_and(is_elsewhere) {
+            // Boxed, because usually there is one runtime.
+            if let Some(output) = Box::pin(self.watch_driver(&mut future)).await {
+                return output;
             }
         }
+        future.await
+    }
+
+    /// Waits for a moment, and then looks after the driver.
+    async fn watch_driver<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let bound = self.options.beat().bound();
+        if let Ok(output) = timeout(bound / 8, future).await {
+            return Some(output);
+        }
+        let stalled = self
+            .state()
+            .driver
+            .as_ref()
+            .and_then(|driver| (driver.seen.elapsed() > bound).then_some(driver.number));
+        if let Some(driver) = stalled {
+            self.clear(driver, &Loss::Silent);
+        }
+        None
     }
 
     /// Loses all sessions, because their driver has ended or is stalled. Whoever waits asks again, and starts

@@ -31,6 +31,7 @@ mod partition;
 mod pooler;
 mod quiet;
 mod semaphore;
+mod service;
 mod standby;
 mod statements;
 mod tidy;

@@ -161,9 +161,11 @@ impl TestDb {
         &self.name
     }
 
-    /// A pool on the database.
-    pub async fn pool(&self, max_connections: u32) -> PgPool {
-        let max_connections = max_connections.min(self.environment.max_connections);
+    /// A pool on the database that has room for so many locks at once. A third of its connections, rounded
+    /// up, is left to queries, unless it has only one.
+    pub async fn pool(&self, locks: u32) -> PgPool {
+        let others = if locks > 1 { locks.div_ceil(2) } else { 0 };
+        let max_connections = (locks + others).min(self.environment.max_connections);
         let mut pool = self.pool_options().max_connections(max_connections);
         let mut options = self.options.clone();
         if self.environment.route == Route::PgBouncer {
@@ -332,7 +334,7 @@ mod tests {
             let server = row.server_options(Server::options()).start();
             let db = TestDb::in_environment(row, &server).await;
             let two = db.pool(2).await;
-            assert_eq!(two.options().get_max_connections(), 2.min(row.max_connections), "{name}");
+            assert_eq!(two.options().get_max_connections(), 3.min(row.max_connections), "{name}");
             assert_eq!(two.options().get_test_before_acquire(), row.test_before_acquire, "{name}");
             // Both statements on one connection, which is released in between.
             let pool = db.pool(1).await;

@@ -1,0 +1,376 @@
+//! Services of several processes that take hot locks, and work on the same pool.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pglock::{Error, Lock, LockManager, LockOptions, Loss};
+use pglock_testkit::{TestDb, eventually};
+use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::support::{SOON, no_locks};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a task of a service does again and again.
+#[derive(Clone)]
+enum Way {
+    Lock,
+    Manager(LockManager),
+}
+
+/// Acquires a key, works on the pool under it, and releases it.
+async fn cycle(way: &Way, pool: &PgPool, key: i64) {
+    let mut lock = match way {
+        Way::Lock => Lock::new(pool, key),
+        Way::Manager(manager) => manager.lock(key),
+    };
+    let guard = lock.acquire().await.unwrap();
+    sqlx::query("SELECT pg_sleep(0.001)").execute(pool).await.unwrap();
+    drop(guard);
+}
+
+/// Three services with a pool of `connections` each, whose tasks want few keys: all come through, without an
+/// error, and a query that has nothing to do with locks is answered meanwhile.
+async fn serve(connections: u32, managed: bool) {
+    const CYCLES: usize = 8;
+    let db = TestDb::new().await;
+    let mut tasks = JoinSet::new();
+    let mut pools = Vec::new();
+    for service in 0..3_i64 {
+        let pool = db.pool_options().max_connections(connections).acquire_timeout(PATIENCE);
+        let pool = pool.connect_with(db.options()).await.unwrap();
+        let way = if managed { Way::Manager(LockManager::new(&pool)) } else { Way::Lock };
+        for task in 0..30_i64 {
+            let (pool, way) = (pool.clone(), way.clone());
+            tasks.spawn(async move {
+                for round in 0..i64::try_from(CYCLES).unwrap() {
+                    // Half of the time the hottest key.
+                    let step = service * 31 + task * 7 + round * 3;
+                    let key = if step % 2 == 0 { 0 } else { step % 12 };
+                    cycle(&way, &pool, key).await;
+                }
+            });
+        }
+        pools.push(pool);
+    }
+    let query = sqlx::query("SELECT 1").execute(&pools[0]);
+    timeout(SOON, query).await.unwrap().unwrap();
+    timeout(PATIENCE, async {
+        while let Some(task) = tasks.join_next().await {
+            task.unwrap();
+        }
+    })
+    .await
+    .unwrap();
+    no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn hot_keys_of_managers_leave_connections_to_the_work() {
+    for connections in [3, 5, 8] {
+        serve(connections, true).await;
+    }
+}
+
+#[tokio::test]
+async fn hot_locks_leave_connections_to_the_work() {
+    for connections in [2, 5, 8] {
+        serve(connections, false).await;
+    }
+}
+
+/// How many sessions of the database hold or await an advisory lock, apart from one.
+async fn sessions_at_locks(db: &TestDb, except: i32) -> HashSet<i32> {
+    let sessions = "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND pid <> $1
+         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    let mut admin = db.admin().await;
+    sqlx::query_scalar(sessions)
+        .bind(except)
+        .fetch_all(&mut admin)
+        .await
+        .unwrap()
+        .into_iter()
+        .collect()
+}
+
+/// However many keys are busy, and each gets its turn when it is free.
+#[tokio::test]
+async fn a_manager_waits_on_few_connections() {
+    const KEYS: i64 = 40;
+    let db = TestDb::new().await;
+    let (one, other) = (db.pool(1).await, db.pool(20).await);
+    let holder = LockManager::new(&one);
+    let mut held = Vec::new();
+    for key in 0..KEYS {
+        held.push(holder.lock(key).acquire().await.unwrap());
+    }
+    let manager = LockManager::new(&other);
+    let mut waiters = JoinSet::new();
+    for key in 0..KEYS {
+        let mut lock = manager.lock(key);
+        waiters.spawn(async move { lock.acquire().await.unwrap().release().await.unwrap() });
+    }
+    let holder = held[0].backend_pid();
+    let waiting = async || sessions_at_locks(&db, holder).await.len() == 4;
+    eventually("four connections wait", PATIENCE, waiting).await;
+    assert!(other.size() <= 5 + 1, "{} connections", other.size());
+    // Those that are in nobody's queue get theirs too.
+    for guard in held {
+        guard.release().await.unwrap();
+    }
+    timeout(PATIENCE, async { while waiters.join_next().await.is_some() {} }).await.unwrap();
+    no_locks(&mut db.admin().await).await;
+}
+
+/// On a pool that can spare one connection for locks, a busy key is tried again and again on that.
+#[tokio::test]
+async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
+    for connections in [1, 2] {
+        let db = TestDb::new().await;
+        let small = PgPoolOptions::new().max_connections(connections);
+        let small = small.connect_with(db.options()).await.unwrap();
+        let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+        let manager = LockManager::new(&small);
+        let waiter = tokio::spawn({
+            let mut lock = manager.lock(1);
+            async move { lock.acquire().await.unwrap().release().await }
+        });
+        // Others are granted meanwhile.
+        manager.lock(2).acquire().await.unwrap().release().await.unwrap();
+        assert!(!waiter.is_finished());
+        held.release().await.unwrap();
+        timeout(SOON, waiter).await.unwrap().unwrap().unwrap();
+    }
+}
+
+/// All who are queued for a session hear of it when one has waited in vain, not one after another.
+#[tokio::test]
+async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
+    let db = TestDb::new().await;
+    let limit = Duration::from_secs(1);
+    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(limit);
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let _taken = pool.acquire().await.unwrap();
+    let manager = LockManager::new(&pool);
+    let mut waiters = JoinSet::new();
+    for key in 0..5000_i64 {
+        let mut lock = manager.lock(key);
+        waiters.spawn(async move { lock.acquire().await });
+    }
+    let started = Instant::now();
+    while let Some(failed) = waiters.join_next().await {
+        let error = failed.unwrap().unwrap_err();
+        assert!(
+            matches!(error, Error::Pool { source: sqlx::Error::PoolTimedOut, .. }),
+            "{error:?}"
+        );
+    }
+    // A second one would take as long again, for each thousand.
+    assert!(started.elapsed() < 3 * limit, "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
+    let db = TestDb::new().await;
+    let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+    for connections in [1, 5] {
+        let pool = PgPoolOptions::new().max_connections(connections);
+        let pool = pool.connect_with(db.options()).await.unwrap();
+        let manager = LockManager::new(&pool);
+        let guard = manager.lock(2).acquire().await.unwrap();
+        let waiters: Vec<_> = [1, 2]
+            .map(|key| {
+                let mut lock = manager.lock(key);
+                tokio::spawn(async move { lock.acquire().await.map(drop) })
+            })
+            .into();
+        let waiting = async || pool.num_idle() == 0;
+        if connections > 1 {
+            eventually("it waits for one of them", PATIENCE, async || {
+                sessions_at_locks(&db, held.backend_pid()).await.len() == 2
+            })
+            .await;
+        } else {
+            eventually("its only connection is used", PATIENCE, waiting).await;
+        }
+        let closing = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.close().await }
+        });
+        for waiter in waiters {
+            let error = timeout(SOON, waiter).await.unwrap().unwrap().unwrap_err();
+            assert!(
+                matches!(error, Error::Pool { source: sqlx::Error::PoolClosed, .. }),
+                "{error:?}"
+            );
+        }
+        assert!(!closing.is_finished());
+        assert!(!guard.is_lost());
+        guard.release().await.unwrap();
+        timeout(SOON, closing).await.unwrap().unwrap();
+    }
+}
+
+/// A lock that is handed on inside the process is still checked when its release is awaited.
+#[tokio::test]
+async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let manager = LockManager::new(&db.pool(2).await);
+    let guard = manager.lock(1).acquire().await.unwrap();
+    let next = tokio::spawn({
+        let mut lock = manager.lock(1);
+        async move { lock.acquire().await.map(drop) }
+    });
+    tokio::task::yield_now().await;
+    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(guard.backend_pid());
+    end.execute(&mut admin).await.unwrap();
+    // Nothing on this runtime has run since that could have noticed.
+    assert!(!guard.is_lost());
+    let error = timeout(SOON, guard.release()).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
+    timeout(SOON, next).await.unwrap().unwrap().unwrap();
+}
+
+fn runtime() -> Runtime {
+    Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+/// A pool of a database, each of whose connections is opened by the runtime that asks for it.
+async fn fresh_pool(db: &TestDb) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(8).min_connections(0);
+    pool.connect_with(db.options()).await.unwrap()
+}
+
+/// Whoever waits on another runtime needs nobody's help to go on.
+#[test]
+fn a_waiter_outlives_the_runtime_that_acquired_first() {
+    for _ in 0..5 {
+        let (first, second) = (runtime(), runtime());
+        let (db, pool) = second.block_on(async {
+            let db = TestDb::new().await;
+            let pool = fresh_pool(&db).await;
+            (db, pool)
+        });
+        let manager = LockManager::new(&pool);
+        let mut lock = manager.lock(1);
+        let guard = first.block_on(lock.acquire()).unwrap();
+        let waiter = second.spawn({
+            let mut lock = manager.lock(1);
+            async move { lock.acquire().await }
+        });
+        thread::yield_now();
+        drop(first);
+        let waited = second.block_on(async { timeout(PATIENCE, waiter).await });
+        let waited = waited.unwrap().unwrap().unwrap();
+        assert!(guard.is_lost());
+        second.block_on(waited.release()).unwrap();
+        drop(guard);
+        second.block_on(async { no_locks(&mut db.admin().await).await });
+    }
+}
+
+/// A current-thread runtime that nobody drives any more is not waited for.
+#[test]
+fn a_runtime_that_is_not_driven_is_replaced() {
+    let beat = Duration::from_millis(500);
+    let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(beat * 2, beat * 2, 2);
+    let idle = Builder::new_current_thread().enable_all().build().unwrap();
+    let second = runtime();
+    let (db, pool) = second.block_on(async {
+        let db = TestDb::new().await;
+        let pool = fresh_pool(&db).await;
+        (db, pool)
+    });
+    let manager = options.manager(&pool).unwrap();
+    let mut lock = manager.lock(1);
+    // From here on, this runtime stands still.
+    let guard = idle.block_on(lock.acquire()).unwrap();
+    let (waits, both) = second.block_on(async {
+        let mut tasks = JoinSet::new();
+        let (tell, told) = oneshot::channel();
+        let mut same = manager.lock(1);
+        tasks.spawn(async move {
+            tell.send(()).unwrap();
+            let guard = same.acquire().await.unwrap();
+            guard.release().await.unwrap();
+        });
+        told.await.unwrap();
+        let mut other = manager.lock(2);
+        let started = Instant::now();
+        let guard = timeout(PATIENCE, other.acquire()).await.unwrap().unwrap();
+        guard.release().await.unwrap();
+        let waits = started.elapsed();
+        (waits, timeout(PATIENCE, async { tasks.join_next().await.unwrap().unwrap() }).await)
+    });
+    both.unwrap();
+    assert!(guard.is_lost());
+    assert!(waits < 20 * beat, "{waits:?}");
+    drop(guard);
+    second.block_on(async { drop(db.admin().await) });
+}
+
+/// So many that a cost for each that grows with their number would be felt.
+#[tokio::test]
+async fn many_give_up_together() {
+    const WAITERS: usize = 10_000;
+    let db = TestDb::new().await;
+    let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+    let manager = LockManager::new(&db.pool(4).await);
+    let gave_up = Arc::new(AtomicUsize::new(0));
+    let mut waiters = JoinSet::new();
+    for _ in 0..WAITERS {
+        let (mut lock, gave_up) = (manager.lock(1), Arc::clone(&gave_up));
+        waiters.spawn(async move {
+            assert!(lock.try_acquire_for(Duration::from_secs(2)).await.unwrap().is_none());
+            gave_up.fetch_add(1, Ordering::Relaxed);
+        });
+    }
+    let mut others = 0;
+    while gave_up.load(Ordering::Relaxed) < WAITERS {
+        timeout(PATIENCE, manager.lock(2).acquire())
+            .await
+            .unwrap()
+            .unwrap()
+            .release()
+            .await
+            .unwrap();
+        others += 1;
+    }
+    while let Some(waiter) = waiters.join_next().await {
+        waiter.unwrap();
+    }
+    assert!(others > 1);
+    held.release().await.unwrap();
+    manager.lock(1).acquire().await.unwrap().release().await.unwrap();
+}
+
+/// All sessions of a server that restarts are noticed, not only the first.
+#[tokio::test]
+async fn all_that_are_closed_at_once_are_told_at_once() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let half = Duration::from_secs(30);
+    let options = LockOptions::new().heartbeat(half, half).server_gives_up(half, half, 3);
+    let pool = db.pool(3).await;
+    let mut guards = Vec::new();
+    for key in 0..3 {
+        guards.push(options.lock(&pool, key).unwrap().acquire().await.unwrap());
+    }
+    // By then they are polled.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let pids: Vec<i32> = guards.iter().map(|guard| guard.backend_pid()).collect();
+    let end = sqlx::query("SELECT count(pg_terminate_backend(pid)) FROM unnest($1) AS pid");
+    end.bind(pids).execute(&mut admin).await.unwrap();
+    for guard in &guards {
+        timeout(SOON, guard.lost()).await.unwrap();
+    }
+}
