@@ -72,8 +72,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// queue in the process, it goes behind them, and next time it waits twice as long, up to a minute. So with
 /// `n` busy keys and `c` connections, a key has waited long enough to be granted after at most `n / c` times
 /// twice the time for which the others hold it. On a pool that can spare only one connection for locks (by
-/// default one of up to three), there is none to wait on, and a key that is given up and acquired again by other
-/// processes within a retry may be overtaken without bound.
+/// default one of up to two), that connection waits if nothing is held on it and nothing else is to be done.
+/// Otherwise a busy key is only tried again, and may be overtaken by those that wait in the server's queue.
 ///
 /// # What is different
 ///
@@ -179,6 +179,7 @@ pub(crate) struct Manager {
     options: LockOptions,
     /// At most so many wait sessions.
     most_wait_sessions: usize,
+    budget: Arc<Budget>,
     state: Mutex<State>,
     /// There are steps to take for the shared session, or keys to try again.
     work: Notify,
@@ -228,6 +229,12 @@ impl State {
     /// What follows from a change is written here, and goes to [`Manager::settle`].
     fn effects(&mut self) -> Vec<Effect<Place, Tell>> {
         std::mem::take(&mut self.spare)
+    }
+
+    /// Whether keys stand in the line, and there was no connection for a wait session.
+    fn awaits_connection(&self) -> bool {
+        let nobody_waits = |driver: &Driving| driver.idle == 0 && self.apart.is_empty();
+        self.table.line_len() > 0 && self.driver.as_ref().is_some_and(nobody_waits)
     }
 
     /// The driver, if it still is this one.
@@ -280,11 +287,14 @@ impl Manager {
             spare: Vec::new(),
         };
         // One connection is for the shared session.
-        let spare = Budget::of(pool).limit(options.reserve()).saturating_sub(1);
+        let budget = Budget::of(pool);
+        let spare = budget.limit(options.reserve()).saturating_sub(1);
+        let spare = usize::try_from(spare).unwrap_or(MOST_WAIT_SESSIONS);
         Self {
             pool: pool.clone(),
             options,
-            most_wait_sessions: usize::try_from(spare).map_or(0, |n| n.min(MOST_WAIT_SESSIONS)),
+            most_wait_sessions: spare.clamp(1, MOST_WAIT_SESSIONS),
+            budget,
             state: Mutex::new(state),
             work: Notify::new(),
             line: Notify::new(),
@@ -334,13 +344,6 @@ impl Manager {
         });
         // Detach: it ends when there is nothing left to do.
         drop(runtime.spawn(driver::run(Arc::clone(self), number)));
-    }
-
-    /// The driver begins to open the shared session, or has done so.
-    fn set_opening(&self, driver: u64, opening: bool) {
-        if let Some(driving) = self.state().driver_of(driver) {
-            driving.opening = opening;
-        }
     }
 
     /// Waits for something that the driver brings about. If the driver has not run for longer than its
@@ -404,13 +407,13 @@ impl Manager {
         true
     }
 
-    /// The steps that are to be taken on the shared session. Before that, keys in the line that are due are
-    /// tried again.
-    fn next_batch(self: &Arc<Self>) -> Batch {
+    /// The steps that are to be taken on the shared session. If that is open, keys in the line that are due
+    /// are tried again.
+    fn next_batch(self: &Arc<Self>, is_open: bool) -> Batch {
         let mut batch = Batch::default();
         let mut state = self.state();
         let now = Instant::now();
-        if state.table.next_retry().is_some_and(|retry| retry <= now) {
+        if is_open && state.table.next_retry().is_some_and(|retry| retry <= now) {
             let mut effects = state.effects();
             state.table.retry(now, &mut effects);
             self.settle(&mut state, effects);
@@ -428,7 +431,32 @@ impl Manager {
     /// Whether anything is held on the shared session, or to be done there.
     fn needs_shared(&self) -> bool {
         let state = self.state();
-        state.table.len() > state.apart.len()
+        // If no connection was to be had for a wait session, it can have this one.
+        let can_wait = if state.awaits_connection() { state.table.line_len() } else { 0 };
+        state.table.len() > state.apart.len() + can_wait
+    }
+
+    /// Whether all connections that locks may have are in use.
+    fn is_short(&self) -> bool {
+        !self.budget.has_spare(self.options.reserve())
+    }
+
+    /// The shared session is to be opened, or was. If no connection is free for it, wait sessions stop waiting.
+    fn set_opening(self: &Arc<Self>, driver: u64, opening: bool) {
+        self.change(|state, now, effects| {
+            if let Some(driving) = state.driver_of(driver) {
+                driving.opening = opening;
+            }
+            if opening && self.is_short() {
+                let waited_for: Vec<_> =
+                    state.apart.iter().map(|(key, apart)| (*key, apart.wait)).collect();
+                for (key, wait) in waited_for {
+                    if state.table.not_granted(key, wait, now, effects) {
+                        state.apart.remove(&key);
+                    }
+                }
+            }
+        });
     }
 
     /// A step was taken. Returns whether it still counted.
@@ -507,6 +535,9 @@ impl Manager {
         let mut state = self.state();
         let driving = state.driver_of(driver)?;
         driving.idle += 1;
+        if driving.opening && self.is_short() {
+            return None;
+        }
         let (key, taken, slice) = state.table.take_wait()?;
         if let Some(driving) = state.driver_of(driver) {
             driving.idle -= 1;
@@ -523,7 +554,7 @@ impl Manager {
         let has_work = state.table.first_in_line().is_some();
         let Some(driving) = state.driver_of(driver) else { return false };
         driving.idle -= 1;
-        has_work
+        has_work && !(driving.opening && self.is_short())
     }
 
     /// A wait session ends.

@@ -103,7 +103,7 @@ impl Driver {
             if self.answered.as_ref().is_some_and(|answered| answered.answers.len() >= CROWD) {
                 yield_now().await;
             }
-            self.under_way = self.manager.next_batch();
+            self.under_way = self.manager.next_batch(self.keeper.is_some());
             if !self.under_way.is_empty() {
                 self.step().await;
             } else if self.answered.is_some() {
@@ -139,7 +139,7 @@ impl Driver {
             }
             let is_wanted = is_quiet && is_exhausted(&manager.pool);
             let time = if is_quiet && !is_wanted { IDLE } else { QUIET };
-            let retry = manager.state().table.next_retry();
+            let retry = session.as_ref().and_then(|_| manager.state().table.next_retry());
             tokio::select! {
                 biased;
                 () = manager.work.notified() => return Rest::Over,
@@ -153,7 +153,7 @@ impl Driver {
                 }
                 () = sleep(time), if session.is_some() => {
                     session.iter().for_each(|session| session.resume_polling());
-                    if is_quiet {
+                    if is_quiet || manager.state().awaits_connection() {
                         self.let_go();
                     }
                     is_quiet = true;
@@ -168,6 +168,8 @@ impl Driver {
         if !needed {
             // Detach: nobody waits for it.
             drop(self.keeper.take());
+            let mut state = self.manager.state();
+            self.manager.staff_line(&mut state);
         }
         self.keeper.is_none()
     }
@@ -276,7 +278,7 @@ impl Driver {
     fn fail_all_steps(&mut self, error: &Arc<Error>) {
         while !self.under_way.is_empty() {
             self.fail(Some(error));
-            self.under_way = self.manager.next_batch();
+            self.under_way = self.manager.next_batch(false);
             self.under_way.keep_only_locks();
         }
     }

@@ -231,6 +231,11 @@ impl<S: Seat, W> Table<S, W> {
         self.keys.len()
     }
 
+    /// How many keys stand in the line.
+    pub(super) fn line_len(&self) -> usize {
+        self.line.keys.len()
+    }
+
     /// The key that is next in the line.
     pub(super) fn first_in_line(&self) -> Option<KeyId> {
         self.line.keys.first_key_value().map(|(_, key)| *key)
@@ -447,18 +452,18 @@ impl<S: Seat, W> Table<S, W> {
         true
     }
 
-    /// A wait was over before the key was granted.
+    /// A wait was over before the key was granted. Returns whether the key still waited.
     pub(super) fn not_granted(
         &mut self,
         key: KeyId,
         id: u64,
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
-    ) {
-        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return };
+    ) -> bool {
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
         let entry = slot.get_mut();
         if entry.turn.is_none_or(|turn| turn.id != id) {
-            return;
+            return false;
         }
         entry.turn = None;
         // The others in the line have waited for longer.
@@ -468,6 +473,7 @@ impl<S: Seat, W> Table<S, W> {
         }
         entry.refused(key, &mut self.line, now, effects);
         advance(slot, self.bound, &mut self.line, now, effects);
+        true
     }
 
     /// A step failed. Returns who waited for it, unless it was called off before.

@@ -90,7 +90,7 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
             place = open(manager, true);
             continue;
         }
-        let batch = manager.next_batch();
+        let batch = manager.next_batch(true);
         if batch.is_empty() {
             if !manager.retire(number) {
                 block_on(manager.work.notified());

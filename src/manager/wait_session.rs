@@ -95,7 +95,8 @@ impl WaitSession {
                 () = manager.pool.close_event() => true,
                 () = sleep(IDLE) => true,
             };
-            if !manager.stop_idling(self.driver) && is_over {
+            let has_work = manager.stop_idling(self.driver);
+            if !has_work && (is_over || manager.is_short()) {
                 return;
             }
         }
@@ -161,12 +162,10 @@ impl WaitSession {
     }
 
     fn failed(&self, key: KeyId, wait: u64, error: Error) {
-        let passes = matches!(error, Error::Disconnected { .. } | Error::Lost { .. });
         let waiters = self
             .manager
             .done_apart(key, wait, |state, _, _| state.table.failed(key, wait).unwrap_or_default());
-        // If only this session broke, they ask again, and another one is found.
-        fail(waiters, (!passes).then(|| Arc::new(error)).as_ref());
+        fail(waiters, Some(&Arc::new(error)));
     }
 
     /// The session was lost, and the key with it.

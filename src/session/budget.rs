@@ -79,6 +79,12 @@ impl Budget {
         self.max_connections - self.reserved(reserve)
     }
 
+    /// Whether locks may have another connection now.
+    pub(crate) fn has_spare(&self, reserve: Option<u32>) -> bool {
+        let wanted = self.reserved(reserve) + 1;
+        usize::try_from(wanted).is_ok_and(|wanted| self.permits.available_permits() >= wanted)
+    }
+
     fn reserved(&self, reserve: Option<u32>) -> u32 {
         let reserve = reserve.unwrap_or_else(|| self.max_connections.div_ceil(3));
         reserve.min(self.max_connections.saturating_sub(1))

@@ -59,7 +59,7 @@ async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     if role != "postgres" {
         sqlx::raw_sql("CREATE ROLE ordinary LOGIN").execute(&mut holder).await.unwrap();
     }
-    let pool = PgPoolOptions::new().max_connections(WAITERS + 1);
+    let pool = PgPoolOptions::new().max_connections(2 * WAITERS);
     let pool = pool.connect_with(db.options().username(role)).await.unwrap();
     // The first acquire of a pool looks at the server.
     drop(Lock::new(&pool, KEY + 1).acquire().await.unwrap());
