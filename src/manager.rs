@@ -80,8 +80,9 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// * [`connection`](crate::ExclusiveGuard::connection) returns [`Error::SharedSession`], because the guard has
 ///   no connection of its own.
 /// * A loss of the shared session is a loss of all locks on it; every guard reports it.
-/// * [`release`](crate::ExclusiveGuard::release) sends a statement only if the lock leaves the process. A lock
-///   that is handed on inside, or that other guards share, is released when the next one has it.
+/// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
+///   guards share, does not unlock it. It asks whether the session still holds its locks; one question serves
+///   all that are released at the same time.
 /// * The unlock of a dropped guard is sent by the manager's task, so the runtime must be driven. If it is
 ///   not, the lock is held until the connection closes.
 /// * A handle that holds a lock shared, and acquires it exclusively, is granted it if no other handle shares
@@ -95,7 +96,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// # Sent to the server
 ///
 /// One prepared statement for up to 1,000 keys that are acquired or released at once; nothing for a
-/// lock that is passed on in the process.
+/// lock that is passed on in the process, unless its release is awaited.
 ///
 /// # Examples
 ///

@@ -41,6 +41,9 @@ const CROWD: usize = 16;
 /// So many answers are handed to the table before others may look at it.
 const AT_ONCE: usize = 64;
 
+/// How often it is looked whether the pool needs the connection, if no key does.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// After so long without a key, the connection goes back to the pool.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -119,7 +122,7 @@ impl Driver {
     /// Waits for something to do.
     async fn rest(&mut self) -> Rest {
         let manager = Arc::clone(&self.manager);
-        let mut is_quiet = false;
+        let mut quiet_since = None;
         loop {
             let session = self.keeper.as_ref().map(|keeper| Arc::clone(keeper.session()));
             if session.is_none() && manager.retire(self.number) {
@@ -137,8 +140,12 @@ impl Driver {
                     continue;
                 }
             }
-            let is_wanted = is_quiet && is_exhausted(&manager.pool);
-            let time = if is_quiet && !is_wanted { IDLE } else { QUIET };
+            let time = match quiet_since {
+                None => QUIET,
+                Some(_) if manager.needs_shared() => IDLE,
+                // It may be wanted for something else.
+                Some(_) => LOOK,
+            };
             let retry = session.as_ref().and_then(|_| manager.state().table.next_retry());
             tokio::select! {
                 biased;
@@ -153,10 +160,12 @@ impl Driver {
                 }
                 () = sleep(time), if session.is_some() => {
                     session.iter().for_each(|session| session.resume_polling());
-                    if is_quiet || manager.state().awaits_connection() {
+                    let is_idle = quiet_since.is_some_and(|since: Instant| since.elapsed() >= IDLE);
+                    let is_wanted = is_exhausted(&manager.pool) && quiet_since.is_some();
+                    if is_idle || is_wanted || manager.state().awaits_connection() {
                         self.let_go();
                     }
-                    is_quiet = true;
+                    quiet_since.get_or_insert_with(Instant::now);
                 }
             }
         }

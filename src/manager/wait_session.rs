@@ -84,7 +84,7 @@ impl WaitSession {
         while !keeper.is_lost() {
             if let Some(wait) = manager.next_wait(self.driver) {
                 self.busy = Some(Busy { key: wait.key, wait: wait.taken.id, place: None });
-                self.serve(wait).await;
+                self.serve(wait, keeper).await;
                 self.busy = None;
                 continue;
             }
@@ -103,7 +103,7 @@ impl WaitSession {
     }
 
     /// Waits for one key, and holds it until it is given up.
-    async fn serve(&mut self, wait: Wait) {
+    async fn serve(&mut self, wait: Wait, keeper: &Held) {
         let Wait { key, taken, slice, mut orders } = wait;
         let Step::Wait(mode) = taken.step else { return };
         let manager = Arc::clone(&self.manager);
@@ -112,6 +112,11 @@ impl WaitSession {
             biased;
             // There are no orders before it holds: nobody wants the key any more.
             _ = orders.recv() => return,
+            loss = keeper.lost() => {
+                end_with_the_runtime().await;
+                let error = Error::broken(request.key(), &loss);
+                return self.failed(key, taken.id, error);
+            }
             acquired = self.owner.try_acquire_for(&request, slice) => acquired,
         };
         let held = match acquired {

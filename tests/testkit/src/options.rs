@@ -19,7 +19,7 @@ const SETTINGS: [(&str, &str); 11] = [
     ("wal_level", "minimal"),
     ("max_wal_senders", "0"),
     ("shared_buffers", "16MB"),
-    ("max_connections", "100"),
+    ("max_connections", "200"),
     ("logging_collector", "off"),
 ];
 
