@@ -77,7 +77,8 @@ impl Owner {
     pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Held> {
         loop {
             // WaitPolicy without an end never ends in `None`.
-            if let Some(held) = self.take(request, WaitPolicy::Forever).await? {
+            let held = self.take(request, WaitPolicy::Forever).await?;
+            if let Some(held) = held {
                 return Ok(held);
             }
         }

@@ -159,7 +159,9 @@ impl Driver {
                     return Rest::Over;
                 }
                 () = sleep(time), if session.is_some() => {
-                    session.iter().for_each(|session| session.resume_polling());
+                    if let Some(session) = &session {
+                        session.resume_polling();
+                    }
                     let is_idle = quiet_since.is_some_and(|since: Instant| since.elapsed() >= IDLE);
                     let is_wanted = is_exhausted(&manager.pool) && quiet_since.is_some();
                     if is_idle || is_wanted || manager.state().awaits_connection() {
@@ -198,7 +200,9 @@ impl Driver {
             self.manager.set_opening(self.number, false);
             match opened {
                 Ok(keeper) => {
-                    keeper.iter().for_each(|keeper| keeper.session().poll_early());
+                    if let Some(keeper) = &keeper {
+                        keeper.session().poll_early();
+                    }
                     self.keeper = keeper;
                 }
                 Err(error) => {
