@@ -83,7 +83,7 @@ async fn clerk(number: u64, pool: PgPool) -> Result<u64> {
 /// Moves an amount, if the account has it. Returns whether it was moved.
 async fn transfer(pool: &PgPool, from: i64, to: i64, amount: i64) -> Result<bool> {
     let account = |id| format!("account-{id}");
-    let mut accounts = MultiLock::new(pool, account(from)).and(account(to));
+    let mut accounts = MultiLock::new(pool, [account(from), account(to)]);
     let guard = accounts.acquire().await?;
 
     // On the session that holds both locks: if it breaks, the locks and the transaction go together.

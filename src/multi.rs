@@ -1,13 +1,12 @@
 //! Several locks at once: all of them or none, and never a deadlock.
 
 use std::fmt;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use sqlx::PgPool;
 
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::held::{Held, methods};
 use crate::key::Key;
 use crate::mode::Mode;
@@ -34,18 +33,25 @@ use crate::request::Request;
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
-/// let mut accounts = MultiLock::new(&pool, "account-1").and("account-2").and_shared("rates");
+/// let mut accounts = MultiLock::new(&pool, ["account-1", "account-2"]).and_shared("rates");
 /// let _guard = accounts.acquire().await?;
 /// // No other task moves money between the two, and the rates stay as they are.
 /// # Ok(()) }
 /// ```
 pub struct MultiLock {
-    request: Request,
+    /// In the order in which they were given. A key may occur more than once.
+    locks: Vec<(Key, Mode)>,
+    /// The same in the order in which they are taken, each key once: made when it is needed, so that adding
+    /// a key takes constant time. `None` if there are none.
+    request: OnceLock<Option<Request>>,
     owner: Owner,
 }
 
 impl MultiLock {
-    /// Makes a handle on one key, to be held exclusively, with the default options. Sends nothing.
+    /// Makes a handle on these keys, to be held exclusively, with the default options. Sends nothing.
+    ///
+    /// For `n` keys it takes O(n), as [`and`](Self::and) takes O(1); the first use sorts them. Acquiring no
+    /// key at all is an error.
     ///
     /// # Examples
     ///
@@ -54,19 +60,17 @@ impl MultiLock {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::MultiLock;
     ///
-    /// let invoices = [17, 4, 23];
-    /// let locks = invoices.iter().fold(MultiLock::new(&pool, "customer-9"), |locks, id| {
-    ///     locks.and(format!("invoice-{id}"))
-    /// });
+    /// let invoices = [17, 4, 23].map(|id| format!("invoice-{id}"));
+    /// let locks = MultiLock::new(&pool, invoices).and("customer-9");
     /// assert_eq!(locks.keys().count(), 4);
     /// # }
     /// ```
     #[must_use]
-    pub fn new(pool: &PgPool, key: impl Into<Key>) -> Self {
-        Self::with_owner(&key.into(), Mode::Exclusive, Owner::new(pool, LockOptions::new()))
+    pub fn new(pool: &PgPool, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
+        Self::with_owner(keys, Mode::Exclusive, Owner::new(pool, LockOptions::new()))
     }
 
-    /// Makes a handle on one key, to be held shared, with the default options. Sends nothing.
+    /// Makes a handle on these keys, to be held shared, with the default options. Sends nothing.
     ///
     /// # Examples
     ///
@@ -75,16 +79,21 @@ impl MultiLock {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::MultiLock;
     ///
-    /// let locks = MultiLock::new_shared(&pool, "rates").and_shared("fees").and("account-1");
+    /// let locks = MultiLock::new_shared(&pool, ["rates", "fees"]).and("account-1");
     /// # let _ = locks; }
     /// ```
     #[must_use]
-    pub fn new_shared(pool: &PgPool, key: impl Into<Key>) -> Self {
-        Self::with_owner(&key.into(), Mode::Shared, Owner::new(pool, LockOptions::new()))
+    pub fn new_shared(pool: &PgPool, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
+        Self::with_owner(keys, Mode::Shared, Owner::new(pool, LockOptions::new()))
     }
 
-    pub(crate) fn with_owner(key: &Key, mode: Mode, owner: Owner) -> Self {
-        Self { request: Request::one(key, mode), owner }
+    pub(crate) fn with_owner(
+        keys: impl IntoIterator<Item: Into<Key>>,
+        mode: Mode,
+        owner: Owner,
+    ) -> Self {
+        let locks = keys.into_iter().map(|key| (key.into(), mode)).collect();
+        Self { locks, request: OnceLock::new(), owner }
     }
 
     /// Adds a key, to be held exclusively.
@@ -108,8 +117,9 @@ impl MultiLock {
     }
 
     /// What is held already is of another set of keys, and stays with its guards.
-    fn with(self, key: Key, mode: Mode) -> Self {
-        Self { request: self.request.and(key, mode), owner: self.owner.another() }
+    fn with(mut self, key: Key, mode: Mode) -> Self {
+        self.locks.push((key, mode));
+        Self { locks: self.locks, request: OnceLock::new(), owner: self.owner.another() }
     }
 
     /// Returns the keys in the order in which they are taken, each with its mode.
@@ -121,13 +131,25 @@ impl MultiLock {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::{Key, Mode, MultiLock};
     ///
-    /// let locks = MultiLock::new(&pool, 2).and_shared(1).and_shared(2);
+    /// let locks = MultiLock::new_shared(&pool, [2, 1]).and(2);
     /// let keys: Vec<_> = locks.keys().collect();
     /// assert_eq!(keys, [(&Key::from(1), Mode::Shared), (&Key::from(2), Mode::Exclusive)]);
     /// # }
     /// ```
     pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
-        self.request.locks().iter().map(|(key, mode)| (key, *mode))
+        let locks = self.sorted().as_ref().map_or(&[][..], Request::locks);
+        locks.iter().map(|(key, mode)| (key, *mode))
+    }
+
+    fn sorted(&self) -> &Option<Request> {
+        self.request.get_or_init(|| Request::all(self.locks.clone()))
+    }
+
+    fn request(&self) -> Result<Request> {
+        self.sorted().clone().ok_or_else(|| Error::Options {
+            key: Key::from(0),
+            reason: "a MultiLock of no keys; check for an empty list before acquiring".to_owned(),
+        })
     }
 
     /// Acquires all the locks (`pg_advisory_lock`), waiting until each of them is available.
@@ -140,7 +162,7 @@ impl MultiLock {
     ///
     /// As for [`Lock::acquire`](crate::Lock::acquire); nothing is held after an error. An error names
     /// the first of the keys. [`Error::Deadlock`] only if something else takes the same keys in another
-    /// order.
+    /// order. [`Error::Options`] if there are no keys.
     ///
     /// # Panics
     ///
@@ -153,19 +175,21 @@ impl MultiLock {
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let one_way = MultiLock::new(&pool, "account-1").and("account-2").acquire().await?;
+    /// let one_way = MultiLock::new(&pool, ["account-1", "account-2"]).acquire().await?;
     /// one_way.release().await?;
-    /// let or_the_other = MultiLock::new(&pool, "account-2").and("account-1").acquire().await?;
+    /// let or_the_other = MultiLock::new(&pool, ["account-2", "account-1"]).acquire().await?;
     /// # drop(or_the_other); Ok(()) }
     /// ```
     pub async fn acquire(&mut self) -> Result<MultiGuard> {
-        self.owner.acquire(&self.request).await.map(MultiGuard::new)
+        let request = self.request()?;
+        self.owner.acquire(&request).await.map(MultiGuard::new)
     }
 
     /// Acquires all the locks if they are available (`pg_try_advisory_lock`). Returns `None` if another
     /// session holds any of them.
     ///
-    /// Sends one statement if it succeeds, and one more if it is refused half-way, to release the others.
+    /// Sends one statement if it succeeds, and one more if it is refused half-way, to release the others:
+    /// whatever the number of keys.
     ///
     /// # Cancel safety
     ///
@@ -186,12 +210,13 @@ impl MultiLock {
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let both = MultiLock::new(&pool, 1).and(2).acquire().await?;
-    /// assert!(MultiLock::new(&pool, 2).and(3).try_acquire().await?.is_none());
+    /// let both = MultiLock::new(&pool, [1, 2]).acquire().await?;
+    /// assert!(MultiLock::new(&pool, [2, 3]).try_acquire().await?.is_none());
     /// # drop(both); Ok(()) }
     /// ```
     pub async fn try_acquire(&mut self) -> Result<Option<MultiGuard>> {
-        Ok(self.owner.try_acquire(&self.request).await?.map(MultiGuard::new))
+        let request = self.request()?;
+        Ok(self.owner.try_acquire(&request).await?.map(MultiGuard::new))
     }
 
     /// Acquires all the locks, waiting for at most `timeout` in total. Returns `None` after that.
@@ -216,13 +241,14 @@ impl MultiLock {
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let mut accounts = MultiLock::new(&pool, "account-1").and("account-2");
+    /// let mut accounts = MultiLock::new(&pool, ["account-1", "account-2"]);
     /// let guard = accounts.try_acquire_for(Duration::from_secs(2)).await?;
     /// assert!(guard.is_some());
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire_for(&mut self, timeout: Duration) -> Result<Option<MultiGuard>> {
-        let held = self.owner.try_acquire_for(&self.request, timeout).await?;
+        let request = self.request()?;
+        let held = self.owner.try_acquire_for(&request, timeout).await?;
         Ok(held.map(MultiGuard::new))
     }
 
@@ -245,28 +271,36 @@ impl MultiLock {
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let mut locks = MultiLock::new(&pool, 1).and(2);
+    /// let mut locks = MultiLock::new(&pool, [1, 2]);
     /// let guard = locks.acquire().await?;
     /// locks.close().await?;
     /// assert!(guard.is_lost());
     /// # Ok(()) }
     /// ```
     pub async fn close(&mut self) -> Result<()> {
-        self.owner.close(self.request.key()).await
+        match self.sorted() {
+            Some(request) => {
+                let key = request.key().clone();
+                self.owner.close(&key).await
+            }
+            // It can't have acquired anything.
+            None => Ok(()),
+        }
     }
 }
 
 impl Clone for MultiLock {
     /// Makes another handle: it shares the pool, the keys and the options, and holds nothing.
     fn clone(&self) -> Self {
-        Self { request: self.request.clone(), owner: self.owner.another() }
+        let Self { locks, request, owner } = self;
+        Self { locks: locks.clone(), request: request.clone(), owner: owner.another() }
     }
 }
 
 impl fmt::Debug for MultiLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MultiLock")
-            .field("keys", &self.request.locks())
+            .field("keys", &self.locks)
             .field("options", &self.owner.options)
             .finish_non_exhaustive()
     }
@@ -285,7 +319,7 @@ impl fmt::Debug for MultiLock {
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
-/// let guard = MultiLock::new(&pool, 1).and(2).acquire().await?;
+/// let guard = MultiLock::new(&pool, [1, 2]).acquire().await?;
 /// assert_eq!(guard.keys().count(), 2);
 /// # Ok(()) }
 /// ```
@@ -309,7 +343,7 @@ impl MultiGuard {
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let guard = MultiLock::new(&pool, 1).acquire().await?;
+    /// let guard = MultiLock::new(&pool, [1]).acquire().await?;
     /// assert_eq!(guard.keys().next(), Some((&Key::from(1), Mode::Exclusive)));
     /// # Ok(()) }
     /// ```
@@ -322,5 +356,5 @@ methods!(
     MultiGuard,
     release,
     "MultiLock",
-    "MultiLock::new(&pool, \"account-1\").and(\"account-2\").acquire().await?"
+    "MultiLock::new(&pool, [\"account-1\", \"account-2\"]).acquire().await?"
 );

@@ -301,8 +301,8 @@ impl LockOptions {
         Ok(Lock::with_owner(key, owner))
     }
 
-    /// Makes a handle on several locks with these settings, at first on one key, to be held
-    /// exclusively. Sends nothing to the server.
+    /// Makes a handle on several locks with these settings, to be held exclusively, as
+    /// [`MultiLock::new`] does. Sends nothing to the server.
     ///
     /// # Errors
     ///
@@ -315,12 +315,18 @@ impl LockOptions {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::LockOptions;
     ///
-    /// let locks = LockOptions::new().multi_lock(&pool, "account-1")?.and("account-2");
+    /// let locks = LockOptions::new().multi_lock(&pool, ["account-1", "account-2"])?;
     /// # let _ = locks; Ok(()) }
     /// ```
-    pub fn multi_lock(&self, pool: &PgPool, key: impl Into<Key>) -> Result<MultiLock> {
-        let key = key.into();
-        Ok(MultiLock::with_owner(&key, Mode::Exclusive, self.owner(pool, &key)?))
+    pub fn multi_lock(
+        &self,
+        pool: &PgPool,
+        keys: impl IntoIterator<Item: Into<Key>>,
+    ) -> Result<MultiLock> {
+        let mut keys = keys.into_iter().map(Into::into).peekable();
+        let first = keys.peek().cloned().unwrap_or_else(|| Key::from(0));
+        let owner = self.owner(pool, &first)?;
+        Ok(MultiLock::with_owner(keys, Mode::Exclusive, owner))
     }
 
     /// Makes a semaphore with these settings. Sends nothing to the server.

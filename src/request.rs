@@ -46,19 +46,13 @@ impl Request {
         Self { need: Need::Nothing, ..Self::one(key, Mode::Shared) }
     }
 
-    /// The same with another lock. Sorted, so that all who want the same ones take them in one order.
-    pub(crate) fn and(&self, key: Key, mode: Mode) -> Self {
-        let mut locks = self.locks().to_vec();
-        match locks.binary_search_by_key(&key.id(), |(key, _)| key.id()) {
-            Ok(same) => {
-                if let Some((_, present)) = locks.get_mut(same) {
-                    // Exclusive is the lesser of the two.
-                    *present = mode.min(*present);
-                }
-            }
-            Err(place) => locks.insert(place, (key, mode)),
-        }
-        Self { locks: Locks::Many(locks.into()), need: self.need }
+    /// All of these locks, each key once. Sorted, so that all requests for the same keys take them in one
+    /// order. `None` if there are none.
+    pub(crate) fn all(mut locks: Vec<(Key, Mode)>) -> Option<Self> {
+        // The exclusive mode is the lesser of the two, so of equal keys it is the one that stays.
+        locks.sort_by_key(|(key, mode)| (key.id(), *mode));
+        locks.dedup_by_key(|(key, _)| key.id());
+        (!locks.is_empty()).then(|| Self { locks: Locks::Many(locks.into()), need: Need::All })
     }
 
     /// The key that stands for all of them: errors name it.

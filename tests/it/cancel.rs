@@ -73,7 +73,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
 
 /// Three keys, of which the one in the middle of their order is the busy one of these tests.
 fn three(pool: &PgPool) -> MultiLock {
-    MultiLock::new(pool, i64::MAX).and_shared("nightly-report").and(i64::MIN)
+    MultiLock::new(pool, [i64::MAX, i64::MIN]).and_shared("nightly-report")
 }
 
 async fn several_locks_dropped(held: usize, db: &TestDb) {

@@ -43,7 +43,7 @@ async fn no_name_gets_into_a_statement() {
         elections(&pool, name).await;
         transactions(&pool, name).await;
     }
-    let several = || NAMES.iter().fold(MultiLock::new(&pool, "canary"), |all, name| all.and(*name));
+    let several = || MultiLock::new(&pool, NAMES).and("canary");
     let guard = several().acquire().await.unwrap();
     assert!(several().try_acquire_for(MOMENT).await.unwrap().is_none());
     guard.verify().await.unwrap();

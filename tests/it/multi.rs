@@ -16,8 +16,7 @@ use crate::support::{SOON, borrow_all, coin, locks_are, no_locks, random, report
 
 /// A handle on these numbers, exclusively.
 fn exclusive(pool: &PgPool, keys: &[i64]) -> MultiLock {
-    let (first, rest) = keys.split_first().unwrap();
-    rest.iter().fold(MultiLock::new(pool, *first), |locks, key| locks.and(*key))
+    MultiLock::new(pool, keys.iter().copied())
 }
 
 /// The number that a row of `pg_locks` is about, and whether it is held.
@@ -45,7 +44,7 @@ async fn any_number_of_keys_of_any_kind_is_held_by_one_session() {
     let pool = db.pool(1).await;
     // A server's `SELECT` has 1664 columns at most.
     for count in [1, 2, 200, 2000] {
-        let mut locks = MultiLock::new_shared(&pool, "first");
+        let mut locks = MultiLock::new_shared(&pool, ["first"]);
         for number in 1..count {
             locks = match number % 4 {
                 0 => locks.and(number),
@@ -75,14 +74,14 @@ async fn any_number_of_keys_of_any_kind_is_held_by_one_session() {
 async fn keys_are_taken_in_one_order_and_once_each() {
     let pool = TestDb::new().await.pool(1).await;
     let key = |text: &str| Key::from(text);
-    let forwards = MultiLock::new(&pool, 1)
+    let forwards = MultiLock::new(&pool, [1])
         .and_shared("a")
         .and_shared((2, 3))
         .and((-1, 7))
         .and_shared(1)
         .and_shared(-5)
         .and("a");
-    let backwards = MultiLock::new(&pool, "a")
+    let backwards = MultiLock::new(&pool, ["a"])
         .and_shared(-5)
         .and_shared(1)
         .and((-1, 7))
@@ -103,6 +102,34 @@ async fn keys_are_taken_in_one_order_and_once_each() {
     assert_eq!(exclusively, BTreeSet::from(expected));
 }
 
+/// A million keys are added one by one: to sort them for each, or to copy them, would take hours.
+#[tokio::test]
+async fn a_handle_is_built_in_linear_time() {
+    const KEYS: i64 = 1_000_000;
+    let pool = TestDb::new().await.pool(1).await;
+    let started = Instant::now();
+    let locks = (1..KEYS).fold(MultiLock::new(&pool, [0]), |locks, key| locks.and(key * 7919));
+    let added = started.elapsed();
+    let collected = MultiLock::new(&pool, (0..KEYS).map(|key| key * 7919));
+    let all = started.elapsed();
+    report(format_args!("{KEYS} keys added in {added:?}, collected in {:?}", all - added));
+    assert!(locks.keys().eq(collected.keys()));
+    assert_eq!(locks.keys().count(), usize::try_from(KEYS).unwrap());
+    assert!(all < SOON * 120, "{all:?}");
+}
+
+#[tokio::test]
+async fn no_keys_are_an_error() {
+    let db = TestDb::new().await;
+    let mut none = MultiLock::new(&db.pool(1).await, Vec::<String>::new());
+    assert_eq!(none.keys().count(), 0);
+    assert!(matches!(none.acquire().await, Err(Error::Options { .. })));
+    assert!(matches!(none.try_acquire().await, Err(Error::Options { .. })));
+    none.close().await.unwrap();
+    let guard = none.and("one").try_acquire().await.unwrap();
+    assert!(guard.is_some());
+}
+
 #[tokio::test]
 async fn what_is_refused_half_way_holds_nothing() {
     let db = TestDb::new().await;
@@ -110,7 +137,7 @@ async fn what_is_refused_half_way_holds_nothing() {
     let pool = db.pool(2).await;
     for busy in [1, 2, 3] {
         let held = Lock::new(&pool, busy).acquire().await.unwrap();
-        let mut locks = MultiLock::new(&pool, 1).and_shared(2).and(3);
+        let mut locks = MultiLock::new(&pool, [1, 3]).and_shared(2);
         assert!(locks.try_acquire().await.unwrap().is_none());
         becomes(&mut admin, &[(busy, true)]).await;
         let patience = Duration::from_millis(50);
@@ -128,13 +155,12 @@ async fn many_keys_that_are_refused_at_the_last_are_given_up_in_time() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(2).await;
-    let keys: Vec<_> = (0..2000).collect();
-    let held = Lock::new(&pool, 1999).acquire().await.unwrap();
-    let mut locks = exclusive(&pool, &keys);
+    let held = Lock::new(&pool, 3999).acquire().await.unwrap();
+    let mut locks = MultiLock::new(&pool, 0..4000);
     let started = Instant::now();
     assert!(locks.try_acquire().await.unwrap().is_none());
     report(format_args!("refused and given up after {:?}", started.elapsed()));
-    becomes(&mut admin, &[(1999, true)]).await;
+    becomes(&mut admin, &[(3999, true)]).await;
     held.release().await.unwrap();
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
@@ -287,7 +313,7 @@ async fn a_loss_is_told_whichever_key_it_is_of() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(2).await;
-    let mut locks = MultiLock::new(&pool, 1).and_shared(2).and(3);
+    let mut locks = MultiLock::new(&pool, [1, 3]).and_shared(2);
 
     let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());
     terminate(&mut admin, first.backend_pid()).await;
@@ -368,8 +394,8 @@ async fn ten_thousand_random_rounds_without_a_deadlock() {
                     let key = i64::try_from(random(&mut state) % 6).unwrap();
                     let shared = coin(&mut state);
                     locks = Some(match (locks, shared) {
-                        (None, false) => MultiLock::new(&pool, key),
-                        (None, true) => MultiLock::new_shared(&pool, key),
+                        (None, false) => MultiLock::new(&pool, [key]),
+                        (None, true) => MultiLock::new_shared(&pool, [key]),
                         (Some(locks), false) => locks.and(key),
                         (Some(locks), true) => locks.and_shared(key),
                     });

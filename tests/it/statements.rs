@@ -146,7 +146,7 @@ async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
     let db = TestDb::on(&server).await;
     looked_for_a_pooler(&db).await;
     let pool = db.pool(2).await;
-    let mut locks = (1..200).fold(MultiLock::new(&pool, "first"), |locks, key| match key % 3 {
+    let mut locks = (1..200).fold(MultiLock::new(&pool, ["first"]), |locks, key| match key % 3 {
         0 => locks.and_shared(key),
         1 => locks.and((key, key)),
         _ => locks.and(key),
@@ -164,7 +164,18 @@ async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
         assert_eq!(statements(&server, mark).len(), 1);
     }
 
-    // Refused half-way: one to ask, one to give up what was granted.
+    // Refused at the last of many: one to ask, one to release what was granted.
+    let mut many = MultiLock::new(&pool, 10_000..14_000);
+    let busy = Lock::new(&pool, 13_999).acquire().await.unwrap();
+    for _ in 0..2 {
+        let mark = server.log_len();
+        assert!(many.try_acquire().await.unwrap().is_none());
+        let refused = statements(&server, mark);
+        assert!(refused.len() <= 3, "{} statements", refused.len());
+    }
+    busy.release().await.unwrap();
+
+    // Refused half-way: one to ask, one to release what was granted.
     let busy = Lock::new(&pool, 198).acquire().await.unwrap();
     let mark = server.log_len();
     assert!(locks.try_acquire().await.unwrap().is_none());
@@ -202,7 +213,7 @@ async fn making_handles_and_options_sends_nothing() {
     let clone = lock.clone();
     let mut third = LockOptions::new().lock(&pool, lock.key()).unwrap();
     third.close().await.unwrap();
-    let mut several = MultiLock::new(&pool, 1).and(2);
+    let mut several = MultiLock::new(&pool, [1, 2]);
     several.close().await.unwrap();
     let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
     drop((lock, clone, third, several, semaphore));

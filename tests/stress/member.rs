@@ -128,7 +128,7 @@ impl Member {
         let time = Duration::from_micros(self.dice.below(30_000));
         let mut key = || i64::try_from(self.dice.below(KEYS)).unwrap();
         let (first, second, third) = (key(), key(), key());
-        let mut locks = self.world.options.multi_lock(&self.world.pool, first).unwrap();
+        let mut locks = self.world.options.multi_lock(&self.world.pool, [first]).unwrap();
         locks = if self.dice.one_in(2) { locks.and(second) } else { locks.and_shared(second) };
         if self.dice.one_in(2) {
             locks = locks.and_shared(third);

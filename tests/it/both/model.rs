@@ -224,7 +224,7 @@ impl Run {
         };
         let group = |group| {
             let id = HANDLES + group;
-            (id, id, MultiLock::new(pool, 0).and(1))
+            (id, id, MultiLock::new(pool, [0, 1]))
         };
         Self {
             handles: (0..HANDLES).map(handle).collect(),
@@ -285,12 +285,8 @@ impl Run {
                 }
             }
             Step::Group { group, ref locks } => {
-                let (&(key, mode), rest) = locks.split_first().unwrap();
-                let first = match mode {
-                    Mode::Exclusive => MultiLock::new(&self.pool, key),
-                    Mode::Shared => MultiLock::new_shared(&self.pool, key),
-                };
-                let several = rest.iter().fold(first, |several, &(key, mode)| match mode {
+                let none = MultiLock::new(&self.pool, [0_i64; 0]);
+                let several = locks.iter().fold(none, |several, &(key, mode)| match mode {
                     Mode::Exclusive => several.and(key),
                     Mode::Shared => several.and_shared(key),
                 });
