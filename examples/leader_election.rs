@@ -75,19 +75,23 @@ async fn candidate(name: &str, pool: PgPool, mut stopped: watch::Receiver<bool>)
     let stop = async move { drop(stopped.wait_for(|stop| *stop).await) };
     // Campaigns, leads, and campaigns again, until it is stopped.
     // Boxed, for the futures of sqlx are large.
-    election.run(stop, |leadership| Box::pin(lead(name, leadership))).await?;
+    match election.run(stop, |leadership| Box::pin(lead(name, leadership))).await {
+        // Its connection was broken, and it noticed before the loss was reported.
+        Err(pglock::Error::Leading { source, .. }) => println!("{name} has failed: {source}"),
+        stopped => stopped?,
+    }
     println!("{name} has stopped");
     Ok(())
 }
 
 /// Leads, until it is dropped: when the leadership is lost, or all is stopped.
-async fn lead(name: &str, leadership: Arc<Leadership>) {
+async fn lead(name: &str, leadership: Arc<Leadership>) -> Result<()> {
     println!("{name} is elected, term {}", leadership.term());
     loop {
         if let Err(error) = act(name, &leadership).await {
-            // To return is to resign.
+            // To return is to resign. After an error, others are elected before this candidate tries again.
             println!("{name} can't act, and steps down: {error}");
-            return;
+            return Err(error);
         }
         sleep(Duration::from_millis(50)).await;
     }

@@ -1,15 +1,18 @@
 //! One leader among many candidates.
 
 mod observer;
+mod pause;
+mod status;
 
 use std::fmt;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::process;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use sqlx::PgPool;
-use tokio::time::sleep;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
 use crate::error::{Error, Result};
 use crate::held::{Held, methods};
@@ -19,9 +22,12 @@ use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
-use crate::session::{DEADLINE, Session, within};
+use crate::session::{DEADLINE, within};
 use crate::sql;
 pub use observer::{Leader, Observer};
+use pause::Pauses;
+use status::Campaigning;
+pub use status::{LeaderState, LeaderStatus};
 
 /// A candidate for a post that one candidate holds at a time.
 ///
@@ -54,10 +60,11 @@ pub struct Election {
     candidate: String,
     owner: Owner,
     status: LeaderStatus,
+    grace: Duration,
 }
 
 /// How long to wait before a campaign is retried that failed with a transient error.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Election {
     /// Makes a candidate with the default options, named after its process. Sends nothing.
@@ -79,7 +86,7 @@ impl Election {
 
     pub(crate) fn with_owner(key: Key, owner: Owner) -> Self {
         let candidate = format!("process-{}", process::id());
-        Self { key, candidate, owner, status: LeaderStatus::default() }
+        Self { key, candidate, owner, status: LeaderStatus::default(), grace: Duration::ZERO }
     }
 
     /// Sets the candidate's name, which others see when it leads.
@@ -100,6 +107,42 @@ impl Election {
     #[must_use]
     pub fn candidate(mut self, name: impl Into<String>) -> Self {
         self.candidate = name.into();
+        self
+    }
+
+    /// Sets how long the future of [`run`](Self::run) may go on after its term is to end, to finish a step.
+    /// Zero by default: the future is dropped at once.
+    ///
+    /// The future sees it by [`Leadership::stopping`], and is dropped when this time is over. After a loss,
+    /// another candidate may be elected meanwhile.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Election, Error};
+    /// use std::time::Duration;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let stop = tokio::time::sleep(Duration::from_millis(50));
+    /// let mut election = Election::new(&pool, "billing").grace(Duration::from_secs(10));
+    /// election
+    ///     .run(stop, |leadership| async move {
+    ///         while !leadership.is_stopping() {
+    ///             // Send an invoice. It is not interrupted, unless it takes longer than the grace period.
+    ///             tokio::select! {
+    ///                 () = leadership.stopping() => {}
+    ///                 () = tokio::time::sleep(Duration::from_secs(60)) => {}
+    ///             }
+    ///         }
+    ///         Ok::<_, Error>(())
+    ///     })
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
         self
     }
 
@@ -152,7 +195,23 @@ impl Election {
     /// # Ok(()) }
     /// ```
     pub async fn campaign(&mut self) -> Result<Leadership> {
-        let held = self.owner.acquire(&self.request()).await?;
+        let _campaigning = Campaigning(self.status.clone());
+        self.status.set(LeaderState::Waiting);
+        self.elect().await
+    }
+
+    async fn elect(&mut self) -> Result<Leadership> {
+        let request = self.request();
+        // A candidate that failed does so until the server has answered.
+        let mut held = None;
+        if self.status.is_failing() {
+            held = self.owner.try_acquire(&request).await?;
+            self.status.set(LeaderState::Waiting);
+        }
+        let held = match held {
+            Some(held) => held,
+            None => self.owner.acquire(&request).await?,
+        };
         self.lead(held).await
     }
 
@@ -192,23 +251,38 @@ impl Election {
 
     /// Campaigns, leads, steps down, and campaigns again, until `stop` is ready.
     ///
-    /// `lead` is called with each leadership; the future that it returns runs while the leadership lasts.
-    /// When it ends, the candidate resigns, so that others get their turn, and campaigns again. On loss the
-    /// future is dropped, and then the next campaign begins. If it panics, the candidate resigns,
-    /// and the panic continues. Tasks that it has spawned are not stopped.
+    /// `lead` is called with each leadership; the future that it returns runs while the term lasts.
+    ///
+    /// | the term ends because | then |
+    /// |---|---|
+    /// | the future is done | the candidate resigns, and campaigns again; at once, or after a pause |
+    /// | `stop` is ready | the candidate resigns, and `run` returns |
+    /// | the pool is closed | the candidate resigns, and `run` returns the pool's error |
+    /// | the leadership is lost | the candidate campaigns again |
+    ///
+    /// In the last three cases, the future is dropped; before that, it may go on for the
+    /// [grace period](Self::grace), and sees by [`Leadership::stopping`] that it should end. If it panics, the
+    /// candidate resigns, and the panic continues. Tasks that it has spawned are not stopped.
+    ///
+    /// After a term of less than a second, or of less than a minute if the future returned an error, the
+    /// candidate pauses before it campaigns again, and lets others try: one to two seconds at first, then twice
+    /// as long after each such term, up to a minute. The error is logged as a warning, and
+    /// [`status`](Self::status) shows it.
     ///
     /// A campaign that fails with a transient error ([`Error::is_transient`]) is retried every second.
     ///
-    /// A clone of the leadership does not prolong it: at the end of the turn, the leadership is closed, and all
+    /// A clone of the leadership does not prolong it: at the end of the term, the leadership is closed, and all
     /// its clones report a loss.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future drops what leads, and resigns.
+    /// Dropping the future drops that of `lead`, and resigns.
     ///
     /// # Errors
     ///
-    /// As for [`campaign`](Self::campaign), if the reason does not pass.
+    /// * [`Error::Leading`] with the error of the last term, if that ended with one.
+    /// * [`Error::Pool`] if the pool is closed.
+    /// * As for [`campaign`](Self::campaign), if the error is not transient.
     ///
     /// # Panics
     ///
@@ -217,67 +291,137 @@ impl Election {
     /// # Examples
     ///
     /// ```
-    /// use pglock::Election;
+    /// use pglock::{Election, Error, Leadership};
+    /// use std::sync::Arc;
     /// use std::time::Duration;
     /// use tokio::sync::oneshot;
     ///
+    /// /// Sends the invoices, until the term ends.
+    /// async fn lead(leadership: Arc<Leadership>) -> Result<(), Error> {
+    ///     println!("leading, term {}", leadership.term());
+    ///     loop {
+    ///         // An invoice.
+    ///         tokio::time::sleep(Duration::from_secs(60)).await;
+    ///     }
+    /// }
+    ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let (shut_down, told) = oneshot::channel::<()>();
+    /// let (shut_down, notified) = oneshot::channel::<()>();
     /// # drop(shut_down);
-    /// let stop = async { drop(told.await) };
-    /// let mut election = Election::new(&pool, "billing");
-    /// election
-    ///     .run(stop, |leadership| async move {
-    ///         println!("leading, term {}", leadership.term());
-    ///         loop {
-    ///             // Send the invoices.
-    ///             tokio::time::sleep(Duration::from_secs(60)).await;
-    ///         }
-    ///     })
-    ///     .await?;
+    /// let stop = async { drop(notified.await) };
+    /// Election::new(&pool, "billing").run(stop, lead).await?;
     /// # Ok(()) }
     /// ```
-    pub async fn run<F, L>(&mut self, stop: impl Future<Output = ()>, mut lead: F) -> Result<()>
+    // The leadership is an `Arc`, because a closure that borrows it (`AsyncFnMut(&Leadership)`) makes a
+    // future that is not `Send` for all lifetimes, so it could not be spawned.
+    pub async fn run<F, L, E>(&mut self, stop: impl Future<Output = ()>, mut lead: F) -> Result<()>
     where
         F: FnMut(Arc<Leadership>) -> L,
-        L: Future<Output = ()>,
+        L: Future<Output = Result<(), E>>,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let mut stop = pin!(stop);
+        let mut closed = pin!(self.owner.pool().close_event());
+        let _campaigning = Campaigning(self.status.clone());
+        self.status.set(LeaderState::Waiting);
+        let mut pauses = Pauses::default();
+        let mut failure: Option<Arc<Error>> = None;
         loop {
             let leadership = tokio::select! {
                 biased;
-                () = &mut stop => return Ok(()),
+                () = &mut stop => break,
+                () = &mut closed => return Err(self.pool_closed()),
                 elected = self.campaign_until_elected() => Arc::new(elected?),
             };
             let turn = Turn(Some(self.owner.take_holdings()));
-            let stopped = tokio::select! {
-                biased;
-                () = &mut stop => true,
-                // A loss ends it too; the next campaign tells of it.
-                _ended = leadership.while_held(lead(Arc::clone(&leadership))) => false,
+            let elected = Instant::now();
+            let end = {
+                let leading = lead(Arc::clone(&leadership));
+                let leading = pin!(async { leading.await.map_err(Into::into) });
+                self.serve(&leadership, stop.as_mut(), closed.as_mut(), leading).await
             };
             turn.end().await;
+            drop(leadership);
+            let (term, stopped) = (elected.elapsed(), matches!(end, End::Stopped(_)));
+            failure = match end {
+                End::Done(Err(error)) | End::Stopped(Some(Err(error))) => {
+                    let (key, source) = (self.key.clone(), Arc::from(error));
+                    Some(Arc::new(Error::Leading { key, source }))
+                }
+                End::Closed => return Err(self.pool_closed()),
+                End::Done(Ok(())) | End::Lost | End::Stopped(_) => None,
+            };
             if stopped {
-                return Ok(());
+                break;
+            }
+            match &failure {
+                Some(error) => self.status.fails(Arc::clone(error)),
+                None => self.status.set(LeaderState::Waiting),
+            }
+            let pause = pauses.after(term, failure.is_some());
+            if let Some(error) = &failure {
+                tracing::warn!(
+                    key = %self.key,
+                    error = std::error::Error::source(&**error),
+                    pause_ms = pause.map(|pause| u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
+                    "a term ended with an error"
+                );
+            }
+            if let Some(pause) = pause {
+                tokio::select! {
+                    biased;
+                    () = &mut stop => break,
+                    () = &mut closed => return Err(self.pool_closed()),
+                    () = sleep(pause) => {}
+                }
             }
         }
+        failure.map_or(Ok(()), |error| Err(error.again(&self.key)))
+    }
+
+    /// Runs what leads until the term ends, and for the grace period after that.
+    async fn serve(
+        &self,
+        leadership: &Leadership,
+        stop: Pin<&mut impl Future<Output = ()>>,
+        closed: Pin<&mut impl Future<Output = ()>>,
+        mut leading: Pin<&mut impl Future<Output = Led>>,
+    ) -> End {
+        let end = tokio::select! {
+            biased;
+            () = stop => End::Stopped(None),
+            () = closed => End::Closed,
+            _loss = leadership.held.lost() => End::Lost,
+            output = &mut leading => return End::Done(output),
+        };
+        leadership.stopping.send_replace(true);
+        if self.grace.is_zero() {
+            return end;
+        }
+        let output = timeout(self.grace, leading).await.ok();
+        if let End::Stopped(_) = end { End::Stopped(output) } else { end }
     }
 
     async fn campaign_until_elected(&mut self) -> Result<Leadership> {
         loop {
-            match self.campaign().await {
+            match self.elect().await {
                 Err(error) if error.is_transient() => {
                     tracing::warn!(
                         key = %self.key,
                         error = &error as &dyn std::error::Error,
                         "a campaign failed; trying again"
                     );
-                    sleep(AGAIN).await;
+                    self.status.fails(Arc::new(error));
+                    sleep(RETRY_INTERVAL).await;
                 }
                 result => return result,
             }
         }
+    }
+
+    fn pool_closed(&self) -> Error {
+        Error::Pool { key: self.key.clone(), source: sqlx::Error::PoolClosed, locks: None }
     }
 
     /// Returns a status that shows, anywhere and at any time, whether this candidate leads.
@@ -365,6 +509,7 @@ impl Election {
             candidate: String::new(),
             owner: self.owner.another(),
             status: LeaderStatus::default(),
+            grace: Duration::ZERO,
         };
         Observer::new(election)
     }
@@ -376,14 +521,42 @@ impl Election {
     /// Makes a leader of who was granted the lock.
     async fn lead(&self, held: Held) -> Result<Leadership> {
         if let Some(term) = self.status.term() {
-            return Ok(Leadership { held, term });
+            return Ok(self.leadership(held, term));
         }
         let term = held.fencing_token().await?;
         let name = Leader::show(&self.candidate, term, SystemTime::now());
         held.session().show_name(&self.key, &name).await?;
-        let session = Arc::downgrade(held.session());
-        *self.status.post() = Some(Post { session, key: self.key.clone(), term });
-        Ok(Leadership { held, term })
+        self.status.leads(Arc::downgrade(held.session()), self.key.clone(), term);
+        Ok(self.leadership(held, term))
+    }
+
+    fn leadership(&self, held: Held, term: u64) -> Leadership {
+        let stopping = watch::Sender::new(false);
+        Leadership { held, term, stopping, _share: Share(self.status.clone()) }
+    }
+}
+
+/// Why a term has ended, and what the future returned that led, if it was done.
+enum End {
+    Closed,
+    Done(Led),
+    Lost,
+    Stopped(Option<Led>),
+}
+
+/// What a future that leads has returned.
+type Led = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+/// A leadership's part in the status.
+///
+/// # Drop
+///
+/// Has it noticed that the candidate may not lead any more.
+struct Share(LeaderStatus);
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.0.look();
     }
 }
 
@@ -396,8 +569,7 @@ impl fmt::Debug for Election {
     }
 }
 
-/// A turn of [`Election::run`]. When it ends, whoever has kept a clone of the leadership does not lead
-/// any more.
+/// A term of [`Election::run`]. When it ends, the clones of the leadership report a loss.
 ///
 /// # Drop
 ///
@@ -446,8 +618,12 @@ impl Drop for Turn {
 #[must_use = "if unused, the candidate resigns at once"]
 #[clippy::has_significant_drop]
 pub struct Leadership {
+    // First, so that it is released before the change is noticed.
     held: Held,
     term: u64,
+    /// Whether [`Election::run`] ends the term.
+    stopping: watch::Sender<bool>,
+    _share: Share,
 }
 
 impl Leadership {
@@ -490,61 +666,34 @@ impl Leadership {
     pub fn key(&self) -> &Key {
         self.held.key()
     }
+
+    /// Returns whether [`Election::run`] ends the term: it is stopped, the pool is closed, or the leadership is
+    /// lost. `false` for a leadership from elsewhere. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// As for [`Election::grace`].
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    /// Waits until [`Election::run`] ends the term: it is stopped, the pool is closed, or the leadership is
+    /// lost. Never ready for a leadership from elsewhere. Sends nothing.
+    ///
+    /// The future that leads is dropped after the [grace period](Election::grace), at once by default.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: it only waits.
+    ///
+    /// # Examples
+    ///
+    /// As for [`Election::grace`].
+    pub async fn stopping(&self) {
+        // The sender lives as long as `self`.
+        drop(self.stopping.subscribe().wait_for(|stopping| *stopping).await);
+    }
 }
 
 methods!(Leadership, resign, "Election", "Election::new(&pool, \"billing\").campaign().await?");
-
-/// Shows whether a candidate leads. Cheap to clone.
-///
-/// # Examples
-///
-/// As for [`Election::status`].
-#[derive(Clone, Debug, Default)]
-pub struct LeaderStatus {
-    post: Arc<Mutex<Option<Post>>>,
-}
-
-#[derive(Debug)]
-struct Post {
-    session: Weak<Session>,
-    key: Key,
-    term: u64,
-}
-
-impl LeaderStatus {
-    /// Returns whether the candidate leads: `false` as soon as a loss is detected, or the candidate
-    /// resigns. Sends nothing.
-    ///
-    /// # Examples
-    ///
-    /// As for [`Election::status`].
-    #[must_use]
-    pub fn is_leader(&self) -> bool {
-        self.term().is_some()
-    }
-
-    /// Returns the term of the candidate, if it leads.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use pglock::Election;
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// let mut election = Election::new(&pool, "billing");
-    /// let leadership = election.campaign().await?;
-    /// assert_eq!(election.status().term(), Some(leadership.term()));
-    /// # Ok(()) }
-    /// ```
-    #[must_use]
-    pub fn term(&self) -> Option<u64> {
-        let post = self.post();
-        let Post { session, key, term } = post.as_ref()?;
-        session.upgrade()?.guards(key).then_some(*term)
-    }
-
-    fn post(&self) -> MutexGuard<'_, Option<Post>> {
-        self.post.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}

@@ -108,6 +108,17 @@ pub enum Error {
         source: sqlx::Error,
     },
 
+    /// The last term of [`Election::run`](crate::Election::run) ended with an error. The candidate has
+    /// resigned.
+    #[error("lock {key}: the last term ended with an error")]
+    #[non_exhaustive]
+    Leading {
+        /// The key of the election.
+        key: Key,
+        /// What the future that led has returned.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+
     /// The session ended while a guard lived: the lock is lost, and another session may hold it.
     #[error(
         "lock {key}: lost while it was held, somebody else may have it; stop what it protects, \
@@ -285,6 +296,7 @@ impl Error {
             | Self::Database { key, .. }
             | Self::Deadlock { key, .. }
             | Self::Disconnected { key, .. }
+            | Self::Leading { key, .. }
             | Self::Lost { key, .. }
             | Self::Options { key, .. }
             | Self::OutOfLocks { key, .. }
@@ -331,7 +343,8 @@ impl Error {
                 matches!(source, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)
                     || sqlstate(source).is_some_and(passes)
             }
-            Self::Options { .. }
+            Self::Leading { .. }
+            | Self::Options { .. }
             | Self::Pooled { .. }
             | Self::Settings { .. }
             | Self::SharedSession { .. }
@@ -375,6 +388,7 @@ impl Error {
             Self::Database { .. } => Self::Database { key, source: source() },
             Self::Deadlock { .. } => Self::Deadlock { key, source: source() },
             Self::Disconnected { .. } => Self::Disconnected { key, source: source() },
+            Self::Leading { source, .. } => Self::Leading { key, source: Arc::clone(source) },
             Self::Lost { reason, .. } => Self::Lost { key, reason: reason.clone() },
             Self::Options { reason, .. } => Self::Options { key, reason: reason.clone() },
             Self::OutOfLocks { .. } => Self::OutOfLocks { key, source: source() },

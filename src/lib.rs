@@ -163,7 +163,7 @@ mod sql;
 #[cfg(doc)]
 pub mod guide;
 
-pub use election::{Election, Leader, LeaderStatus, Leadership, Observer};
+pub use election::{Election, Leader, LeaderState, LeaderStatus, Leadership, Observer};
 pub use error::{Error, Loss, Result};
 pub use guard::{ExclusiveGuard, SharedGuard};
 pub use key::Key;

@@ -105,6 +105,10 @@ impl Owner {
         self.take(request, policy(timeout)).await
     }
 
+    pub(crate) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
     /// A connection of the pool, for a question that no session of ours has to answer.
     pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
         let pooled = pending::lend(&self.pool, key, WaitPolicy::Forever, Instant::now()).await?;

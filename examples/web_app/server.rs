@@ -98,13 +98,13 @@ async fn create_tables(pool: &PgPool) -> Result<()> {
 }
 
 /// What only the leader does. Dropped when the post is lost, or when it is time to end.
-async fn lead(name: String, leadership: Arc<Leadership>) {
+async fn lead(name: String, leadership: Arc<Leadership>) -> Result<()> {
     loop {
         sleep(Duration::from_millis(200)).await;
         if let Err(error) = remind(&name, &leadership).await {
             // Ends the term. The next one, here or elsewhere, has a session that is new.
             eprintln!("{name} can't send reminders: {error}");
-            return;
+            return Err(error);
         }
     }
 }

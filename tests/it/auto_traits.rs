@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use pglock::inspect::{LockInfo, Session};
 use pglock::{
-    Election, Error, ExclusiveGuard, Key, Leader, LeaderStatus, Leadership, Lock, LockManager,
-    LockOptions, Loss, Mode, MultiGuard, MultiLock, Observer, Permit, Semaphore, SessionConnection,
-    SharedGuard, transaction,
+    Election, Error, ExclusiveGuard, Key, Leader, LeaderState, LeaderStatus, Leadership, Lock,
+    LockManager, LockOptions, Loss, Mode, MultiGuard, MultiLock, Observer, Permit, Semaphore,
+    SessionConnection, SharedGuard, transaction,
 };
 use sqlx::{Postgres, Transaction};
 
@@ -126,9 +126,11 @@ fn the_futures_of_what_is_built_on_locks_may_be_sent_too(
 
 /// Of those of an election, `run` is what its arguments are. Compiling is the test.
 #[expect(dead_code, reason = "the futures are made, and not run")]
-fn every_future_of_an_election_may_be_sent_to_another_thread<L: Future<Output = ()> + Send>(
+fn every_future_of_an_election_may_be_sent_to_another_thread<
+    L: Future<Output = Result<(), Box<dyn error::Error + Send + Sync>>> + Send,
+>(
     election: &mut Election,
-    observer: &mut Observer,
+    (observer, status): (&mut Observer, &mut LeaderStatus),
     leadership: Leadership,
     stop: impl Future<Output = ()> + Send,
     lead: impl FnMut(Arc<Leadership>) -> L + Send,
@@ -138,6 +140,8 @@ fn every_future_of_an_election_may_be_sent_to_another_thread<L: Future<Output = 
     is_future_of::<pglock::Result<()>>(election.run(stop, lead));
     is_future_of::<pglock::Result<Option<Leader>>>(election.leader());
     is_future_of::<pglock::Result<Option<Leader>>>(observer.changed());
+    is_future_of::<LeaderState>(status.changed());
+    is_future_of::<()>(leadership.stopping());
     is_future_of::<Loss>(leadership.lost());
     is_future_of::<pglock::Result<()>>(leadership.verify());
     is_future_of::<pglock::Result<u64>>(leadership.fencing_token());

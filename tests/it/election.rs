@@ -425,6 +425,7 @@ async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConn
             if way != "end" {
                 std::future::pending::<()>().await;
             }
+            Ok::<_, Error>(())
         }
     });
     if way == "drop run" {
@@ -524,19 +525,20 @@ async fn campaigning_dropped_at_every_poll() {
 #[tokio::test]
 async fn running_dropped_at_every_poll() {
     let db = TestDb::new().await;
-    let three_turns = async |election: &mut Election| {
+    let one_term = async |election: &mut Election| {
         let (stop, stopped) = oneshot::channel::<()>();
-        let (mut stop, mut turns) = (Some(stop), 0);
+        let mut stop = Some(stop);
         let run = election.run(async { drop(stopped.await) }, |_leadership| {
-            turns += 1;
-            if turns == 3 {
-                drop(stop.take());
+            let stop = stop.take();
+            async {
+                tokio::task::yield_now().await;
+                drop(stop);
+                Ok::<_, Error>(())
             }
-            tokio::task::yield_now()
         });
         run.await.unwrap();
     };
-    dropped_at_every_poll(6, 0, &db, three_turns).await;
+    dropped_at_every_poll(4, 0, &db, one_term).await;
 }
 
 #[tokio::test]

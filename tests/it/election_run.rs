@@ -5,28 +5,28 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pglock::{Election, Error, Leadership, Loss};
+use pglock::{Election, Error, LeaderState, Leadership, Loss};
 use pglock_testkit::{Server, TestDb, advisory_locks, eventually};
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, WATCHED, impatient_pool, locks_are, no_locks};
+use crate::support::{SOON, WATCHED, impatient_pool, locks_are, no_locks, report};
 
 fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")
 }
 
 /// What leads until it is dropped.
-async fn lead() {
-    std::future::pending::<()>().await;
+async fn lead() -> Result<(), Error> {
+    std::future::pending().await
 }
 
 #[tokio::test]
 async fn all_lead_in_turn_until_they_are_stopped() {
     const CANDIDATES: usize = 3;
-    const TURNS: usize = 10;
+    const TURNS: usize = 3;
 
     let db = TestDb::new().await;
     let admin = Arc::new(tokio::sync::Mutex::new(db.admin().await));
@@ -50,8 +50,11 @@ async fn all_lead_in_turn_until_they_are_stopped() {
                     terms.lock().unwrap().push(leadership.term());
                     // The others are in the queue.
                     locks_are(&mut *admin.lock().await, CANDIDATES, SOON * 10).await;
+                    // There is no pause after a longer term.
+                    sleep(Duration::from_millis(1050)).await;
                     assert!(inside.swap(false, Ordering::SeqCst));
                     led.send(candidate).unwrap();
+                    Ok::<_, Error>(())
                 }
             });
             run.await
@@ -83,7 +86,10 @@ async fn stopping_ends_a_campaign() {
     let mut election = election(&pool);
     let (stop, stopped) = oneshot::channel::<()>();
     let (ran, ()) = tokio::join!(
-        election.run(async { drop(stopped.await) }, |_| async { panic!("somebody else leads") }),
+        election.run(async { drop(stopped.await) }, |_| async {
+            assert!(pool.is_closed(), "another candidate leads");
+            Ok::<_, Error>(())
+        }),
         async {
             locks_are(&mut admin, 2, SOON).await;
             drop(stop);
@@ -108,8 +114,9 @@ async fn stopping_ends_what_leads_and_resigns() {
         drop(stop.take());
         let running = counts.begin();
         async move {
-            lead().await;
+            let led = lead().await;
             drop(running);
+            led
         }
     });
     timeout(SOON * 5, run).await.unwrap().unwrap();
@@ -124,7 +131,7 @@ async fn stopping_ends_what_leads_and_resigns() {
 async fn who_is_stopped_already_does_not_campaign() {
     let db = TestDb::new().await;
     let pool = db.pool(1).await;
-    let lead = |_| async { panic!("it leads") };
+    let lead = |_| async { Err("it leads") };
     election(&pool).run(std::future::ready(()), lead).await.unwrap();
 }
 
@@ -179,8 +186,9 @@ async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
             running.ends_after = Duration::from_millis(300);
             told.send((leadership.backend_pid(), leadership.term())).unwrap();
             async move {
-                lead().await;
+                let led = lead().await;
                 drop(running);
+                led
             }
         });
         run.await
@@ -232,10 +240,9 @@ async fn a_clone_that_somebody_keeps_is_lost_when_the_turn_is_over() {
         kept.lock().unwrap().push(Arc::clone(&leadership));
         let next = if turns == 2 { next.take() } else { None };
         async move {
-            if let Some(next) = next {
-                next.send(leadership.term()).unwrap();
-                lead().await;
-            }
+            let Some(next) = next else { return Ok(()) };
+            next.send(leadership.term()).unwrap();
+            lead().await
         }
     });
     let second = async {
@@ -274,7 +281,10 @@ async fn a_panic_resigns_and_goes_on() {
             let lead = move |leadership| {
                 there.lock().unwrap().push(leadership);
                 assert!(!synchronous, "as the test demands");
-                async { panic!("as the test demands") }
+                async move {
+                    assert!(synchronous, "as the test demands");
+                    Ok::<_, Error>(())
+                }
             };
             election.run(std::future::pending(), lead).await
         });
@@ -297,7 +307,10 @@ async fn a_caught_panic_leaves_a_candidate_that_can_run_again() {
     let db = TestDb::new().await;
     let mut election = election(&db.pool(1).await);
     {
-        let mut run = pin!(election.run(std::future::pending(), |_| async { panic!("as asked") }));
+        let mut run = pin!(election.run(std::future::pending(), |_| async {
+            assert!(db.name().is_empty(), "as asked");
+            Ok::<_, Error>(())
+        }));
         let caught = poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| run.as_mut().poll(cx))) {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(ran)) => panic!("{ran:?}"),
@@ -321,8 +334,9 @@ async fn dropping_the_future_ends_what_leads_and_resigns() {
         told.take().map(|told| told.send(()));
         let running = counts.begin();
         async move {
-            lead().await;
+            let led = lead().await;
             drop(running);
+            led
         }
     });
     tokio::select! {
@@ -371,11 +385,207 @@ async fn what_does_not_pass_is_returned() {
         turns.fetch_add(1, Ordering::SeqCst);
         // Closed from its call on, though it waits for the connection that leads.
         let closing = pool.close();
-        async move { drop(timeout(Duration::from_millis(10), closing).await) }
+        async move {
+            drop(timeout(Duration::from_millis(10), closing).await);
+            Ok::<_, Error>(())
+        }
     });
     let error = timeout(SOON * 10, run).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Pool { .. }), "{error:?}");
     assert!(!error.is_transient());
     assert_eq!(turns.load(Ordering::SeqCst), 1);
     no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn a_leader_that_fails_pauses_and_reports_its_error() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut failing = election(&pool);
+    let status = failing.status();
+    let terms = Mutex::new(Vec::new());
+    let started = Instant::now();
+    let run = failing.run(sleep(Duration::from_millis(5500)), |_| {
+        terms.lock().unwrap().push(Instant::now());
+        async { Err("the mail server refuses connections") }
+    });
+    let watched = async {
+        sleep(Duration::from_millis(500)).await;
+        let LeaderState::Failing { error, since } = status.state() else {
+            panic!("{:?}", status.state())
+        };
+        assert!(matches!(&*error, Error::Leading { .. }));
+        // It pauses, so another candidate is elected.
+        let other = election(&pool).try_campaign().await.unwrap().expect("nobody leads");
+        sleep(Duration::from_millis(2000)).await;
+        // It waits for the other, so it does not fail any more.
+        assert!(matches!(status.state(), LeaderState::Waiting), "{:?}", status.state());
+        assert!(since >= started && since.elapsed() > Duration::from_secs(2));
+        other.resign().await.unwrap();
+    };
+    let (ran, ()) = tokio::join!(run, watched);
+    let error = ran.unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert_eq!(source, "the mail server refuses connections");
+    assert!(!error.is_transient());
+    let terms = terms.into_inner().unwrap();
+    // Pauses of one second at least, then two.
+    let pauses: Vec<_> = terms.array_windows().map(|[one, next]| *next - *one).collect();
+    report(format_args!("{pauses:?}"));
+    assert!((2..=3).contains(&terms.len()), "{pauses:?}");
+    let least = [1, 2].map(Duration::from_secs);
+    assert!(pauses.iter().zip(least).all(|(pause, least)| *pause >= least), "{pauses:?}");
+    assert!(matches!(status.state(), LeaderState::Idle));
+}
+
+#[tokio::test]
+async fn a_leader_is_stopped_gracefully() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    for (grace, finishes) in [(SOON * 30, true), (Duration::from_millis(100), false)] {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let mut stop = Some(stop);
+        let steps = AtomicUsize::new(0);
+        let mut election = election(&pool).grace(grace);
+        let run = election.run(async { drop(stopped.await) }, |leadership| {
+            let (stop, steps) = (stop.take(), &steps);
+            async move {
+                assert!(!leadership.is_stopping());
+                drop(stop);
+                leadership.stopping().await;
+                assert!(leadership.is_stopping());
+                // It still leads.
+                leadership.verify().await.unwrap();
+                steps.fetch_add(1, Ordering::SeqCst);
+                if !finishes {
+                    lead().await?;
+                }
+                sleep(Duration::from_millis(50)).await;
+                steps.fetch_add(1, Ordering::SeqCst);
+                Err::<(), Box<dyn std::error::Error + Send + Sync>>("as asked".into())
+            }
+        });
+        let ran = timeout(SOON * 10, run).await.unwrap();
+        assert_eq!(steps.load(Ordering::SeqCst), 1 + usize::from(finishes));
+        assert_eq!(ran.is_err(), finishes, "{ran:?}");
+        assert_eq!(advisory_locks(&mut admin).await, []);
+    }
+}
+
+/// The service manager has asked a service to end that only closes its pool.
+#[tokio::test]
+async fn closing_the_pool_ends_a_leader_a_candidate_an_observer_and_a_pause() {
+    let db = TestDb::new().await;
+    let (pool, other) = (db.pool(4).await, db.pool(2).await);
+    let leads = Arc::new(tokio::sync::Notify::new());
+    let mut tasks = JoinSet::new();
+    let (mut leader, there) = (election(&pool), Arc::clone(&leads));
+    tasks.spawn(async move {
+        let lead = |_| {
+            there.notify_one();
+            lead()
+        };
+        leader.run(std::future::pending(), lead).await
+    });
+    timeout(SOON * 10, leads.notified()).await.unwrap();
+    let mut candidate = election(&pool);
+    tasks.spawn(async move { candidate.run(std::future::pending(), |_| lead()).await });
+    let mut pausing = Election::new(&pool, "another");
+    tasks.spawn(async move {
+        // The third pause takes four seconds at least.
+        let fail = |_| async { Err("as asked") };
+        pausing.run(std::future::pending(), fail).await
+    });
+    let mut observer = Election::new(&pool, "nothing").observe();
+    tasks.spawn(async move {
+        while observer.changed().await?.is_none() {}
+        Ok(())
+    });
+    locks_are(&mut db.admin().await, 2, SOON * 10).await;
+    sleep(Duration::from_millis(6500)).await;
+
+    let started = Instant::now();
+    timeout(SOON * 10, pool.close()).await.unwrap();
+    while let Some(ended) = timeout(SOON * 10, tasks.join_next()).await.unwrap() {
+        let error = ended.unwrap().unwrap_err();
+        let closed = matches!(error, Error::Pool { source: sqlx::Error::PoolClosed, .. });
+        assert!(closed, "{error:?}");
+    }
+    let took = started.elapsed();
+    report(format_args!("closed after {took:?}"));
+    assert!(took < SOON * 2, "{took:?}");
+    drop(election(&other).try_campaign().await.unwrap().expect("it was not resigned"));
+}
+
+#[tokio::test]
+async fn a_status_can_be_awaited() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = impatient_pool(&db);
+    let first = election(&pool).campaign().await.unwrap();
+    let mut candidate = election(&pool);
+    let mut status = candidate.status();
+    assert!(matches!(status.state(), LeaderState::Idle));
+    let watched = async {
+        let mut next = async || timeout(SOON * 20, status.changed()).await.unwrap();
+        assert!(matches!(next().await, LeaderState::Waiting));
+        first.resign().await.unwrap();
+        let LeaderState::Leading { term } = next().await else { panic!("not elected") };
+        // A loss, without any help of the candidate.
+        server.kill();
+        let state = next().await;
+        assert!(!matches!(state, LeaderState::Leading { .. }), "{state:?}");
+        let mut state = state;
+        while !matches!(state, LeaderState::Failing { .. }) {
+            state = next().await;
+        }
+        server.restart();
+        loop {
+            match next().await {
+                LeaderState::Leading { term: later } => return assert!(later > term),
+                LeaderState::Failing { .. } | LeaderState::Waiting => {}
+                state => panic!("{state:?}"),
+            }
+        }
+    };
+    tokio::select! {
+        ran = candidate.run(std::future::pending(), |_| lead()) => panic!("{ran:?}"),
+        () = watched => {}
+    }
+    assert!(matches!(status.changed().await, LeaderState::Idle));
+}
+
+#[tokio::test]
+async fn a_status_sees_every_end_of_a_leadership() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(3).await;
+    let mut election = election(&pool);
+    let mut status = election.status();
+    for way in ["drop", "resign", "loss"] {
+        let leadership = election.campaign().await.unwrap();
+        assert!(matches!(status.changed().await, LeaderState::Leading { .. }));
+        let ends = async {
+            match way {
+                "drop" => drop(leadership),
+                "resign" => leadership.resign().await.unwrap(),
+                _ => {
+                    let terminate = sqlx::query("SELECT pg_terminate_backend($1)");
+                    terminate.bind(leadership.backend_pid()).execute(&mut admin).await.unwrap();
+                    leadership.lost().await;
+                }
+            }
+        };
+        let (state, ()) = tokio::join!(timeout(SOON * 10, status.changed()), ends);
+        assert!(matches!(state, Ok(LeaderState::Idle)), "{way}: {state:?}");
+    }
+    // A campaign that is cancelled.
+    let other = Election::new(&pool, "billing").campaign().await.unwrap();
+    let campaign = timeout(SOON, election.campaign());
+    let (campaign, state) = tokio::join!(campaign, status.changed());
+    assert!(campaign.is_err());
+    assert!(matches!(state, LeaderState::Waiting));
+    assert!(matches!(status.changed().await, LeaderState::Idle));
+    drop(other);
 }

@@ -1,0 +1,260 @@
+//! What a candidate does, for handlers, readiness probes and gauges.
+
+use std::error::Error as _;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use tokio::sync::Notify;
+
+use crate::error::Error;
+use crate::key::Key;
+use crate::session::Session;
+
+/// Shows what a candidate does, anywhere and at any time. Cheap to clone.
+///
+/// # Examples
+///
+/// As for [`Election::status`](crate::Election::status).
+#[derive(Clone, Debug, Default)]
+pub struct LeaderStatus {
+    shared: Arc<Shared>,
+    /// What [`changed`](Self::changed) has returned last.
+    seen: LeaderState,
+}
+
+/// What a candidate does.
+///
+/// # Examples
+///
+/// A readiness probe, which reports a candidate only if it has failed for half a minute:
+///
+/// ```
+/// use pglock::{LeaderState, LeaderStatus};
+/// use std::time::Duration;
+///
+/// fn is_ready(status: &LeaderStatus) -> bool {
+///     match status.state() {
+///         LeaderState::Failing { since, .. } => since.elapsed() < Duration::from_secs(30),
+///         _ => true,
+///     }
+/// }
+/// # assert!(is_ready(&LeaderStatus::default()));
+/// ```
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub enum LeaderState {
+    /// [`Election::run`](crate::Election::run) can't elect this candidate, or its last term failed. It
+    /// retries.
+    Failing {
+        /// Why, most recently.
+        error: Arc<Error>,
+        /// When the first failure was, of those without a success in between.
+        since: Instant,
+    },
+    /// The candidate neither campaigns nor leads.
+    #[default]
+    Idle,
+    /// The candidate leads.
+    Leading {
+        /// The term.
+        term: u64,
+    },
+    /// The candidate waits to be elected, or pauses after a short term.
+    Waiting,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    inner: Mutex<Inner>,
+    notify: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    post: Option<Post>,
+    /// What the candidate does while it does not lead.
+    otherwise: LeaderState,
+}
+
+#[derive(Debug)]
+struct Post {
+    session: Weak<Session>,
+    key: Key,
+    term: u64,
+}
+
+impl LeaderStatus {
+    /// Returns whether the candidate leads: `false` as soon as a loss is detected, or the candidate
+    /// resigns. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// As for [`Election::status`](crate::Election::status).
+    #[must_use]
+    pub fn is_leader(&self) -> bool {
+        self.term().is_some()
+    }
+
+    /// Returns the term of the candidate, if it leads. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Election;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing");
+    /// let leadership = election.campaign().await?;
+    /// assert_eq!(election.status().term(), Some(leadership.term()));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn term(&self) -> Option<u64> {
+        self.inner().term()
+    }
+
+    /// Returns what the candidate does. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Election, LeaderState};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing");
+    /// let status = election.status();
+    /// assert!(matches!(status.state(), LeaderState::Idle));
+    /// let _leadership = election.campaign().await?;
+    /// assert!(matches!(status.state(), LeaderState::Leading { .. }));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn state(&self) -> LeaderState {
+        let inner = self.inner();
+        match inner.term() {
+            Some(term) => LeaderState::Leading { term },
+            None => inner.otherwise.clone(),
+        }
+    }
+
+    /// Waits until the state is another one than this status has returned last, and returns it. Sends
+    /// nothing. For a new status, that is another one than [`Idle`](LeaderState::Idle).
+    ///
+    /// A state that lasted only for a moment may be missed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: the next call returns the change.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Election, LeaderState};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let mut election = Election::new(&pool, "billing");
+    /// let mut status = election.status();
+    /// let leadership = election.campaign().await?;
+    /// assert!(matches!(status.changed().await, LeaderState::Leading { .. }));
+    /// leadership.resign().await?;
+    /// assert!(matches!(status.changed().await, LeaderState::Idle));
+    /// # Ok(()) }
+    /// ```
+    pub async fn changed(&mut self) -> LeaderState {
+        loop {
+            let mut notified = pin!(self.shared.notify.notified());
+            // Before the look, so that a change between the look and the wait is not missed.
+            notified.as_mut().enable();
+            let state = self.state();
+            if !state.is(&self.seen) {
+                self.seen.clone_from(&state);
+                return state;
+            }
+            let session = self.inner().post.as_ref().and_then(|post| post.session.upgrade());
+            match session.filter(|_| matches!(state, LeaderState::Leading { .. })) {
+                Some(session) => tokio::select! {
+                    () = notified => {}
+                    _loss = session.lost() => {}
+                },
+                None => notified.await,
+            }
+        }
+    }
+
+    /// The candidate leads on this session.
+    pub(super) fn leads(&self, session: Weak<Session>, key: Key, term: u64) {
+        self.inner().post = Some(Post { session, key, term });
+        self.shared.notify.notify_waiters();
+    }
+
+    /// What the candidate does, while it does not lead.
+    pub(super) fn set(&self, state: LeaderState) {
+        self.inner().otherwise = state;
+        self.shared.notify.notify_waiters();
+    }
+
+    /// The candidate fails, since the first failure of several.
+    pub(super) fn fails(&self, error: Arc<Error>) {
+        let since = match &self.inner().otherwise {
+            LeaderState::Failing { error: last, .. } if is_same(last, &error) => return,
+            LeaderState::Failing { since, .. } => *since,
+            LeaderState::Idle | LeaderState::Leading { .. } | LeaderState::Waiting => {
+                Instant::now()
+            }
+        };
+        self.set(LeaderState::Failing { error, since });
+    }
+
+    pub(super) fn is_failing(&self) -> bool {
+        matches!(self.inner().otherwise, LeaderState::Failing { .. })
+    }
+
+    /// Has changes noticed of what the session says.
+    pub(super) fn look(&self) {
+        self.shared.notify.notify_waiters();
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.shared.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn term(&self) -> Option<u64> {
+        let Post { session, key, term } = self.post.as_ref()?;
+        session.upgrade()?.guards(key).then_some(*term)
+    }
+}
+
+impl LeaderState {
+    /// Whether it is the same one.
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Failing { error, since }, Self::Failing { error: last, since: first }) => {
+                Arc::ptr_eq(error, last) && since == first
+            }
+            (Self::Leading { term }, Self::Leading { term: last }) => term == last,
+            (Self::Idle, Self::Idle) | (Self::Waiting, Self::Waiting) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Whether two errors say the same.
+fn is_same(one: &Error, other: &Error) -> bool {
+    let text = |error: &Error| (error.to_string(), error.source().map(ToString::to_string));
+    text(one) == text(other)
+}
+
+/// A candidate that campaigns. It is idle when this is dropped.
+pub(super) struct Campaigning(pub(super) LeaderStatus);
+
+impl Drop for Campaigning {
+    fn drop(&mut self) {
+        self.0.set(LeaderState::Idle);
+    }
+}
