@@ -421,7 +421,12 @@ impl Election {
     }
 
     fn pool_closed(&self) -> Error {
-        Error::Pool { key: self.key.clone(), source: sqlx::Error::PoolClosed, locks: None }
+        Error::Pool {
+            key: self.key.clone(),
+            source: sqlx::Error::PoolClosed,
+            locks: None,
+            permits: None,
+        }
     }
 
     /// Returns a status that shows, anywhere and at any time, whether this candidate leads.

@@ -158,7 +158,7 @@ pub enum Error {
 
     /// No connection of the pool became available in time, or the pool was closed, also during a wait. The
     /// lock is not held.
-    #[error("lock {key}: {}", PoolAdvice(source, *locks))]
+    #[error("lock {key}: {}", PoolAdvice(source, *locks, *permits))]
     #[non_exhaustive]
     Pool {
         /// The key of the lock.
@@ -168,6 +168,9 @@ pub enum Error {
         /// How many of the pool's connections locks had, if it was their share of the pool that was
         /// used up ([`LockOptions::reserve_connections`](crate::LockOptions::reserve_connections)).
         locks: Option<u32>,
+        /// How many permits the [`Semaphore`](crate::Semaphore) has, if the pool can't lend a connection
+        /// for each of them.
+        permits: Option<usize>,
     },
 
     /// Locks exclude no other session on this connection: it goes through a transaction-mode pooler or a
@@ -270,7 +273,7 @@ impl Loss {
 }
 
 /// What went wrong with the pool, told from the two waits that must never look alike.
-struct PoolAdvice<'e>(&'e sqlx::Error, Option<u32>);
+struct PoolAdvice<'e>(&'e sqlx::Error, Option<u32>, Option<usize>);
 
 impl Error {
     /// Returns the key of the lock that the error is about.
@@ -392,7 +395,9 @@ impl Error {
             Self::Lost { reason, .. } => Self::Lost { key, reason: reason.clone() },
             Self::Options { reason, .. } => Self::Options { key, reason: reason.clone() },
             Self::OutOfLocks { .. } => Self::OutOfLocks { key, source: source() },
-            Self::Pool { locks, .. } => Self::Pool { key, source: source(), locks: *locks },
+            Self::Pool { locks, permits, .. } => {
+                Self::Pool { key, source: source(), locks: *locks, permits: *permits }
+            }
             Self::Pooled { .. } => Self::Pooled { key },
             Self::Settings { .. } => Self::Settings { key, source: source() },
             Self::SharedSession { .. } => Self::SharedSession { key },
@@ -495,15 +500,24 @@ impl DatabaseError for Again {
 impl fmt::Display for PoolAdvice<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self(sqlx::Error::PoolClosed, _) => {
+            Self(sqlx::Error::PoolClosed, ..) => {
                 f.write_str("the pool is closed; acquire before it is closed")
             }
-            Self(_, Some(locks)) => write!(
+            Self(_, locks, Some(permits)) => {
+                let locks = locks.unwrap_or_default();
+                write!(
+                    f,
+                    "timed out waiting for a connection of the pool, of which locks have {locks}; each permit \
+                     uses one, and the pool does not have one for each of the semaphore's {permits} permits; \
+                     raise max_connections, or hold fewer permits at once"
+                )
+            }
+            Self(_, Some(locks), None) => write!(
                 f,
                 "timed out waiting for a connection of the pool, not for the lock: locks have {locks}, and \
                  leave the others to queries; raise max_connections, or hold and await fewer locks at once"
             ),
-            Self(_, None) => f.write_str(
+            Self(_, None, None) => f.write_str(
                 "timed out waiting for a connection of the pool, not for the lock; raise \
                  max_connections or acquire_timeout, or hold connections for less time",
             ),

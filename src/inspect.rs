@@ -62,7 +62,7 @@ use sqlx::PgExecutor;
 use crate::election::Leader;
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::semaphore::Parts;
+use crate::semaphore::layout::Layout;
 use crate::sql::election::Holder;
 use crate::sql::inspect::{self as sql, LockRow};
 
@@ -158,7 +158,7 @@ pub async fn locks_of(
 pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Into<Key>>) {
     for known in keys {
         let known = known.into();
-        let semaphore = Parts::of(known.clone());
+        let semaphore = Layout::of(&known);
         for lock in locks.iter_mut().filter(|lock| lock.key.name().is_none()) {
             if lock.key == known {
                 lock.key = known.clone();

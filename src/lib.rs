@@ -92,7 +92,7 @@
 //! | a re-entrant guard acquired or released | 0 |
 //! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; 0 for a hand-off inside the process |
 //! | several free locks acquired at once | 1; refused half-way, 1 more |
-//! | a permit of a semaphore acquired | 3, and 1 per second of waiting; 1 every 20 ms for the first waiter |
+//! | a permit of a semaphore acquired | 3, and 1 per ten seconds; 1 every 20 ms for the first waiter |
 //! | a leader elected | 2 more than a lock acquired |
 //! | the leader looked up, or observed | 1, or 1 every 500 ms |
 //! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat) |

@@ -1,19 +1,24 @@
 //! A number of permits, shared by all processes.
 
+pub(crate) mod layout;
+
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
+use tokio::sync::{MutexGuard, watch};
 use tokio::time::{sleep, timeout_at};
 
 use crate::error::{Error, Result};
 use crate::held::{Held, methods};
-use crate::key::{Key, KeyId};
+use crate::key::Key;
 use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
+use crate::session::budget::Budget;
+use layout::{Layout, MAX_PERMITS};
 
 /// A semaphore: up to so many hold a permit at a time, in all processes together.
 ///
@@ -21,17 +26,22 @@ use crate::request::Request;
 /// does; and each has a number, its [`slot`](Permit::slot), so that a semaphore is also a pool of
 /// numbered things: ports, licences, workers.
 ///
-/// Who waits, waits in order of arrival: the tasks of a process in the process, and one of them in the
-/// server's queue. The first in that queue looks for a free permit every 20 ms, and nobody else does.
-/// `try_acquire` does not overtake them.
+/// Waiters are served in FIFO order: the tasks of a process queue locally, and the first of them waits in the
+/// server's queue, [as for a lock](crate::guide::guarantees#fairness). The first in that queue looks for a free
+/// permit every 20 ms, or for one of 128 permits of a larger semaphore, in turn. `try_acquire` does not overtake
+/// waiters.
 ///
-/// A clone is the same semaphore. A permit uses one connection of the pool, and all who wait in a
-/// process use one together.
+/// A clone is the same semaphore. A permit uses one connection of the pool, and all waiters of a process use one
+/// together. A pool that can't lend a connection for each permit is not an error, because other processes may hold
+/// the others; an [`Error::Pool`] says so.
 ///
-/// # Limits
+/// # Changing the size
 ///
-/// At most 1024 permits. All who use a semaphore must give it the same number; a permit that is held
-/// under another number is noticed by those who acquire after it, and is an [`Error::Options`].
+/// At most 1024 permits. Permits are numbered from 0, and a semaphore uses those below its size. So processes that
+/// give different sizes share the permits that they have in common, and there are never more permits in use than the
+/// largest size. To change the size, deploy the new one: while old and new processes run, the larger size applies, and
+/// then the new one. A process that finds a permit beyond its own size in use logs a warning, once for each
+/// `Semaphore`; it looks when it acquires, at most every ten seconds.
 ///
 /// # Examples
 ///
@@ -53,25 +63,34 @@ pub struct Semaphore {
 struct Inner {
     key: Key,
     permits: usize,
-    /// Held exclusively by the first who waits, and shared for a moment by who only tries.
-    queue: Key,
+    layout: Layout,
+    /// All permits, and in parts, of which a waiter tries one at a time.
     slots: Request,
+    windows: Vec<Request>,
     owner: Owner,
-    /// Those of this process who wait. The first of them waits on the server.
+    /// The waiters of this process. The first of them waits on the server.
     waiting: tokio::sync::Mutex<()>,
-    /// When it was last asked whether others count the permits differently.
-    counted: Mutex<Option<Instant>>,
+    /// Ends the wait of all of them: the pool has no connection.
+    exhausted: watch::Sender<Option<Arc<Error>>>,
+    /// When it was last asked whether a larger semaphore has this key.
+    census: Mutex<Census>,
 }
 
-/// More than this want a counter in a table.
-const MOST: usize = 1024;
+#[derive(Clone, Copy)]
+enum Census {
+    Due(Option<Instant>),
+    /// There is one, and it was reported; or the role may not ask.
+    Done,
+}
 
-/// How often the first who waits looks for a free permit.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often the first waiter looks for a free permit.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often it is asked whether others count the permits differently: `pg_locks` is not for every
-/// acquire.
-const COUNT: Duration = Duration::from_secs(1);
+/// How many permits it looks at: each is a lock that the server tries, and 1,024 of them take 2 ms.
+const WINDOW: usize = 128;
+
+/// How often it is asked whether a larger semaphore has the key: that goes through the server's lock table.
+const CENSUS_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Semaphore {
     /// Makes a semaphore with the default options. Sends nothing to the server.
@@ -96,21 +115,24 @@ impl Semaphore {
     }
 
     pub(crate) fn with_owner(key: Key, permits: usize, owner: Owner) -> Result<Self> {
-        if !(1..=MOST).contains(&permits) {
-            let reason =
-                format!("a semaphore of {permits} permits; the number must be from 1 to {MOST}");
+        if !(1..=MAX_PERMITS).contains(&permits) {
+            let reason = format!(
+                "a semaphore of {permits} permits; the number must be from 1 to {MAX_PERMITS}"
+            );
             return Err(Error::Options { key, reason });
         }
-        let name = display_name(&key);
-        let slots = (0..permits).map(|slot| slot_key(&key, &name, permits, slot));
+        let layout = Layout::of(&key);
+        let slots: Vec<_> = (0..permits).map(|slot| layout.permit(slot)).collect();
         let inner = Inner {
-            queue: queue_key(&key, &name),
-            slots: Request::any(slots.collect()),
+            windows: slots.chunks(WINDOW).map(|window| Request::any(window.to_vec())).collect(),
+            slots: Request::any(slots),
+            layout,
             permits,
             key,
             owner,
             waiting: tokio::sync::Mutex::default(),
-            counted: Mutex::default(),
+            exhausted: watch::Sender::new(None),
+            census: Mutex::new(Census::Due(None)),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -151,7 +173,7 @@ impl Semaphore {
 
     /// Acquires a permit, and waits for as long as none is free.
     ///
-    /// Three statements if one is free.
+    /// Three statements if one is free; every ten seconds one more, which asks for a larger semaphore of the key.
     ///
     /// # Cancel safety
     ///
@@ -159,9 +181,9 @@ impl Semaphore {
     ///
     /// # Errors
     ///
-    /// As for [`Lock::acquire`](crate::Lock::acquire); and [`Error::Options`] if a permit is held under
-    /// another number of permits. If the connection breaks that waits, another goes on, at the end of
-    /// the queue.
+    /// As for [`Lock::acquire`](crate::Lock::acquire). If the connection breaks that waits, another goes on, at the
+    /// end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the process get
+    /// the [`Error::Pool`].
     ///
     /// # Panics
     ///
@@ -180,10 +202,11 @@ impl Semaphore {
     /// # Ok(()) }
     /// ```
     pub async fn acquire(&self) -> Result<Permit> {
-        let _first = self.inner.waiting.lock().await;
+        let _first = self.inner.first().await?;
         loop {
             // Without a deadline, it never ends in `None`.
-            let permit = self.inner.wait(None).await?;
+            let permit =
+                self.inner.wait(None).await.map_err(|error| self.inner.fail(error, None))?;
             if let Some(permit) = permit {
                 return Ok(permit);
             }
@@ -218,7 +241,7 @@ impl Semaphore {
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire(&self) -> Result<Option<Permit>> {
-        self.inner.pass(None).await
+        self.inner.pass(None).await.map_err(|error| self.inner.explain(error))
     }
 
     /// Acquires a permit, and waits for at most `timeout`. `None` if that passes.
@@ -259,32 +282,73 @@ impl Semaphore {
         let waiting = &self.inner.waiting;
         let (_first, queued) = match waiting.try_lock() {
             Ok(first) => (first, false),
-            Err(_) => match timeout_at(deadline.into(), waiting.lock()).await {
-                Ok(first) => (first, true),
+            Err(_) => match timeout_at(deadline.into(), self.inner.first()).await {
+                Ok(first) => (first?, true),
                 Err(_) => return Ok(None),
             },
         };
-        let late = queued && deadline.saturating_duration_since(Instant::now()) < LOOK;
+        let late = queued && deadline.saturating_duration_since(Instant::now()) < POLL_INTERVAL;
         match self.inner.wait(Some(deadline)).await {
             // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
             // its way back from who was first before.
             Err(Error::Pool { source: sqlx::Error::PoolTimedOut, .. }) if late => Ok(None),
-            found => found,
+            found => found.map_err(|error| self.inner.fail(error, Some(deadline))),
         }
     }
 }
 
 impl Inner {
+    /// Waits until all others of this process that came before have a permit, or none of them can get one.
+    async fn first(&self) -> Result<MutexGuard<'_, ()>> {
+        let mut exhausted = self.exhausted.subscribe();
+        let exhausted = async {
+            // The sender lives as long as `self`.
+            drop(exhausted.changed().await);
+            exhausted.borrow().clone()
+        };
+        tokio::select! {
+            biased;
+            Some(error) = exhausted => Err(error.again(error.key())),
+            first = self.waiting.lock() => Ok(first),
+        }
+    }
+
+    /// Has all other waiters of this process fail too, if the pool has no connection: each of them would wait for
+    /// it as long again.
+    fn fail(&self, error: Error, deadline: Option<Instant>) -> Error {
+        let error = self.explain(error);
+        // Unless it was the caller's own time that was over.
+        let is_late = deadline.is_some_and(|deadline| deadline <= Instant::now());
+        if !is_timeout(&error) || is_late {
+            return error;
+        }
+        let error = Arc::new(error);
+        self.exhausted.send_replace(Some(Arc::clone(&error)));
+        error.again(error.key())
+    }
+
+    /// Says it if the pool can never lend a connection for each permit.
+    fn explain(&self, mut error: Error) -> Error {
+        let limit = Budget::of(self.owner.pool()).limit(self.owner.options.reserve());
+        let is_short = usize::try_from(limit).is_ok_and(|limit| limit < self.permits);
+        if let Error::Pool { permits, .. } = &mut error
+            && is_short
+        {
+            *permits = Some(self.permits);
+        }
+        error
+    }
+
     /// Takes a permit that is free, if nobody waits for one.
     async fn pass(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
-        let request = Request::one(&self.queue, Mode::Shared);
+        let request = Request::one(self.layout.queue(), Mode::Shared);
         let mut owner = self.owner.another();
         let passing = match deadline {
             None => owner.try_acquire(&request).await?,
             Some(deadline) => owner.try_acquire_by(&request, deadline).await?,
         };
         match passing {
-            Some(passing) => self.look(&passing).await,
+            Some(passing) => self.look(&passing, &self.slots).await,
             None => Ok(None),
         }
     }
@@ -295,7 +359,7 @@ impl Inner {
             // Boxed, or the future of an acquire would be a large one.
             match Box::pin(self.wait_on_one_session(deadline)).await {
                 // It held no permit, only a place in the queue.
-                Err(Error::Disconnected { .. } | Error::Lost { .. }) => sleep(LOOK).await,
+                Err(Error::Disconnected { .. } | Error::Lost { .. }) => sleep(POLL_INTERVAL).await,
                 found => return found,
             }
         }
@@ -309,7 +373,7 @@ impl Inner {
         if permit.is_some() {
             return Ok(permit);
         }
-        let request = Request::one(&self.queue, Mode::Exclusive);
+        let request = Request::one(self.layout.queue(), Mode::Exclusive);
         let mut owner = self.owner.another();
         let first = match left() {
             None => Some(owner.acquire(&request).await?),
@@ -317,11 +381,22 @@ impl Inner {
             Some(left) => owner.try_acquire_for(&request, left).await?,
         };
         let Some(first) = first else { return Ok(None) };
+        // At first, and at last, it looks at all of them.
+        let mut windows = self.windows.iter().cycle();
+        let mut window = Some(&self.slots);
         let found = loop {
-            match self.look(&first).await {
-                Ok(None) if !is_over() => sleep(left().map_or(LOOK, |left| left.min(LOOK))).await,
+            match self.look(&first, window.unwrap_or(&self.slots)).await {
+                Ok(None) if self.owner.pool().is_closed() => {
+                    let (key, source) = (self.layout.queue().clone(), sqlx::Error::PoolClosed);
+                    break Err(Error::Pool { key, source, locks: None, permits: None });
+                }
+                Ok(None) if !is_over() => {
+                    let pause = left().map_or(POLL_INTERVAL, |left| left.min(POLL_INTERVAL));
+                    sleep(pause).await;
+                }
                 found => break found,
             }
+            window = if is_over() { None } else { windows.next() };
         };
         // Awaited, or who tries next would find that somebody waits.
         let released = first.release().await;
@@ -329,84 +404,59 @@ impl Inner {
         released.map(|()| found)
     }
 
-    /// Takes a permit if one is free, on the session of who may look.
-    async fn look(&self, may: &Held) -> Result<Option<Permit>> {
-        let due = self.counted().is_none_or(|counted| counted.elapsed() > COUNT);
-        if due {
-            let other = may.session().other_count(&self.key, self.slots.key()).await?;
-            if let Some(other) = other {
-                let permits = self.permits;
-                let reason = format!(
-                    "a semaphore of {permits} permits here, and of {other} elsewhere; give all who \
-                     use it the same number"
-                );
-                return Err(Error::Options { key: self.key.clone(), reason });
-            }
-            *self.counted.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    /// Takes one of these permits if one is free, on the session that may look.
+    async fn look(&self, may: &Held, slots: &Request) -> Result<Option<Permit>> {
+        if self.census_is_due() {
+            self.take_census(may).await;
         }
-        let Some(held) = may.and(&self.slots).await? else { return Ok(None) };
-        let slot = self.slots.locks().iter().position(|(key, _)| key == held.key());
+        let Some(held) = may.and(slots).await? else { return Ok(None) };
+        let slot = self.layout.slot(held.key());
         Ok(slot.map(|slot| Permit { held, slot, key: self.key.clone() }))
     }
 
-    fn counted(&self) -> Option<Instant> {
-        *self.counted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// How many bits of a permit's key say how many there are, and how many its number: as many as
-/// [`MOST`] needs. The others are a hash of the semaphore's key.
-pub(crate) const BITS: u32 = 10;
-
-fn slot_key(key: &Key, name: &str, permits: usize, slot: usize) -> Key {
-    let number = |number: usize| i64::try_from(number).unwrap_or_default();
-    let id = slot_hash(key) | number(permits - 1) << BITS | number(slot);
-    Key::from(id).called(format!("{name}, permit {slot} of {permits}"))
-}
-
-/// What all keys of permits of a semaphore have in common.
-fn slot_hash(key: &Key) -> i64 {
-    // Of the key as the server knows it: the number 42 is not the name "42".
-    let hashed = Key::from(format!("{}, semaphore", key.id()));
-    let KeyId::BigInt(hash) = hashed.id() else { return 0 };
-    hash >> (2 * BITS) << (2 * BITS)
-}
-
-fn queue_key(key: &Key, name: &str) -> Key {
-    let queue = Key::from(format!("{}, queue of the semaphore", key.id()));
-    queue.called(format!("{name}, queue of the semaphore"))
-}
-
-fn display_name(key: &Key) -> String {
-    key.name().map_or_else(|| key.to_string(), str::to_owned)
-}
-
-/// Recognizes the keys of a semaphore's permits and queue.
-pub(crate) struct Parts {
-    semaphore: Key,
-    name: String,
-    queue: Key,
-    hash: i64,
-}
-
-impl Parts {
-    pub(crate) fn of(semaphore: Key) -> Self {
-        let name = display_name(&semaphore);
-        let (queue, hash) = (queue_key(&semaphore, &name), slot_hash(&semaphore));
-        Self { semaphore, name, queue, hash }
+    /// Warns if a permit is in use that this semaphore does not have.
+    async fn take_census(&self, may: &Held) {
+        let beyond = self.layout.beyond(self.permits);
+        let census = match may.session().greatest_held(&self.key, beyond).await {
+            Ok(None) => Census::Due(Some(Instant::now())),
+            Ok(Some(permit)) => {
+                let slot = self.layout.slot(&Key::from(permit));
+                tracing::warn!(
+                    key = %self.key,
+                    permits = self.permits,
+                    others = slot.map(|slot| slot + 1),
+                    "a semaphore has more permits elsewhere; give it the same number everywhere"
+                );
+                Census::Done
+            }
+            // The role may not ask. If it was the session, the next statement fails.
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::debug!(key = %self.key, error, "cannot see the size of a semaphore");
+                Census::Done
+            }
+        };
+        *self.census.lock().unwrap_or_else(PoisonError::into_inner) = census;
     }
 
-    /// The key under its name, if it is one of them.
-    pub(crate) fn find(&self, key: &Key) -> Option<Key> {
-        if key == &self.queue {
-            return Some(self.queue.clone());
+    fn census_is_due(&self) -> bool {
+        match *self.census.lock().unwrap_or_else(PoisonError::into_inner) {
+            Census::Due(last) => {
+                self.permits < MAX_PERMITS
+                    && last.is_none_or(|last| last.elapsed() > CENSUS_INTERVAL)
+            }
+            Census::Done => false,
         }
-        let KeyId::BigInt(id) = key.id() else { return None };
-        let numbers = usize::try_from(id ^ self.hash).ok()?;
-        let (permits, slot) = ((numbers >> BITS) + 1, numbers & (MOST - 1));
-        let is_slot = slot < permits && permits <= MOST;
-        is_slot.then(|| slot_key(&self.semaphore, &self.name, permits, slot))
     }
+}
+
+/// Whether the pool had no connection in time.
+fn is_timeout(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Connect { source: sqlx::Error::PoolTimedOut, .. }
+            | Error::Pool { source: sqlx::Error::PoolTimedOut, .. }
+    )
 }
 
 impl fmt::Debug for Semaphore {

@@ -134,6 +134,7 @@ impl Driver {
                     key: self.first_key(),
                     source: sqlx::Error::PoolClosed,
                     locks: None,
+                    permits: None,
                 };
                 manager.fail_all(&Arc::new(error));
                 if session.is_some() && self.let_go() {

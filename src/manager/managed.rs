@@ -58,7 +58,12 @@ impl Managed {
                     // It was not the lock that was busy.
                     None if waiting.is_unasked() => {
                         let source = sqlx::Error::PoolTimedOut;
-                        return Err(Error::Pool { key: key.clone(), source, locks: None });
+                        return Err(Error::Pool {
+                            key: key.clone(),
+                            source,
+                            locks: None,
+                            permits: None,
+                        });
                     }
                     None => return Ok(None),
                     Some(answer) => match waiting.told(answer.ok()) {
@@ -105,6 +110,7 @@ impl Managed {
                 key: key.clone(),
                 source: sqlx::Error::PoolClosed,
                 locks: None,
+                permits: None,
             });
         }
         let now = Instant::now();

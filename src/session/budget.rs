@@ -123,7 +123,7 @@ impl Budget {
     ) -> Result<OwnedSemaphorePermit> {
         let error = |source| {
             let locks = self.in_use.load(Ordering::Relaxed);
-            Err(Error::Pool { key: key.clone(), source, locks: Some(locks) })
+            Err(Error::Pool { key: key.clone(), source, locks: Some(locks), permits: None })
         };
         let deadline = deadline(&self.pool, policy, Instant::now());
         let acquiring = Arc::clone(&self.permits).acquire_many_owned(number);

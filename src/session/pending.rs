@@ -470,7 +470,7 @@ impl Pending {
                 Err(_) => Waiting::Ended(Error::acquiring(&key, silence(slice.limit))),
             },
             () = session.pool.close_event() => {
-                Waiting::Ended(Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None })
+                Waiting::Ended(Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None, permits: None })
             }
             loss = session.lost() => Waiting::Ended(Error::broken(&key, &loss)),
         }
@@ -759,7 +759,14 @@ pub(crate) async fn lend(
         Ok(Ok(lent)) => return Ok(lent),
         Ok(Err(source)) => source,
         // The caller's time is over.
-        Err(_) => return Err(Error::Pool { key, source: sqlx::Error::PoolTimedOut, locks: None }),
+        Err(_) => {
+            return Err(Error::Pool {
+                key,
+                source: sqlx::Error::PoolTimedOut,
+                locks: None,
+                permits: None,
+            });
+        }
     };
     let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
     // With room for more connections, it was the server that did not answer.
@@ -768,7 +775,7 @@ pub(crate) async fn lend(
         // A login takes locks too.
         Error::OutOfLocks { key, source }
     } else if exhausted || matches!(source, sqlx::Error::PoolClosed) {
-        Error::Pool { key, source, locks: None }
+        Error::Pool { key, source, locks: None, permits: None }
     } else {
         Error::Connect { key, source }
     })

@@ -1,6 +1,7 @@
 //! Questions that a guard puts to its session.
 
 use std::collections::HashSet;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,16 +43,16 @@ impl Session {
         self.sort_out(key, slot, answer)
     }
 
-    /// Asks whether a permit of a semaphore is held that counts its permits differently.
-    pub(crate) async fn other_count(
+    /// Asks for the greatest of these numbers whose lock any session holds.
+    pub(crate) async fn greatest_held(
         self: &Arc<Self>,
         key: &Key,
-        permit: &Key,
+        numbers: RangeInclusive<i64>,
     ) -> Result<Option<i64>> {
         let mut slot = self.for_guard(key).await?;
         let answer = within(DEADLINE, async {
             let conn = self.tidied(&mut slot).await?;
-            sql::semaphore::other_count(conn.pg()?, permit.id()).await
+            sql::semaphore::greatest_held(conn.pg()?, numbers).await
         });
         let answer = answer.await;
         self.sort_out(key, slot, answer)

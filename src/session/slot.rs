@@ -66,7 +66,9 @@ impl Unavailable {
         match self {
             Self::Borrowed | Self::TimedOut => Error::Borrowed { key },
             Self::Lost(loss) => Error::lost(&key, loss),
-            Self::PoolClosed => Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None },
+            Self::PoolClosed => {
+                Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None, permits: None }
+            }
         }
     }
 }

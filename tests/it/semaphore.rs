@@ -250,36 +250,165 @@ async fn the_number_of_permits_is_from_1_to_1024() {
     assert_eq!((first.slot(), second.slot()), (0, 1));
 }
 
+/// As in a rolling deploy that changes the size, in either direction.
 #[tokio::test]
-async fn another_number_of_permits_is_told_to_who_comes_second() {
+async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
-    let three = || Semaphore::new(&pool, "seats", 3).unwrap();
-    let first = three().acquire().await.unwrap();
-    for second in [1, 2, 4, 1024] {
-        let second_semaphore = Semaphore::new(&pool, "seats", second).unwrap();
-        for refused in [
-            second_semaphore.acquire().await.map(drop),
-            second_semaphore.try_acquire().await.map(drop),
-            second_semaphore.try_acquire_for(SOON).await.map(drop),
-        ] {
-            let error = refused.unwrap_err();
-            assert!(matches!(error, Error::Options { .. }), "{error:?}");
-            assert_eq!(error.key(), &Key::from("seats"));
-            let told = error.to_string();
-            assert!(told.contains(&format!("{second} permits here")), "{told}");
-            assert!(told.contains("3 elsewhere"), "{told}");
+    let pool = db.pool(8).await;
+    let (three, five) =
+        (Semaphore::new(&pool, "seats", 3).unwrap(), Semaphore::new(&pool, "seats", 5).unwrap());
+    for order in [[&three, &five, &three, &five], [&five, &three, &five, &three]] {
+        let mut permits = Vec::new();
+        for semaphore in order.into_iter().cycle().take(12) {
+            permits.extend(semaphore.try_acquire().await.unwrap());
         }
-        // The first is not disturbed, and neither is who counts as it does.
-        first.verify().await.unwrap();
-        three().try_acquire().await.unwrap().unwrap().release().await.unwrap();
+        let slots: BTreeSet<_> = permits.iter().map(Permit::slot).collect();
+        assert_eq!((permits.len(), slots), (5, (0..5).collect()));
+
+        // Those of the larger are not for the smaller.
+        permits.retain(|permit| permit.slot() < 3);
+        locks_are(&mut admin, 3, SOON).await;
+        assert!(three.try_acquire().await.unwrap().is_none());
+        assert!(five.try_acquire().await.unwrap().is_some());
+        drop(permits);
+        no_locks(&mut admin).await;
     }
-    locks_are(&mut admin, 1, SOON).await;
-    first.release().await.unwrap();
-    Semaphore::new(&pool, "seats", 2).unwrap().acquire().await.unwrap().release().await.unwrap();
-    no_locks(&mut admin).await;
     borrow_all(&pool).await;
+}
+
+/// The time is one in which a waiter is queued anew if slices are short.
+#[tokio::test]
+async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
+    const WAITERS: usize = 4;
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(6).await;
+    let make = || Semaphore::new(&pool, "seats", 1).unwrap();
+    let held = make().acquire().await.unwrap();
+    let started = Instant::now();
+    let served = Arc::new(Mutex::new(Vec::new()));
+    let mut tasks = JoinSet::new();
+    for waiter in 0..WAITERS {
+        // As if in a process of its own.
+        let (semaphore, served) = (make(), Arc::clone(&served));
+        tasks.spawn(async move {
+            let permit = semaphore.acquire().await.unwrap();
+            served.lock().unwrap().push(waiter);
+            permit.release().await.unwrap();
+        });
+        if waiter == 0 {
+            first_waits(&mut admin, 2).await;
+        }
+        waiters_are(&mut admin, waiter).await;
+    }
+    sleep(Duration::from_secs(8).saturating_sub(started.elapsed())).await;
+    held.release().await.unwrap();
+    timeout(SOON * 20, tasks.join_all()).await.unwrap();
+    assert_eq!(*served.lock().unwrap(), (0..WAITERS).collect::<Vec<_>>());
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_waiter_finds_any_of_many_permits() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let semaphore = Semaphore::new(&pool, "seats", 1024).unwrap();
+    let first = semaphore.acquire().await.unwrap();
+    let locks = advisory_locks(&mut admin).await;
+    let base = locks.first().map(|lock| lock.classid << 32 | lock.objid).unwrap();
+    first.release().await.unwrap();
+    let mut holder = db.admin().await;
+    let hold = "SELECT count(pg_advisory_lock($1 + i)) FROM generate_series(0, 1023) AS i";
+    sqlx::query(hold).bind(base).execute(&mut holder).await.unwrap();
+    assert!(semaphore.try_acquire().await.unwrap().is_none());
+    for slot in [1023_i64, 0, 700] {
+        let waiter = semaphore.clone();
+        let waiting = spawn(async move { waiter.acquire().await.unwrap() });
+        first_waits(&mut admin, 1025).await;
+        let unlock = sqlx::query("SELECT pg_advisory_unlock($1)").bind(base + slot);
+        unlock.execute(&mut holder).await.unwrap();
+        let permit = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+        assert_eq!(i64::try_from(permit.slot()).unwrap(), slot);
+        permit.release().await.unwrap();
+        let lock = sqlx::query("SELECT pg_advisory_lock($1)").bind(base + slot);
+        lock.execute(&mut holder).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn all_waiters_learn_at_once_that_the_pool_has_no_connection() {
+    const WAITERS: usize = 20;
+    let db = TestDb::new().await;
+    let pool = PgPoolOptions::new()
+        .max_connections(3)
+        .acquire_timeout(SOON)
+        .connect_with(db.options())
+        .await
+        .unwrap();
+    let semaphore = Semaphore::new(&pool, "seats", WAITERS).unwrap();
+    // As many as the pool lends to locks.
+    let held = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
+    let started = Instant::now();
+    let mut waiters = JoinSet::new();
+    for waiter in 0..WAITERS {
+        let semaphore = semaphore.clone();
+        waiters.spawn(async move {
+            let found = if waiter % 2 == 0 {
+                semaphore.acquire().await.map(Some)
+            } else {
+                semaphore.try_acquire_for(SOON * 30).await
+            };
+            found.map(drop).unwrap_err()
+        });
+    }
+    for error in waiters.join_all().await {
+        assert!(matches!(error, Error::Pool { permits: Some(WAITERS), .. }), "{error:?}");
+        assert!(error.to_string().contains("the semaphore's 20 permits"), "{error}");
+        assert!(error.is_transient());
+    }
+    let took = started.elapsed();
+    assert!(took >= SOON && took < SOON * 4, "{took:?}");
+    // What comes later is not concerned.
+    drop(held);
+    let later = timeout(SOON * 10, semaphore.acquire()).await.unwrap().unwrap();
+    later.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn closing_the_pool_ends_every_wait() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let (pool, other) = (db.pool(4).await, db.pool(2).await);
+    let held = Semaphore::new(&other, "seats", 1).unwrap().acquire().await.unwrap();
+    let (here, there) =
+        (Semaphore::new(&pool, "seats", 1).unwrap(), Semaphore::new(&pool, "seats", 1).unwrap());
+    let mut tasks = JoinSet::new();
+    // The first in the server's queue, the one behind it there, and two in the process.
+    for (task, semaphore) in [&here, &there, &here, &there].into_iter().enumerate() {
+        let semaphore = semaphore.clone();
+        tasks.spawn(async move {
+            if task == 2 {
+                return semaphore.try_acquire_for(SOON * 60).await.map(drop);
+            }
+            semaphore.acquire().await.map(drop)
+        });
+        if task == 0 {
+            first_waits(&mut admin, 2).await;
+        }
+    }
+    waiters_are(&mut admin, 1).await;
+    let started = Instant::now();
+    timeout(SOON * 10, pool.close()).await.unwrap();
+    while let Some(ended) = timeout(SOON * 10, tasks.join_next()).await.unwrap() {
+        let error = ended.unwrap().unwrap_err();
+        let closed = matches!(error, Error::Pool { source: sqlx::Error::PoolClosed, .. });
+        assert!(closed, "{error:?}");
+    }
+    assert!(started.elapsed() < SOON * 2, "{:?}", started.elapsed());
+    locks_are(&mut admin, 1, SOON).await;
+    held.release().await.unwrap();
 }
 
 #[tokio::test]
