@@ -614,9 +614,10 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
     const WAITERS: usize = 20;
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    // Two for the permits, one to wait. Another that waited would soon fail for want of a connection.
+    // Two for the permits, one to wait, and two that locks leave to queries. Another that waited would soon fail
+    // for want of a connection.
     let pool = PgPoolOptions::new()
-        .max_connections(3)
+        .max_connections(5)
         .acquire_timeout(SOON * 2)
         .connect_with(db.options())
         .await
@@ -674,7 +675,10 @@ async fn a_bounded_wait_ends_in_time() {
     }
 
     // Where the pool has no connection, that is told, and in time too.
-    let rest = (pool.acquire().await.unwrap(), pool.acquire().await.unwrap());
+    let mut rest = Vec::new();
+    for _ in 1..pool.options().get_max_connections() {
+        rest.push(pool.acquire().await.unwrap());
+    }
     for patience in [PATIENCE, Duration::from_millis(5)] {
         let started = Instant::now();
         let error = semaphore.try_acquire_for(patience).await.unwrap_err();

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
-use pglock::{Error, Lock, LockManager, Loss, Semaphore};
+use pglock::{Election, Error, Lock, LockManager, Loss, Semaphore};
 use pglock_testkit::{TestDb, advisory_locks, eventually};
 use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
@@ -224,6 +224,43 @@ async fn a_semaphore_is_told_by_its_name() {
     for span in spans {
         assert_eq!(span.field("name"), error.key().name());
     }
+}
+
+#[tokio::test]
+async fn a_permit_of_a_larger_semaphore_is_warned_of_once() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let large = Semaphore::new(&pool, "printers", 3).unwrap();
+    let small = Semaphore::new(&pool, "printers", 2).unwrap();
+    let mut permits = Vec::new();
+    for _ in 0..3 {
+        permits.push(large.acquire().await.unwrap());
+    }
+    // Two of these are of the smaller one too.
+    permits.retain(|permit| permit.slot() > 0);
+    let told = Told::from_now_on();
+    large.acquire().await.unwrap().release().await.unwrap();
+    assert_eq!(told.events(Level::WARN).len(), 0);
+    for _ in 0..2 {
+        small.acquire().await.unwrap().release().await.unwrap();
+    }
+    let warned = told.events(Level::WARN);
+    let [warning] = warned.as_slice() else { panic!("{warned:#?}") };
+    assert_eq!((warning.field("permits"), warning.field("others")), (Some("2"), Some("3")));
+}
+
+#[tokio::test]
+async fn the_error_of_a_leader_is_warned_of() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut election = Election::new(&pool, "billing");
+    let told = Told::from_now_on();
+    let run = election.run(sleep(MOMENT), |_| async { Err("the mail server is down") });
+    assert!(matches!(run.await, Err(Error::Leading { .. })));
+    let warned = told.events(Level::WARN);
+    let [warning] = warned.as_slice() else { panic!("{warned:#?}") };
+    assert_eq!(warning.field("error"), Some("the mail server is down"));
+    assert!(warning.field("pause_ms").is_some());
 }
 
 /// A future that was never polled has acquired nothing, and so tells nothing.
