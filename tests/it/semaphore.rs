@@ -329,7 +329,7 @@ async fn a_waiter_finds_any_of_many_permits() {
         first_waits(&mut admin, 1025).await;
         let unlock = sqlx::query("SELECT pg_advisory_unlock($1)").bind(base + slot);
         unlock.execute(&mut holder).await.unwrap();
-        let permit = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+        let permit = timeout(SOON * 60, waiting).await.unwrap().unwrap();
         assert_eq!(i64::try_from(permit.slot()).unwrap(), slot);
         permit.release().await.unwrap();
         let lock = sqlx::query("SELECT pg_advisory_lock($1)").bind(base + slot);

@@ -1,14 +1,18 @@
 //! `pglock elect`: a command that runs on one machine, as long as that leads.
 
-use std::error::Error as _;
+use std::cell::RefCell;
 use std::ffi::OsString;
+use std::future::poll_fn;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use clap::Args;
 use nix::unistd::gethostname;
-use pglock::{Election, Leadership, Result};
+use pglock::{Election, Error, LeaderState, LeaderStatus, Leadership};
 use sqlx::PgPool;
-use tokio::time::sleep;
+use tokio::sync::Mutex;
 
 use crate::child::Child;
 use crate::connect::{connect, disconnect};
@@ -21,8 +25,9 @@ use crate::target::Target;
 ///
 /// Waits until it is elected, and runs the command. If it does not lead any more, because the
 /// connection broke or somebody ended the session, the command is sent SIGTERM, and SIGKILL if it has
-/// not ended after the time of --grace. When the command has ended, whatever its exit code, it
-/// resigns, and after a second it waits to be elected again.
+/// not ended after the time of --grace. When the command has ended, it resigns, and waits to be elected again;
+/// after a pause, if the command has ended within a second, or failed within a minute. The pause is one to two
+/// seconds at first, and grows to a minute.
 #[derive(Args, Debug)]
 #[command(after_long_help = MORE)]
 pub(crate) struct ElectArgs {
@@ -75,101 +80,115 @@ Examples:
   pglock elect billing -- ./send-invoices --daemon
   pglock elect --name \"$POD_NAME\" --grace 30 scheduler -- ./scheduler";
 
-/// How long to wait between two turns, and before a campaign is tried again that failed.
-const AGAIN: Duration = Duration::from_secs(1);
-
 pub(crate) async fn run(args: ElectArgs, url: Option<&str>) -> Result<Exit, Failure> {
     let mut signals = Signals::listen()?;
     let pool = tokio::select! {
         biased;
-        () = told_to_stop(&mut signals) => return Ok(Exit::FINE),
+        () = poll_fn(|cx| signals.poll_stop(cx)) => return Ok(Exit::FINE),
         pool = connect(url) => pool?,
     };
-    let ended = run_on(&pool, &mut signals, &args).await;
+    let ended = run_on(&pool, signals, &args).await;
     disconnect(pool).await;
     ended
 }
 
-async fn run_on(pool: &PgPool, signals: &mut Signals, args: &ElectArgs) -> Result<Exit, Failure> {
+async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exit, Failure> {
     let name = args.name.clone().unwrap_or_else(host);
-    let mut election = Election::new(pool, &args.key.key).candidate(name);
-    loop {
-        let leadership = tokio::select! {
-            biased;
-            () = told_to_stop(signals) => return Ok(Exit::FINE),
-            elected = campaign(&mut election) => elected?,
-        };
-        if let Some(exit) = lead(leadership, signals, args).await? {
-            return Ok(exit);
+    // The command has a grace period of its own.
+    let mut election = Election::new(pool, &args.key.key).candidate(name).grace(Duration::MAX);
+    let status = election.status();
+    let signals = Mutex::new(signals);
+    // How to exit, once that is known.
+    let exit = RefCell::new(None);
+    let stop = poll_fn(|cx| {
+        if exit.borrow().is_some() {
+            return Poll::Ready(());
         }
-        tokio::select! {
-            biased;
-            () = told_to_stop(signals) => return Ok(Exit::FINE),
-            () = sleep(AGAIN) => {}
-        }
-    }
-}
-
-/// Waits to be elected. What fails for a reason that passes, is tried again.
-async fn campaign(election: &mut Election) -> Result<Leadership> {
-    let mut complaint = None;
-    loop {
-        match election.campaign().await {
-            Err(error) if error.is_transient() => {
-                // Once, and again when something else is wrong.
-                let reason = (error.to_string(), error.source().map(ToString::to_string));
-                if complaint.as_ref() != Some(&reason) {
-                    complain(&error);
-                    say(format_args!("trying again each second"));
-                    complaint = Some(reason);
-                }
-                sleep(AGAIN).await;
+        // A command that runs has them.
+        signals.try_lock().map_or(Poll::Pending, |mut signals| signals.poll_stop(cx))
+    });
+    let lead = |leadership: Arc<Leadership>| {
+        let (signals, exit) = (&signals, &exit);
+        async move {
+            if leadership.is_stopping() {
+                return Ok(());
             }
-            result => return result,
+            match lead(&leadership, &mut *signals.lock().await, args).await {
+                Ok(Ended::Term(status)) if status.success() => Ok(()),
+                // The pause before the next term grows.
+                Ok(Ended::Term(status)) => Err(format!("the command ended with {status}")),
+                Ok(Ended::Program(code)) => {
+                    exit.replace(Some(Ok(code)));
+                    Ok(())
+                }
+                Err(failure) => {
+                    exit.replace(Some(Err(failure)));
+                    Ok(())
+                }
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        ran = election.run(stop, lead) => match ran {
+            // The command has failed, which was said.
+            Ok(()) | Err(Error::Leading { .. }) => {}
+            Err(error) => return Err(error.into()),
+        },
+        () = complain_of_failures(status) => {}
+    }
+    exit.into_inner().unwrap_or(Ok(Exit::FINE))
+}
+
+/// Says why no campaign succeeds: once, and again when something else is wrong.
+async fn complain_of_failures(mut status: LeaderStatus) {
+    loop {
+        match status.changed().await {
+            LeaderState::Failing { error, .. } if !matches!(*error, Error::Leading { .. }) => {
+                complain(&*error);
+                say(format_args!("trying again each second"));
+            }
+            _ => {}
         }
     }
 }
 
-/// Runs the command for a turn. Returns how to exit, if that was the last.
+/// What has ended with a command.
+enum Ended {
+    Program(Exit),
+    Term(ExitStatus),
+}
+
+/// Runs the command for a term.
 async fn lead(
-    leadership: Leadership,
+    leadership: &Leadership,
     signals: &mut Signals,
     args: &ElectArgs,
-) -> Result<Option<Exit>, Failure> {
+) -> Result<Ended, Failure> {
     let term = leadership.term();
     say(format_args!("elected, term {term}"));
     // What comes from now on, the command gets, from the terminal or from us.
     while let Some(told) = signals.try_next() {
         if told.is_stop() || told.is_hang_up() {
-            leadership.resign().await?;
-            return Ok(Some(Exit::FINE));
+            return Ok(Ended::Program(Exit::FINE));
         }
     }
     let env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", term.to_string())];
     let child = Child::start(&args.command, env)?;
     let ended = child.supervise(signals, leadership.lost(), args.grace).await?;
     let lost = ended.lost || {
-        let resigned = leadership.resign().await;
-        // It may have been lost already, and nobody knew.
-        resigned.inspect_err(|error| complain(error)).is_err()
+        // It may have been lost without a notice.
+        leadership.verify().await.inspect_err(|error| complain(error)).is_err()
     };
     let exit = Exit::of(ended.status);
     say(format_args!("term {term} is over; the command ended with {exit}"));
     Ok(if ended.is_stopped() {
-        Some(if ended.by_what_it_was_told() { Exit::FINE } else { exit })
+        Ended::Program(if ended.by_what_it_was_told() { Exit::FINE } else { exit })
+    } else if args.once {
+        Ended::Program(if lost { Exit::Code(LOST) } else { exit })
     } else {
-        args.once.then_some(if lost { Exit::Code(LOST) } else { exit })
+        Ended::Term(ended.status)
     })
-}
-
-/// Waits for a signal that ends a program that has no command to pass it on to.
-async fn told_to_stop(signals: &mut Signals) {
-    loop {
-        let told = signals.next().await;
-        if told.is_stop() || told.is_hang_up() {
-            return;
-        }
-    }
 }
 
 fn host() -> String {

@@ -25,7 +25,7 @@ pub(crate) struct RunArgs {
     #[arg(short, long, conflicts_with = "permits")]
     shared: bool,
 
-    /// Hold one of so many permits of a semaphore; all who use it must say the same number
+    /// Hold one of so many permits of a semaphore; of different numbers, the largest counts
     #[arg(short, long, value_name = "N")]
     permits: Option<usize>,
 

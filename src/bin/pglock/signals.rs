@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::future::pending;
+use std::task::{Context, Poll};
 use std::thread;
 
 use nix::sys::signal::Signal;
@@ -73,6 +74,19 @@ impl Signals {
         match self.0.recv().await {
             Some(told) => told,
             None => pending().await,
+        }
+    }
+
+    /// Waits for a signal that ends a program that has no command to pass it on to.
+    pub(crate) fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match self.0.poll_recv(cx) {
+                Poll::Ready(Some(told)) if told.is_stop() || told.is_hang_up() => {
+                    return Poll::Ready(());
+                }
+                Poll::Ready(Some(_)) => {}
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            }
         }
     }
 
