@@ -66,7 +66,7 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
 }
 
 #[tokio::test]
-async fn a_session_is_listened_to_again_after_its_connection_was_lent() {
+async fn a_session_is_polled_again_after_its_connection_was_borrowed() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let guard = patient().lock(&db.pool(3).await, 1).unwrap().acquire().await.unwrap();
@@ -98,7 +98,7 @@ async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() 
 }
 
 #[tokio::test]
-async fn a_lent_connection_that_is_terminated_is_told() {
+async fn the_end_of_a_borrowed_connection_is_reported() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use pglock::LockManager;
 use pglock_testkit::{Environment, TestDb, advisory_locks, eventually};
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{PgConnection, PgPool, Row};
+use sqlx::{PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -78,6 +79,12 @@ pub(crate) fn rounds(count: usize) -> usize {
 
 /// After which a session is monitored: the default interval of the heartbeat, and some time to start.
 pub(crate) const WATCHED: Duration = Duration::from_millis(2_200);
+
+/// [`WATCHED`], as the environment has it: the monitor connects then, which takes several round trips.
+pub(crate) fn watched() -> Duration {
+    const INTERVAL: Duration = Duration::from_secs(2);
+    INTERVAL + Environment::current().limit(WATCHED - INTERVAL)
+}
 
 /// Waits until the server knows of exactly `count` advisory locks, held or waited for.
 pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
@@ -167,11 +174,11 @@ pub(crate) async fn dropped_at(points: usize, mut sweep: impl AsyncFnMut() -> us
 /// Borrows every connection of the pool at once; returns their backends, after asking each whether
 /// it holds a lock or is inside a transaction.
 pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
-    let mut lent = Vec::new();
+    let mut borrowed = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
         // The pool lends all its connections within a second; a manager keeps one for another second.
-        let mut conn = tokio::time::timeout(soon() * 2, pool.acquire()).await.unwrap().unwrap();
+        let mut conn = tokio::time::timeout(soon() * 2, acquire(pool)).await.unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         // Exact, because other functions may be in front of these in the search path. The view `pg_locks`
         // may be revoked; what is behind it is not.
@@ -189,9 +196,19 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
         assert_eq!(locks, 0, "a pooled connection holds a lock");
         assert!(!in_transaction, "a pooled connection is inside a transaction");
         pids.push(pid);
-        lent.push(conn);
+        borrowed.push(conn);
     }
     pids
+}
+
+/// Borrows a connection, however short the timeout of the pool.
+async fn acquire(pool: &PgPool) -> PoolConnection<Postgres> {
+    loop {
+        match pool.acquire().await {
+            Err(sqlx::Error::PoolTimedOut) => {}
+            acquired => return acquired.unwrap(),
+        }
+    }
 }
 
 /// A pool that soon says so when the server is gone: for half a minute it would go on connecting.

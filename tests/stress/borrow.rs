@@ -59,7 +59,7 @@ impl Member {
 
 /// Uses the connection. Returns the backend that has answered.
 async fn work(connection: &mut PgConnection, purpose: Use) -> sqlx::Result<i32> {
-    const QUERY: &str = "SELECT pg_backend_pid() FROM pg_sleep(0.002)";
+    const QUERY: &str = "SELECT pg_catalog.pg_backend_pid() FROM pg_catalog.pg_sleep(0.002)";
     match purpose {
         Use::Begin => {
             sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
@@ -74,7 +74,7 @@ async fn work(connection: &mut PgConnection, purpose: Use) -> sqlx::Result<i32> 
         Use::Fail => {
             let pid = sqlx::query_scalar(QUERY).fetch_one(&mut *connection).await?;
             sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
-            match sqlx::query("SELECT 1 / (random() * 0)::int").execute(connection).await {
+            match sqlx::query("SELECT 1 OPERATOR(pg_catalog./) 0").execute(connection).await {
                 Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22012") => {
                     Ok(pid)
                 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pglock_testkit::cancel_after;
+use pglock_testkit::{Environment, cancel_after};
 use tokio::time::timeout;
 
 use crate::dice::Dice;
@@ -81,7 +81,8 @@ impl Calls {
         calls
     }
 
-    /// Makes a call that must end within its limit, unless it is interrupted before.
+    /// Makes a call that must end within its limit, as the environment has it, unless it is interrupted
+    /// before.
     pub(crate) async fn make<F: Future>(
         &self,
         verb: &'static str,
@@ -89,6 +90,7 @@ impl Calls {
         interruption: Interruption,
         call: F,
     ) -> Ended<F::Output> {
+        let limit = Environment::current().limit(limit);
         let listed = self.list(verb, limit);
         let bounded = timeout(limit, async {
             match interruption {

@@ -1,4 +1,5 @@
-//! Random operations on a few keys, from many handles and tasks at once, keep every guarantee.
+//! Random operations on a few keys, from many handles and tasks at once, keep every guarantee, in an
+//! environment of the testkit that the seed chooses.
 //!
 //! Checked throughout: mutual exclusion among guards that are not lost, fencing tokens that grow, errors of
 //! expected kinds only, and a bound for every call. Checked at the end: no lock, no waiter, and a pool that
@@ -8,6 +9,7 @@
 //! |---|---|
 //! | `PGLOCK_STRESS_OPERATIONS` | the number of operations of both tests together (10,000) |
 //! | `PGLOCK_STRESS_SEED` | repeats the choices of a run, though not its interleaving |
+//! | `PGLOCK_TEST_ENVIRONMENT` | the environment, instead of the one that the seed chooses |
 //! | `PGLOCK_STRESS_WITHOUT` | verbs to leave out, separated by spaces, to look past a known failure |
 
 #![expect(
@@ -30,10 +32,11 @@ mod calls;
 mod dice;
 
 use std::env;
-use std::sync::Arc;
+use std::iter;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
-use pglock_testkit::{TestDb, advisory_locks, eventually};
+use pglock_testkit::{ENVIRONMENTS, Environment, PLAIN, TestDb, advisory_locks, eventually};
 use sqlx::{PgPool, Row as _};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -63,9 +66,10 @@ async fn random_operations_among_killed_and_cancelled_backends_keep_every_guaran
 
 async fn stress(weather: Weather) {
     let operations = number("PGLOCK_STRESS_OPERATIONS").unwrap_or(10_000) / 2;
-    let seed = number("PGLOCK_STRESS_SEED").unwrap_or_else(|| {
-        u64::from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos())
-    });
+    let seed = *SEED;
+    let environment = environment(seed);
+    // A round trip that takes longer makes an operation take longer.
+    let operations = operations / environment.limit(Duration::from_secs(1)).as_secs();
     let db = TestDb::new().await;
     let pool = db.pool(CONNECTIONS).await;
     let world = World::new(&db, &pool, weather, seed, operations).await;
@@ -88,26 +92,48 @@ async fn stress(weather: Weather) {
 
     drop(world);
     nothing_is_left(&db, &pool).await;
-    timeout(SETTLED, pool.close()).await.expect("the pool closes");
+    timeout(settled(), pool.close()).await.expect("the pool closes");
+}
+
+/// Both tests of the process have the same seed, and so the same environment.
+static SEED: LazyLock<u64> = LazyLock::new(|| {
+    number("PGLOCK_STRESS_SEED").unwrap_or_else(|| {
+        u64::from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos())
+    })
+});
+
+/// Returns the environment of the process. The seed chooses any in which a pool can have more connections
+/// than guards need; on a server of the user's it is the plain one, because the others need their own.
+fn environment(seed: u64) -> &'static Environment {
+    if env::var("DATABASE_URL").is_ok_and(|url| !url.is_empty()) {
+        return Environment::current();
+    }
+    let rows = iter::once(&PLAIN).chain(ENVIRONMENTS);
+    let rows: Vec<_> = rows.filter(|row| row.has_connections(CONNECTIONS)).collect();
+    Environment::current_or(rows[Dice::new(seed).place(rows.len())])
+}
+
+fn settled() -> Duration {
+    Environment::current().limit(SETTLED)
 }
 
 /// Waits until nothing is left of the operations: on the server, and in the pool.
 async fn nothing_is_left(db: &TestDb, pool: &PgPool) {
     let admin = Mutex::new(db.admin().await);
     let no_locks = async || advisory_locks(&mut *admin.lock().await).await.is_empty();
-    eventually("the server has no advisory lock and no waiter", SETTLED, no_locks).await;
+    eventually("the server has no advisory lock and no waiter", settled(), no_locks).await;
     let idle = async || pool.num_idle() == usize::try_from(pool.size()).unwrap();
-    eventually("the pool has all its connections back, idle", SETTLED, idle).await;
+    eventually("the pool has all its connections back, idle", settled(), idle).await;
 
     // A lost slot of the pool is not seen in its counts, but in how many it still lends.
     let mut borrowed = Vec::new();
     for _ in 0..CONNECTIONS {
-        let mut connection = timeout(SETTLED, pool.acquire()).await.expect("a slot").unwrap();
+        let mut connection = timeout(settled(), pool.acquire()).await.expect("a slot").unwrap();
         // By the simple protocol, in which both times are the same outside of a transaction.
-        let row = sqlx::raw_sql("SELECT now() <> statement_timestamp()")
-            .fetch_one(&mut *connection)
-            .await
-            .unwrap();
+        let row = sqlx::raw_sql(
+            "SELECT pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp()",
+        );
+        let row = row.fetch_one(&mut *connection).await.unwrap();
         assert!(!row.get::<bool, _>(0), "a pooled connection is inside of a transaction");
         borrowed.push(connection);
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pglock::{Error, LockManager, LockOptions, Loss};
-use pglock_testkit::TestDb;
+use pglock_testkit::{Environment, TestDb, VARIABLE};
 use sqlx::{PgConnection, PgPool};
 
 use crate::calls::Calls;
@@ -66,7 +66,7 @@ impl World {
             manager: options.manager(pool).unwrap(),
             options,
             table: Table::default(),
-            calls: Calls::start(format!("{weather:?}, PGLOCK_STRESS_SEED={seed}")),
+            calls: Calls::start(format!("{weather:?}, {}", repeat(seed))),
             admin: tokio::sync::Mutex::new(db.admin().await),
             weather,
             seed,
@@ -161,8 +161,7 @@ impl World {
     )]
     pub(crate) fn summarize(&self) {
         let (weather, seconds) = (self.weather, self.started.elapsed().as_secs_f64());
-        let mut lines =
-            format!("\n{weather:?} for {seconds:.1} s; PGLOCK_STRESS_SEED={}", self.seed);
+        let mut lines = format!("\n{weather:?} for {seconds:.1} s; {}", repeat(self.seed));
         for (what, count) in locked(&self.tally).iter() {
             write!(lines, "\n{count:>8}  {what}").unwrap();
         }
@@ -173,12 +172,17 @@ impl World {
         let failures = locked(&self.failures);
         assert!(
             failures.is_empty(),
-            "{} failures with PGLOCK_STRESS_SEED={}:\n{}",
+            "{} failures with {}:\n{}",
             failures.len(),
-            self.seed,
+            repeat(self.seed),
             failures.join("\n"),
         );
     }
+}
+
+/// The variables that repeat a run.
+fn repeat(seed: u64) -> String {
+    format!("PGLOCK_STRESS_SEED={seed} {VARIABLE}={}", Environment::current().name)
 }
 
 /// Locks a mutex whose other users may have panicked.

@@ -5,7 +5,7 @@
 //! [`TestDb::admin`](crate::TestDb::admin) stays a direct connection of a superuser.
 
 use std::env;
-use std::sync::{LazyLock, OnceLock};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
@@ -170,11 +170,6 @@ pub const ENVIRONMENTS: &[Environment] = &[
             ("interop::a_name_is_the_same_lock_in_sqlx", NEEDS_TWO),
             ("interop::every_number_is_a_key", NEEDS_TWO),
             ("wait::a_long_wait_costs_others_nothing", NEEDS_TWO),
-            ("loss::a_session_is_listened_to_once", NEEDS_TWO),
-            (
-                "loss::a_terminated_session_is_told_at_once",
-                "without a spare connection to listen with, a loss is reported at the next heartbeat",
-            ),
             ("own_session::both::cancel::an_upgrade_that_outlives", NEEDS_TWO),
             ("own_session::both::errors::deadlock::between_two_sharers", NEEDS_TWO),
             ("own_session::both::go_pglock::different_ids_are_independent", NEEDS_TWO),
@@ -284,17 +279,27 @@ pub const ENVIRONMENTS: &[Environment] = &[
 impl Environment {
     /// Returns the environment of this process. Panics if `PGLOCK_TEST_ENVIRONMENT` names none.
     pub fn current() -> &'static Self {
-        static CURRENT: LazyLock<&Environment> = LazyLock::new(|| {
+        Self::current_or(&PLAIN)
+    }
+
+    /// The same for a process that runs in `default` if the variable is not set. Must be called before
+    /// anything else that depends on the environment.
+    pub fn current_or(default: &'static Self) -> &'static Self {
+        static CURRENT: OnceLock<&Environment> = OnceLock::new();
+
+        CURRENT.get_or_init(|| {
             let name = env::var(VARIABLE).unwrap_or_default();
-            if name.is_empty() || name == PLAIN.name {
+            if name.is_empty() {
+                return default;
+            }
+            if name == PLAIN.name {
                 return &PLAIN;
             }
-            Environment::named(&name).unwrap_or_else(|| {
+            Self::named(&name).unwrap_or_else(|| {
                 let names: Vec<_> = ENVIRONMENTS.iter().map(|known| known.name).collect();
                 panic!("{VARIABLE} is {name:?}; the environments are {}", names.join(", "))
             })
-        });
-        *CURRENT
+        })
     }
 
     /// Returns the row of [`ENVIRONMENTS`] with this name.
@@ -305,6 +310,11 @@ impl Environment {
     /// Whether this is the environment without peculiarities.
     pub fn is_plain(&self) -> bool {
         self.name == PLAIN.name
+    }
+
+    /// Whether a pool can have so many connections here.
+    pub fn has_connections(&self, count: u32) -> bool {
+        count <= self.max_connections
     }
 
     /// Returns a time limit that is right here: `limit` itself in the plain environment, and longer
