@@ -420,6 +420,9 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
     }
     for ((session, _), (uses, granted)) in sessions.iter().zip(before) {
         let held = held.remove(&session.backend_pid()).unwrap_or_default();
+        // A release may have begun before the question, and reached the server before the answer. It takes
+        // what it releases out of the ledger first.
+        let granted = in_both(&granted, &session.ledger().granted_by_server());
         match &answer {
             Ok(_) if holds(&held, &granted) => session.trust(asked),
             // It may have been released meanwhile, unless its connection is still in the same use.
@@ -431,6 +434,17 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
             Ok(_) | Err(_) => {}
         }
     }
+}
+
+/// What was granted before, and is still counted.
+fn in_both(before: &[(KeyId, Modes)], now: &[(KeyId, Modes)]) -> Vec<(KeyId, Modes)> {
+    let now: HashMap<_, _> = now.iter().copied().collect();
+    let still = before.iter().filter_map(|&(key, before)| {
+        let now = now.get(&key)?;
+        let exclusive = before.exclusive && now.exclusive;
+        Some((key, Modes { exclusive, shared: before.shared && now.shared }))
+    });
+    still.collect()
 }
 
 /// Whether all that was granted is held.

@@ -405,9 +405,13 @@ impl Pending {
                 Waiting::TimedOut => return Ok(None),
             };
             self.stage = Stage::Trying;
-            let granted = match self.is_granted(granted, key, mode).await {
-                Ok(granted) => granted,
-                Err(error) => return Err(self.fail(error).await),
+            let limit = policy.answer_limit();
+            let granted = match timeout(limit, self.is_granted(granted, key, mode)).await {
+                Ok(Ok(granted)) => granted,
+                Ok(Err(error)) => return Err(self.fail(error).await),
+                // The drop of `self` cleans up.
+                Err(_) if left.is_some() => return Ok(None),
+                Err(_) => return Err(self.fail(silence(limit)).await),
             };
             self.stage = Stage::Idle;
             if granted {
@@ -526,19 +530,16 @@ impl Pending {
         let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
         };
-        within(DEADLINE, async {
-            match sql::backend::holdings(conn.pg()?, &[pid]).await {
-                Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
-                // The role may not ask. Then the server warns of what was not held.
-                Err(error) if is_answer(&error) => {
-                    let lock = sql::release::each_mode(&[(key, mode)]);
-                    sql::release::unlock_all(conn.pg()?, &lock, false).await?;
-                    Ok(false)
-                }
-                Err(error) => Err(error),
+        match sql::backend::holdings(conn.pg()?, &[pid]).await {
+            Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
+            // The role may not ask. Then the server warns of what was not held.
+            Err(error) if is_answer(&error) => {
+                let lock = sql::release::each_mode(&[(key, mode)]);
+                sql::release::unlock_all(conn.pg()?, &lock, false).await?;
+                Ok(false)
             }
-        })
-        .await
+            Err(error) => Err(error),
+        }
     }
 
     /// Another backend has answered.

@@ -4,10 +4,13 @@ use std::env;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pglock_testkit::{ENVIRONMENTS, Environment, VARIABLE};
 use tokio::process::Command;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::support::report;
@@ -26,8 +29,10 @@ const FEW: &[&str] = &[
 ];
 /// How long the tests of an environment may take, of which the slowest takes two minutes.
 const LIMIT: Duration = Duration::from_mins(10);
+/// How many environments run at a time: most tests wait for a time that must pass, or for a disk.
+const AT_A_TIME: usize = 2;
 
-/// Runs each environment in a process of its own, one after another.
+/// Runs each environment in a process of its own, [`AT_A_TIME`].
 #[tokio::test]
 async fn every_kind_of_lock_behaves_the_same_everywhere() {
     let selection = env::var(SELECTION).unwrap_or_default();
@@ -36,17 +41,26 @@ async fn every_kind_of_lock_behaves_the_same_everywhere() {
         "" | "all" => ENVIRONMENTS.iter().collect(),
         names => names.split(',').map(|name| Environment::named(name).unwrap()).collect(),
     };
-    let mut failures = Vec::new();
+    let turns = Arc::new(Semaphore::new(AT_A_TIME));
+    let mut runs = JoinSet::new();
     for row in rows {
-        let started = Instant::now();
-        let outcome = run(row, filters).await;
-        let took = started.elapsed().as_secs();
-        match &outcome {
-            Ok(passed) => report(format!("{}: {passed} passed in {took} s", row.name)),
-            Err(printed) => report(format!("{} failed after {took} s:\n{printed}", row.name)),
-        }
-        if outcome.is_err() {
-            failures.push(row.name);
+        let turns = Arc::clone(&turns);
+        runs.spawn(async move {
+            let _turn = turns.acquire_owned().await.unwrap();
+            let started = Instant::now();
+            let outcome = run(row, filters).await;
+            (row.name, outcome, started.elapsed().as_secs())
+        });
+    }
+    let mut failures = Vec::new();
+    while let Some(ended) = runs.join_next().await {
+        let (name, outcome, took) = ended.unwrap();
+        match outcome {
+            Ok(passed) => report(format!("{name}: {passed} passed in {took} s")),
+            Err(printed) => {
+                report(format!("{name} failed after {took} s:\n{printed}"));
+                failures.push(name);
+            }
         }
     }
     assert!(failures.is_empty(), "failed in {failures:?}");

@@ -9,11 +9,11 @@ use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks};
+use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon};
 
 /// Gives up after a second; the server after three.
 pub(crate) fn impatient() -> LockOptions {
-    let second = Duration::from_secs(1);
+    let second = soon();
     LockOptions::new().heartbeat(second / 2, second / 2).server_gives_up(second, second, 2)
 }
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sqlx::postgres::{PgArguments, Postgres};
+use sqlx::query::QueryScalar;
 use sqlx::{Connection as _, PgConnection};
 use tokio::time::timeout;
 
@@ -57,24 +59,29 @@ impl Member {
     }
 }
 
+/// Not prepared for later: the pool may have its connections run `DISCARD ALL` in between.
+fn query() -> QueryScalar<'static, Postgres, i32, PgArguments> {
+    const QUERY: &str = "SELECT pg_catalog.pg_backend_pid() FROM pg_catalog.pg_sleep(0.002)";
+    sqlx::query_scalar(QUERY).persistent(false)
+}
+
 /// Uses the connection. Returns the backend that has answered.
 async fn work(connection: &mut PgConnection, purpose: Use) -> sqlx::Result<i32> {
-    const QUERY: &str = "SELECT pg_catalog.pg_backend_pid() FROM pg_catalog.pg_sleep(0.002)";
     match purpose {
         Use::Begin => {
             sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
-            sqlx::query_scalar(QUERY).fetch_one(connection).await
+            query().fetch_one(connection).await
         }
         Use::Commit => {
             let mut transaction = connection.begin().await?;
-            let pid = sqlx::query_scalar(QUERY).fetch_one(&mut *transaction).await?;
+            let pid = query().fetch_one(&mut *transaction).await?;
             transaction.commit().await?;
             Ok(pid)
         }
         Use::Fail => {
-            let pid = sqlx::query_scalar(QUERY).fetch_one(&mut *connection).await?;
+            let pid = query().fetch_one(&mut *connection).await?;
             sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
-            match sqlx::query("SELECT 1 OPERATOR(pg_catalog./) 0").execute(connection).await {
+            match sqlx::raw_sql("SELECT 1 OPERATOR(pg_catalog./) 0").execute(connection).await {
                 Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22012") => {
                     Ok(pid)
                 }
@@ -82,10 +89,10 @@ async fn work(connection: &mut PgConnection, purpose: Use) -> sqlx::Result<i32> 
                 Ok(_) => Err(sqlx::Error::Protocol("a division by zero succeeds".to_owned())),
             }
         }
-        Use::Query => sqlx::query_scalar(QUERY).fetch_one(connection).await,
+        Use::Query => query().fetch_one(connection).await,
         Use::Rollback => {
             let mut transaction = connection.begin().await?;
-            sqlx::query_scalar(QUERY).fetch_one(&mut *transaction).await
+            query().fetch_one(&mut *transaction).await
         }
     }
 }

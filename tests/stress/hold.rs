@@ -63,7 +63,11 @@ impl Member {
     }
 
     fn enter(&self, guard: Guard, owner: Owner) -> Ticket {
-        self.world.table.enter(guard, owner).unwrap_or_else(|(violation, ticket)| {
+        self.entered(self.world.table.enter(guard, owner))
+    }
+
+    fn entered(&self, entered: Result<Ticket, (String, Ticket)>) -> Ticket {
+        entered.unwrap_or_else(|(violation, ticket)| {
             self.world.fail(violation);
             ticket
         })
@@ -85,9 +89,15 @@ impl Member {
         let was_shared = ticket.guard().locks().iter().any(|(_, mode)| *mode == Mode::Shared);
         let verb = if was_shared { "try_upgrade" } else { "downgrade" };
         let then = self.world.table.now();
+        let token = ticket.token();
         let guard = self.world.table.leave(ticket);
         let converted = self.ask(verb, backend, guard.convert()).await?;
-        let ticket = self.enter(converted, owner);
+        let is_shared = matches!(converted, Guard::Shared(_));
+        let ticket = if was_shared && is_shared {
+            self.entered(self.world.table.enter_again(converted, owner, token))
+        } else {
+            self.enter(converted, owner)
+        };
         if let Err(violation) = self.world.table.is_unbroken(&ticket, then) {
             self.world.fail(violation);
         }

@@ -70,6 +70,11 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
+    /// What the table knows of the token.
+    pub(crate) fn token(&self) -> (u64, u64) {
+        (self.floor, self.token)
+    }
+
     pub(crate) fn guard(&self) -> &Guard {
         &self.guard
     }
@@ -139,6 +144,17 @@ impl Table {
             Some(violation) => Err((violation, ticket)),
             None => Ok(ticket),
         }
+    }
+
+    /// Enters a guard again that was not converted, and so keeps its token.
+    pub(crate) fn enter_again(
+        &self,
+        guard: Guard,
+        owner: Owner,
+        (floor, token): (u64, u64),
+    ) -> Result<Ticket, (String, Ticket)> {
+        let same = |ticket| Ticket { floor, token, ..ticket };
+        self.enter(guard, owner).map(same).map_err(|(violation, ticket)| (violation, same(ticket)))
     }
 
     /// Takes a guard out of the table, before it is released.

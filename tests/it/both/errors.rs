@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Loss, SharedGuard};
-use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks};
+use pglock_testkit::{Environment, Server, Shutdown, TestDb, advisory_locks};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
@@ -74,7 +74,7 @@ mod connecting {
     async fn while_the_server_is_down() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
-        let pool = lazy(db.options(), MOMENT);
+        let pool = lazy(db.options(), Environment::current().limit(MOMENT));
         let mut lock = new_lock(&pool, KEY);
         works(&mut lock).await;
         all_are_idle(&pool).await;

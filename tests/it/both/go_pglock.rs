@@ -421,7 +421,8 @@ async fn reads_and_writes_mix() {
             }
         });
     }
-    assert_eq!(timeout(PATIENCE, workers.join_all()).await.unwrap().len(), 12);
+    let limit = Environment::current().limit(PATIENCE);
+    assert_eq!(timeout(limit, workers.join_all()).await.unwrap().len(), 12);
     scene.becomes(0, 0).await;
 }
 

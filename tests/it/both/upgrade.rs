@@ -1,9 +1,11 @@
 //! A held lock changes its mode without a moment in which it is not held.
 
+use std::time::{Duration, Instant};
+
 use pglock::{Error, ExclusiveGuard, Loss, SharedGuard};
 use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks};
 use sqlx::PgConnection;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::new_lock;
 use crate::loss::terminate;
@@ -22,16 +24,25 @@ fn held(mode: &str) -> Vec<(String, bool)> {
     vec![(mode.to_owned(), true)]
 }
 
-fn waiting(mode: &str) -> Vec<(String, bool)> {
-    vec![(mode.to_owned(), false)]
-}
-
 /// Waits until there are so many rows, and returns the backend of the last that waits.
 async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
     locks_are(admin, count, soon() * 10).await;
     let locks = advisory_locks(admin).await;
     let mut new = locks.iter().filter(|lock| !lock.granted && !known.contains(&lock.pid));
     new.next().unwrap().pid
+}
+
+/// Waits until a backend is in the queue, where it is not for a moment between two slices.
+async fn still_waits(admin: &mut PgConnection, pid: i32) {
+    let started = Instant::now();
+    loop {
+        let modes = modes(admin, pid).await;
+        if modes == [("ExclusiveLock".to_owned(), false)] {
+            return;
+        }
+        assert!(modes.is_empty() && started.elapsed() < soon() * 10, "{modes:?}");
+        sleep(Duration::from_millis(2)).await;
+    }
 }
 
 async fn upgraded(guard: SharedGuard) -> ExclusiveGuard {
@@ -63,7 +74,7 @@ async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
         assert_eq!(reading.backend_pid(), pid);
         assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
         let also_reading = timeout(soon() * 10, reader).await.unwrap().unwrap();
-        assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+        still_waits(&mut admin, writer_pid).await;
         reading.verify().await.unwrap();
         reading.release().await.unwrap();
         assert!(!writer.is_finished());
@@ -88,7 +99,7 @@ async fn a_downgrade_goes_ahead_of_a_writer_who_waits() {
         let writer_pid = last_waiter(&mut admin, 2, &[]).await;
         let reading = timeout(soon() * 10, writing.downgrade()).await.unwrap().unwrap();
         assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
-        assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+        still_waits(&mut admin, writer_pid).await;
         drop(reading);
         timeout(soon() * 10, writer).await.unwrap().unwrap().release().await.unwrap();
     }
@@ -212,13 +223,13 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
         Ok(writing) => {
             assert!(version >= 170_000);
             assert!(modes(&mut admin, pid).await.contains(&("ExclusiveLock".to_owned(), true)));
-            assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+            still_waits(&mut admin, writer_pid).await;
             writing.release().await.unwrap();
         }
         Err(reading) => {
             assert!(version < 170_000);
             assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
-            assert_eq!(modes(&mut admin, writer_pid).await, waiting("ExclusiveLock"));
+            still_waits(&mut admin, writer_pid).await;
             reading.release().await.unwrap();
         }
     }
