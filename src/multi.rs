@@ -137,16 +137,16 @@ impl MultiLock {
     /// # }
     /// ```
     pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
-        let locks = self.sorted().as_ref().map_or(&[][..], Request::locks);
+        let locks = self.sorted().map_or(&[][..], Request::locks);
         locks.iter().map(|(key, mode)| (key, *mode))
     }
 
-    fn sorted(&self) -> &Option<Request> {
-        self.request.get_or_init(|| Request::all(self.locks.clone()))
+    fn sorted(&self) -> Option<&Request> {
+        self.request.get_or_init(|| Request::all(self.locks.clone())).as_ref()
     }
 
     fn request(&self) -> Result<Request> {
-        self.sorted().clone().ok_or_else(|| Error::Options {
+        self.sorted().cloned().ok_or_else(|| Error::Options {
             key: Key::from(0),
             reason: "a MultiLock of no keys; check for an empty list before acquiring".to_owned(),
         })

@@ -440,7 +440,8 @@ impl Inner {
     }
 
     fn census_is_due(&self) -> bool {
-        match *self.census.lock().unwrap_or_else(PoisonError::into_inner) {
+        let census = *self.census.lock().unwrap_or_else(PoisonError::into_inner);
+        match census {
             Census::Due(last) => {
                 self.permits < MAX_PERMITS
                     && last.is_none_or(|last| last.elapsed() > CENSUS_INTERVAL)

@@ -99,12 +99,15 @@ async fn observers(conn: &mut PgConnection, other: &mut PgConnection) {
         }
         call_all(conn, &[(key, Call::Unlock(Mode::Exclusive))]).await.unwrap();
     }
-    // Permits of 3 and of 5 of one semaphore.
-    let [three, five] = [2_i64, 4].map(|count| KeyId::BigInt(77 << 20 | count << 10));
-    call_all(conn, &[(three, Call::TryLock(Mode::Exclusive))]).await.unwrap();
-    assert_eq!(semaphore::other_count(other, three).await.unwrap(), None);
-    assert_eq!(semaphore::other_count(other, five).await.unwrap(), Some(3));
-    call_all(conn, &[(three, Call::Unlock(Mode::Exclusive))]).await.unwrap();
+    for base in [77_i64 << 10, -77 << 10, i64::MIN] {
+        let permit = KeyId::BigInt(base + 3);
+        call_all(conn, &[(permit, Call::TryLock(Mode::Exclusive))]).await.unwrap();
+        for (first, found) in [(0, Some(base + 3)), (3, Some(base + 3)), (4, None)] {
+            let beyond = base + first..=base + 1023;
+            assert_eq!(semaphore::greatest_held(other, beyond).await.unwrap(), found);
+        }
+        call_all(conn, &[(permit, Call::Unlock(Mode::Exclusive))]).await.unwrap();
+    }
 
     let seen = doctor::circumstances(other).await.unwrap();
     assert_eq!((seen.forbidden, seen.plpgsql), (Ok(None), Ok(true)));

@@ -68,9 +68,7 @@ struct Scene {
 }
 
 fn request(locks: &[(i64, Mode)]) -> Request {
-    let (first, rest) = locks.split_first().unwrap();
-    let one = Request::one(&Key::from(first.0), first.1);
-    rest.iter().fold(one, |request, &(key, mode)| request.and(Key::from(key), mode))
+    Request::all(locks.iter().map(|&(key, mode)| (Key::from(key), mode)).collect()).unwrap()
 }
 
 fn take<T>(from: &mut Vec<T>, pick: usize) -> Option<T> {
