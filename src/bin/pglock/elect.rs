@@ -1,10 +1,9 @@
 //! `pglock elect`: a command that runs on one machine, as long as that leads.
 
-use std::cell::RefCell;
 use std::ffi::OsString;
 use std::future::poll_fn;
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -99,9 +98,9 @@ async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exi
     let status = election.status();
     let signals = Mutex::new(signals);
     // How to exit, once that is known.
-    let exit = RefCell::new(None);
+    let exit = OnceLock::new();
     let stop = poll_fn(|cx| {
-        if exit.borrow().is_some() {
+        if exit.get().is_some() {
             return Poll::Ready(());
         }
         // A command that runs has them.
@@ -118,11 +117,11 @@ async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exi
                 // The pause before the next term grows.
                 Ok(Ended::Term(status)) => Err(format!("the command ended with {status}")),
                 Ok(Ended::Program(code)) => {
-                    exit.replace(Some(Ok(code)));
+                    exit.set(Ok(code)).ok();
                     Ok(())
                 }
                 Err(failure) => {
-                    exit.replace(Some(Err(failure)));
+                    exit.set(Err(failure)).ok();
                     Ok(())
                 }
             }
@@ -143,12 +142,11 @@ async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exi
 /// Says why no campaign succeeds: once, and again when something else is wrong.
 async fn complain_of_failures(mut status: LeaderStatus) {
     loop {
-        match status.changed().await {
-            LeaderState::Failing { error, .. } if !matches!(*error, Error::Leading { .. }) => {
-                complain(&*error);
-                say(format_args!("trying again each second"));
-            }
-            _ => {}
+        if let LeaderState::Failing { error, .. } = status.changed().await
+            && !matches!(*error, Error::Leading { .. })
+        {
+            complain(&*error);
+            say(format_args!("trying again each second"));
         }
     }
 }
