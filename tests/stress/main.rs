@@ -1,5 +1,5 @@
-//! Random operations on a few keys, from many handles and tasks at once, keep every guarantee, in an
-//! environment of the testkit that the seed chooses.
+//! Random operations on a few keys, from many handles and tasks at once, keep every guarantee. Where more
+//! operations are asked for, in an environment of the testkit that the seed chooses.
 //!
 //! Checked throughout: mutual exclusion among guards that are not lost, fencing tokens that grow, errors of
 //! expected kinds only, and a bound for every call. Checked at the end: no lock, no waiter, and a pool that
@@ -102,10 +102,11 @@ static SEED: LazyLock<u64> = LazyLock::new(|| {
     })
 });
 
-/// Returns the environment of the process. The seed chooses any in which a pool can have more connections
+/// Returns the environment of the process. In a long run, the seed chooses any in which a pool can have more connections
 /// than guards need; on a server of the user's it is the plain one, because the others need their own.
 fn environment(seed: u64) -> &'static Environment {
-    if env::var("DATABASE_URL").is_ok_and(|url| !url.is_empty()) {
+    let is_long = number("PGLOCK_STRESS_OPERATIONS").is_some();
+    if !is_long || env::var("DATABASE_URL").is_ok_and(|url| !url.is_empty()) {
         return Environment::current();
     }
     let rows = iter::once(&PLAIN).chain(ENVIRONMENTS);
