@@ -153,8 +153,12 @@ impl Session {
     /// A session that has not answered for too long is lost even if the keeper has not noticed: the process
     /// may have been stopped.
     pub(crate) fn loss(&self) -> Option<Loss> {
-        let loss = self.ledger().loss();
-        if loss.is_none()
+        let (loss, has_ended) = {
+            let ledger = self.ledger();
+            (ledger.loss(), ledger.has_ended())
+        };
+        // One that was released can't be lost any more.
+        if !has_ended
             && self.kept.load(Ordering::Relaxed)
             && Instant::now() > self.last_answered() + self.heartbeat.bound()
         {

@@ -30,7 +30,7 @@ use tokio::time::sleep_until;
 use super::ledger::Modes;
 use super::monitor::Monitor;
 use super::slot::ConnGuard;
-use super::{Session, is_alive};
+use super::{Session, is_alive, within};
 use crate::error::{Loss, is_answer};
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -332,11 +332,12 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
     let session = Arc::clone(slot.session());
     let asked = Instant::now();
     let set = session.long_settings();
-    let answer = async {
+    // The clock does not say that a session is lost which has just been released.
+    let answer = within(session.heartbeat.bound(), async {
         let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
         session.tidy(conn).await?;
         sql::backend::heartbeat(conn.pg()?, set).await
-    };
+    });
     let answer = tokio::select! {
         biased;
         // The connection is closed when the slot is dropped.
@@ -359,8 +360,12 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
             }
         }
         Err(error) => {
+            let loss = Loss::broken(error);
+            // A release that waits for the connection says so.
+            session.connection_error.set(loss.clone()).ok();
+            drop(slot.take());
             if session.ledger().has_guards() {
-                session.give_up(&Loss::broken(error));
+                session.give_up(&loss);
             }
             return;
         }

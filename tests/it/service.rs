@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pglock::{Error, Lock, LockManager, LockOptions, Loss};
-use pglock_testkit::{TestDb, eventually};
+use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
+use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::runtime::{Builder, Runtime};
@@ -15,9 +15,9 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{SOON, no_locks};
+use crate::support::{SOON, no_locks, spawn};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What a task of a service does again and again.
 #[derive(Clone)]
@@ -61,7 +61,7 @@ async fn serve(connections: u32, managed: bool) {
         }
         pools.push(pool);
     }
-    let query = sqlx::query("SELECT 1").execute(&pools[0]);
+    let query = sqlx::query("SELECT 1").execute(pools.first().unwrap());
     timeout(SOON, query).await.unwrap().unwrap();
     timeout(PATIENCE, async {
         while let Some(task) = tasks.join_next().await {
@@ -118,7 +118,7 @@ async fn a_manager_waits_on_few_connections() {
         let mut lock = manager.lock(key);
         waiters.spawn(async move { lock.acquire().await.unwrap().release().await.unwrap() });
     }
-    let holder = held[0].backend_pid();
+    let holder = held.first().unwrap().backend_pid();
     let waiting = async || sessions_at_locks(&db, holder).await.len() == 4;
     eventually("four connections wait", PATIENCE, waiting).await;
     assert!(other.size() <= 5 + 1, "{} connections", other.size());
@@ -139,7 +139,7 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
         let small = small.connect_with(db.options()).await.unwrap();
         let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
         let manager = LockManager::new(&small);
-        let waiter = tokio::spawn({
+        let waiter = spawn({
             let mut lock = manager.lock(1);
             async move { lock.acquire().await.unwrap().release().await }
         });
@@ -189,7 +189,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
         let waiters: Vec<_> = [1, 2]
             .map(|key| {
                 let mut lock = manager.lock(key);
-                tokio::spawn(async move { lock.acquire().await.map(drop) })
+                spawn(async move { lock.acquire().await.map(drop) })
             })
             .into();
         let waiting = async || pool.num_idle() == 0;
@@ -201,7 +201,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
         } else {
             eventually("its only connection is used", PATIENCE, waiting).await;
         }
-        let closing = tokio::spawn({
+        let closing = spawn({
             let pool = pool.clone();
             async move { pool.close().await }
         });
@@ -226,7 +226,7 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     let mut admin = db.admin().await;
     let manager = LockManager::new(&db.pool(2).await);
     let guard = manager.lock(1).acquire().await.unwrap();
-    let next = tokio::spawn({
+    let next = spawn({
         let mut lock = manager.lock(1);
         async move { lock.acquire().await.map(drop) }
     });
@@ -269,10 +269,10 @@ fn a_waiter_outlives_the_runtime_that_acquired_first() {
         });
         thread::yield_now();
         drop(first);
-        let waited = second.block_on(async { timeout(PATIENCE, waiter).await });
-        let waited = waited.unwrap().unwrap().unwrap();
+        let acquired = second.block_on(async { timeout(PATIENCE, waiter).await });
+        let next = acquired.unwrap().unwrap().unwrap();
         assert!(guard.is_lost());
-        second.block_on(waited.release()).unwrap();
+        second.block_on(next.release()).unwrap();
         drop(guard);
         second.block_on(async { no_locks(&mut db.admin().await).await });
     }
@@ -367,10 +367,29 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
     }
     // By then they are polled.
     tokio::time::sleep(Duration::from_millis(2500)).await;
-    let pids: Vec<i32> = guards.iter().map(|guard| guard.backend_pid()).collect();
+    let pids: Vec<i32> = guards.iter().map(ExclusiveGuard::backend_pid).collect();
     let end = sqlx::query("SELECT count(pg_terminate_backend(pid)) FROM unnest($1) AS pid");
     end.bind(pids).execute(&mut admin).await.unwrap();
     for guard in &guards {
         timeout(SOON, guard.lost()).await.unwrap();
     }
+}
+
+/// A release that finds the connection in use by a heartbeat, on a server that has fallen silent.
+#[tokio::test]
+async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let beat = Duration::from_millis(300);
+    let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(SOON, SOON, 3);
+    let guard = options.lock(&db.pool(1).await, 1).unwrap().acquire().await.unwrap();
+    server.pause();
+    // A heartbeat is under way, and the guard is not lost yet.
+    tokio::time::sleep(beat + beat / 2).await;
+    assert!(!guard.is_lost());
+    let released = timeout(PATIENCE, guard.release()).await.unwrap();
+    server.resume();
+    let error = released.unwrap_err();
+    assert!(matches!(error, Error::Lost { .. }), "{error:?}");
+    no_locks(&mut db.admin().await).await;
 }

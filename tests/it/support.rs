@@ -51,8 +51,9 @@ pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
     MANAGERS.with_borrow_mut(|managers| {
         // A pool is known by its options, which are in one place.
         let same = |known: &PgPool| std::ptr::eq(known.options(), pool.options());
-        if let Some((_, manager)) = managers.iter().find(|(known, _)| same(known)) {
-            return manager.clone();
+        let known = managers.iter().find(|(known, _)| same(known));
+        if let Some(manager) = known.map(|(_, manager)| manager.clone()) {
+            return manager;
         }
         // What is kept is not closed, so there must be an end.
         if managers.len() == REMEMBERED {
@@ -83,7 +84,7 @@ pub(crate) const WATCHED: Duration = Duration::from_millis(2_200);
 /// [`WATCHED`], as the environment has it: the monitor connects then, which takes several round trips.
 pub(crate) fn watched() -> Duration {
     const INTERVAL: Duration = Duration::from_secs(2);
-    INTERVAL + Environment::current().limit(WATCHED - INTERVAL)
+    INTERVAL + Environment::current().limit(WATCHED.saturating_sub(INTERVAL))
 }
 
 /// Waits until the server knows of exactly `count` advisory locks, held or waited for.

@@ -111,7 +111,8 @@ fn environment(seed: u64) -> &'static Environment {
     }
     let rows = iter::once(&PLAIN).chain(ENVIRONMENTS);
     let rows: Vec<_> = rows.filter(|row| row.has_connections(CONNECTIONS)).collect();
-    Environment::current_or(rows[Dice::new(seed).place(rows.len())])
+    let chosen = rows.get(Dice::new(seed).place(rows.len()));
+    Environment::current_or(chosen.copied().unwrap_or(&PLAIN))
 }
 
 fn settled() -> Duration {
