@@ -32,7 +32,7 @@ pub async fn advisory_locks(conn: &mut PgConnection) -> Vec<AdvisoryLock> {
          WHERE locktype = 'advisory'
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
            AND coalesce(pid, 0) NOT IN (SELECT pid FROM pg_stat_activity WHERE query ~
-               '^(BEGIN; )?SELECT pg_catalog.pg_backend_pid.., pg_catalog.[a-z_]+[(]''-?[0-9]+''::bigint[)]$')
+               '^(BEGIN; )?SELECT pg_catalog.pg_backend_pid.., pg_catalog.pg_try_advisory_lock[(]''-?[0-9]+''::bigint[)]$')
          ORDER BY classid, objid, objsubid, granted DESC, pid, mode",
     );
     let rows = rows.fetch_all(conn).await.expect("pg_locks is readable");
