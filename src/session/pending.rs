@@ -759,6 +759,10 @@ pub(crate) async fn lend(
     let source = match acquiring.await {
         Ok(Ok(lent)) => return Ok(lent),
         Ok(Err(source)) => source,
+        // The pool's own time is over, of which a part was spent in the queue of the locks.
+        Err(_) if policy.deadline().is_none_or(|deadline| deadline > Instant::now()) => {
+            sqlx::Error::PoolTimedOut
+        }
         // The caller's time is over.
         Err(_) => {
             return Err(Error::Pool {
