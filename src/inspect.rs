@@ -152,7 +152,7 @@ pub async fn locks_of(
 /// let mut locks = inspect::locks(&pool).await?;
 /// assert_eq!(locks[0].key.name(), None);
 /// inspect::name_keys(&mut locks, ["nightly-report", "printers"]);
-/// assert_eq!(locks[0].key.name(), Some("printers, permit 0 of 3"));
+/// assert_eq!(locks[0].key.name(), Some("printers, permit 0"));
 /// # Ok(()) }
 /// ```
 pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Into<Key>>) {
