@@ -35,7 +35,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     // Waiting for one of the pool's connections is not waiting for the lock, and the two never look
     // alike: a busy lock is a `None`, a busy pool is an error.
-    let others = (guard, pool.acquire().await?);
+    let others = (guard, pool.acquire().await?, pool.acquire().await?);
     let Err(error) = customer.try_acquire_for(Duration::from_millis(100)).await else {
         return Err("there was no connection to ask with".into());
     };

@@ -10,7 +10,7 @@ use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use pglock::{Election, Error, ExclusiveGuard, LeaderStatus, Lock};
+use pglock::{Election, Error, ExclusiveGuard, LeaderStatus, LockOptions};
 use sqlx::PgPool;
 
 use crate::http;
@@ -44,7 +44,9 @@ async fn pay(
     State(service): State<Service>,
     Path(invoice): Path<i64>,
 ) -> Result<(StatusCode, &'static str), Failure> {
-    let mut lock = Lock::new(&service.pool, format!("invoice-{invoice}"));
+    // The work runs on the lock's own connection, so no other ones need to be left for it.
+    let options = LockOptions::new().reserve_connections(0);
+    let mut lock = options.lock(&service.pool, format!("invoice-{invoice}"))?;
     let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
         return Ok((StatusCode::CONFLICT, "somebody else is busy with this invoice\n"));
     };
