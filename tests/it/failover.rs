@@ -112,7 +112,7 @@ fn median(what: &str, mut took: Vec<Duration>) -> Duration {
 /// What the server shows of the leader.
 async fn name_shown(admin: &mut PgConnection) -> String {
     let statement = "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) \
-         WHERE locktype = 'advisory' AND granted \
+         WHERE locktype = 'advisory' AND granted AND application_name LIKE '% %@%' \
          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
     sqlx::query_scalar(statement).fetch_one(admin).await.unwrap()
 }
