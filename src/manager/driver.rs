@@ -17,7 +17,7 @@ use tokio::time::{sleep, sleep_until};
 
 use super::batch::{Answer, Batch};
 use super::table::Step;
-use super::{Manager, Place};
+use super::{Manager, Place, WAIT_SESSION_PAUSE};
 use crate::error::{Error, Loss};
 use crate::held::Held;
 use crate::key::{Key, KeyId};
@@ -56,6 +56,7 @@ pub(super) async fn run(manager: Arc<Manager>, number: u64) {
         keeper: None,
         under_way: Batch::default(),
         answered: None,
+        is_stuck: false,
         manager,
     };
     let manager = Arc::clone(&driver.manager);
@@ -86,6 +87,8 @@ struct Driver {
     under_way: Batch,
     /// What the table has not been told yet.
     answered: Option<Answered>,
+    /// Neither the shared session nor a wait session is open for the keys in the line.
+    is_stuck: bool,
 }
 
 /// Steps that were taken.
@@ -106,7 +109,8 @@ impl Driver {
             if self.answered.as_ref().is_some_and(|answered| answered.answers.len() >= CROWD) {
                 yield_now().await;
             }
-            self.under_way = self.manager.next_batch(self.keeper.is_some());
+            let tries_line = self.keeper.is_some() || std::mem::take(&mut self.is_stuck);
+            self.under_way = self.manager.next_batch(tries_line);
             if !self.under_way.is_empty() {
                 self.step().await;
             } else if self.answered.is_some() {
@@ -158,6 +162,12 @@ impl Driver {
                 () = manager.pool.close_event(), if !is_closed => {}
                 () = sleep_until(retry.unwrap_or_else(Instant::now).into()), if retry.is_some() => {
                     return Rest::Over;
+                }
+                () = sleep(WAIT_SESSION_PAUSE), if session.is_none() => {
+                    self.is_stuck = manager.state().awaits_connection();
+                    if self.is_stuck {
+                        return Rest::Over;
+                    }
                 }
                 () = sleep(time), if session.is_some() => {
                     if let Some(session) = &session {

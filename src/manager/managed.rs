@@ -275,19 +275,19 @@ enum Answer {
 impl PendingRelease {
     /// Waits for the server's answer. Dropping this does not stop the release.
     ///
-    /// If the process keeps the key, for another guard or another handle, asks whether the session still holds
-    /// it: one question for all that are released at once.
+    /// If the process keeps the key, for another guard or another handle, asks whether the session still lives:
+    /// one question for all that are released at once.
     pub(crate) async fn done(self) -> Result<()> {
         let Self { manager, session, key, since, answer } = self;
         let released = match answer {
             Answer::Comes(answer) => match manager.unless_stalled(answer).await {
                 Ok(Told::Released(released)) => released,
-                Ok(Told::PassedOn) => session.answers_since(since).await,
+                Ok(Told::PassedOn) => session.confirm(since).await,
                 // Whoever told the server has gone down with its runtime, and the session with it.
                 Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
                 | Err(_) => Err(session.loss().unwrap_or(Loss::Abandoned)),
             },
-            Answer::PassedOn => session.answers_since(since).await,
+            Answer::PassedOn => session.confirm(since).await,
             Answer::Lost(loss) => Err(loss),
         };
         released.map_err(|loss| Error::lost(&key, loss))

@@ -21,7 +21,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::runtime::{Builder, Handle};
 
 use super::table::Step;
-use super::{Managed, Manager, Place, Wait, fail, tell_lost};
+use super::{Managed, Manager, Next, Place, Wait, fail, tell_lost};
 use crate::error::{Error, Loss};
 use crate::held::Held;
 use crate::key::Key;
@@ -133,9 +133,13 @@ pub(super) mod wait_session {
         let manager = Arc::clone(manager);
         thread::spawn(move || {
             loop {
-                if let Some(wait) = manager.next_wait(driver) {
-                    serve(&manager, wait);
-                    continue;
+                match manager.next_wait(driver) {
+                    Next::Wait(wait) => {
+                        serve(&manager, wait);
+                        continue;
+                    }
+                    Next::Idle => {}
+                    Next::Over => return,
                 }
                 thread::yield_now();
                 if !manager.stop_idling(driver) && one_in(2) {

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 use super::driver::end_with_the_runtime;
 use super::table::{Step, Taken};
-use super::{Manager, Place, Wait, fail, tell_lost};
+use super::{Manager, Next, Place, Wait, fail, tell_lost};
 use crate::error::{Error, Loss, Result};
 use crate::held::Held;
 use crate::key::{Key, KeyId};
@@ -82,11 +82,15 @@ impl WaitSession {
     async fn work(&mut self, keeper: &Held) {
         let manager = Arc::clone(&self.manager);
         while !keeper.is_lost() {
-            if let Some(wait) = manager.next_wait(self.driver) {
-                self.busy = Some(Busy { key: wait.key, wait: wait.taken.id, place: None });
-                self.serve(wait, keeper).await;
-                self.busy = None;
-                continue;
+            match manager.next_wait(self.driver) {
+                Next::Wait(wait) => {
+                    self.busy = Some(Busy { key: wait.key, wait: wait.taken.id, place: None });
+                    self.serve(wait, keeper).await;
+                    self.busy = None;
+                    continue;
+                }
+                Next::Idle => {}
+                Next::Over => return,
             }
             let is_over = tokio::select! {
                 biased;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::ledger::Modes;
 use super::slot::Unavailable;
+use super::task::Task;
 use super::{Session, within};
 use sqlx::Connection;
 
@@ -76,9 +77,15 @@ impl Session {
         Called::Lost(loss)
     }
 
-    /// Makes sure that the session has answered a question that was asked after `since`, and so held its locks
-    /// then. Of those who ask at once, one asks for all.
-    pub(crate) async fn answers_since(self: &Arc<Self>, since: Instant) -> Result<(), Loss> {
+    /// Makes sure that the session has answered a question that was asked after `since`, and so lived then. Of
+    /// those who ask at once, one asks for all.
+    pub(crate) fn confirm(self: &Arc<Self>, since: Instant) -> Task<Result<(), Loss>> {
+        let session = Arc::clone(self);
+        // It may be awaited outside of a runtime.
+        Task::to_await(&self.runtime, async move { session.answers_since(since).await })
+    }
+
+    async fn answers_since(self: &Arc<Self>, since: Instant) -> Result<(), Loss> {
         let mut slot = self.connection_for_guard().await.map_err(|reason| match reason {
             Unavailable::Lost(loss) => loss,
             Unavailable::Borrowed | Unavailable::PoolClosed | Unavailable::TimedOut => Loss::Silent,

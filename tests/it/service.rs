@@ -1,9 +1,11 @@
 //! Services of several processes that take hot locks, and work on the same pool.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
@@ -238,6 +240,82 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     let error = timeout(SOON, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
     timeout(SOON, next).await.unwrap().unwrap().unwrap();
+}
+
+/// Polls a future on a thread that has no runtime.
+fn without_runtime<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(Thread);
+
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return output;
+        }
+        thread::park();
+    }
+}
+
+/// Where there is no timer: while others share the lock, and when the server is told.
+#[test]
+fn a_release_may_be_awaited_outside_of_a_runtime() {
+    let runtime = runtime();
+    let db = runtime.block_on(TestDb::new());
+    let pool = runtime.block_on(db.pool(2));
+    let manager = LockManager::new(&pool);
+    let (mut one, mut other) = (manager.lock(1), manager.lock(1));
+    let guards = runtime.block_on(async {
+        [one.acquire_shared().await.unwrap(), other.acquire_shared().await.unwrap()]
+    });
+    for guard in guards {
+        without_runtime(guard.release()).unwrap();
+    }
+    runtime.block_on(async { no_locks(&mut db.admin().await).await });
+}
+
+/// A busy key whose waiter finds no connection to wait on: the pool's only one was taken meanwhile.
+#[tokio::test]
+async fn a_waiter_without_a_connection_is_told_or_goes_on() {
+    let db = TestDb::new().await;
+    for comes_back in [false, true] {
+        let small = PgPoolOptions::new().max_connections(1);
+        let small = small.acquire_timeout(Duration::from_millis(800));
+        let small = small.connect_with(db.options()).await.unwrap();
+        let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+        let manager = LockManager::new(&small);
+        let guard = manager.lock(2).acquire().await.unwrap();
+        // It is tried on the shared session, which is held open by the other key.
+        let waiter = spawn({
+            let mut lock = manager.lock(1);
+            async move { lock.acquire().await.map(drop) }
+        });
+        let taker = spawn({
+            let small = small.clone();
+            async move { small.acquire().await.unwrap() }
+        });
+        tokio::task::yield_now().await;
+        guard.release().await.unwrap();
+        // It was asked for before the wait session was.
+        let taken = timeout(PATIENCE, taker).await.unwrap().unwrap();
+        if comes_back {
+            drop(taken);
+            held.release().await.unwrap();
+            timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
+        } else {
+            let error = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap_err();
+            assert!(
+                matches!(error, Error::Pool { source: sqlx::Error::PoolTimedOut, .. }),
+                "{error:?}"
+            );
+            held.release().await.unwrap();
+        }
+    }
 }
 
 fn runtime() -> Runtime {

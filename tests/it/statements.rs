@@ -53,6 +53,23 @@ async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
     }
 }
 
+/// Only where the server was slow: one that always asked would need two statements.
+#[tokio::test]
+async fn whether_a_transaction_was_left_open_is_rarely_asked() {
+    const ROUNDS: usize = 40;
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    looked_for_a_pooler(&db).await;
+    let mut lock = Lock::new(&db.pool(1).await, 1);
+    let mark = server.log_len();
+    for _ in 0..ROUNDS {
+        lock.acquire().await.unwrap().release().await.unwrap();
+    }
+    let asked = server.log_since(mark).matches(IS_OPEN).count();
+    assert!(asked <= ROUNDS / 2, "{asked} of {ROUNDS} acquires asked");
+    assert_eq!(statements(&server, mark).len(), 2 * ROUNDS);
+}
+
 #[tokio::test]
 async fn every_kind_of_first_acquire_costs_one_statement() {
     let server = logging_server();
