@@ -179,7 +179,7 @@ impl fmt::Debug for LockManager {
 pub(crate) struct Manager {
     pool: PgPool,
     options: LockOptions,
-    /// At most so many wait sessions.
+    /// The maximum number of wait sessions.
     most_wait_sessions: usize,
     budget: Arc<Budget>,
     state: Mutex<State>,
@@ -198,7 +198,7 @@ struct State {
     apart: HashMap<KeyId, Apart>,
     /// Who takes the steps.
     driver: Option<Driving>,
-    /// So many drivers there have been.
+    /// The number of drivers so far.
     drivers: u64,
     /// What [`effects`](Self::effects) gives out, so that it need not be allocated each time.
     spare: Vec<Effect<Place, Tell>>,
@@ -233,10 +233,10 @@ impl State {
         std::mem::take(&mut self.spare)
     }
 
-    /// Whether keys stand in the line, and there was no connection for a wait session.
+    /// Whether there are keys in the line, and no wait session is open.
     fn awaits_connection(&self) -> bool {
-        let nobody_waits = |driver: &Driving| driver.idle == 0 && self.apart.is_empty();
-        self.table.line_len() > 0 && self.driver.as_ref().is_some_and(nobody_waits)
+        let none_is_open = |driver: &Driving| driver.idle == 0 && self.apart.is_empty();
+        self.table.line_len() > 0 && self.driver.as_ref().is_some_and(none_is_open)
     }
 
     /// The driver, if it still is this one.
@@ -322,13 +322,13 @@ impl Manager {
         let changed = change(&mut state, Instant::now(), &mut effects);
         self.settle(&mut state, effects);
         if state.table.is_empty() {
-            // The driver may not have seen that nobody needs it any more.
+            // The driver ends if the table is empty.
             self.work.notify_one();
         }
         changed
     }
 
-    /// Has somebody take the steps, if nobody does.
+    /// Starts a driver, unless one runs or there is nothing to do.
     fn drive(self: &Arc<Self>, runtime: &Handle, state: &mut State) {
         if state.driver.is_some() || state.table.is_empty() {
             return;
@@ -348,9 +348,8 @@ impl Manager {
         drop(runtime.spawn(driver::run(Arc::clone(self), number)));
     }
 
-    /// Waits for something that the driver brings about. If the driver has not run for longer than its
-    /// sessions are trusted, because its runtime is blocked or not driven, they are lost, and who waits asks
-    /// again.
+    /// Waits for an answer of the driver. If the driver has not run for longer than its sessions are trusted,
+    /// because its runtime is blocked or not driven, its sessions are lost, and waiting acquires retry.
     async fn unless_stalled<T>(self: &Arc<Self>, mut future: impl Future<Output = T> + Unpin) -> T {
         // A release may be awaited outside of a runtime, where there is no timer.
         let Ok(here) = Handle::try_current() else { return future.await };
@@ -364,7 +363,7 @@ impl Manager {
         future.await
     }
 
-    /// Waits for a moment, and then looks after the driver.
+    /// Waits for a moment, and then checks that the driver runs.
     async fn watch_driver<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let bound = self.options.beat().bound();
         if let Ok(output) = timeout(bound / 8, future).await {
@@ -381,8 +380,8 @@ impl Manager {
         None
     }
 
-    /// Loses all sessions, because their driver has ended or is stalled. Whoever waits asks again, and starts
-    /// another driver.
+    /// Loses all sessions, because their driver has ended or is stalled. Waiting acquires retry, and the first
+    /// starts another driver.
     fn clear(&self, driver: u64, loss: &Loss) {
         let (seats, farewells) = {
             let mut state = self.state();
@@ -482,7 +481,7 @@ impl Manager {
         fail(waiters.into_iter().flatten(), error);
     }
 
-    /// Nobody can be granted anything any more.
+    /// Fails all waiting acquires.
     fn fail_all(self: &Arc<Self>, error: &Arc<Error>) {
         let waiters = self.change(|state, now, effects| state.table.dismiss_all(now, effects));
         fail(waiters, Some(error));

@@ -77,8 +77,6 @@ pub(crate) struct Session {
     connection_error: OnceLock<Loss>,
     /// It holds something, so the clock decides whether it is trusted.
     kept: AtomicBool,
-    /// Its idle connection is polled for closure, however young the session is.
-    polled_early: AtomicBool,
     /// Has the keeper poll the idle connection again.
     wake: OnceLock<Arc<keeper::Wake>>,
     /// A setting was changed that the application would notice, and is to be put back.
@@ -117,7 +115,6 @@ impl Session {
             loss_notify: Notify::new(),
             connection_error: OnceLock::new(),
             kept: AtomicBool::new(false),
-            polled_early: AtomicBool::new(false),
             wake: OnceLock::new(),
             settings_to_restore: AtomicBool::new(false),
             has_long_settings: AtomicBool::new(false),

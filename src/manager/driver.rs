@@ -28,7 +28,7 @@ use crate::session::Session;
 use crate::session::ledger::Modes;
 use crate::session::shared::Called;
 
-/// After so long without a step, the session is listened to again.
+/// How long the session is unused before its idle connection is polled for closure again.
 const QUIET: Duration = Duration::from_millis(20);
 
 /// If so many got an answer at once, those who are ready to run may say first what they want next. Else a
@@ -41,7 +41,7 @@ const CROWD: usize = 16;
 /// So many answers are handed to the table before others may look at it.
 const AT_ONCE: usize = 64;
 
-/// How often it is looked whether the pool needs the connection, if no key does.
+/// How often an unused session checks whether the pool is exhausted, and then returns its connection.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// After so long without a key, the connection goes back to the pool.
@@ -76,8 +76,7 @@ pub(super) async fn run(manager: Arc<Manager>, number: u64) {
 ///
 /// # Drop
 ///
-/// Whoever holds something on the manager's sessions is told that it is lost, and who waits asks again: the
-/// runtime goes down. At its own end, nobody is left, and nobody takes it for the driver.
+/// If it is still the driver, its runtime is shut down: loses the manager's sessions, and waiting acquires retry.
 struct Driver {
     manager: Arc<Manager>,
     number: u64,
@@ -210,12 +209,7 @@ impl Driver {
             let opened = self.open().await;
             self.manager.set_opening(self.number, false);
             match opened {
-                Ok(keeper) => {
-                    if let Some(keeper) = &keeper {
-                        keeper.session().poll_early();
-                    }
-                    self.keeper = keeper;
-                }
+                Ok(keeper) => self.keeper = keeper,
                 Err(error) => {
                     end_with_the_runtime().await;
                     self.fail_all_steps(&Arc::new(error));
@@ -298,7 +292,7 @@ impl Driver {
         }
     }
 
-    /// Tells who waits for the steps that are under way, and for those that have come up since.
+    /// Fails the acquires that wait for the steps in flight, and for those that were added since.
     fn fail_all_steps(&mut self, error: &Arc<Error>) {
         while !self.under_way.is_empty() {
             self.fail(Some(error));

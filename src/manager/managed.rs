@@ -265,9 +265,9 @@ pub(crate) struct PendingRelease {
 }
 
 enum Answer {
-    /// It is told.
+    /// From the driver.
     Comes(oneshot::Receiver<Told>),
-    /// The process keeps the key: nobody tells it.
+    /// The process keeps the key, so there is none.
     PassedOn,
     Lost(Loss),
 }

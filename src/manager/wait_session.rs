@@ -37,7 +37,6 @@ async fn run(manager: Arc<Manager>, driver: u64) {
     let mut waiter = WaitSession { manager, driver, owner, busy: None };
     let failed = match waiter.open().await {
         Ok(Some(keeper)) => {
-            keeper.session().poll_early();
             waiter.work(&keeper).await;
             false
         }

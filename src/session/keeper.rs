@@ -3,8 +3,7 @@
 //! A session is admitted when it is granted its first lock, and from then on trusted for as long as it
 //! answers. When it has been held for two seconds, the keeper polls its idle connection, so that a closed
 //! session is noticed at once, and at every heartbeat it asks the session, so that a silent one is noticed
-//! in time. A session that is released earlier costs nothing. A manager's sessions are polled from the start,
-//! because a lock that is handed on inside the process is released without asking the server.
+//! in time. A session that is released earlier costs nothing.
 //!
 //! The answer to a question proves that the session held its locks when it was asked. From then on it is
 //! trusted for the heartbeat's interval and timeout, by the clock, whether or not the keeper runs: a
@@ -265,8 +264,7 @@ impl KeeperTask {
             let server = Arc::as_ptr(&session.server).addr();
             let due = unmonitored.contains(&server)
                 || session.last_answered() + session.heartbeat.interval <= now;
-            let grown_up = session.polled_early.load(Ordering::Relaxed)
-                || kept.since + GROWN_UP.min(session.heartbeat.interval) <= now;
+            let grown_up = kept.since + GROWN_UP.min(session.heartbeat.interval) <= now;
             if due || grown_up {
                 servers.insert(server);
                 let monitor = self.monitors.entry(server).or_default();

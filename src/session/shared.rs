@@ -126,11 +126,6 @@ impl Session {
         self.managed_locks.store(locks, Ordering::Relaxed);
     }
 
-    /// Has the idle connection polled for closure from now on, not only when the session is older.
-    pub(crate) fn poll_early(&self) {
-        self.polled_early.store(true, Ordering::Relaxed);
-    }
-
     /// Has the idle connection polled for closure again, after it was used quietly.
     pub(crate) fn resume_polling(&self) {
         if let Some(wake) = self.wake.get() {
