@@ -295,14 +295,14 @@ async fn a_waiter_without_a_connection_is_told_or_goes_on() {
             let mut lock = manager.lock(1);
             async move { lock.acquire().await.map(drop) }
         });
-        let taker = spawn({
+        let successor = spawn({
             let small = small.clone();
             async move { small.acquire().await.unwrap() }
         });
         tokio::task::yield_now().await;
         guard.release().await.unwrap();
         // It was asked for before the wait session was.
-        let taken = timeout(PATIENCE, taker).await.unwrap().unwrap();
+        let taken = timeout(PATIENCE, successor).await.unwrap().unwrap();
         if comes_back {
             drop(taken);
             held.release().await.unwrap();
