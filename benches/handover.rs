@@ -182,7 +182,9 @@ impl Party {
 async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
     let mut way = match key {
         KEY_OF_SQL | KEY_OF_SLICES => Way::by_hand(PgConnection::connect(&url).await?).await?,
-        KEY_OF_MANAGER => Way::ours(LockManager::new(&PgPool::connect(&url).await?).lock(key)),
+        KEY_OF_MANAGER => {
+            Way::ours(Lock::new(&LockManager::new(&PgPool::connect(&url).await?), key))
+        }
         _ => Way::ours(Lock::new(&PgPool::connect(&url).await?, key)),
     };
     let mut released = Duration::ZERO;

@@ -77,7 +77,7 @@ async fn candidate(name: &str, pool: PgPool, mut stopped: watch::Receiver<bool>)
     // Boxed, for the futures of sqlx are large.
     match election.run(stop, |leadership| Box::pin(lead(name, leadership))).await {
         // Its connection was broken, and it noticed before the loss was reported.
-        Err(pglock::Error::Leading { source, .. }) => println!("{name} has failed: {source}"),
+        Err(pglock::Error::LeaderFailed { source, .. }) => println!("{name} has failed: {source}"),
         stopped => stopped?,
     }
     println!("{name} has stopped");

@@ -11,7 +11,7 @@
 
 use std::error::Error;
 
-use pglock::{ExclusiveGuard, LockManager};
+use pglock::{ExclusiveGuard, Lock, LockManager};
 use pglock_testkit::TestDb;
 
 const KEYS: u32 = 100_000;
@@ -88,7 +88,7 @@ async fn try_acquire(key: &str, lists: &[&[Server]]) -> Result<Option<Vec<Exclus
     places.dedup_by_key(|server| server.name);
     let mut guards = Vec::new();
     for server in places {
-        let Some(guard) = server.locks.lock(key).try_acquire().await? else {
+        let Some(guard) = Lock::new(&server.locks, key).try_acquire().await? else {
             // Those that it has are dropped, and so released.
             return Ok(None);
         };

@@ -39,7 +39,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let Err(error) = customer.try_acquire_for(Duration::from_millis(100)).await else {
         return Err("there was no connection to ask with".into());
     };
-    assert!(matches!(error, LockError::Pool { .. }));
+    assert!(matches!(error, LockError::PoolTimedOut { .. }));
     println!("with no connection left: {error}");
     drop(others);
     Ok(())

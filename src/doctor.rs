@@ -25,6 +25,7 @@ use tokio::runtime::Handle;
 
 use crate::error::{Error, Result};
 use crate::key::Key;
+use crate::lock::Lock;
 use crate::options::LockOptions;
 use crate::session::conn::Conn;
 use crate::session::pending::{WaitPolicy, lend};
@@ -86,7 +87,7 @@ const FEW: i64 = 4;
 /// # Errors
 ///
 /// The errors of [`Lock::acquire`](crate::Lock::acquire), except that a server on which locks can't be
-/// acquired or exclude nothing is a finding. [`Error::Options`] if the options contradict each other.
+/// acquired or exclude nothing is a finding. [`Error::InvalidArgument`] if the options contradict each other.
 ///
 /// # Panics
 ///
@@ -107,8 +108,8 @@ const FEW: i64 = 4;
 /// ```
 pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding>> {
     let key = Key::from("pglock doctor");
-    let lock = options.lock(pool, &key)?;
-    let failed = |source| Error::Database { key: key.clone(), source };
+    let lock = Lock::new(&options.on(pool)?, &key);
+    let failed = |source| Error::database(&key, source);
 
     let pooled = lend(pool, &key, WaitPolicy::Forever, Instant::now()).await?;
     let mut conn = Conn::new(pooled, Handle::current(), None);
@@ -238,7 +239,7 @@ fn lock_list(seen: &Circumstances) -> Finding {
 }
 
 /// Takes a lock, and draws a token.
-async fn try_out(mut lock: crate::Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
+async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
     const PATIENCE: Duration = Duration::from_secs(5);
 
     if matches!(seen.forbidden, Ok(Some(_))) {
@@ -249,7 +250,7 @@ async fn try_out(mut lock: crate::Lock, seen: &Circumstances) -> Result<Vec<Find
         Ok(Some(guard)) => guard,
         // Another doctor is here.
         Ok(None) => return Ok(vec![direct("no pooler in transaction mode was found")]),
-        Err(Error::Pooled { .. }) => {
+        Err(Error::NoExclusion { .. }) => {
             return Ok(vec![direct("a pooler in transaction mode sits in between").but(
                 Severity::Broken,
                 "locks exclude nobody through it: connect directly, or through a pooler in session \
@@ -257,7 +258,7 @@ async fn try_out(mut lock: crate::Lock, seen: &Circumstances) -> Result<Vec<Find
             )]);
         }
         // Both are findings of their own.
-        Err(Error::Standby { .. } | Error::Settings { .. }) => return Ok(Vec::new()),
+        Err(Error::Standby { .. } | Error::SettingsRejected { .. }) => return Ok(Vec::new()),
         // The server's answer, such as a function that it does not have.
         Err(error @ Error::Database { .. }) => {
             let cause = std::error::Error::source(&error).map(ToString::to_string);

@@ -10,19 +10,18 @@ use std::process;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use sqlx::PgPool;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use crate::error::{Error, Result};
-use crate::held::{Held, methods};
+use crate::guard::{Guard, is_guard};
 use crate::holdings::Holdings;
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::{DEADLINE, within};
+use crate::source::Source;
 use crate::sql;
 pub use observer::{Leader, Observer};
 use pause::Pauses;
@@ -36,7 +35,7 @@ pub use status::{LeaderState, LeaderStatus};
 /// on the server, in `application_name`, where every session can [look up the leader](Self::leader);
 /// there is no table.
 ///
-/// A leader that loses its session reports it ([`Leadership::lost`]), and steps down before another candidate
+/// A leader that loses its session reports it ([`Guard::lost`]), and steps down before another candidate
 /// can be elected; see the [page on loss](crate#loss). What can't be stopped in time, fence with the
 /// [term](Leadership::term).
 ///
@@ -67,7 +66,7 @@ pub struct Election {
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Election {
-    /// Makes a candidate with the default options, named after its process. Sends nothing.
+    /// Makes a candidate, named after its process. Sends nothing.
     ///
     /// # Examples
     ///
@@ -80,11 +79,8 @@ impl Election {
     /// # let _ = election; }
     /// ```
     #[must_use]
-    pub fn new(pool: &PgPool, key: impl Into<Key>) -> Self {
-        Self::with_owner(key.into(), Owner::new(pool, LockOptions::new()))
-    }
-
-    pub(crate) fn with_owner(key: Key, owner: Owner) -> Self {
+    pub fn new(source: &impl Source, key: impl Into<Key>) -> Self {
+        let (key, owner) = (key.into(), source.owner().another().unmanaged());
         let candidate = format!("process-{}", process::id());
         Self { key, candidate, owner, status: LeaderStatus::default(), grace: Duration::ZERO }
     }
@@ -280,8 +276,8 @@ impl Election {
     ///
     /// # Errors
     ///
-    /// * [`Error::Leading`] with the error of the last term, if that ended with one.
-    /// * [`Error::Pool`] if the pool is closed.
+    /// * [`Error::LeaderFailed`] with the error of the last term, if that ended with one.
+    /// * [`Error::PoolClosed`] if the pool is closed.
     /// * As for [`campaign`](Self::campaign), if the error is not transient.
     ///
     /// # Panics
@@ -326,7 +322,7 @@ impl Election {
         let _campaigning = Campaigning(self.status.clone());
         self.status.set(LeaderState::Waiting);
         let mut pauses = Pauses::default();
-        let mut failure: Option<Arc<Error>> = None;
+        let mut failure: Option<Error> = None;
         loop {
             let leadership = tokio::select! {
                 biased;
@@ -347,7 +343,7 @@ impl Election {
             failure = match end {
                 End::Done(Err(error)) | End::Stopped(Some(Err(error))) => {
                     let (key, source) = (self.key.clone(), Arc::from(error));
-                    Some(Arc::new(Error::Leading { key, source }))
+                    Some(Error::LeaderFailed { key, source })
                 }
                 End::Closed => return Err(self.pool_closed()),
                 End::Done(Ok(())) | End::Lost | End::Stopped(_) => None,
@@ -356,14 +352,14 @@ impl Election {
                 break;
             }
             match &failure {
-                Some(error) => self.status.fails(Arc::clone(error)),
+                Some(error) => self.status.fails(error.clone()),
                 None => self.status.set(LeaderState::Waiting),
             }
             let pause = pauses.after(term, failure.is_some());
             if let Some(error) = &failure {
                 tracing::warn!(
                     key = %self.key,
-                    error = std::error::Error::source(&**error),
+                    error = std::error::Error::source(error),
                     pause_ms = pause.map(|pause| u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
                     "a term ended with an error"
                 );
@@ -377,7 +373,7 @@ impl Election {
                 }
             }
         }
-        failure.map_or(Ok(()), |error| Err(error.again(&self.key)))
+        failure.map_or(Ok(()), Err)
     }
 
     /// Runs what leads until the term ends, and for the grace period after that.
@@ -392,7 +388,7 @@ impl Election {
             biased;
             () = stop => End::Stopped(None),
             () = closed => End::Closed,
-            _loss = leadership.held.lost() => End::Lost,
+            _loss = leadership.guard.lost() => End::Lost,
             output = &mut leading => return End::Done(output),
         };
         leadership.stopping.send_replace(true);
@@ -412,7 +408,7 @@ impl Election {
                         error = &error as &dyn std::error::Error,
                         "a campaign failed; trying again"
                     );
-                    self.status.fails(Arc::new(error));
+                    self.status.fails(error);
                     sleep(RETRY_INTERVAL).await;
                 }
                 result => return result,
@@ -421,12 +417,7 @@ impl Election {
     }
 
     fn pool_closed(&self) -> Error {
-        Error::Pool {
-            key: self.key.clone(),
-            source: sqlx::Error::PoolClosed,
-            locks: None,
-            permits: None,
-        }
+        Error::PoolClosed { key: self.key.clone() }
     }
 
     /// Returns a status that shows, anywhere and at any time, whether this candidate leads.
@@ -461,7 +452,7 @@ impl Election {
     ///
     /// # Errors
     ///
-    /// [`Error::Pool`] or [`Error::Connect`] if no connection was available, [`Error::Database`] if the
+    /// [`Error::PoolTimedOut`], [`Error::PoolClosed`] or [`Error::Connect`] if no connection was available, [`Error::Database`] if the
     /// server or the connection failed.
     ///
     /// # Examples
@@ -484,8 +475,7 @@ impl Election {
         let mut conn = self.owner.connection(&self.key).await?;
         let holder =
             within(DEADLINE, async { sql::election::holder(conn.pg()?, self.key.id()).await });
-        let holder =
-            holder.await.map_err(|source| Error::Database { key: self.key.clone(), source })?;
+        let holder = holder.await.map_err(|source| Error::database(&self.key, source))?;
         conn.give_back();
         Ok(holder.map(Leader::from))
     }
@@ -524,7 +514,7 @@ impl Election {
     }
 
     /// Makes a leader of who was granted the lock.
-    async fn lead(&self, held: Held) -> Result<Leadership> {
+    async fn lead(&self, held: Guard) -> Result<Leadership> {
         if let Some(term) = self.status.term() {
             return Ok(self.leadership(held, term));
         }
@@ -535,9 +525,9 @@ impl Election {
         Ok(self.leadership(held, term))
     }
 
-    fn leadership(&self, held: Held, term: u64) -> Leadership {
+    fn leadership(&self, held: Guard, term: u64) -> Leadership {
         let stopping = watch::Sender::new(false);
-        Leadership { held, term, stopping, _share: Share(self.status.clone()) }
+        Leadership { guard: held, term, stopping, _share: Share(self.status.clone()) }
     }
 }
 
@@ -585,7 +575,7 @@ impl Turn {
     async fn end(mut self) {
         if let Some(holdings) = self.0.take() {
             // What was lost needs no resigning.
-            drop(holdings.close().done().await);
+            drop(holdings.release_all().done().await);
         }
     }
 }
@@ -594,7 +584,7 @@ impl Drop for Turn {
     fn drop(&mut self) {
         if let Some(holdings) = self.0.take() {
             // Detach: no caller waits for it.
-            drop(holdings.close());
+            drop(holdings.release_all());
         }
     }
 }
@@ -624,7 +614,7 @@ impl Drop for Turn {
 #[clippy::has_significant_drop]
 pub struct Leadership {
     // First, so that it is released before the change is noticed.
-    held: Held,
+    guard: Guard,
     term: u64,
     /// Whether [`Election::run`] ends the term.
     stopping: watch::Sender<bool>,
@@ -634,7 +624,7 @@ pub struct Leadership {
 impl Leadership {
     /// Returns the term: a number greater than that of every leader before.
     ///
-    /// It is the [fencing token](Self::fencing_token), drawn when the leader was elected.
+    /// It is the [fencing token](Guard::fencing_token), drawn when the leader was elected.
     ///
     /// # Examples
     ///
@@ -669,7 +659,7 @@ impl Leadership {
     /// ```
     #[must_use]
     pub fn key(&self) -> &Key {
-        self.held.key()
+        self.guard.key()
     }
 
     /// Returns whether [`Election::run`] ends the term: it is stopped, the pool is closed, or the leadership is
@@ -699,6 +689,27 @@ impl Leadership {
         // The sender lives as long as `self`.
         drop(self.stopping.subscribe().wait_for(|stopping| *stopping).await);
     }
+
+    /// Resigns: releases the lock (`pg_advisory_unlock`), and waits for the server's answer.
+    ///
+    /// See [`Guard::release`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
+    /// guard's connection stays borrowed for ten seconds.
+    pub async fn resign(self) -> Result<()> {
+        self.guard.release().await
+    }
 }
 
-methods!(Leadership, resign, "Election", "Election::new(&pool, \"billing\").campaign().await?");
+is_guard!(Leadership);
+
+impl fmt::Debug for Leadership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leadership")
+            .field("key", self.key())
+            .field("backend_pid", &self.backend_pid())
+            .finish_non_exhaustive()
+    }
+}

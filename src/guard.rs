@@ -1,210 +1,530 @@
-//! The guards of a lock: it is held for as long as one lives.
+//! The guards: a lock is held for as long as one of its guards lives.
+
+mod exclusive;
+mod shared;
+
+use std::fmt;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Loss, Result};
-use crate::held::{Held, methods};
+use crate::holdings::Holding;
 use crate::key::Key;
-use crate::lock::Lock;
-use crate::mode::Mode;
+use crate::manager::Managed;
+use crate::owner::Owner;
 use crate::request::Request;
+use crate::session::Session;
+use crate::session::ledger::Join;
+use crate::session::lend::SessionConnection;
+use crate::session::pending::{Pending, WaitPolicy};
+use crate::session::release::Release;
+use crate::source::sealed::Sealed;
+use crate::sql::release::Protocol;
+pub use exclusive::ExclusiveGuard;
+pub use shared::{SharedGuard, Upgrade};
 
-/// What the two guards have in common. They differ in name so that a signature can demand one.
-macro_rules! guard {
-    ($Guard:ident, $make:literal) => {
-        impl $Guard {
-            pub(crate) fn new(held: Held) -> Self {
-                Self { held }
-            }
-
-            /// Returns the key of the lock.
-            ///
-            /// # Examples
-            ///
-            /// ```
-            /// # use pglock::{Key, Lock};
-            /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-            /// # let pool = pglock_testkit::pool().await;
-            #[doc = concat!("let guard = ", $make, ";")]
-            /// assert_eq!(guard.key(), &Key::from("invoice-17"));
-            /// # Ok(()) }
-            /// ```
-            #[must_use]
-            pub fn key(&self) -> &Key {
-                self.held.key()
-            }
-
-            /// Makes a handle of another lock, or the same one, on the session of this guard.
-            ///
-            /// Acquires on handles of different sessions can deadlock without being detected, because
-            /// the server does not know that the sessions belong to one program. On one session the
-            /// server detects the deadlock within its `deadlock_timeout`, and one side gets
-            /// [`Error::Deadlock`](crate::Error::Deadlock). (To avoid deadlocks altogether, acquire locks
-            /// in the same order everywhere, or several at once with [`MultiLock`](crate::MultiLock).)
-            ///
-            /// Locks are re-entrant within the session. The session ends with its last guard; after that,
-            /// the handle opens a session of its own. While the handle waits for a busy lock, the session's
-            /// connection is in use: borrowing it, and releases of other guards, wait for the end of
-            /// the slice, at most 5 s (or `deadlock_timeout` plus a second, if that is longer). If the
-            /// session is lost, all its guards are.
-            ///
-            /// # Examples
-            ///
-            /// ```
-            /// # use pglock::Lock;
-            /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-            /// # let pool = pglock_testkit::pool().await;
-            #[doc = concat!("let guard = ", $make, ";")]
-            /// let customer = guard.lock("customer-4").acquire().await?;
-            /// assert_eq!(customer.backend_pid(), guard.backend_pid());
-            /// # Ok(()) }
-            /// ```
-            #[must_use]
-            pub fn lock(&self, key: impl Into<Key>) -> Lock {
-                Lock::with_owner(key.into(), self.held.owner())
-            }
-        }
-
-        methods!($Guard, release, "Lock", $make);
-    };
-}
-
-/// An exclusive lock that is held. Dropping it releases the lock.
+/// What all guards have in common: a lock that is held, on a session that may be lost.
+///
+/// [`ExclusiveGuard`], [`SharedGuard`], [`MultiGuard`](crate::MultiGuard), [`Permit`](crate::Permit) and
+/// [`Leadership`](crate::Leadership) dereference to it, so all its methods are theirs, and a function that
+/// takes a `&Guard` takes a reference to any of them. Each can also be turned into a `Guard` that is owned.
 ///
 /// # Drop
 ///
-/// Starts the release and returns immediately; usually the unlock was sent by then. To wait for the
-/// server's answer, use [`release`](Self::release). A guard may be dropped anywhere: on a thread
-/// without a runtime, after its runtime was shut down, during a panic. The connection goes back to
-/// the pool when the server has confirmed the unlock, and is closed otherwise.
-///
-/// If the process dies, the server releases the lock as soon as it detects the closed connection.
+/// Releases the lock, as for [`ExclusiveGuard`].
 ///
 /// # Examples
 ///
 /// ```
-/// use pglock::Lock;
+/// use pglock::{Guard, Lock, Semaphore};
+///
+/// fn log(guard: &Guard) {
+///     println!("held by backend {}", guard.backend_pid());
+/// }
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
-/// let mut lock = Lock::new(&pool, "nightly-report");
-/// {
-///     let _guard = lock.acquire().await?;
-///     // No other task runs this, on any machine.
+/// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+/// let permit = Semaphore::new(&pool, "printers", 2)?.acquire().await?;
+/// log(&guard);
+/// log(&permit);
+///
+/// let guards: Vec<Guard> = vec![guard.into(), permit.into()];
+/// for guard in guards {
+///     guard.release().await?;
 /// }
 /// # Ok(()) }
 /// ```
 #[must_use = "if unused, the lock is released at once"]
 #[clippy::has_significant_drop]
-pub struct ExclusiveGuard {
-    held: Held,
+pub struct Guard {
+    session: Arc<Session>,
+    request: Request,
+    token: OnceLock<u64>,
+    released: bool,
+    /// The handle that can release it as well.
+    holding: Option<Holding>,
+    /// A manager took it, and has others on the session, too.
+    managed: Option<Managed>,
 }
 
-impl ExclusiveGuard {
-    /// Turns the exclusive lock into a shared one, without releasing it in between.
+impl Guard {
+    /// Returns the process id of the server's backend whose session holds the lock.
     ///
-    /// Waiters that want to share the lock are granted it then. If other guards of the same handle hold
-    /// it exclusively, it stays exclusive until the last of them is dropped. Sends one statement, or none.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future releases the lock, because the guard is consumed.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::Borrowed`] if the session's
-    /// connection stays borrowed for ten seconds.
+    /// That is the `pid` of `pg_stat_activity` and `pg_locks`.
     ///
     /// # Examples
     ///
     /// ```
-    /// use pglock::Lock;
-    ///
+    /// # use pglock::Lock;
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let mut lock = Lock::new(&pool, "app-config");
-    /// let mut reader = lock.clone();
-    /// let writing = lock.acquire().await?;
-    /// // Change the configuration, then go on to read what was written.
-    /// let _reading = writing.downgrade().await?;
-    /// let _another = reader.acquire_shared().await?;
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// println!("held by backend {}", guard.backend_pid());
     /// # Ok(()) }
     /// ```
-    pub async fn downgrade(self) -> Result<SharedGuard> {
-        let request = Request::one(self.held.key(), Mode::Shared);
-        // What is held exclusively covers it, so this sends nothing, and is not refused.
-        let shared = self.held.and(&request).await?;
-        self.held.release().await?;
-        shared.map(SharedGuard::new).ok_or_else(|| Error::lost(request.key(), Loss::NotHeld))
+    #[must_use]
+    pub fn backend_pid(&self) -> i32 {
+        self.session.backend_pid()
     }
-}
 
-guard! { ExclusiveGuard, "Lock::new(&pool, \"invoice-17\").acquire().await?" }
-
-/// A shared lock that is held. Dropping it releases the lock.
-///
-/// Other sessions may hold the same lock shared at the same time; none holds it exclusively.
-///
-/// # Drop
-///
-/// As for [`ExclusiveGuard`].
-///
-/// # Examples
-///
-/// ```
-/// use pglock::Lock;
-///
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-/// # let pool = pglock_testkit::pool().await;
-/// let mut lock = Lock::new(&pool, "app-config");
-/// let mut other = lock.clone();
-///
-/// let _reader = lock.acquire_shared().await?;
-/// let _another = other.acquire_shared().await?;
-/// # Ok(()) }
-/// ```
-#[must_use = "if unused, the lock is released at once"]
-#[clippy::has_significant_drop]
-pub struct SharedGuard {
-    held: Held,
-}
-
-impl SharedGuard {
-    /// Turns the shared lock into an exclusive one if no other session holds it, without releasing it
-    /// in between. Otherwise returns the guard.
+    /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the
+    /// server's answer.
     ///
-    /// Before PostgreSQL 17, it is also refused while another session waits for the lock; from then on,
-    /// it goes ahead of those.
-    ///
-    /// It never waits for the lock, because two holders that wait for each other's share would
-    /// deadlock. Sends one statement.
+    /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was
+    /// held until now. Sends one statement if this was the last guard of its handle, otherwise
+    /// none.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future releases the lock, because the guard is consumed.
+    /// Cancel safe: the release continues if the future is dropped.
     ///
     /// # Errors
     ///
-    /// As for [`Lock::try_acquire`], and [`Error::Borrowed`] if the session's connection stays borrowed
-    /// for ten seconds. After an error this guard's share is released.
+    /// [`Error::Lost`] if the session no longer held the lock: its
+    /// connection broke, or other code unlocked it. Another session may have held the lock
+    /// since. [`Error::ConnectionBorrowed`] if another guard's
+    /// [`connection`](Self::connection) stays borrowed for ten seconds; the release continues
+    /// when it is returned.
     ///
     /// # Examples
     ///
     /// ```
-    /// use pglock::Lock;
-    ///
+    /// # use pglock::Lock;
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
-    /// let reading = Lock::new(&pool, "app-config").acquire_shared().await?;
-    /// match reading.try_upgrade().await? {
-    ///     Ok(_writing) => { /* no other session reads or writes */ }
-    ///     Err(_reading) => { /* another one reads, and this still does */ }
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// guard.release().await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn release(mut self) -> Result<()> {
+        match self.start_release(Protocol::Extended) {
+            Some(release) => release.done().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Returns whether the lock was lost: `true` as soon as the loss is detected.
+    ///
+    /// Sends nothing. `false` is as good as the session's last answer. A silent session is lost
+    /// after the heartbeat's interval and timeout
+    /// ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)), which is always before
+    /// the server grants the lock to another session. A closed connection is detected within 50
+    /// ms if it is idle and the lock has been held for more than two seconds, otherwise at the
+    /// next heartbeat. After a system suspend, `is_lost` returns `false` until the first
+    /// heartbeat, because the monotonic clock does not advance during suspend.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use pglock::Lock;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// assert!(!guard.is_lost());
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.loss().is_some()
+    }
+
+    /// Waits until the lock is lost, and returns the reason. Pending while the lock is held.
+    ///
+    /// Sends nothing. See [`is_lost`](Self::is_lost) for how soon a loss is detected.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use pglock::Lock;
+    /// # async fn work() {}
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// tokio::select! {
+    ///     loss = guard.lost() => eprintln!("stop at once: {loss}"),
+    ///     () = work() => {}
     /// }
     /// # Ok(()) }
     /// ```
-    pub async fn try_upgrade(self) -> Result<std::result::Result<ExclusiveGuard, Self>> {
-        let request = Request::one(self.held.key(), Mode::Exclusive);
-        let exclusive = self.held.and(&request).await?;
-        Ok(exclusive.map(ExclusiveGuard::new).ok_or(self))
+    pub async fn lost(&self) -> Loss {
+        let closed = async {
+            match (&self.managed, &self.holding) {
+                (Some(managed), _) => managed.is_closed().await,
+                (None, Some(holding)) => holding.is_closed().await,
+                (None, None) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            loss = closed => loss,
+            loss = self.session.lost() => loss,
+        }
+    }
+
+    /// Asks the server whether the session still holds the lock (`pg_lock_status`).
+    ///
+    /// Sends one statement on the session's own connection, for any number of keys. Waits while
+    /// the connection is in use.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: the answer is ignored.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session does not hold the lock;
+    /// [`Error::NoExclusion`] if another session answers;
+    /// [`Error::Database`] if the server returns an error, or does not
+    /// answer within the heartbeat's timeout, which is not a loss: the next heartbeat decides;
+    /// [`Error::ConnectionBorrowed`] if the connection stays borrowed for ten
+    /// seconds.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use pglock::Lock;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// guard.verify().await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn verify(&self) -> Result<()> {
+        self.check_open()?;
+        self.session.verify(&self.request).await
+    }
+
+    /// Runs a future while the lock is held.
+    ///
+    /// If the lock is lost, the future is dropped, and then the loss is returned. The guard is
+    /// borrowed, so the lock is not released before the future has ended; if the future panics,
+    /// the guard is dropped while the panic unwinds.
+    ///
+    /// Tasks that the future has spawned are not stopped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future that this returns drops the one that it runs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the lock is lost before the future has ended.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use pglock::Lock;
+    /// # async fn make_report() -> u32 { 1 }
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// let pages = guard.while_held(make_report()).await?;
+    /// assert_eq!(pages, 1);
+    /// # Ok(()) }
+    /// ```
+    pub async fn while_held<T>(&self, future: impl Future<Output = T>) -> Result<T> {
+        let ended = {
+            let future = pin!(future);
+            tokio::select! {
+                biased;
+                reason = self.lost() => Err(reason),
+                output = future => Ok(output),
+            }
+            // Here it is dropped, before anybody hears of the loss.
+        };
+        let ended = ended.and_then(|output| self.loss().map_or(Ok(output), Err));
+        ended.map_err(|reason| Error::lost(self.key(), reason))
+    }
+
+    /// Returns a fencing token: a number that is greater than that of every previous holder.
+    ///
+    /// A store that does not know the lock can check it: it refuses a write whose token is
+    /// less than the greatest one seen. The first call sends one statement on the session's
+    /// own connection; later calls return the same number without a round trip.
+    ///
+    /// The token is a transaction id of the server (`pg_current_xact_id`), so it also grows from
+    /// lock to lock, and it survives restarts and crashes. It does not survive a failover to a
+    /// standby that had not received the last transactions, because that standby can assign the
+    /// same ids again. Nor is it a part of a logical dump into another server.
+    ///
+    /// The transaction is committed with the session's `synchronous_commit`, and at least
+    /// `local`: the token is on the server's disk. If the commit waits for a synchronous standby
+    /// for longer than ten seconds, the statement is cancelled and an error is returned. The lock
+    /// is still held.
+    ///
+    /// # A guarded write
+    ///
+    /// ```sql
+    /// UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1
+    /// ```
+    ///
+    /// If no row was changed, a later holder has written. This needs `READ COMMITTED`,
+    /// PostgreSQL's default: under `REPEATABLE READ` and above, the statement sees the row as
+    /// it was when the transaction began, and either fails with 40001 or, if it only reads
+    /// the token and writes elsewhere, admits a late holder.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: at worst a number is drawn and not used.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session has ended;
+    /// [`Error::Database`] if the server returns an error, for example on
+    /// a standby, which can't assign transaction ids, or if the commit took longer than ten
+    /// seconds; [`Error::ConnectionBorrowed`] if the connection stays borrowed for
+    /// ten seconds.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use pglock::Lock;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let first = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// let token = first.fencing_token().await?;
+    /// first.release().await?;
+    ///
+    /// let next = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// assert!(next.fencing_token().await? > token);
+    /// # Ok(()) }
+    /// ```
+    pub async fn fencing_token(&self) -> Result<u64> {
+        self.check_open()?;
+        if let Some(&token) = self.token.get() {
+            return Ok(token);
+        }
+        let drawn = self.session.draw_token(self.key()).await?;
+        // Of two who draw at once, the first one's counts for both.
+        Ok(*self.token.get_or_init(|| drawn))
+    }
+
+    /// Borrows the connection of the session that holds the lock.
+    ///
+    /// What is written through it can't outlive the lock. Waits while the connection is in use,
+    /// for example borrowed from another guard of the session. The first time, sends two
+    /// statements, to end a transaction that was left open on the pooled connection and to set
+    /// what a borrowed connection has; later at most one. When the connection is returned, two
+    /// statements end what was left open and check that the session still holds its locks.
+    ///
+    /// While the connection is borrowed, a closed session is detected only at the next heartbeat.
+    ///
+    /// The pool's `before_acquire` hook may not have run on it; `after_connect` has.
+    ///
+    /// `CREATE INDEX CONCURRENTLY` waits for every older snapshot, including that of a session
+    /// that waits for this lock. On this connection that is a deadlock, and one of the two
+    /// statements fails. Run it on another connection.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: if the future is dropped, nothing is borrowed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session has ended;
+    /// [`Error::ConnectionBorrowed`] if the connection stays borrowed elsewhere for
+    /// ten seconds; [`Error::SharedSession`] for a guard of a
+    /// [`LockManager`](crate::LockManager), which has no connection of its own.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use pglock::Lock;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// # sqlx::raw_sql("CREATE TABLE entry (amount int)").execute(&pool).await?;
+    /// let guard = Lock::new(&pool, "invoice-17").acquire().await?;
+    /// let mut connection = guard.connection().await?;
+    /// sqlx::query("INSERT INTO entry VALUES (100)").execute(&mut *connection).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn connection(&self) -> Result<SessionConnection<'_>> {
+        self.check_open()?;
+        if self.managed.is_some() {
+            let key = self.key();
+            return Err(match self.loss() {
+                Some(loss) => Error::lost(key, loss),
+                None => Error::SharedSession { key: key.clone() },
+            });
+        }
+        self.session.lend(self.key()).await
+    }
+
+    pub(crate) fn new(session: Arc<Session>, request: Request) -> Self {
+        let token = OnceLock::new();
+        Self { session, request, token, released: false, holding: None, managed: None }
+    }
+
+    /// What a manager took for one of its owners.
+    pub(crate) fn managed(session: Arc<Session>, request: Request, managed: Managed) -> Self {
+        let mut held = Self::new(session, request);
+        held.managed = Some(managed);
+        held
+    }
+
+    /// The same, as a holding of a handle.
+    pub(crate) fn held_by(
+        mut self,
+        handle: impl FnOnce(&Arc<Session>, &Request) -> Holding,
+    ) -> Self {
+        self.holding = Some(handle(&self.session, &self.request));
+        self
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    pub(crate) fn request(&self) -> &Request {
+        &self.request
+    }
+
+    pub(crate) fn key(&self) -> &Key {
+        self.request.key()
+    }
+
+    /// Runs a future while the lock is held, and releases it.
+    pub(crate) async fn run<T>(self, future: impl Future<Output = T>) -> Result<T> {
+        let output = self.while_held(future).await?;
+        self.release().await?;
+        Ok(output)
+    }
+
+    /// Takes more, on this very session, if it is free.
+    pub(crate) async fn and(&self, request: &Request) -> Result<Option<Self>> {
+        self.check_open()?;
+        let session = &self.session;
+        let ended = || Error::lost(request.key(), self.loss().unwrap_or(Loss::NotHeld));
+        if let Some(managed) = &self.managed {
+            if self.is_lost() {
+                return Err(ended());
+            }
+            let more = managed.acquire(request, WaitPolicy::Never).await?;
+            // If the session was lost meanwhile, it was granted on another.
+            let is_elsewhere =
+                more.as_ref().is_some_and(|more| !Arc::ptr_eq(&more.session, session));
+            return if is_elsewhere { Err(ended()) } else { Ok(more) };
+        }
+        let joined = match session.join(request) {
+            Join::Covered => Some(Self::new(Arc::clone(session), request.clone())),
+            Join::Ask => {
+                let (session, options) = (Arc::clone(session), session.options());
+                let joining = Pending::join(session, request, options, WaitPolicy::Never).await;
+                let pending = joining.map_err(|reason| reason.error(request.key()))?;
+                let (pending, verdict) =
+                    pending.ok_or_else(ended)?.try_now(WaitPolicy::Never).await?;
+                pending.settle(verdict, WaitPolicy::Never).await?
+            }
+            Join::Lost | Join::Released => return Err(ended()),
+        };
+        Ok(joined.map(|joined| match &self.holding {
+            Some(holding) => joined.held_by(|session, request| holding.another(session, request)),
+            None => joined,
+        }))
+    }
+
+    pub(crate) fn loss(&self) -> Option<Loss> {
+        self.closed().or_else(|| self.session.loss())
+    }
+
+    /// The handle was closed; the session may live on.
+    fn closed(&self) -> Option<Loss> {
+        let managed = self.managed.as_ref().and_then(Managed::closed);
+        managed.or_else(|| self.holding.as_ref().and_then(Holding::closed))
+    }
+
+    fn check_open(&self) -> Result<()> {
+        self.closed().map_or(Ok(()), |closed| Err(Error::lost(self.key(), closed)))
+    }
+
+    /// Starts the release, once. The only path by which a guard is released.
+    fn start_release(&mut self, protocol: Protocol) -> Option<Release> {
+        if self.released {
+            return None;
+        }
+        self.released = true;
+        if let Some(managed) = &self.managed {
+            let pending = managed.leave(self.key(), self.request.mode(), &self.session);
+            return Some(Release::Managed(pending));
+        }
+        if self.holding.as_ref().is_some_and(|holding| !holding.end()) {
+            // The close of the handle has released it.
+            return Some(Release::Done(Err(Error::lost(self.key(), Loss::Released))));
+        }
+        Some(Arc::clone(&self.session).release(&self.request, protocol))
     }
 }
 
-guard! { SharedGuard, "Lock::new(&pool, \"invoice-17\").acquire_shared().await?" }
+impl Sealed for Guard {
+    /// An owner that takes other locks on the same session, or through the same manager.
+    fn owner(&self) -> Owner {
+        Owner::of(&self.session, self.managed.as_ref())
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // Detach: nobody is left to wait for the answer.
+        drop(self.start_release(Protocol::Simple));
+    }
+}
+
+impl fmt::Debug for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guard")
+            .field("locks", &self.request.locks())
+            .field("backend_pid", &self.backend_pid())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the type of a guard adds to [`Guard`]: nothing that the others need.
+macro_rules! is_guard {
+    ($Type:ty) => {
+        impl std::ops::Deref for $Type {
+            type Target = $crate::Guard;
+
+            fn deref(&self) -> &$crate::Guard {
+                &self.guard
+            }
+        }
+
+        impl $crate::source::sealed::Sealed for $Type {
+            fn owner(&self) -> $crate::owner::Owner {
+                self.guard.owner()
+            }
+        }
+
+        impl From<$Type> for $crate::Guard {
+            fn from(guard: $Type) -> Self {
+                guard.guard
+            }
+        }
+    };
+}
+pub(crate) use is_guard;

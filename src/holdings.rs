@@ -45,7 +45,7 @@ impl Holdings {
     /// Releases everything, however many guards are alive, which then report a loss.
     ///
     /// The release is in flight when this returns; what it returns waits for the server.
-    pub(crate) fn close(&self) -> Closing {
+    pub(crate) fn release_all(&self) -> Closing {
         self.closed.store(true, Ordering::Relaxed);
         let all = std::mem::take(&mut self.entries().all);
         let release = |(_, session, request): (u64, Arc<Session>, Request)| {
@@ -90,7 +90,7 @@ impl Holding {
     }
 
     pub(crate) fn closed(&self) -> Option<Loss> {
-        self.holdings.closed.load(Ordering::Relaxed).then_some(Loss::Closed)
+        self.holdings.closed.load(Ordering::Relaxed).then_some(Loss::Released)
     }
 
     /// Waits until the handle is closed.

@@ -37,7 +37,7 @@
 //! was granted. Of a holder it says when the [session](Session) was started, which was before; when its
 //! transaction was, if it is in one; and since when it is in its state: if it is idle since then, it has
 //! held all its locks at least since then. (A session of this crate is asked at every
-//! [heartbeat](crate::LockOptions::heartbeat), and idle since then.) A leader shows when it was elected.
+//! [heartbeat](crate::LockOptions::heartbeat_interval), and idle since then.) A leader shows when it was elected.
 //!
 //! A waiter of this crate waits in [slices](crate::LockOptions::wait_slice), and its wait begins anew with
 //! each.
@@ -177,7 +177,7 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 ///
 /// Its holder learns of the loss: a guard of this crate at once. What it was doing may still go on
 /// outside the database for a moment, so whoever takes the lock next should be
-/// [fenced](crate::ExclusiveGuard::fencing_token).
+/// [fenced](crate::Guard::fencing_token).
 ///
 /// # Cancel safety
 ///

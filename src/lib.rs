@@ -7,9 +7,13 @@
 //!
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 //! # let pool = pglock_testkit::pool().await;
-//! let mut lock = Lock::new(&pool, "nightly-report");
-//! if let Some(_guard) = lock.try_acquire().await? {
-//!     // This machine makes the report; the others get `None`.
+//! let done = Lock::new(&pool, "nightly-report")
+//!     .try_run(async {
+//!         // This machine makes the report. If it loses the lock, this future is dropped.
+//!     })
+//!     .await?;
+//! if done.is_none() {
+//!     println!("another machine makes it");
 //! }
 //! # Ok(()) }
 //! ```
@@ -26,10 +30,12 @@
 //!
 //! # Overview
 //!
-//! * [`Lock`] is a handle with six methods that acquire. Handles are re-entrant; two handles exclude each
-//!   other.
-//! * [`ExclusiveGuard`] and [`SharedGuard`] are proof of holding; dropping one releases its share.
-//! * [`LockManager`] makes the same locks, thousands of them on one connection.
+//! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
+//!   Handles are re-entrant; two handles exclude each other.
+//! * [`ExclusiveGuard`] and [`SharedGuard`] are proof of holding; dropping one releases its share. [`Guard`] is what
+//!   all guards have in common.
+//! * [`Source`] is where a handle gets its session: a pool, a manager, or a guard.
+//! * [`LockManager`] holds thousands of locks on one connection.
 //! * [`MultiLock`] holds several keys, all or none, and never in a deadlock with another `MultiLock`.
 //! * [`Semaphore`] is a counting semaphore; each permit has an index.
 //! * [`Election`] makes one candidate the leader, notifies it when it no longer leads, and shows to all
@@ -57,13 +63,13 @@
 //!
 //! The server releases a lock when its session ends, and a session can end without its client: an
 //! administrator terminates it, the server restarts, the network fails. A guard whose session has ended is
-//! *lost*: [`lost`](ExclusiveGuard::lost) resolves, [`is_lost`](ExclusiveGuard::is_lost) returns `true`, and
+//! *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and
 //! all other methods return [`Error::Lost`].
 //!
 //! A background task monitors the sessions that hold a lock, one task for each tokio runtime that
 //! acquires. If the runtime is shut down, the guards acquired on it are lost immediately.
 //!
-//! * At each [heartbeat](LockOptions::heartbeat), the task sends a statement to the session. A session that
+//! * At each [heartbeat](LockOptions::heartbeat_interval), the task sends a statement to the session. A session that
 //!   is silent is lost after the heartbeat's interval plus its timeout, by default 4 s after the last
 //!   question that was answered.
 //! * When the session has been held for two seconds, or for the heartbeat's interval if that is shorter, the
@@ -77,7 +83,7 @@
 //! Only three things are a loss: silence, a closed connection, and the server's answer that the lock is
 //! not held. An answer that is an error is a sign of life.
 //!
-//! The server ends the session of a [silent client](LockOptions::server_gives_up) only later, so a holder
+//! The server ends the session of a [silent client](LockOptions::keepalives_interval) only later, so a holder
 //! that is cut off stops before another session is granted the lock. This requires TCP, and a server that
 //! accepts the settings.
 //!
@@ -95,9 +101,9 @@
 //! | a permit of a semaphore acquired | 3, and 1 per ten seconds; 1 every 20 ms for the first waiter |
 //! | a leader elected | 2 more than a lock acquired |
 //! | the leader looked up, or observed | 1, or 1 every 500 ms |
-//! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat) |
-//! | the connection [borrowed](ExclusiveGuard::connection) | 2 the first time, at most 1 later; 2 when it is returned |
-//! | a guard [verified](ExclusiveGuard::verify), or a [token](ExclusiveGuard::fencing_token) drawn | 1 |
+//! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat_interval) |
+//! | the connection [borrowed](Guard::connection) | 2 the first time, at most 1 later; 2 when it is returned |
+//! | a guard [verified](Guard::verify), or a [token](Guard::fencing_token) drawn | 1 |
 //! | the last guard released | 1 |
 //! | an exclusive guard released while shared ones stay | 1 |
 //! | a free lock of a [`transaction`] acquired, or a `try_` of a busy one | 1 |
@@ -133,6 +139,7 @@
 //! | event | warn | the server rejects a setting by which it detects a dead client | `error` |
 //! | event | warn | a connection was closed instead of returned to the pool | `backend_pid`, `locks`, `reason` |
 //! | event | warn | a lock that was taken through a pooler in transaction mode could not be released | `backend_pid`, `error` |
+//! | event | warn | a task re-entered a lock that another task acquired through the same handle; once per handle | `key`, `name` |
 //! | event | warn | a campaign of [`Election::run`] failed; it is retried | `key`, `error` |
 //!
 //! [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
@@ -154,26 +161,27 @@ pub mod transaction;
 pub mod inspect;
 pub mod doctor;
 mod error;
-mod held;
 mod holdings;
 mod owner;
 mod request;
 mod session;
+mod source;
 mod sql;
 #[cfg(doc)]
 pub mod guide;
 
 pub use election::{Election, Leader, LeaderState, LeaderStatus, Leadership, Observer};
 pub use error::{Error, Loss, Result};
-pub use guard::{ExclusiveGuard, SharedGuard};
+pub use guard::{ExclusiveGuard, Guard, SharedGuard, Upgrade};
 pub use key::Key;
 pub use lock::Lock;
 pub use manager::LockManager;
 pub use mode::Mode;
 pub use multi::{MultiGuard, MultiLock};
-pub use options::LockOptions;
+pub use options::{ConfiguredPool, LockOptions};
 pub use semaphore::{Permit, Semaphore};
 pub use session::lend::SessionConnection;
+pub use source::Source;
 
 /// Compiles what the README shows.
 #[cfg(doctest)]

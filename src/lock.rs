@@ -1,19 +1,17 @@
 //! The handle of the lock of one key, with six methods that acquire.
 
 use std::fmt;
-use std::time::Duration;
-
-use sqlx::PgPool;
+use std::time::{Duration, Instant};
 
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
-use crate::guard::{ExclusiveGuard, SharedGuard};
+use crate::guard::{ExclusiveGuard, Guard, SharedGuard};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
+use crate::source::Source;
 
 /// A handle on the lock of one key (`pg_advisory_lock`).
 ///
@@ -22,9 +20,10 @@ use crate::request::Request;
 /// re-entrant: acquiring a lock that the handle already holds returns immediately, without a round
 /// trip, and the lock is released when the last guard is dropped.
 ///
-/// The acquire methods take `&mut self`, so that two tasks can't share one handle by accident and
-/// both be granted the lock. To contend, [`clone`](Clone::clone) the handle: a clone shares only
-/// the pool, the key and the options.
+/// Never share a handle between tasks, not in a `Mutex` either: the second task would re-enter, and both would hold
+/// the lock. [`clone`](Clone::clone) it instead, once for each task: a clone shares only the source, the key and
+/// the options, and excludes the original. Therefore the acquire methods take `&mut self`, and a re-entry from
+/// another task than the one that acquired last is logged as a warning. [`run`](Self::run) never re-enters.
 ///
 /// | | waits | waits up to a timeout | never waits |
 /// |---|---|---|---|
@@ -74,9 +73,8 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Makes a handle with the default options. Sends nothing to the server.
-    ///
-    /// For other options see [`LockOptions::lock`].
+    /// Makes a handle whose session comes from a pool, a manager or a guard ([`Source`]). Sends nothing to the
+    /// server.
     ///
     /// # Examples
     ///
@@ -91,12 +89,8 @@ impl Lock {
     /// # let _ = (by_name, by_number, by_pair); }
     /// ```
     #[must_use]
-    pub fn new(pool: &PgPool, key: impl Into<Key>) -> Self {
-        Self::with_owner(key.into(), Owner::new(pool, LockOptions::new()))
-    }
-
-    pub(crate) fn with_owner(key: Key, owner: Owner) -> Self {
-        Self { key, owner }
+    pub fn new(source: &impl Source, key: impl Into<Key>) -> Self {
+        Self { key: key.into(), owner: source.owner() }
     }
 
     /// Returns the key.
@@ -119,7 +113,7 @@ impl Lock {
     /// Acquires the lock exclusively (`pg_advisory_lock`), waiting until it is available.
     ///
     /// A free lock takes one statement, and so one round trip. A busy lock is waited for in the
-    /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`]), one statement each,
+    /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), one statement each,
     /// so that no snapshot gets older. Between two slices the waiter goes to the end of the queue. If
     /// this handle already holds the lock exclusively, nothing is sent.
     ///
@@ -139,13 +133,13 @@ impl Lock {
     ///
     /// Nothing is held after an error.
     ///
-    /// * [`Error::Pool`] if no connection became available in time, or if the pool was closed, also during
+    /// * [`Error::PoolTimedOut`] if no connection became available in time; [`Error::PoolClosed`] if the pool was closed, also during
     ///   the wait; [`Error::Connect`] if none could be opened.
     /// * [`Error::Deadlock`], [`Error::OutOfLocks`], [`Error::Cancelled`], [`Error::Standby`],
-    ///   [`Error::Settings`] if the server refused.
-    /// * [`Error::Pooled`] if locks exclude no other session on this connection, as behind a pooler in
+    ///   [`Error::SettingsRejected`] if the server refused.
+    /// * [`Error::NoExclusion`] if locks exclude no other session on this connection, as behind a pooler in
     ///   transaction mode.
-    /// * [`Error::Borrowed`] if another guard's connection of the same session stays borrowed for ten
+    /// * [`Error::ConnectionBorrowed`] if another guard's connection of the same session stays borrowed for ten
     ///   seconds.
     /// * [`Error::Disconnected`] if the connection broke.
     /// * [`Error::Database`] for all other errors.
@@ -211,7 +205,7 @@ impl Lock {
     /// Acquires the lock exclusively, waiting for at most `timeout`. Returns `None` after that.
     ///
     /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
-    /// [`Error::Pool`], because the lock was not requested. The server ends the wait itself, so
+    /// [`Error::PoolTimedOut`], because the lock was not requested. The server ends the wait itself, so
     /// a timeout costs nothing; if the server does not answer, the call returns half a second later.
     ///
     /// # Cancel safety
@@ -245,6 +239,21 @@ impl Lock {
     pub async fn try_acquire_for(&mut self, timeout: Duration) -> Result<Option<ExclusiveGuard>> {
         let request = self.request(Mode::Exclusive);
         let held = self.owner.try_acquire_for(&request, timeout).await?;
+        Ok(held.map(ExclusiveGuard::new))
+    }
+
+    /// The same, with a deadline instead of a timeout.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_acquire_for`](Self::try_acquire_for).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    pub async fn try_acquire_until(&mut self, deadline: Instant) -> Result<Option<ExclusiveGuard>> {
+        let request = self.request(Mode::Exclusive);
+        let held = self.owner.try_acquire_until(&request, deadline).await?;
         Ok(held.map(ExclusiveGuard::new))
     }
 
@@ -360,11 +369,125 @@ impl Lock {
         Ok(held.map(SharedGuard::new))
     }
 
+    /// The same, with a deadline instead of a timeout.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_acquire_for`](Self::try_acquire_for).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    pub async fn try_acquire_shared_until(
+        &mut self,
+        deadline: Instant,
+    ) -> Result<Option<SharedGuard>> {
+        let request = self.request(Mode::Shared);
+        let held = self.owner.try_acquire_until(&request, deadline).await?;
+        Ok(held.map(SharedGuard::new))
+    }
+
+    /// Acquires the lock exclusively, runs a future under it, and releases it.
+    ///
+    /// If the lock is lost, the future is dropped at its next await, and the loss is returned. Tasks that it has
+    /// spawned are not stopped. If it panics, the lock is released while the panic unwinds.
+    ///
+    /// Each call excludes every other one, also those through the same handle: it does not re-enter what the
+    /// handle holds, but acquires on a session of its own, as a [clone](Clone::clone) of the handle does.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future that this returns drops the one that it runs, and releases the lock.
+    ///
+    /// # Errors
+    ///
+    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] if the lock was lost before it was released: then
+    /// another session may have held it meanwhile, even if the future has ended.
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Lock;
+    ///
+    /// # async fn make_report() -> u32 { 12 }
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let pages = Lock::new(&pool, "nightly-report").run(make_report()).await?;
+    /// assert_eq!(pages, 12);
+    /// # Ok(()) }
+    /// ```
+    pub async fn run<T>(&self, future: impl Future<Output = T>) -> Result<T> {
+        let guard = self.clone().acquire().await?;
+        Guard::from(guard).run(future).await
+    }
+
+    /// Runs a future under the lock if it is available. Returns `None` if another session holds it.
+    ///
+    /// Acquires like [`try_acquire`](Self::try_acquire); in all other respects like [`run`](Self::run).
+    ///
+    /// # Errors
+    ///
+    /// As for [`run`](Self::run).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Lock;
+    ///
+    /// # async fn make_report() -> u32 { 12 }
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// match Lock::new(&pool, "nightly-report").try_run(make_report()).await? {
+    ///     Some(pages) => println!("made a report of {pages} pages"),
+    ///     None => println!("another machine makes it"),
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn try_run<T>(&self, future: impl Future<Output = T>) -> Result<Option<T>> {
+        let guard = self.clone().try_acquire().await?;
+        match guard {
+            Some(guard) => Guard::from(guard).run(future).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Runs a future under the lock, waiting for the lock for at most `timeout`. Returns `None` after that.
+    ///
+    /// Acquires like [`try_acquire_for`](Self::try_acquire_for); in all other respects like
+    /// [`run`](Self::run). The timeout does not bound the future.
+    ///
+    /// # Errors
+    ///
+    /// As for [`run`](Self::run).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    pub async fn try_run_for<T>(
+        &self,
+        timeout: Duration,
+        future: impl Future<Output = T>,
+    ) -> Result<Option<T>> {
+        let guard = self.clone().try_acquire_for(timeout).await?;
+        match guard {
+            Some(guard) => Guard::from(guard).run(future).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// Releases everything that this handle holds, while its guards are still alive.
     ///
-    /// These guards report [`Error::Lost`] from then on, with [`Loss::Closed`](crate::Loss::Closed).
+    /// These guards report [`Error::Lost`] from then on, with [`Loss::Released`](crate::Loss::Released).
     /// Guards of other handles are not affected, even on the same session
-    /// ([`ExclusiveGuard::lock`]). The connection goes back to the pool when the server has confirmed, if no
+    /// (see [`Source`]). The connection goes back to the pool when the server has confirmed, if no
     /// other guard needs it. The handle can acquire again. Sends one statement if anything is held,
     /// otherwise none.
     ///
@@ -374,7 +497,7 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the lock was lost before. [`Error::Borrowed`] if a guard's connection stays
+    /// [`Error::Lost`] if the lock was lost before. [`Error::ConnectionBorrowed`] if a guard's connection stays
     /// borrowed for ten seconds; the release continues when it is returned.
     ///
     /// # Examples
@@ -386,14 +509,14 @@ impl Lock {
     /// # let pool = pglock_testkit::pool().await;
     /// let mut lock = Lock::new(&pool, "nightly-report");
     /// let guard = lock.acquire().await?;
-    /// lock.close().await?;
+    /// lock.release_all().await?;
     ///
     /// assert!(lock.clone().try_acquire().await?.is_some());
     /// assert!(guard.release().await.is_err());
     /// # Ok(()) }
     /// ```
-    pub async fn close(&mut self) -> Result<()> {
-        self.owner.close(&self.key).await
+    pub async fn release_all(&mut self) -> Result<()> {
+        self.owner.release_all(&self.key).await
     }
 
     fn request(&self, mode: Mode) -> Request {

@@ -23,13 +23,14 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::error::{Error, Loss};
-use crate::key::{Key, KeyId};
-use crate::lock::Lock;
+use crate::key::KeyId;
 use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::session::Session;
 use crate::session::budget::Budget;
 use crate::session::ledger::Modes;
+use crate::source::Source;
+use crate::source::sealed::Sealed;
 use batch::Batch;
 pub(crate) use managed::{Managed, PendingRelease};
 use table::{Bound, Effect, OwnerId, Seat, Table, Taken};
@@ -48,9 +49,9 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 
 /// Makes locks that share a few connections.
 ///
-/// A [`Lock`] from [`Lock::new`] uses a connection of the pool while it is held or waited for.
+/// A [`Lock`](crate::Lock) made from a pool uses a connection of the pool while it is held or waited for.
 /// The locks of a manager share one connection: a thousand held locks, or a hundred thousand, are one
-/// connection. They are the same [`Lock`] and the same guards, and exclude all other locks on the
+/// connection. They are the same [`Lock`](crate::Lock) and the same guards, and exclude all other locks on the
 /// same keys.
 ///
 /// * Concurrent requests of many tasks travel in one statement.
@@ -78,7 +79,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # What is different
 ///
-/// * [`connection`](crate::ExclusiveGuard::connection) returns [`Error::SharedSession`], because the guard has
+/// * [`connection`](crate::Guard::connection) returns [`Error::SharedSession`], because the guard has
 ///   no connection of its own.
 /// * A loss of the shared session is a loss of all locks on it; every guard reports it.
 /// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
@@ -102,14 +103,14 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// # Examples
 ///
 /// ```
-/// use pglock::LockManager;
+/// use pglock::{Lock, LockManager};
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
 /// let manager = LockManager::new(&pool);
 /// let mut guards = Vec::new();
 /// for invoice in 0..100 {
-///     guards.push(manager.lock(invoice).acquire().await?);
+///     guards.push(Lock::new(&manager, invoice).acquire().await?);
 /// }
 /// assert!(guards.iter().all(|guard| guard.backend_pid() == guards[0].backend_pid()));
 /// # Ok(()) }
@@ -120,50 +121,31 @@ pub struct LockManager {
 }
 
 impl LockManager {
-    /// Makes a manager with the default options. Sends nothing.
+    /// Makes a manager for the pool of a [`Source`]. Sends nothing.
     ///
     /// # Examples
     ///
     /// ```
-    /// use pglock::LockManager;
+    /// use pglock::{Lock, LockManager};
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
     /// let manager = LockManager::new(&pool);
-    /// let _guard = manager.lock("invoice-17").acquire().await?;
+    /// let _guard = Lock::new(&manager, "invoice-17").acquire().await?;
     /// # Ok(()) }
     /// ```
     #[must_use]
-    pub fn new(pool: &PgPool) -> Self {
-        Self::with_options(pool, LockOptions::new())
+    pub fn new(source: &impl Source) -> Self {
+        let owner = source.owner();
+        Self { manager: Arc::new(Manager::new(owner.pool(), owner.options.clone())) }
     }
+}
 
-    pub(crate) fn with_options(pool: &PgPool, options: LockOptions) -> Self {
-        Self { manager: Arc::new(Manager::new(pool, options)) }
-    }
-
-    /// Makes a handle for a lock, which shares the manager's connection. Sends nothing.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use pglock::LockManager;
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// let manager = LockManager::new(&pool);
-    /// let mut lock = manager.lock((17, 4));
-    /// let mut other = manager.lock((17, 4));
-    ///
-    /// let _guard = lock.acquire().await?;
-    /// assert!(other.try_acquire().await?.is_none());
-    /// # Ok(()) }
-    /// ```
-    #[must_use]
-    pub fn lock(&self, key: impl Into<Key>) -> Lock {
+impl Sealed for LockManager {
+    fn owner(&self) -> Owner {
         let manager = &self.manager;
         let owner = Owner::new(&manager.pool, manager.options.clone());
-        Lock::with_owner(key.into(), owner.managed_by(Managed::new(manager)))
+        owner.managed_by(Managed::new(manager))
     }
 }
 
@@ -263,7 +245,7 @@ enum Told {
     Released(Result<(), Loss>),
     /// The process keeps the key: the server was not asked.
     PassedOn,
-    Failed(Arc<Error>),
+    Failed(Error),
 }
 
 impl Seat for Place {
@@ -375,7 +357,7 @@ impl Manager {
             .as_ref()
             .and_then(|driver| (driver.seen.elapsed() > bound).then_some(driver.number));
         if let Some(driver) = stalled {
-            self.clear(driver, &Loss::Silent);
+            self.clear(driver, &Loss::Unresponsive);
         }
         None
     }
@@ -476,13 +458,13 @@ impl Manager {
     }
 
     /// A step failed. Tells who waited for it; without an error they ask again.
-    fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Arc<Error>>) {
+    fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Error>) {
         let waiters = self.change(|state, _, _| state.table.failed(key, id));
         fail(waiters.into_iter().flatten(), error);
     }
 
     /// Fails all waiting acquires.
-    fn fail_all(self: &Arc<Self>, error: &Arc<Error>) {
+    fn fail_all(self: &Arc<Self>, error: &Error) {
         let waiters = self.change(|state, now, effects| state.table.dismiss_all(now, effects));
         fail(waiters, Some(error));
     }
@@ -635,10 +617,10 @@ struct Wait {
     orders: mpsc::UnboundedReceiver<Taken>,
 }
 
-fn fail(waiters: impl IntoIterator<Item = Tell>, error: Option<&Arc<Error>>) {
+fn fail(waiters: impl IntoIterator<Item = Tell>, error: Option<&Error>) {
     for tell in waiters {
         if let Some(error) = error {
-            drop(tell.send(Told::Failed(Arc::clone(error))));
+            drop(tell.send(Told::Failed(error.clone())));
         }
     }
 }

@@ -2,17 +2,15 @@
 
 use std::fmt;
 use std::sync::OnceLock;
-use std::time::Duration;
-
-use sqlx::PgPool;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::held::{Held, methods};
+use crate::guard::{Guard, is_guard};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
+use crate::source::Source;
 
 /// A handle on the locks of several keys, which are held all at once or not at all.
 ///
@@ -66,8 +64,8 @@ impl MultiLock {
     /// # }
     /// ```
     #[must_use]
-    pub fn new(pool: &PgPool, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
-        Self::with_owner(keys, Mode::Exclusive, Owner::new(pool, LockOptions::new()))
+    pub fn new(source: &impl Source, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
+        Self::with_mode(source, keys, Mode::Exclusive)
     }
 
     /// Makes a handle on these keys, to be held shared, with the default options. Sends nothing.
@@ -83,17 +81,17 @@ impl MultiLock {
     /// # let _ = locks; }
     /// ```
     #[must_use]
-    pub fn new_shared(pool: &PgPool, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
-        Self::with_owner(keys, Mode::Shared, Owner::new(pool, LockOptions::new()))
+    pub fn new_shared(source: &impl Source, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
+        Self::with_mode(source, keys, Mode::Shared)
     }
 
-    pub(crate) fn with_owner(
+    fn with_mode(
+        source: &impl Source,
         keys: impl IntoIterator<Item: Into<Key>>,
         mode: Mode,
-        owner: Owner,
     ) -> Self {
         let locks = keys.into_iter().map(|key| (key.into(), mode)).collect();
-        Self { locks, request: OnceLock::new(), owner }
+        Self { locks, request: OnceLock::new(), owner: source.owner().unmanaged() }
     }
 
     /// Adds a key, to be held exclusively.
@@ -146,8 +144,7 @@ impl MultiLock {
     }
 
     fn request(&self) -> Result<Request> {
-        self.sorted().cloned().ok_or_else(|| Error::Options {
-            key: Key::from(0),
+        self.sorted().cloned().ok_or_else(|| Error::InvalidArgument {
             reason: "a MultiLock of no keys; check for an empty list before acquiring".to_owned(),
         })
     }
@@ -162,7 +159,7 @@ impl MultiLock {
     ///
     /// As for [`Lock::acquire`](crate::Lock::acquire); nothing is held after an error. An error names
     /// the first of the keys. [`Error::Deadlock`] only if something else takes the same keys in another
-    /// order. [`Error::Options`] if there are no keys.
+    /// order. [`Error::InvalidArgument`] if there are no keys.
     ///
     /// # Panics
     ///
@@ -252,16 +249,30 @@ impl MultiLock {
         Ok(held.map(MultiGuard::new))
     }
 
+    /// The same, with a deadline instead of a timeout.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_acquire_for`](Self::try_acquire_for).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    pub async fn try_acquire_until(&mut self, deadline: Instant) -> Result<Option<MultiGuard>> {
+        let request = self.request()?;
+        Ok(self.owner.try_acquire_until(&request, deadline).await?.map(MultiGuard::new))
+    }
+
     /// Releases everything that this handle holds, while its guards are still alive. These report
     /// [`Error::Lost`] from then on; guards of other handles are not affected.
     ///
     /// # Cancel safety
     ///
-    /// As for [`Lock::close`](crate::Lock::close).
+    /// As for [`Lock::release_all`](crate::Lock::release_all).
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the locks were lost before; [`Error::Borrowed`] if a guard's connection stays
+    /// [`Error::Lost`] if the locks were lost before; [`Error::ConnectionBorrowed`] if a guard's connection stays
     /// borrowed for ten seconds.
     ///
     /// # Examples
@@ -273,15 +284,15 @@ impl MultiLock {
     /// # let pool = pglock_testkit::pool().await;
     /// let mut locks = MultiLock::new(&pool, [1, 2]);
     /// let guard = locks.acquire().await?;
-    /// locks.close().await?;
+    /// locks.release_all().await?;
     /// assert!(guard.is_lost());
     /// # Ok(()) }
     /// ```
-    pub async fn close(&mut self) -> Result<()> {
+    pub async fn release_all(&mut self) -> Result<()> {
         match self.sorted() {
             Some(request) => {
                 let key = request.key().clone();
-                self.owner.close(&key).await
+                self.owner.release_all(&key).await
             }
             // It can't have acquired anything.
             None => Ok(()),
@@ -326,12 +337,12 @@ impl fmt::Debug for MultiLock {
 #[must_use = "if unused, the locks are released at once"]
 #[clippy::has_significant_drop]
 pub struct MultiGuard {
-    held: Held,
+    guard: Guard,
 }
 
 impl MultiGuard {
-    pub(crate) fn new(held: Held) -> Self {
-        Self { held }
+    pub(crate) fn new(guard: Guard) -> Self {
+        Self { guard }
     }
 
     /// Returns the keys of the locks, each with its mode.
@@ -348,13 +359,29 @@ impl MultiGuard {
     /// # Ok(()) }
     /// ```
     pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
-        self.held.request().locks().iter().map(|(key, mode)| (key, *mode))
+        self.guard.request().locks().iter().map(|(key, mode)| (key, *mode))
+    }
+
+    /// Releases the locks (`pg_advisory_unlock`), and waits for the server's answer.
+    ///
+    /// See [`Guard::release`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
+    /// guard's connection stays borrowed for ten seconds.
+    pub async fn release(self) -> Result<()> {
+        self.guard.release().await
     }
 }
 
-methods!(
-    MultiGuard,
-    release,
-    "MultiLock",
-    "MultiLock::new(&pool, [\"account-1\", \"account-2\"]).acquire().await?"
-);
+is_guard!(MultiGuard);
+
+impl fmt::Debug for MultiGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MultiGuard")
+            .field("keys", &self.guard.request().locks())
+            .field("backend_pid", &self.backend_pid())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,19 +1,12 @@
 //! How a lock behaves: the settings that have a good default.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgPool;
 
-use crate::election::Election;
 use crate::error::{Error, Result};
-use crate::key::Key;
-use crate::lock::Lock;
-use crate::manager::LockManager;
-use crate::mode::Mode;
-use crate::multi::MultiLock;
-use crate::owner::Owner;
-use crate::semaphore::Semaphore;
 use crate::sql::settings::Vigilance;
 
 /// Settings of a lock, each with a default that suits most.
@@ -21,20 +14,20 @@ use crate::sql::settings::Vigilance;
 /// # Examples
 ///
 /// ```
-/// use pglock::LockOptions;
+/// use pglock::{Lock, LockOptions};
 /// use std::time::Duration;
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
-/// let mut lock = LockOptions::new().wait_slice(Duration::from_secs(10)).lock(&pool, "migrate")?;
-/// let guard = lock.acquire().await?;
-/// # drop(guard); Ok(()) }
+/// let configured = LockOptions::new().wait_slice(Duration::from_secs(10)).on(&pool)?;
+/// let _guard = Lock::new(&configured, "migrate").acquire().await?;
+/// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
 pub struct LockOptions {
     wait_slice: Duration,
     heartbeat: Heartbeat,
-    server_gives_up: ServerGivesUp,
+    keepalives: Keepalives,
     /// What tells these settings from others on the server.
     mark: Arc<str>,
     require_settings: bool,
@@ -58,19 +51,19 @@ impl Heartbeat {
 
 /// When the server gives a silent client up.
 #[derive(Clone, Copy, Debug)]
-struct ServerGivesUp {
+struct Keepalives {
     idle: Duration,
     interval: Duration,
-    count: u32,
+    retries: u32,
 }
 
-impl ServerGivesUp {
+impl Keepalives {
     /// How long a client is silent at least before it is given up.
     ///
     /// A client whose connection is lent says nothing of its own accord, so it may have been idle
     /// already: only the probes count.
     fn bound(self) -> Duration {
-        self.interval * self.count
+        self.interval * self.retries
     }
 
     fn vigilance(self) -> Vigilance {
@@ -79,7 +72,7 @@ impl ServerGivesUp {
         Vigilance {
             idle_s: seconds(self.idle),
             interval_s: seconds(self.interval),
-            count: self.count,
+            count: self.retries,
         }
     }
 }
@@ -94,16 +87,16 @@ impl LockOptions {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::{Lock, LockOptions};
     ///
-    /// let one = LockOptions::new().lock(&pool, 7)?;
+    /// let one = Lock::new(&LockOptions::new().on(&pool)?, 7);
     /// let same = Lock::new(&pool, 7);
     /// # let _ = (one, same); Ok(()) }
     /// ```
     #[must_use]
     pub fn new() -> Self {
-        let server_gives_up = ServerGivesUp {
+        let keepalives = Keepalives {
             idle: Duration::from_secs(3),
             interval: Duration::from_secs(1),
-            count: 5,
+            retries: 5,
         };
         Self {
             wait_slice: Duration::from_mins(1),
@@ -111,22 +104,22 @@ impl LockOptions {
                 interval: Duration::from_secs(2),
                 timeout: Duration::from_secs(2),
             },
-            server_gives_up,
-            mark: server_gives_up.vigilance().mark(),
+            keepalives,
+            mark: keepalives.vigilance().mark(),
             require_settings: false,
             allow_standby: false,
             reserve_connections: None,
         }
     }
 
-    /// Sets the interval of the heartbeat of a session that holds a lock, and the timeout of its answer.
-    /// Default: 2 s and 2 s.
+    /// Sets how often the session of a lock that is held is asked for a sign of life. Default: 2 s; from 100 ms to
+    /// 1 h.
     ///
-    /// A guard whose session has not answered for the sum of both is lost: see
-    /// [`ExclusiveGuard::lost`](crate::ExclusiveGuard::lost). The sum must be at least a second less
-    /// than the probes of [`server_gives_up`](Self::server_gives_up) take, so that the holder always
-    /// stops before the server grants the lock to another session. A closed connection is detected
-    /// within 50 ms, if it is idle and the lock has been held for two seconds, or for the interval if
+    /// A guard whose session has not answered for the sum of the interval and the
+    /// [timeout](Self::heartbeat_timeout) is lost: see [`Guard::lost`](crate::Guard::lost). The sum must be at
+    /// least a second less than the probes of [`keepalives_interval`](Self::keepalives_interval) take, so
+    /// that the holder always stops before the server grants the lock to another session. A closed connection is
+    /// detected within 50 ms, if it is idle and the lock has been held for two seconds, or for the interval if
     /// that is shorter.
     ///
     /// A background task sends the heartbeats. If the runtime makes no progress for the sum of both, because
@@ -141,30 +134,49 @@ impl LockOptions {
     /// use pglock::LockOptions;
     /// use std::time::Duration;
     ///
-    /// let options = LockOptions::new().heartbeat(Duration::from_secs(1), Duration::from_secs(3));
+    /// let options = LockOptions::new()
+    ///     .heartbeat_interval(Duration::from_secs(1))
+    ///     .heartbeat_timeout(Duration::from_secs(3));
     /// # let _ = options;
     /// ```
     #[must_use]
-    pub fn heartbeat(mut self, interval: Duration, timeout: Duration) -> Self {
-        self.heartbeat = Heartbeat { interval, timeout };
+    pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
+        self.heartbeat.interval = interval;
         self
     }
 
-    /// Sets when the server ends the session of a silent client. Default: after 3 s of silence, then 5
-    /// probes, one per second; so after 8 s. Whole seconds.
+    /// Sets how long the answer to a [heartbeat](Self::heartbeat_interval) may take. Default: 2 s; from 100 ms to
+    /// 1 h.
+    #[must_use]
+    pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
+        self.heartbeat.timeout = timeout;
+        self
+    }
+
+    /// Sets how long a client is silent before the server sends it the first probe
+    /// (`tcp_keepalives_idle`). Default: 3 s; whole seconds, up to 1 h.
     ///
-    /// The probes must take at least a second longer than the sum of the [`heartbeat`](Self::heartbeat).
-    /// The idle time does not count, because a session whose connection is borrowed may have been idle for
-    /// as long when the network fails.
+    /// By default, the server ends the session of a client that has vanished after 3 s of silence and 5 probes
+    /// of a second each, so after 8 s.
+    #[must_use]
+    pub fn keepalives_idle(mut self, idle: Duration) -> Self {
+        self.keepalives.idle = idle;
+        self.renew_mark()
+    }
+
+    /// Sets how long the server waits for the answer to a probe (`tcp_keepalives_interval`). Default: 1 s; whole
+    /// seconds, up to 1 h.
     ///
-    /// These are the server's `tcp_keepalives_idle`, `tcp_keepalives_interval` and
-    /// `tcp_keepalives_count` for the lock's session; `tcp_user_timeout` is set to their sum.
-    /// The keepalives stay on the pooled connection, where an application can't notice them. The
-    /// timeout is set while the session waits for a lock or has held one for longer than a heartbeat's
-    /// interval, and so is `client_connection_check_interval` (PostgreSQL 14 and later), to one second,
-    /// while it holds. Both are reset when the session is released; the timeout also while the connection is
-    /// borrowed, because it would end the connection of a client that pauses while it reads. Over a unix
-    /// socket they do nothing, and nothing is needed.
+    /// All probes together must take at least a second longer than the sum of the
+    /// [heartbeat's](Self::heartbeat_interval) interval and timeout. The idle time does not count, because a
+    /// session whose connection is borrowed may have been idle for as long when the network fails.
+    ///
+    /// `tcp_user_timeout` is set to the sum of the idle time and all probes. The keepalives stay on the pooled
+    /// connection, where an application can't notice them. The timeout is set while the session waits for a
+    /// lock or has held one for longer than a heartbeat's interval, and so is `client_connection_check_interval`
+    /// (PostgreSQL 14 and later), to one second, while it holds. Both are reset when the session is
+    /// released; the timeout also while the connection is borrowed, because it would end the connection of a
+    /// client that pauses while it reads. Over a unix socket they do nothing, and nothing is needed.
     ///
     /// # Examples
     ///
@@ -172,19 +184,33 @@ impl LockOptions {
     /// use pglock::LockOptions;
     /// use std::time::Duration;
     ///
-    /// // A host that vanishes keeps its locks for 20 s at most.
-    /// let second = Duration::from_secs(1);
-    /// let options = LockOptions::new().server_gives_up(second * 10, second * 2, 5); // 10 + 2 * 5
+    /// // A host that vanishes keeps its locks for 20 s at most: 10 + 2 * 5.
+    /// let options = LockOptions::new()
+    ///     .keepalives_idle(Duration::from_secs(10))
+    ///     .keepalives_interval(Duration::from_secs(2))
+    ///     .keepalives_retries(5);
     /// # let _ = options;
     /// ```
     #[must_use]
-    pub fn server_gives_up(mut self, idle: Duration, interval: Duration, count: u32) -> Self {
-        self.server_gives_up = ServerGivesUp { idle, interval, count };
-        self.mark = self.server_gives_up.vigilance().mark();
+    pub fn keepalives_interval(mut self, interval: Duration) -> Self {
+        self.keepalives.interval = interval;
+        self.renew_mark()
+    }
+
+    /// Sets after how many [probes](Self::keepalives_interval) without an answer the server ends the session
+    /// (`tcp_keepalives_count`). Default: 5; from 1 to 100.
+    #[must_use]
+    pub fn keepalives_retries(mut self, retries: u32) -> Self {
+        self.keepalives.retries = retries;
+        self.renew_mark()
+    }
+
+    fn renew_mark(mut self) -> Self {
+        self.mark = self.keepalives.vigilance().mark();
         self
     }
 
-    /// Demands that the server accepts the settings of [`server_gives_up`](Self::server_gives_up).
+    /// Demands that the server accepts the settings of [`keepalives_interval`](Self::keepalives_interval).
     ///
     /// Without this, a server that rejects them (a managed service may) is used as it is, with one warning:
     /// a host that vanishes may keep its locks for as long as the server's own settings say, by default
@@ -257,19 +283,20 @@ impl LockOptions {
     /// A lock uses a connection while it is held or waited for, and what it protects usually needs another
     /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire
     /// that would leave fewer waits in the process, in FIFO order, for up to the pool's `acquire_timeout`,
-    /// and then fails with [`Error::Pool`], which says how many connections locks have. A pool of one
+    /// and then fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one
     /// connection has none to leave, and one connection is always allowed.
     ///
     /// # Examples
     ///
     /// ```
-    /// use pglock::LockOptions;
+    /// use pglock::{Lock, LockOptions};
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
     /// // A pool that is used for nothing but locks.
-    /// let mut lock = LockOptions::new().reserve_connections(0).lock(&pool, "migrate")?;
-    /// # drop(lock.acquire().await?); Ok(()) }
+    /// let configured = LockOptions::new().reserve_connections(0).on(&pool)?;
+    /// let _guard = Lock::new(&configured, "migrate").acquire().await?;
+    /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn reserve_connections(mut self, connections: u32) -> Self {
@@ -277,11 +304,13 @@ impl LockOptions {
         self
     }
 
-    /// Makes a lock with these settings. Sends nothing to the server.
+    /// Checks the options, and returns the pool with them: a [`Source`](crate::Source) of sessions for every
+    /// constructor. Sends nothing to the server.
     ///
     /// # Errors
     ///
-    /// [`Error::Options`] if a setting is out of its range; the message says which, and the range.
+    /// [`Error::InvalidArgument`] if an option is out of its range, or two contradict each other; the message
+    /// says which, and what is valid.
     ///
     /// # Examples
     ///
@@ -291,122 +320,15 @@ impl LockOptions {
     ///
     /// # #[tokio::main(flavor = "current_thread")] async fn main() {
     /// # let pool = pglock_testkit::pool().await;
-    /// let error = LockOptions::new().wait_slice(Duration::ZERO).lock(&pool, 7).unwrap_err();
-    /// assert_eq!(error.to_string(), "lock 7: wait_slice is 0ns; it must be from 2s to 3600s");
+    /// let error = LockOptions::new().wait_slice(Duration::ZERO).on(&pool).unwrap_err();
+    /// let expected = "invalid argument: wait_slice is 0ns; it must be from 2s to 3600s";
+    /// assert_eq!(error.to_string(), expected);
     /// # }
     /// ```
-    pub fn lock(&self, pool: &PgPool, key: impl Into<Key>) -> Result<Lock> {
-        let key = key.into();
-        let owner = self.owner(pool, &key)?;
-        Ok(Lock::with_owner(key, owner))
-    }
-
-    /// Makes a handle on several locks with these settings, to be held exclusively, as
-    /// [`MultiLock::new`] does. Sends nothing to the server.
-    ///
-    /// # Errors
-    ///
-    /// As for [`lock`](Self::lock).
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// use pglock::LockOptions;
-    ///
-    /// let locks = LockOptions::new().multi_lock(&pool, ["account-1", "account-2"])?;
-    /// # let _ = locks; Ok(()) }
-    /// ```
-    pub fn multi_lock(
-        &self,
-        pool: &PgPool,
-        keys: impl IntoIterator<Item: Into<Key>>,
-    ) -> Result<MultiLock> {
-        let mut keys = keys.into_iter().map(Into::into).peekable();
-        let first = keys.peek().cloned().unwrap_or_else(|| Key::from(0));
-        let owner = self.owner(pool, &first)?;
-        Ok(MultiLock::with_owner(keys, Mode::Exclusive, owner))
-    }
-
-    /// Makes a semaphore with these settings. Sends nothing to the server.
-    ///
-    /// # Errors
-    ///
-    /// As for [`lock`](Self::lock), and for [`Semaphore::new`].
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// use pglock::LockOptions;
-    ///
-    /// let printers = LockOptions::new().require_settings().semaphore(&pool, "printers", 3)?;
-    /// # let _ = printers; Ok(()) }
-    /// ```
-    pub fn semaphore(
-        &self,
-        pool: &PgPool,
-        key: impl Into<Key>,
-        permits: usize,
-    ) -> Result<Semaphore> {
-        let key = key.into();
-        let owner = self.owner(pool, &key)?;
-        Semaphore::with_owner(key, permits, owner)
-    }
-
-    /// Makes an election with these settings. Sends nothing to the server.
-    ///
-    /// # Errors
-    ///
-    /// As for [`lock`](Self::lock).
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// use pglock::LockOptions;
-    ///
-    /// let election = LockOptions::new().require_settings().election(&pool, "billing")?;
-    /// # let _ = election; Ok(()) }
-    /// ```
-    pub fn election(&self, pool: &PgPool, key: impl Into<Key>) -> Result<Election> {
-        let key = key.into();
-        let owner = self.owner(pool, &key)?;
-        Ok(Election::with_owner(key, owner))
-    }
-
-    /// Makes a manager of many locks with these options. Sends nothing.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Options`] if the options contradict each other; its key is 0.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use std::time::Duration;
-    ///
-    /// use pglock::LockOptions;
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// let second = Duration::from_secs(1);
-    /// let manager = LockOptions::new().heartbeat(second, second).manager(&pool)?;
-    /// let _guard = manager.lock("invoice-17").acquire().await?;
-    /// # Ok(()) }
-    /// ```
-    pub fn manager(&self, pool: &PgPool) -> Result<LockManager> {
-        self.owner(pool, &Key::from(0))?;
-        Ok(LockManager::with_options(pool, self.clone()))
-    }
-
-    fn owner(&self, pool: &PgPool, key: &Key) -> Result<Owner> {
+    pub fn on(&self, pool: &PgPool) -> Result<ConfiguredPool> {
         match self.contradiction() {
-            Some(reason) => Err(Error::Options { key: key.clone(), reason }),
-            None => Ok(Owner::new(pool, self.clone())),
+            Some(reason) => Err(Error::InvalidArgument { reason }),
+            None => Ok(ConfiguredPool { pool: pool.clone(), options: self.clone() }),
         }
     }
 
@@ -416,39 +338,37 @@ impl LockOptions {
         const MARGIN: Duration = Duration::from_secs(1);
         const TICK: Duration = Duration::from_millis(100);
 
-        let Self { wait_slice, heartbeat, server_gives_up, .. } = self;
+        let Self { wait_slice, heartbeat, keepalives, .. } = self;
         if !(SHORTEST..=LONGEST).contains(wait_slice) {
             return Some(format!(
                 "wait_slice is {wait_slice:?}; it must be from {SHORTEST:?} to {LONGEST:?}"
             ));
         }
         let Heartbeat { interval, timeout } = heartbeat;
-        for (name, value) in [("interval", interval), ("timeout", timeout)] {
+        for (name, value) in [("heartbeat_interval", interval), ("heartbeat_timeout", timeout)] {
             if !(TICK..=LONGEST).contains(value) {
                 return Some(format!(
-                    "the heartbeat's {name} is {value:?}; it must be from {TICK:?} to {LONGEST:?}"
+                    "{name} is {value:?}; it must be from {TICK:?} to {LONGEST:?}"
                 ));
             }
         }
-        let ServerGivesUp { idle, interval: between, count } = server_gives_up;
-        for (name, value) in [("idle", idle), ("interval", between)] {
+        let Keepalives { idle, interval: between, retries } = keepalives;
+        for (name, value) in [("keepalives_idle", idle), ("keepalives_interval", between)] {
             if value.subsec_nanos() != 0 || !(MARGIN..=LONGEST).contains(value) {
                 return Some(format!(
-                    "server_gives_up has {name} = {value:?}; it must be whole seconds, from \
-                     {MARGIN:?} to {LONGEST:?}"
+                    "{name} is {value:?}; it must be whole seconds, from {MARGIN:?} to {LONGEST:?}"
                 ));
             }
         }
-        if !(1..=100).contains(count) {
-            return Some(format!("server_gives_up has count = {count}; it must be from 1 to 100"));
+        if !(1..=100).contains(retries) {
+            return Some(format!("keepalives_retries is {retries}; it must be from 1 to 100"));
         }
-        let (holder, server) = (heartbeat.bound(), server_gives_up.bound());
+        let (holder, server) = (heartbeat.bound(), keepalives.bound());
         (holder + MARGIN > server).then(|| {
             format!(
-                "the holder would give up after {interval:?} + {timeout:?} = {holder:?}, and the \
-                 server after {count} * {between:?} = {server:?}, if the client was idle before; \
-                 the holder must be at least {MARGIN:?} earlier, or two could believe that they hold \
-                 the lock"
+                "heartbeat_interval + heartbeat_timeout = {holder:?}, and keepalives_retries * \
+                 keepalives_interval = {server:?}; the first must be at least {MARGIN:?} shorter, or two \
+                 sessions could believe that they hold the lock"
             )
         })
     }
@@ -462,7 +382,7 @@ impl LockOptions {
     }
 
     pub(crate) fn vigilance(&self) -> Vigilance {
-        self.server_gives_up.vigilance()
+        self.keepalives.vigilance()
     }
 
     /// The mark of the same, written once and not for each acquire.
@@ -486,5 +406,32 @@ impl LockOptions {
 impl Default for LockOptions {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// A pool with [`LockOptions`], from [`LockOptions::on`].
+///
+/// # Examples
+///
+/// ```
+/// use pglock::{ConfiguredPool, Lock, LockManager, LockOptions};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let configured: ConfiguredPool = LockOptions::new().require_settings().on(&pool)?;
+/// let lock = Lock::new(&configured, "nightly-report");
+/// let manager = LockManager::new(&configured);
+/// # let _ = (lock, manager); Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct ConfiguredPool {
+    pub(crate) pool: PgPool,
+    // Invariant: valid.
+    pub(crate) options: LockOptions,
+}
+
+impl fmt::Debug for ConfiguredPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConfiguredPool").field("options", &self.options).finish_non_exhaustive()
     }
 }

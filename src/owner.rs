@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use tokio::runtime::Handle;
+use tokio::task;
 use tracing::Instrument;
 use tracing::field::{Empty, display};
 
 use crate::error::Result;
-use crate::held::Held;
+use crate::guard::Guard;
 use crate::holdings::Holdings;
 use crate::key::Key;
 use crate::manager::Managed;
@@ -24,7 +25,8 @@ use crate::session::slot::Unavailable;
 
 /// What every kind of handle is made of: it stacks what it acquires on one session.
 #[derive(Clone, Debug)]
-pub(crate) struct Owner {
+#[expect(unnameable_types, reason = "the sealed trait of `Source` names it")]
+pub struct Owner {
     pool: PgPool,
     server: PoolServer,
     pub(crate) options: LockOptions,
@@ -34,18 +36,39 @@ pub(crate) struct Owner {
     holdings: Arc<Holdings>,
     /// A manager takes the locks.
     managed: Option<Managed>,
+    /// The task that acquired last.
+    task: Option<task::Id>,
+    /// It was warned that several tasks use the handle.
+    warned: bool,
 }
 
 impl Owner {
     pub(crate) fn new(pool: &PgPool, options: LockOptions) -> Self {
         let server = PoolServer::of(pool);
         let (session, holdings) = (Weak::new(), Arc::default());
-        Self { pool: pool.clone(), server, options, session, holdings, managed: None }
+        Self {
+            pool: pool.clone(),
+            server,
+            options,
+            session,
+            holdings,
+            managed: None,
+            task: None,
+            warned: false,
+        }
     }
 
     /// The same, but a manager takes its locks.
     pub(crate) fn managed_by(self, managed: Managed) -> Self {
         Self { managed: Some(managed), ..self }
+    }
+
+    /// The same, but it takes its locks itself: what a manager holds is on a session that it shares.
+    pub(crate) fn unmanaged(self) -> Self {
+        match self.managed {
+            Some(_) => Self::new(&self.pool, self.options),
+            None => self,
+        }
     }
 
     /// The owner of what a session holds.
@@ -58,15 +81,15 @@ impl Owner {
     /// An owner like this one, that holds nothing.
     pub(crate) fn another(&self) -> Self {
         let managed = self.managed.as_ref().map(Managed::another);
-        Self { session: Weak::new(), holdings: Arc::default(), managed, ..self.clone() }
+        Self { session: Weak::new(), holdings: Arc::default(), managed, task: None, ..self.clone() }
     }
 
     /// Releases everything, however many guards are alive.
-    pub(crate) async fn close(&mut self, key: &Key) -> Result<()> {
+    pub(crate) async fn release_all(&mut self, key: &Key) -> Result<()> {
         if let Some(managed) = &mut self.managed {
-            return managed.close(key).await;
+            return managed.release_all(key).await;
         }
-        self.take_holdings().close().done().await
+        self.take_holdings().release_all().done().await
     }
 
     /// What the guards of this owner hold. It holds nothing from then on.
@@ -74,7 +97,7 @@ impl Owner {
         std::mem::take(&mut self.holdings)
     }
 
-    pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Held> {
+    pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Guard> {
         loop {
             // WaitPolicy without an end never ends in `None`.
             let held = self.take(request, WaitPolicy::Forever).await?;
@@ -84,7 +107,7 @@ impl Owner {
         }
     }
 
-    pub(crate) async fn try_acquire(&mut self, request: &Request) -> Result<Option<Held>> {
+    pub(crate) async fn try_acquire(&mut self, request: &Request) -> Result<Option<Guard>> {
         self.take(request, WaitPolicy::Never).await
     }
 
@@ -93,7 +116,7 @@ impl Owner {
         &mut self,
         request: &Request,
         deadline: Instant,
-    ) -> Result<Option<Held>> {
+    ) -> Result<Option<Guard>> {
         self.take(request, WaitPolicy::ForPool(deadline)).await
     }
 
@@ -101,8 +124,16 @@ impl Owner {
         &mut self,
         request: &Request,
         timeout: Duration,
-    ) -> Result<Option<Held>> {
+    ) -> Result<Option<Guard>> {
         self.take(request, policy(timeout)).await
+    }
+
+    pub(crate) async fn try_acquire_until(
+        &mut self,
+        request: &Request,
+        deadline: Instant,
+    ) -> Result<Option<Guard>> {
+        self.take(request, WaitPolicy::Until(deadline)).await
     }
 
     pub(crate) fn pool(&self) -> &PgPool {
@@ -116,7 +147,7 @@ impl Owner {
     }
 
     /// Acquires, inside a span that tells how it went.
-    async fn take(&mut self, request: &Request, policy: WaitPolicy) -> Result<Option<Held>> {
+    async fn take(&mut self, request: &Request, policy: WaitPolicy) -> Result<Option<Guard>> {
         let span = tracing::debug_span!(
             "acquire",
             key = %request.key().id(),
@@ -132,6 +163,9 @@ impl Owner {
             Ok(None) => "busy",
             Err(_) => "failed",
         });
+        if matches!(taken, Ok(Some(_))) {
+            self.task = task::try_id();
+        }
         taken
     }
 
@@ -139,14 +173,18 @@ impl Owner {
         &mut self,
         request: &Request,
         policy: WaitPolicy,
-    ) -> Result<Option<Held>> {
+    ) -> Result<Option<Guard>> {
+        if self.managed.as_ref().is_some_and(Managed::has_guards) {
+            self.check_task(request.key());
+        }
         if let Some(managed) = &self.managed {
             return managed.acquire(request, policy).await;
         }
         let joined = match self.session.upgrade() {
             Some(session) => match session.join(request) {
                 Join::Covered => {
-                    let held = Held::new(session, request.clone());
+                    self.check_task(request.key());
+                    let held = Guard::new(session, request.clone());
                     return Ok(Some(held.held_by(|s, r| self.holdings.add(s, r))));
                 }
                 join @ (Join::Ask | Join::Lost | Join::Released) => Some((session, join)),
@@ -157,12 +195,26 @@ impl Owner {
         Box::pin(self.take_from_own_session(joined, request, policy)).await
     }
 
+    /// Warns, once, if another task acquired what this one re-enters: both are inside then.
+    fn check_task(&mut self, key: &Key) {
+        let (last, this) = (self.task, task::try_id());
+        if last.is_some() && this.is_some() && last != this && !self.warned {
+            self.warned = true;
+            tracing::warn!(
+                key = %key.id(),
+                name = key.name(),
+                "a task re-enters a lock that another task acquired through the same handle, so both hold it; \
+                 clone the handle for each task"
+            );
+        }
+    }
+
     async fn take_from_own_session(
         &mut self,
         joined: Option<(Arc<Session>, Join)>,
         request: &Request,
         policy: WaitPolicy,
-    ) -> Result<Option<Held>> {
+    ) -> Result<Option<Guard>> {
         let joined = match joined {
             Some((session, Join::Ask)) => {
                 match Box::pin(Pending::join(session, request, &self.options, policy)).await {

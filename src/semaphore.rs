@@ -6,18 +6,17 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sqlx::PgPool;
 use tokio::sync::{MutexGuard, watch};
 use tokio::time::{sleep, timeout_at};
 
 use crate::error::{Error, Result};
-use crate::held::{Held, methods};
+use crate::guard::{Guard, is_guard};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::budget::Budget;
+use crate::source::Source;
 use layout::{Layout, MAX_PERMITS};
 
 /// A semaphore: up to so many hold a permit at a time, in all processes together.
@@ -33,7 +32,7 @@ use layout::{Layout, MAX_PERMITS};
 ///
 /// A clone is the same semaphore. A permit uses one connection of the pool, and all waiters of a process use one
 /// together. A pool that can't lend a connection for each permit is not an error, because other processes may hold
-/// the others; an [`Error::Pool`] says so.
+/// the others; an [`Error::PoolTimedOut`] says so.
 ///
 /// # Changing the size
 ///
@@ -71,7 +70,7 @@ struct Inner {
     /// The waiters of this process. The first of them waits on the server.
     waiting: tokio::sync::Mutex<()>,
     /// Ends the wait of all of them: the pool has no connection.
-    exhausted: watch::Sender<Option<Arc<Error>>>,
+    exhausted: watch::Sender<Option<Error>>,
     /// When it was last asked whether a larger semaphore has this key.
     census: Mutex<Census>,
 }
@@ -97,7 +96,7 @@ impl Semaphore {
     ///
     /// # Errors
     ///
-    /// [`Error::Options`] if `permits` is not from 1 to 1024.
+    /// [`Error::InvalidArgument`] if `permits` is not from 1 to 1024.
     ///
     /// # Examples
     ///
@@ -110,16 +109,13 @@ impl Semaphore {
     /// assert!(Semaphore::new(&pool, "printers", 0).is_err());
     /// # }
     /// ```
-    pub fn new(pool: &PgPool, key: impl Into<Key>, permits: usize) -> Result<Self> {
-        Self::with_owner(key.into(), permits, Owner::new(pool, LockOptions::new()))
-    }
-
-    pub(crate) fn with_owner(key: Key, permits: usize, owner: Owner) -> Result<Self> {
+    pub fn new(source: &impl Source, key: impl Into<Key>, permits: usize) -> Result<Self> {
+        let (key, owner) = (key.into(), source.owner().another().unmanaged());
         if !(1..=MAX_PERMITS).contains(&permits) {
             let reason = format!(
-                "a semaphore of {permits} permits; the number must be from 1 to {MAX_PERMITS}"
+                "semaphore {key} has {permits} permits; the number must be from 1 to {MAX_PERMITS}"
             );
-            return Err(Error::Options { key, reason });
+            return Err(Error::InvalidArgument { reason });
         }
         let layout = Layout::of(&key);
         let slots: Vec<_> = (0..permits).map(|slot| layout.permit(slot)).collect();
@@ -183,7 +179,7 @@ impl Semaphore {
     ///
     /// As for [`Lock::acquire`](crate::Lock::acquire). If the connection breaks that waits, another goes on, at the
     /// end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the process get
-    /// the [`Error::Pool`].
+    /// the [`Error::PoolTimedOut`].
     ///
     /// # Panics
     ///
@@ -273,10 +269,23 @@ impl Semaphore {
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire_for(&self, timeout: Duration) -> Result<Option<Permit>> {
-        let Some(deadline) = Instant::now().checked_add(timeout) else {
-            return self.acquire().await.map(Some);
-        };
-        if timeout.is_zero() {
+        match Instant::now().checked_add(timeout) {
+            Some(deadline) => self.try_acquire_until(deadline).await,
+            None => self.acquire().await.map(Some),
+        }
+    }
+
+    /// The same, with a deadline instead of a timeout.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_acquire_for`](Self::try_acquire_for).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    pub async fn try_acquire_until(&self, deadline: Instant) -> Result<Option<Permit>> {
+        if deadline <= Instant::now() {
             return self.try_acquire().await;
         }
         let waiting = &self.inner.waiting;
@@ -291,7 +300,7 @@ impl Semaphore {
         match self.inner.wait(Some(deadline)).await {
             // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
             // its way back from who was first before.
-            Err(Error::Pool { source: sqlx::Error::PoolTimedOut, .. }) if late => Ok(None),
+            Err(Error::PoolTimedOut { .. }) if late => Ok(None),
             found => found.map_err(|error| self.inner.fail(error, Some(deadline))),
         }
     }
@@ -308,7 +317,7 @@ impl Inner {
         };
         tokio::select! {
             biased;
-            Some(error) = exhausted => Err(error.again(error.key())),
+            Some(error) = exhausted => Err(error),
             first = self.waiting.lock() => Ok(first),
         }
     }
@@ -322,16 +331,15 @@ impl Inner {
         if !is_timeout(&error) || is_late {
             return error;
         }
-        let error = Arc::new(error);
-        self.exhausted.send_replace(Some(Arc::clone(&error)));
-        error.again(error.key())
+        self.exhausted.send_replace(Some(error.clone()));
+        error
     }
 
     /// Says it if the pool can never lend a connection for each permit.
     fn explain(&self, mut error: Error) -> Error {
         let limit = Budget::of(self.owner.pool()).limit(self.owner.options.reserve());
         let is_short = usize::try_from(limit).is_ok_and(|limit| limit < self.permits);
-        if let Error::Pool { permits, .. } = &mut error
+        if let Error::PoolTimedOut { permits, .. } = &mut error
             && is_short
         {
             *permits = Some(self.permits);
@@ -387,8 +395,7 @@ impl Inner {
         let found = loop {
             match self.look(&first, window.unwrap_or(&self.slots)).await {
                 Ok(None) if self.owner.pool().is_closed() => {
-                    let (key, source) = (self.layout.queue().clone(), sqlx::Error::PoolClosed);
-                    break Err(Error::Pool { key, source, locks: None, permits: None });
+                    break Err(Error::PoolClosed { key: self.layout.queue().clone() });
                 }
                 Ok(None) if !is_over() => {
                     let pause = left().map_or(POLL_INTERVAL, |left| left.min(POLL_INTERVAL));
@@ -405,17 +412,17 @@ impl Inner {
     }
 
     /// Takes one of these permits if one is free, on the session that may look.
-    async fn look(&self, may: &Held, slots: &Request) -> Result<Option<Permit>> {
+    async fn look(&self, may: &Guard, slots: &Request) -> Result<Option<Permit>> {
         if self.census_is_due() {
             self.take_census(may).await;
         }
         let Some(held) = may.and(slots).await? else { return Ok(None) };
         let slot = self.layout.slot(held.key());
-        Ok(slot.map(|slot| Permit { held, slot, key: self.key.clone() }))
+        Ok(slot.map(|slot| Permit { guard: held, slot, key: self.key.clone() }))
     }
 
     /// Warns if a permit is in use that this semaphore does not have.
-    async fn take_census(&self, may: &Held) {
+    async fn take_census(&self, may: &Guard) {
         let beyond = self.layout.beyond(self.permits);
         let census = match may.session().greatest_held(&self.key, beyond).await {
             Ok(None) => Census::Due(Some(Instant::now())),
@@ -453,11 +460,9 @@ impl Inner {
 
 /// Whether the pool had no connection in time.
 fn is_timeout(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::Connect { source: sqlx::Error::PoolTimedOut, .. }
-            | Error::Pool { source: sqlx::Error::PoolTimedOut, .. }
-    )
+    let is_timeout = |source: &sqlx::Error| matches!(source, sqlx::Error::PoolTimedOut);
+    matches!(error, Error::PoolTimedOut { .. })
+        || matches!(error, Error::Connect { source, .. } if is_timeout(source))
 }
 
 impl fmt::Debug for Semaphore {
@@ -491,7 +496,7 @@ impl fmt::Debug for Semaphore {
 #[must_use = "if unused, the permit is given back at once"]
 #[clippy::has_significant_drop]
 pub struct Permit {
-    held: Held,
+    guard: Guard,
     slot: usize,
     key: Key,
 }
@@ -532,6 +537,27 @@ impl Permit {
     pub fn slot(&self) -> usize {
         self.slot
     }
+
+    /// Returns the permit (`pg_advisory_unlock`), and waits for the server's answer.
+    ///
+    /// See [`Guard::release`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
+    /// guard's connection stays borrowed for ten seconds.
+    pub async fn release(self) -> Result<()> {
+        self.guard.release().await
+    }
 }
 
-methods!(Permit, release, "Semaphore", "Semaphore::new(&pool, \"printers\", 2)?.acquire().await?");
+is_guard!(Permit);
+
+impl fmt::Debug for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Permit")
+            .field("key", &self.key)
+            .field("backend_pid", &self.backend_pid())
+            .finish_non_exhaustive()
+    }
+}

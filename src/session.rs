@@ -159,7 +159,7 @@ impl Session {
             && self.kept.load(Ordering::Relaxed)
             && Instant::now() > self.last_answered() + self.heartbeat.bound()
         {
-            self.lose(&Loss::Silent);
+            self.lose(&Loss::Unresponsive);
             return self.ledger().loss();
         }
         loss
@@ -228,7 +228,7 @@ impl Session {
     /// Notifies all guards, and closes the connection, which the pool must not have: the bad end of a
     /// session. If the connection is in use, it is closed when it is returned.
     fn lose(&self, loss: &Loss) {
-        if matches!(loss, Loss::Pooled) {
+        if matches!(loss, Loss::NoExclusion) {
             self.server.disprove();
         }
         // The first one counts.
@@ -236,7 +236,7 @@ impl Session {
         let locks = self.ledger().lose(loss.clone());
         if let Ok(mut slot) = self.conn.try_lock() {
             drop(slot.take());
-        } else if matches!(loss, Loss::Pooled) {
+        } else if matches!(loss, Loss::NoExclusion) {
             self.left_behind().extend(locks.iter().copied());
         }
         self.loss_notify.notify_waiters();
@@ -244,7 +244,7 @@ impl Session {
         let locks = locks.len() + self.managed_locks.swap(0, Ordering::Relaxed);
         let reason = loss as &dyn std::error::Error;
         // A runtime that is shut down ends its guards, usually on purpose.
-        if matches!(loss, Loss::Abandoned) {
+        if matches!(loss, Loss::RuntimeShutdown) {
             tracing::debug!(backend_pid, locks, reason, "closed a lock session with its runtime");
         } else {
             tracing::warn!(

@@ -13,7 +13,7 @@
 //! Transaction-level locks and the session-level locks of [`Lock`](crate::Lock) exclude each other if
 //! the keys are equal. Locks are re-entrant within a session: a transaction is excluded neither by a
 //! lock that it already holds, nor by a guard whose
-//! [`connection`](crate::ExclusiveGuard::connection) it runs on.
+//! [`connection`](crate::Guard::connection) it runs on.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -74,7 +74,7 @@ impl Scene {
         }
         // Plain locks need one to spare, to be listened to.
         let connections = if who.is_manager() { 2 } else { tasks + 2 };
-        let means = Means::new(who, db.options().application_name(NAME), connections);
+        let means = Means::new(who, db.options().application_name(NAME), connections)?;
         let mut scene = Self {
             started: Arc::default(),
             held: Arc::new(Semaphore::new(0)),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use pglock::LockManager;
+use pglock::{Lock, LockManager};
 use pglock_testkit::{TestDb, eventually};
 use sqlx::error::BoxDynError;
 use tokio::task::JoinSet;
@@ -17,12 +17,12 @@ pub(crate) struct Held {
 pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
-    drop(manager.lock(0).acquire().await?);
+    drop(Lock::new(&manager, 0).acquire().await?);
     let before = resident()?;
     let mut asking = JoinSet::new();
     let mut guards = Vec::with_capacity(usize::try_from(locks)?);
     for key in 0..locks {
-        let mut lock = manager.lock(key);
+        let mut lock = Lock::new(&manager, key);
         asking.spawn(async move { lock.acquire().await });
         // Not all at once, or the tasks would be measured.
         if asking.len() >= 1000 {

@@ -63,7 +63,7 @@ async fn cycles(
     time: Duration,
 ) -> Result<f64, BoxDynError> {
     let connections = if who.is_manager() { 2 } else { POOL };
-    let means = Means::new(who, db.options(), connections);
+    let means = Means::new(who, db.options(), connections)?;
     let stop = Arc::new(AtomicBool::new(false));
     let count = Arc::new(AtomicU64::new(0));
     let mut working = JoinSet::new();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Lock, LockManager};
+use pglock::{ConfiguredPool, Lock, LockManager, LockOptions};
 use sqlx::PgPool;
 use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey, PgConnectOptions, PgPoolOptions};
@@ -49,29 +49,36 @@ impl Who {
 pub(crate) struct Means {
     who: Who,
     pool: PgPool,
+    /// It leaves no connection to queries, of which there are none.
+    configured: ConfiguredPool,
     manager: LockManager,
     floor: Floor,
 }
 
 impl Means {
     /// With at most so many connections, of which none is open yet.
-    pub(crate) fn new(who: Who, options: PgConnectOptions, connections: u32) -> Self {
+    pub(crate) fn new(
+        who: Who,
+        options: PgConnectOptions,
+        connections: u32,
+    ) -> pglock::Result<Self> {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             // As many may have to connect, one after the other.
             .acquire_timeout(Duration::from_mins(2))
             .connect_lazy_with(options);
         let floor = Floor::start(pool.clone());
-        Self { who, manager: LockManager::new(&pool), floor, pool }
+        let configured = LockOptions::new().reserve_connections(0).on(&pool)?;
+        Ok(Self { who, manager: LockManager::new(&configured), floor, configured, pool })
     }
 
     pub(crate) fn task(&self, key: i64) -> Task {
         match self.who {
             Who::ByHand => Task::ByHand(self.pool.clone(), key),
             Who::Floor => Task::Floor(self.floor.clone(), key),
-            Who::Lock => Task::Awaited(Lock::new(&self.pool, key)),
-            Who::Manager => Task::Dropped(self.manager.lock(key)),
-            Who::ManagerAwaited => Task::Awaited(self.manager.lock(key)),
+            Who::Lock => Task::Awaited(Lock::new(&self.configured, key)),
+            Who::Manager => Task::Dropped(Lock::new(&self.manager, key)),
+            Who::ManagerAwaited => Task::Awaited(Lock::new(&self.manager, key)),
             Who::Sqlx => {
                 let lock = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(key));
                 Task::Sqlx(self.pool.clone(), lock)

@@ -10,7 +10,7 @@ use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use pglock::{Election, Error, ExclusiveGuard, LeaderStatus, LockOptions};
+use pglock::{Election, Error, ExclusiveGuard, LeaderStatus, Lock, LockOptions};
 use sqlx::PgPool;
 
 use crate::http;
@@ -46,7 +46,7 @@ async fn pay(
 ) -> Result<(StatusCode, &'static str), Failure> {
     // The work runs on the lock's own connection, so no other ones need to be left for it.
     let options = LockOptions::new().reserve_connections(0);
-    let mut lock = options.lock(&service.pool, format!("invoice-{invoice}"))?;
+    let mut lock = Lock::new(&options.on(&service.pool)?, format!("invoice-{invoice}"));
     let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
         return Ok((StatusCode::CONFLICT, "somebody else is busy with this invoice\n"));
     };
@@ -108,7 +108,7 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let passes = match &self {
             // A closed pool does not open again, but this server is going, and there are others.
-            Self::Lock(error) => error.is_transient() || matches!(error, Error::Pool { .. }),
+            Self::Lock(error) => error.is_transient() || matches!(error, Error::PoolClosed { .. }),
             Self::Database(error) => matches!(error, sqlx::Error::Io(_)),
             Self::Bank(_) => true,
         };

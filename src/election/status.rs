@@ -48,7 +48,7 @@ pub enum LeaderState {
     /// retries.
     Failing {
         /// Why, most recently.
-        error: Arc<Error>,
+        error: Error,
         /// When the first failure was, of those without a success in between.
         since: Instant,
     },
@@ -198,7 +198,7 @@ impl LeaderStatus {
     }
 
     /// The candidate fails, since the first failure of several.
-    pub(super) fn fails(&self, error: Arc<Error>) {
+    pub(super) fn fails(&self, error: Error) {
         let since = match &self.inner().otherwise {
             LeaderState::Failing { error: last, .. } if is_same(last, &error) => return,
             LeaderState::Failing { since, .. } => *since,
@@ -235,7 +235,7 @@ impl LeaderState {
     fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Failing { error, since }, Self::Failing { error: last, since: first }) => {
-                Arc::ptr_eq(error, last) && since == first
+                is_same(error, last) && since == first
             }
             (Self::Leading { term }, Self::Leading { term: last }) => term == last,
             (Self::Idle, Self::Idle) | (Self::Waiting, Self::Waiting) => true,

@@ -19,7 +19,7 @@ use super::batch::{Answer, Batch};
 use super::table::Step;
 use super::{Manager, Place, WAIT_SESSION_PAUSE};
 use crate::error::{Error, Loss};
-use crate::held::Held;
+use crate::guard::Guard;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::owner::Owner;
@@ -82,7 +82,7 @@ struct Driver {
     number: u64,
     owner: Owner,
     /// Keeps the session open.
-    keeper: Option<Held>,
+    keeper: Option<Guard>,
     under_way: Batch,
     /// What the table has not been told yet.
     answered: Option<Answered>,
@@ -133,13 +133,7 @@ impl Driver {
             }
             let is_closed = manager.pool.is_closed();
             if is_closed {
-                let error = Error::Pool {
-                    key: self.first_key(),
-                    source: sqlx::Error::PoolClosed,
-                    locks: None,
-                    permits: None,
-                };
-                manager.fail_all(&Arc::new(error));
+                manager.fail_all(&Error::PoolClosed { key: self.first_key() });
                 if session.is_some() && self.let_go() {
                     continue;
                 }
@@ -197,7 +191,7 @@ impl Driver {
 
     /// Takes the steps that are under way, in one statement.
     async fn step(&mut self) {
-        if let Some(loss) = self.keeper.as_ref().and_then(Held::loss) {
+        if let Some(loss) = self.keeper.as_ref().and_then(Guard::loss) {
             hand_over(&self.manager, &mut self.answered);
             self.lose(&loss);
         }
@@ -212,7 +206,7 @@ impl Driver {
                 Ok(keeper) => self.keeper = keeper,
                 Err(error) => {
                     end_with_the_runtime().await;
-                    self.fail_all_steps(&Arc::new(error));
+                    self.fail_all_steps(&error);
                 }
             }
         }
@@ -264,7 +258,7 @@ impl Driver {
     }
 
     /// Opens the session, for the sake of the first key.
-    async fn open(&mut self) -> Result<Option<Held>, Error> {
+    async fn open(&mut self) -> Result<Option<Guard>, Error> {
         let Some((key, _)) = self.under_way.steps().first() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::unnamed(*key))).await
     }
@@ -293,7 +287,7 @@ impl Driver {
     }
 
     /// Fails the acquires that wait for the steps in flight, and for those that were added since.
-    fn fail_all_steps(&mut self, error: &Arc<Error>) {
+    fn fail_all_steps(&mut self, error: &Error) {
         while !self.under_way.is_empty() {
             self.fail(Some(error));
             self.under_way = self.manager.next_batch(false);
@@ -302,7 +296,7 @@ impl Driver {
     }
 
     /// Tells who waits for the steps that are under way; without an error they ask again.
-    fn fail(&mut self, error: Option<&Arc<Error>>) {
+    fn fail(&mut self, error: Option<&Error>) {
         for (key, taken) in std::mem::take(&mut self.under_way).steps() {
             self.manager.failed(*key, taken.id, error);
         }
@@ -322,7 +316,7 @@ impl Driver {
         // The others have been called off.
         self.under_way.keep_only_locks();
         let error = Error::broken(&self.first_key(), loss);
-        self.fail(Some(&Arc::new(error)));
+        self.fail(Some(&error));
     }
 
     fn first_key(&self) -> Key {
@@ -373,6 +367,6 @@ async fn lost(session: Option<&Arc<Session>>) -> Loss {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        self.manager.clear(self.number, &Loss::Abandoned);
+        self.manager.clear(self.number, &Loss::RuntimeShutdown);
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::oneshot::{self, error::RecvError};
 use super::table::{Left, OwnerId, Want};
 use super::{Manager, Place, Told, driver};
 use crate::error::{Error, Loss, Result};
-use crate::held::Held;
+use crate::guard::Guard;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::request::Request;
@@ -48,7 +48,7 @@ impl Managed {
         &self,
         request: &Request,
         policy: WaitPolicy,
-    ) -> Result<Option<Held>> {
+    ) -> Result<Option<Guard>> {
         let (key, mode) = (request.key(), request.mode());
         loop {
             let Some(waiting) = self.want(key, mode, policy)? else { return Ok(None) };
@@ -57,20 +57,14 @@ impl Managed {
                 Wish::Waits(mut waiting) => match self.wait(&mut waiting.answer, policy).await {
                     // It was not the lock that was busy.
                     None if waiting.is_unasked() => {
-                        let source = sqlx::Error::PoolTimedOut;
-                        return Err(Error::Pool {
-                            key: key.clone(),
-                            source,
-                            locks: None,
-                            permits: None,
-                        });
+                        return Err(Error::pool_timed_out(key, None));
                     }
                     None => return Ok(None),
                     Some(answer) => match waiting.told(answer.ok()) {
                         Some(Told::Granted(place)) => place,
                         Some(Told::Refused) => return Ok(None),
                         Some(Told::Deadlock) => return Err(Error::deadlock(key)),
-                        Some(Told::Failed(error)) => return Err(error.again(key)),
+                        Some(Told::Failed(error)) => return Err(error.for_key(key)),
                         // Whoever asked for us has gone down with its runtime: ask again.
                         Some(Told::Released(_) | Told::PassedOn) | None => continue,
                     },
@@ -81,7 +75,7 @@ impl Managed {
                 self.manager.lost_key(key.id(), &place, &loss);
                 continue;
             }
-            return Ok(Some(Held::managed(place.session, request.clone(), self.clone())));
+            return Ok(Some(Guard::managed(place.session, request.clone(), self.clone())));
         }
     }
 
@@ -106,12 +100,7 @@ impl Managed {
         let runtime = Handle::current();
         let mut state = manager.state();
         if manager.pool.is_closed() && !state.table.holds(key.id(), self.owner.id) {
-            return Err(Error::Pool {
-                key: key.clone(),
-                source: sqlx::Error::PoolClosed,
-                locks: None,
-                permits: None,
-            });
+            return Err(Error::PoolClosed { key: key.clone() });
         }
         let now = Instant::now();
         let wants = (mode, patient);
@@ -163,7 +152,7 @@ impl Managed {
 
     /// Lets go of everything, however many guards are alive; they are told. From now on this is
     /// another owner.
-    pub(crate) async fn close(&mut self, key: &Key) -> Result<()> {
+    pub(crate) async fn release_all(&mut self, key: &Key) -> Result<()> {
         let another = self.another();
         let closed = std::mem::replace(self, another);
         let (tell, told) = oneshot::channel();
@@ -179,14 +168,19 @@ impl Managed {
         let released = match closed.manager.unless_stalled(told).await {
             Ok(Told::Released(Err(loss))) => Err(loss),
             Ok(_) => Ok(()),
-            Err(_) => Err(Loss::Abandoned),
+            Err(_) => Err(Loss::RuntimeShutdown),
         };
         released.map_err(|loss| Error::lost(key, loss))
     }
 
+    /// Whether a guard of the handle lives.
+    pub(crate) fn has_guards(&self) -> bool {
+        Arc::strong_count(&self.owner) > 1
+    }
+
     /// Whether the handle was closed while a guard of it lived.
     pub(crate) fn closed(&self) -> Option<Loss> {
-        self.owner.closed.load(Ordering::Relaxed).then_some(Loss::Closed)
+        self.owner.closed.load(Ordering::Relaxed).then_some(Loss::Released)
     }
 
     /// Waits until the handle is closed.
@@ -285,7 +279,7 @@ impl PendingRelease {
                 Ok(Told::PassedOn) => session.confirm(since).await,
                 // Whoever told the server has gone down with its runtime, and the session with it.
                 Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
-                | Err(_) => Err(session.loss().unwrap_or(Loss::Abandoned)),
+                | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
             },
             Answer::PassedOn => session.confirm(since).await,
             Answer::Lost(loss) => Err(loss),

@@ -23,7 +23,7 @@ use tokio::runtime::{Builder, Handle};
 use super::table::Step;
 use super::{Managed, Manager, Next, Place, Wait, fail, tell_lost};
 use crate::error::{Error, Loss};
-use crate::held::Held;
+use crate::guard::Guard;
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::options::LockOptions;
@@ -85,8 +85,8 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
         };
         if one_in(16) {
             // Its runtime ends, or is stalled.
-            manager.clear(number, &Loss::Abandoned);
-            place.session.give_up(&Loss::Abandoned);
+            manager.clear(number, &Loss::RuntimeShutdown);
+            place.session.give_up(&Loss::RuntimeShutdown);
             place = open(manager, true);
             continue;
         }
@@ -99,9 +99,9 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
         }
         if one_in(8) {
             // What is under way may have been done, and may not.
-            place.session.give_up(&Loss::Silent);
-            manager.lost(&place, &Loss::Silent);
-            let error = Arc::new(Error::broken(&Key::from(0), &Loss::Silent));
+            place.session.give_up(&Loss::Unresponsive);
+            manager.lost(&place, &Loss::Unresponsive);
+            let error = Error::broken(&Key::from(0), &Loss::Unresponsive);
             let error = one_in(2).then_some(&error);
             for (key, taken) in batch.steps() {
                 if matches!(taken.step, Step::Lock(_)) {
@@ -159,7 +159,7 @@ pub(super) mod wait_session {
             return;
         }
         if one_in(8) {
-            let error = Arc::new(Error::broken(&Key::unnamed(key), &Loss::Silent));
+            let error = Arc::new(Error::broken(&Key::unnamed(key), &Loss::Unresponsive));
             let waiters = manager.done_apart(key, taken.id, |state, _, _| {
                 state.table.failed(key, taken.id).unwrap_or_default()
             });
@@ -184,11 +184,11 @@ pub(super) mod wait_session {
                 continue;
             }
             let Some(order) = order else {
-                place.session.give_up(&Loss::Silent);
+                place.session.give_up(&Loss::Unresponsive);
                 let farewells = manager.done_apart(key, taken.id, |state, now, effects| {
                     state.table.lost_key(key, &place, now, effects)
                 });
-                return tell_lost(farewells, &Loss::Silent);
+                return tell_lost(farewells, &Loss::Unresponsive);
             };
             if order.step == Step::Unlock {
                 drop(manager.done_apart(key, taken.id, |state, now, effects| {
@@ -253,7 +253,7 @@ fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
 }
 
 /// A deadlock and a loss are no lock.
-fn unless_it_passes(acquired: Result<Option<Held>, Error>) -> Option<Held> {
+fn unless_it_passes(acquired: Result<Option<Guard>, Error>) -> Option<Guard> {
     match acquired {
         Ok(held) => held,
         Err(Error::Deadlock { .. } | Error::Disconnected { .. } | Error::Lost { .. }) => None,
@@ -309,7 +309,7 @@ impl Hold {
 }
 
 impl Inside {
-    fn enter(&self, owner: usize, guard: &Held, mode: Mode) -> Hold {
+    fn enter(&self, owner: usize, guard: &Guard, mode: Mode) -> Hold {
         let (key, session) = (guard.key().clone(), Arc::clone(guard.session()));
         let hold = Hold { owner, key, mode, session };
         let mut holds = self.0.lock().unwrap_or_else(PoisonError::into_inner);

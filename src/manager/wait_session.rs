@@ -14,7 +14,7 @@ use super::driver::end_with_the_runtime;
 use super::table::{Step, Taken};
 use super::{Manager, Next, Place, Wait, fail, tell_lost};
 use crate::error::{Error, Loss, Result};
-use crate::held::Held;
+use crate::guard::Guard;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::owner::Owner;
@@ -73,12 +73,12 @@ struct Busy {
 
 impl WaitSession {
     /// Opens the session, on which nothing is held yet.
-    async fn open(&mut self) -> Result<Option<Held>> {
+    async fn open(&mut self) -> Result<Option<Guard>> {
         let Some(key) = self.manager.state().table.first_in_line() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::unnamed(key))).await
     }
 
-    async fn work(&mut self, keeper: &Held) {
+    async fn work(&mut self, keeper: &Guard) {
         let manager = Arc::clone(&self.manager);
         while !keeper.is_lost() {
             match manager.next_wait(self.driver) {
@@ -106,7 +106,7 @@ impl WaitSession {
     }
 
     /// Waits for one key, and holds it until it is given up.
-    async fn serve(&mut self, wait: Wait, keeper: &Held) {
+    async fn serve(&mut self, wait: Wait, keeper: &Guard) {
         let Wait { key, taken, slice, mut orders } = wait;
         let Step::Wait(mode) = taken.step else { return };
         let manager = Arc::clone(&self.manager);
@@ -118,7 +118,7 @@ impl WaitSession {
             loss = keeper.lost() => {
                 end_with_the_runtime().await;
                 let error = Error::broken(request.key(), &loss);
-                return self.failed(key, taken.id, error);
+                return self.failed(key, taken.id, &error);
             }
             acquired = self.owner.try_acquire_for(&request, slice) => acquired,
         };
@@ -127,7 +127,7 @@ impl WaitSession {
             Ok(None) => return self.slice_over(key, taken.id),
             Err(error) => {
                 end_with_the_runtime().await;
-                return self.failed(key, taken.id, error);
+                return self.failed(key, taken.id, &error);
             }
         };
         let place = Place { session: Arc::clone(held.session()), shared: false };
@@ -169,11 +169,11 @@ impl WaitSession {
         });
     }
 
-    fn failed(&self, key: KeyId, wait: u64, error: Error) {
+    fn failed(&self, key: KeyId, wait: u64, error: &Error) {
         let waiters = self
             .manager
             .done_apart(key, wait, |state, _, _| state.table.failed(key, wait).unwrap_or_default());
-        fail(waiters, Some(&Arc::new(error)));
+        fail(waiters, Some(error));
     }
 
     /// The session was lost, and the key with it.
@@ -195,7 +195,7 @@ impl WaitSession {
 
 impl Drop for WaitSession {
     fn drop(&mut self) {
-        self.lose(&Loss::Abandoned);
+        self.lose(&Loss::RuntimeShutdown);
     }
 }
 
@@ -208,7 +208,7 @@ async fn hold(
     manager: &Arc<Manager>,
     key: KeyId,
     place: &Place,
-    holds: &mut Vec<Held>,
+    holds: &mut Vec<Guard>,
     orders: &mut UnboundedReceiver<Taken>,
 ) -> Result<Option<u64>, Loss> {
     loop {
@@ -227,7 +227,7 @@ async fn hold(
 }
 
 /// Takes any step but the last.
-async fn take(key: KeyId, holds: &mut Vec<Held>, step: Step) -> Result<bool, Loss> {
+async fn take(key: KeyId, holds: &mut Vec<Guard>, step: Step) -> Result<bool, Loss> {
     let Some(held) = holds.first() else { return Err(Loss::NotHeld) };
     let why = |session: &Session| session.loss().unwrap_or(Loss::NotHeld);
     match step {

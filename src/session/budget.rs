@@ -121,18 +121,16 @@ impl Budget {
         number: u32,
         policy: WaitPolicy,
     ) -> Result<OwnedSemaphorePermit> {
-        let error = |source| {
-            let locks = self.in_use.load(Ordering::Relaxed);
-            Err(Error::Pool { key: key.clone(), source, locks: Some(locks), permits: None })
-        };
         let deadline = deadline(&self.pool, policy, Instant::now());
         let acquiring = Arc::clone(&self.permits).acquire_many_owned(number);
         tokio::select! {
             biased;
-            () = self.pool.close_event() => error(sqlx::Error::PoolClosed),
+            () = self.pool.close_event() => Err(Error::PoolClosed { key: key.clone() }),
             acquired = timeout_at(deadline.into(), acquiring) => match acquired {
                 Ok(Ok(permit)) => Ok(permit),
-                Ok(Err(_)) | Err(_) => error(sqlx::Error::PoolTimedOut),
+                Ok(Err(_)) | Err(_) => {
+                    Err(Error::pool_timed_out(key, Some(self.in_use.load(Ordering::Relaxed))))
+                }
             },
         }
     }

@@ -177,7 +177,7 @@ impl Drop for KeeperTask {
         let kept = mem::take(&mut self.sessions).into_iter().map(|kept| kept.session);
         for session in kept.chain(admitted).filter_map(|session| session.upgrade()) {
             if session.ledger().has_guards() {
-                session.lose(&Loss::Abandoned);
+                session.lose(&Loss::RuntimeShutdown);
             }
         }
     }
@@ -249,12 +249,12 @@ impl KeeperTask {
                 match session.free_connection() {
                     Some(mut slot) => {
                         let locks = session.ledger().granted_by_server();
-                        session.give_up(&Loss::Pooled);
+                        session.give_up(&Loss::NoExclusion);
                         self.questions.spawn(async move {
                             session.give_up_pooled(&mut slot, locks).await;
                         });
                     }
-                    None => session.give_up(&Loss::Pooled),
+                    None => session.give_up(&Loss::NoExclusion),
                 }
                 continue;
             }

@@ -26,7 +26,7 @@ use crate::sql;
 ///
 /// While it is borrowed, a lost session is detected only at the next heartbeat. Methods of the session's
 /// guards and handles that need the connection wait for it, for at most ten seconds
-/// ([`Error::Borrowed`]).
+/// ([`Error::ConnectionBorrowed`]).
 ///
 /// # Drop
 ///

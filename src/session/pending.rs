@@ -19,7 +19,7 @@ use super::slot::{ConnGuard, Unavailable};
 use super::task::Task;
 use super::{DEADLINE, Session, silence, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer, sqlstate};
-use crate::held::Held;
+use crate::guard::Guard;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::LockOptions;
@@ -335,12 +335,16 @@ impl Pending {
     }
 
     /// Does what the server's answer calls for. `None` if the time is over.
-    pub(crate) async fn settle(self, verdict: Verdict, policy: WaitPolicy) -> Result<Option<Held>> {
+    pub(crate) async fn settle(
+        self,
+        verdict: Verdict,
+        policy: WaitPolicy,
+    ) -> Result<Option<Guard>> {
         match verdict {
             Verdict::Granted => self.granted(policy).await.map(Some),
             Verdict::Busy => Box::pin(self.wait(policy)).await,
             // The drop of `self` gives up what may have been granted.
-            Verdict::Pooled => Err(Error::Pooled { key: self.request.key().clone() }),
+            Verdict::Pooled => Err(Error::NoExclusion { key: self.request.key().clone() }),
             Verdict::Standby => {
                 let key = self.request.key().clone();
                 self.withdraw().await;
@@ -353,7 +357,7 @@ impl Pending {
     /// time is over.
     ///
     /// Between two slices the session's connection is free for its other handles.
-    async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Held>> {
+    async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Guard>> {
         let mut plainly = self.session.server.waits_plainly();
         loop {
             let session = Arc::clone(&self.session);
@@ -427,7 +431,7 @@ impl Pending {
                     Ok(Verdict::Busy) => {}
                     // It was neither when the first one was granted.
                     Ok(Verdict::Pooled | Verdict::Standby) => {
-                        return Err(Error::Pooled { key: self.request.key().clone() });
+                        return Err(Error::NoExclusion { key: self.request.key().clone() });
                     }
                     Err(error) => return Err(self.fail(error).await),
                 }
@@ -474,7 +478,7 @@ impl Pending {
                 Err(_) => Waiting::Ended(Error::acquiring(&key, silence(slice.limit))),
             },
             () = session.pool.close_event() => {
-                Waiting::Ended(Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None, permits: None })
+                Waiting::Ended(Error::PoolClosed { key })
             }
             loss = session.lost() => Waiting::Ended(Error::broken(&key, &loss)),
         }
@@ -546,14 +550,14 @@ impl Pending {
     async fn found_pooler(self, backend_pid: i32) -> Error {
         let locks = sql::release::each_mode(&self.missing);
         self.session.retrieve(backend_pid, &locks).await;
-        Error::Pooled { key: self.request.key().clone() }
+        Error::NoExclusion { key: self.request.key().clone() }
     }
 
     /// Makes sure that the server still hears us, after a wait in which nothing was sent to it.
     ///
     /// The grant says that we hear the server. Only an answer says that the server hears us, and has
     /// not begun to give us up.
-    async fn confirm(mut self, waiting_since: Instant, policy: WaitPolicy) -> Result<Held> {
+    async fn confirm(mut self, waiting_since: Instant, policy: WaitPolicy) -> Result<Guard> {
         if waiting_since.elapsed() > self.options.beat().interval
             && let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut())
         {
@@ -575,7 +579,7 @@ impl Pending {
     }
 
     /// Makes a guard's part of what the server granted.
-    async fn granted(mut self, policy: WaitPolicy) -> Result<Held> {
+    async fn granted(mut self, policy: WaitPolicy) -> Result<Guard> {
         if self.idle_limited
             && let Err(error) = Box::pin(self.lift_idle_timeout()).await
         {
@@ -588,7 +592,7 @@ impl Pending {
             if let Some(slot) = self.slot.as_mut() {
                 Box::pin(self.session.give_up_pooled(slot, Vec::new())).await;
             }
-            return Err(Error::Pooled { key: self.request.key().clone() });
+            return Err(Error::NoExclusion { key: self.request.key().clone() });
         }
         let settled = self.session.ledger().settle(self.request.need);
         if let Err(reason) = settled {
@@ -597,7 +601,7 @@ impl Pending {
         }
         self.settled = true;
         self.session.keep();
-        Ok(Held::new(Arc::clone(&self.session), self.request.clone()))
+        Ok(Guard::new(Arc::clone(&self.session), self.request.clone()))
     }
 
     /// Takes an acquire back that was refused, and what it was granted before.
@@ -640,7 +644,10 @@ impl Pending {
             undo.await;
         }
         if refuses_settings(&error) && self.options.settings_required() {
-            return Error::Settings { key: self.request.key().clone(), source: error };
+            return Error::SettingsRejected {
+                key: self.request.key().clone(),
+                source: Arc::new(error),
+            };
         }
         Error::acquiring(self.request.key(), error)
     }
@@ -765,12 +772,7 @@ pub(crate) async fn lend(
         }
         // The caller's time is over.
         Err(_) => {
-            return Err(Error::Pool {
-                key,
-                source: sqlx::Error::PoolTimedOut,
-                locks: None,
-                permits: None,
-            });
+            return Err(Error::pool_timed_out(&key, None));
         }
     };
     let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
@@ -778,10 +780,12 @@ pub(crate) async fn lend(
     let exhausted = timed_out && pool.size() >= pool.options().get_max_connections();
     Err(if sqlstate(&source).as_deref() == Some("53200") {
         // A login takes locks too.
-        Error::OutOfLocks { key, source }
-    } else if exhausted || matches!(source, sqlx::Error::PoolClosed) {
-        Error::Pool { key, source, locks: None, permits: None }
+        Error::OutOfLocks { key, source: Arc::new(source) }
+    } else if exhausted {
+        Error::pool_timed_out(&key, None)
+    } else if matches!(source, sqlx::Error::PoolClosed) {
+        Error::PoolClosed { key }
     } else {
-        Error::Connect { key, source }
+        Error::Connect { key, source: Arc::new(source) }
     })
 }

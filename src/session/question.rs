@@ -86,11 +86,11 @@ impl Session {
             }
             Ok(Ok(_)) => {
                 self.give_up_pooled(&mut slot, Vec::new()).await;
-                return Err(Error::Pooled { key: key.clone() });
+                return Err(Error::NoExclusion { key: key.clone() });
             }
             Ok(Err(error)) => return self.sort_out(key, slot, Err(error)),
             Err(_) => {
-                return Err(Error::Database { key: key.clone(), source: silence(limit) });
+                return Err(Error::database(key, silence(limit)));
             }
         };
         // First, because the server grants the lock to another session once the connection is closed.
@@ -121,7 +121,7 @@ impl Session {
             self.drain(conn.pg()?, Duration::ZERO, DEADLINE).await
         };
         match drained.await {
-            Ok(()) => Error::Database { key: key.clone(), source: silence(DEADLINE) },
+            Ok(()) => Error::database(key, silence(DEADLINE)),
             Err(source) => {
                 let loss = Loss::broken(source);
                 self.give_up(&loss);
@@ -141,7 +141,7 @@ impl Session {
         answer.map_err(|source| {
             // The session lives, and its lock is held.
             if is_answer(&source) {
-                return Error::Database { key: key.clone(), source };
+                return Error::database(key, source);
             }
             let loss = Loss::broken(source);
             self.give_up(&loss);

@@ -43,7 +43,7 @@ impl Release {
                 tokio::select! {
                     biased;
                     released = task => released,
-                    () = session.borrowed_for_too_long() => Err(Error::Borrowed { key }),
+                    () = session.borrowed_for_too_long() => Err(Error::ConnectionBorrowed { key }),
                 }
             }
             Self::Managed(release) => release.done().await,
@@ -117,7 +117,7 @@ impl Session {
             Ok(Answer::Elsewhere) => {
                 self.give_up_pooled(&mut slot, locks).await;
                 self.done(slot);
-                return Err(Loss::Pooled);
+                return Err(Loss::NoExclusion);
             }
             Err(error) => Loss::broken(error),
         };
@@ -239,7 +239,7 @@ impl Session {
     ) {
         locks.extend(self.ledger().granted_by_server());
         // First, because it may take long to retrieve them.
-        self.give_up(&Loss::Pooled);
+        self.give_up(&Loss::NoExclusion);
         locks.extend(std::mem::take(&mut *self.left_behind()));
         drop(slot.take());
         self.retrieve(self.backend_pid(), &locks).await;

@@ -61,7 +61,7 @@ impl Session {
             // Another session than the one that was asked has answered.
             Ok(Ok(called)) => {
                 self.retrieve(called.backend_pid, &tried(calls)).await;
-                Loss::Pooled
+                Loss::NoExclusion
             }
             Ok(Err((error, held))) => {
                 self.trust(asked);
@@ -88,7 +88,9 @@ impl Session {
     async fn answers_since(self: &Arc<Self>, since: Instant) -> Result<(), Loss> {
         let mut slot = self.connection_for_guard().await.map_err(|reason| match reason {
             Unavailable::Lost(loss) => loss,
-            Unavailable::Borrowed | Unavailable::PoolClosed | Unavailable::TimedOut => Loss::Silent,
+            Unavailable::Borrowed | Unavailable::PoolClosed | Unavailable::TimedOut => {
+                Loss::Unresponsive
+            }
         })?;
         if self.last_answered() >= since {
             return self.loss().map_or(Ok(()), Err);
@@ -103,7 +105,7 @@ impl Session {
                 self.trust(asked);
                 return Ok(());
             }
-            Ok(_) => Loss::Pooled,
+            Ok(_) => Loss::NoExclusion,
             // The server lives, and the session with it.
             Err(error) if is_answer(&error) => return Ok(()),
             Err(error) => Loss::broken(error),

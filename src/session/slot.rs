@@ -64,11 +64,9 @@ impl Unavailable {
     pub(crate) fn error(self, key: &Key) -> Error {
         let key = key.clone();
         match self {
-            Self::Borrowed | Self::TimedOut => Error::Borrowed { key },
+            Self::Borrowed | Self::TimedOut => Error::ConnectionBorrowed { key },
             Self::Lost(loss) => Error::lost(&key, loss),
-            Self::PoolClosed => {
-                Error::Pool { key, source: sqlx::Error::PoolClosed, locks: None, permits: None }
-            }
+            Self::PoolClosed => Error::PoolClosed { key },
         }
     }
 }

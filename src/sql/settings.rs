@@ -6,9 +6,9 @@ use sqlx::PgConnection;
 
 use super::fetch;
 
-/// When the server gives a silent client up: [`LockOptions::server_gives_up`].
+/// When the server gives a silent client up: [`LockOptions::keepalives_interval`].
 ///
-/// [`LockOptions::server_gives_up`]: crate::LockOptions::server_gives_up
+/// [`LockOptions::keepalives_interval`]: crate::LockOptions::keepalives_interval
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Vigilance {
     pub(crate) idle_s: u32,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Result as LockResult};
+use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Result as LockResult};
 use pglock_testkit::{Role, cancel_after, cues, eventually, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Acquire, PgConnection, PgPool};
@@ -91,10 +91,11 @@ async fn works() {
     // By which the sessions of a worker are found.
     let options = options.application_name(&format!("worker {}", number(NUMBER)));
     let pool = PgPoolOptions::new().max_connections(6).connect_lazy_with(options);
-    let manager = (number(HAS_MANAGER) == 1).then(|| options_of_a_lock().manager(&pool).unwrap());
+    let manager = (number(HAS_MANAGER) == 1)
+        .then(|| LockManager::new(&options_of_a_lock().on(&pool).unwrap()));
     let lock = |key| match &manager {
-        Some(manager) => manager.lock(key),
-        None => options_of_a_lock().lock(&pool, key).unwrap(),
+        Some(manager) => Lock::new(&manager, key),
+        None => Lock::new(&options_of_a_lock().on(&pool).unwrap(), key),
     };
     let stopping = Arc::new(AtomicBool::new(false));
     let mut tasks = JoinSet::new();
@@ -132,8 +133,9 @@ async fn works() {
 
 fn options_of_a_lock() -> LockOptions {
     let second = Duration::from_secs(1);
-    let options = LockOptions::new().heartbeat(GIVES_UP / 2, GIVES_UP / 2);
-    options.server_gives_up(second, second, 2)
+    let options =
+        LockOptions::new().heartbeat_interval(GIVES_UP / 2).heartbeat_timeout(GIVES_UP / 2);
+    options.keepalives_idle(second).keepalives_interval(second).keepalives_retries(2)
 }
 
 /// One who wants locks, one at a time.

@@ -9,7 +9,7 @@ use pglock::inspect::{LockInfo, Session};
 use pglock::{
     Election, Error, ExclusiveGuard, Key, Leader, LeaderState, LeaderStatus, Leadership, Lock,
     LockManager, LockOptions, Loss, Mode, MultiGuard, MultiLock, Observer, Permit, Semaphore,
-    SessionConnection, SharedGuard, transaction,
+    SessionConnection, SharedGuard, Upgrade, transaction,
 };
 use sqlx::{Postgres, Transaction};
 
@@ -86,7 +86,7 @@ fn every_future_may_be_sent_to_another_thread(
     is_future_of::<pglock::Result<Option<SharedGuard>>>(
         lock.try_acquire_shared_for(Duration::ZERO),
     );
-    is_future_of::<pglock::Result<()>>(lock.close());
+    is_future_of::<pglock::Result<()>>(lock.release_all());
     is_future_of::<pglock::Result<SessionConnection<'_>>>(exclusive.connection());
     is_future_of::<pglock::Result<SessionConnection<'_>>>(shared.connection());
     is_future_of::<pglock::Result<()>>(exclusive.release());
@@ -114,14 +114,14 @@ fn the_futures_of_what_is_built_on_locks_may_be_sent_too(
     is_future_of::<pglock::Result<MultiGuard>>(locks.acquire());
     is_future_of::<pglock::Result<Option<MultiGuard>>>(locks.try_acquire());
     is_future_of::<pglock::Result<Option<MultiGuard>>>(locks.try_acquire_for(Duration::ZERO));
-    is_future_of::<pglock::Result<()>>(locks.close());
+    is_future_of::<pglock::Result<()>>(locks.release_all());
     is_future_of::<pglock::Result<()>>(guard.release());
     is_future_of::<pglock::Result<Permit>>(semaphore.acquire());
     is_future_of::<pglock::Result<Option<Permit>>>(semaphore.try_acquire());
     is_future_of::<pglock::Result<Option<Permit>>>(semaphore.try_acquire_for(Duration::ZERO));
     is_future_of::<pglock::Result<()>>(permit.release());
     is_future_of::<pglock::Result<SharedGuard>>(exclusive.downgrade());
-    is_future_of::<pglock::Result<Result<ExclusiveGuard, SharedGuard>>>(shared.try_upgrade());
+    is_future_of::<pglock::Result<Upgrade>>(shared.try_upgrade());
 }
 
 /// Of those of an election, `run` is what its arguments are. Compiling is the test.
@@ -155,7 +155,7 @@ fn every_future_of_an_election_may_be_sent_to_another_thread<
 #[tokio::test]
 async fn an_acquire_that_waits_is_small() {
     let pool = sqlx::PgPool::connect_lazy("postgres://localhost/nowhere").unwrap();
-    let mut lock = LockManager::new(&pool).lock(42);
+    let mut lock = Lock::new(&LockManager::new(&pool), 42);
     assert!(size_of_val(&lock.acquire()) <= 1024);
     assert!(size_of_val(&lock.try_acquire_for(Duration::from_secs(1))) <= 1024);
 }

@@ -94,7 +94,7 @@ async fn several_locks_dropped(held: usize, db: &TestDb) {
     dropped_at_every_poll_on(held, db, async |pool| {
         let mut locks = three(pool);
         let guard = locks.acquire().await.unwrap();
-        locks.close().await.unwrap();
+        locks.release_all().await.unwrap();
         guard.release().await.unwrap_err();
     })
     .await;
@@ -117,12 +117,12 @@ async fn another_lock_on_the_session_dropped(held: usize, db: &TestDb) {
     let patience = Duration::from_millis(30);
     dropped_at_every_poll_on(held, db, async |pool| {
         let guard = Lock::new(pool, 1).acquire().await.unwrap();
-        drop(guard.lock("nightly-report").acquire().await.unwrap());
+        drop(Lock::new(&guard, "nightly-report").acquire().await.unwrap());
     })
     .await;
     dropped_at_every_poll_on(held, db, async |pool| {
         let guard = Lock::new(pool, 1).acquire_shared().await.unwrap();
-        let other = guard.lock("nightly-report").try_acquire_for(patience).await.unwrap();
+        let other = Lock::new(&guard, "nightly-report").try_acquire_for(patience).await.unwrap();
         guard.release().await.unwrap();
         drop(other);
     })

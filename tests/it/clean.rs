@@ -33,9 +33,10 @@ async fn lock_survives(leave: impl AsyncFnOnce(&mut PgConnection)) {
     let pool = db.pool(1).await;
     // No heartbeat comes along and tidies.
     let minute = Duration::from_mins(1);
-    let options = LockOptions::new().heartbeat(minute, minute);
-    let options = options.server_gives_up(minute, minute * 3, 1);
-    let guard = options.lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let options = LockOptions::new().heartbeat_interval(minute).heartbeat_timeout(minute);
+    let options =
+        options.keepalives_idle(minute).keepalives_interval(minute * 3).keepalives_retries(1);
+    let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
     let pid = guard.backend_pid();
 
     let mut conn = guard.connection().await.unwrap();

@@ -181,8 +181,8 @@ async fn a_status_says_no_by_the_clock_alone() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let second = Duration::from_secs(1);
-    let options = LockOptions::new().heartbeat(second / 2, second / 2);
-    let mut election = options.election(&pool, "billing").unwrap();
+    let options = LockOptions::new().heartbeat_interval(second / 2).heartbeat_timeout(second / 2);
+    let mut election = Election::new(&options.on(&pool).unwrap(), "billing");
     let status = election.status();
     let leadership = election.campaign().await.unwrap();
     sleep(WATCHED).await;

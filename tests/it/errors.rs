@@ -24,7 +24,7 @@ pub(crate) const MOMENT: Duration = Duration::from_millis(300);
 /// what the source says to the source.
 pub(crate) fn is_told_well(error: &Error, advice: &str) {
     let message = error.to_string();
-    let key = error.key();
+    let key = error.key().unwrap();
     assert_eq!(key.name(), Some(KEY));
     assert!(message.starts_with(&format!("lock {key}: ")), "{message}");
     assert!(message.contains(advice), "{message}");
@@ -83,7 +83,7 @@ pub(crate) async fn one_connection(db: &TestDb, acquire_timeout: Duration) -> Pg
 
 /// The message tells the pool's timeout from the lock's.
 pub(crate) fn is_exhausted(error: &Error) {
-    assert!(matches!(error, Error::Pool { source: sqlx::Error::PoolTimedOut, .. }), "{error:?}");
+    assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
     is_told_well(error, "waiting for a connection of the pool, not for the lock");
     is_told_well(error, "max_connections");
     assert!(error.is_transient());
@@ -110,7 +110,7 @@ async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
 
     let lost = guard.release().await.unwrap_err();
     assert!(matches!(lost, Error::Lost { reason: Loss::NotHeld, .. }), "{lost:?}");
-    is_told_well(&lost, "somebody else may have it");
+    is_told_well(&lost, "another session may hold it");
     assert!(lost.is_transient());
     let guard = lock.acquire().await.unwrap();
     assert_ne!(guard.backend_pid(), pid);
@@ -123,13 +123,16 @@ async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
 async fn options_out_of_range_are_refused_at_once() {
     let pool = lazy(PgConnectOptions::new_without_pgpass().socket("/nonexistent/pglock"), MOMENT);
     for slice in [2_000, 3_600_000].map(Duration::from_millis) {
-        let lock = LockOptions::new().wait_slice(slice).lock(&pool, KEY).unwrap();
+        let lock = Lock::new(&LockOptions::new().wait_slice(slice).on(&pool).unwrap(), KEY);
         assert_eq!(lock.key(), &Key::from(KEY));
     }
     for slice in [0, 1_999, 3_600_001, u64::MAX].map(Duration::from_millis) {
-        let error = LockOptions::new().wait_slice(slice).lock(&pool, KEY).unwrap_err();
-        assert!(matches!(error, Error::Options { .. }), "{error:?}");
-        is_told_well(&error, &format!("wait_slice is {slice:?}; it must be from 2s to 3600s"));
+        let error = LockOptions::new().wait_slice(slice).on(&pool).unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument { .. }), "{error:?}");
+        let message =
+            format!("invalid argument: wait_slice is {slice:?}; it must be from 2s to 3600s");
+        assert_eq!(error.to_string(), message);
+        assert_eq!(error.key(), None);
         assert!(!error.is_transient());
     }
 }

@@ -69,7 +69,7 @@ async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
 async fn service() {
     play(|pool| {
         let manager = LockManager::new(pool);
-        (0..TASKS).map(|_| manager.lock(KEY)).collect()
+        (0..TASKS).map(|_| Lock::new(&manager, KEY)).collect()
     })
     .await;
 }

@@ -27,7 +27,12 @@ const BOUND: Duration = SECOND;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn impatient() -> LockOptions {
-    LockOptions::new().heartbeat(BOUND / 2, BOUND / 2).server_gives_up(SECOND, SECOND, 2)
+    LockOptions::new()
+        .heartbeat_interval(BOUND / 2)
+        .heartbeat_timeout(BOUND / 2)
+        .keepalives_idle(SECOND)
+        .keepalives_interval(SECOND)
+        .keepalives_retries(2)
 }
 
 /// Another service, which waits for lock 1.
@@ -78,7 +83,7 @@ async fn service() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
     // A slice so long that it ends no wait here.
-    let mut lock = impatient().wait_slice(PATIENCE * 3).lock(&pool, 1).unwrap();
+    let mut lock = Lock::new(&impatient().wait_slice(PATIENCE * 3).on(&pool).unwrap(), 1);
     let mut cues = cues();
     let mut guard = None;
     while let Some(cue) = cues.next_line().await.unwrap() {
@@ -195,7 +200,7 @@ impl Behind {
 async fn the_connection_is_reset() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
     for lent in [false, true] {
-        let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+        let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
         let mut waiter = Lock::new(&pool, 1);
         let ((failed, loss), next) = tokio::join!(
@@ -225,10 +230,14 @@ async fn the_connection_is_reset() {
 #[tokio::test]
 async fn the_link_is_slow() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    let options =
-        LockOptions::new().heartbeat(SECOND, SECOND * 2).server_gives_up(SECOND, SECOND, 4);
+    let options = LockOptions::new()
+        .heartbeat_interval(SECOND)
+        .heartbeat_timeout(SECOND * 2)
+        .keepalives_idle(SECOND)
+        .keepalives_interval(SECOND)
+        .keepalives_retries(4);
     for lent in [false, true] {
-        let guard = options.lock(&pool, 1).unwrap().acquire().await.unwrap();
+        let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
         proxy.delay(Duration::from_millis(300));
         let mut next = Next::after(1, &db).await;
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
@@ -247,12 +256,12 @@ async fn the_link_is_slow() {
 #[tokio::test]
 async fn the_link_is_too_slow() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     proxy.delay(SECOND * 2);
     let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
     let told = monotonic();
-    assert!(matches!(loss, Loss::Silent), "{loss:?}");
+    assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
     // The end of the connection arrives late, too.
     let granted = next.had_it(PATIENCE, &db).await;
     assert!(told < granted, "told at {told:?}, granted at {granted:?}");
@@ -267,12 +276,12 @@ async fn the_link_is_too_slow() {
 #[tokio::test]
 async fn the_link_stands_still() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     proxy.freeze();
     let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
     let told = monotonic();
-    assert!(matches!(loss, Loss::Silent), "{loss:?}");
+    assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
     // For the server, the proxy lives, and so does the client.
     assert!(next.still_waits());
     proxy.thaw();
@@ -297,7 +306,7 @@ async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
     );
     sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut admin).await.unwrap();
     let pool = db.pool(2).await;
-    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     let mut connection = guard.connection().await.unwrap();
     let write = format!("BEGIN; INSERT INTO entry VALUES (100); {last}");
@@ -345,7 +354,7 @@ async fn the_server_has_no_connection_left() {
     let server = Server::options().setting("max_connections", "12").start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(1).await;
-    let mut lock = impatient().lock(&pool, 1).unwrap();
+    let mut lock = Lock::new(&impatient().on(&pool).unwrap(), 1);
     let guard = lock.acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     let mut filling = fill(&db).await;
@@ -360,7 +369,7 @@ async fn the_server_has_no_connection_left() {
     // But nobody can ask about a connection that is lent, if the pool has no other.
     let connection = guard.connection().await.unwrap();
     let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
-    assert!(matches!(loss, Loss::Silent), "{loss:?}");
+    assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
     drop(connection);
     drop(guard);
     filling.pop().unwrap().close().await.unwrap();
@@ -420,7 +429,7 @@ async fn the_clock_of_the_server_is_set() {
     let pool = db.pool(3).await;
     for hour in [1, -1] {
         clock.set(0);
-        let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+        let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
         clock.set(hour * 3600);
         let shown: i64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::int8")
             .fetch_one(&pool)
@@ -472,13 +481,13 @@ fn the_runtime_is_shut_down() {
     let db = watcher.block_on(TestDb::new());
     let guard = runtime.block_on(async {
         let pool = db.pool(2).await;
-        impatient().lock(&pool, 1).unwrap().acquire().await.unwrap()
+        Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap()
     });
     let next = watcher.block_on(Next::after(1, &db));
     runtime.shutdown_timeout(SECOND);
     watcher.block_on(async {
         let loss = timeout(SOON * 5, guard.lost()).await.unwrap();
-        assert!(matches!(loss, Loss::Abandoned), "{loss:?}");
+        assert!(matches!(loss, Loss::RuntimeShutdown), "{loss:?}");
         next.had_it(SOON * 5, &db).await;
     });
     assert!(watcher.block_on(guard.release()).is_err());
@@ -488,7 +497,7 @@ fn the_runtime_is_shut_down() {
 async fn the_pool_is_closed() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
-    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     // After which a hold is watched by listening.
     sleep(Duration::from_millis(100)).await;

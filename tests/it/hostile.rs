@@ -8,6 +8,8 @@ use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::time::timeout;
 
+use crate::support::upgraded;
+
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// A wait that is meant to run out, in the server's queue.
@@ -73,8 +75,8 @@ async fn locks(pool: &PgPool, key: Key) {
     let shared = guard.downgrade().await.unwrap();
     let also = timeout(PATIENCE, other.acquire_shared()).await.unwrap().unwrap();
     also.release().await.unwrap();
-    let guard = shared.try_upgrade().await.unwrap().unwrap();
-    drop(guard.lock(format!("{key} on the same session")).acquire().await.unwrap());
+    let guard = upgraded(shared.try_upgrade().await.unwrap());
+    drop(Lock::new(&guard, format!("{key} on the same session")).acquire().await.unwrap());
     guard.release().await.unwrap();
 }
 

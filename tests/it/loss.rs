@@ -14,13 +14,23 @@ use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon};
 /// Gives up after a second; the server after three.
 pub(crate) fn impatient() -> LockOptions {
     let second = soon();
-    LockOptions::new().heartbeat(second / 2, second / 2).server_gives_up(second, second, 2)
+    LockOptions::new()
+        .heartbeat_interval(second / 2)
+        .heartbeat_timeout(second / 2)
+        .keepalives_idle(second)
+        .keepalives_interval(second)
+        .keepalives_retries(2)
 }
 
 /// Is not asked in the time that a test takes.
 pub(crate) fn patient() -> LockOptions {
     let second = Duration::from_secs(1);
-    LockOptions::new().heartbeat(second * 60, second * 60).server_gives_up(second, second * 121, 1)
+    LockOptions::new()
+        .heartbeat_interval(second * 60)
+        .heartbeat_timeout(second * 60)
+        .keepalives_idle(second)
+        .keepalives_interval(second * 121)
+        .keepalives_retries(1)
 }
 
 /// Ends a session at the server.
@@ -42,7 +52,7 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(3).await;
-    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
     let query = sqlx::query("SELECT pg_sleep(60)").execute(&mut *conn);
     let told = async {
@@ -69,7 +79,7 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
 async fn a_session_is_polled_again_after_its_connection_was_borrowed() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let guard = patient().lock(&db.pool(3).await, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&patient().on(&db.pool(3).await).unwrap(), 1).acquire().await.unwrap();
     sleep(WATCHED).await;
     let mut conn = guard.connection().await.unwrap();
     sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
@@ -90,8 +100,8 @@ async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() 
         Box::pin(async move { if first { Ok(()) } else { std::future::pending().await } })
     });
     let pool = pool.connect_with(db.options()).await.unwrap();
-    let options = LockOptions::new().heartbeat(SOON, SOON * 9 / 10);
-    let guard = options.lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let options = LockOptions::new().heartbeat_interval(SOON).heartbeat_timeout(SOON * 9 / 10);
+    let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
     // A little longer than a session is believed without a heartbeat.
     sleep(SOON * 19 / 10 + SOON / 20).await;
     assert!(!guard.is_lost());
@@ -102,7 +112,7 @@ async fn the_end_of_a_borrowed_connection_is_reported() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;
-    let guard = impatient().lock(&pool, 1).unwrap().acquire().await.unwrap();
+    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let conn = guard.connection().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 3, guard.lost()).await.unwrap();
@@ -193,7 +203,7 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
     sleep(Duration::from_millis(1500)).await;
     guard.verify().await.unwrap();
     // Another one on the same session, which finds the limit lifted already.
-    let another = guard.lock(2).acquire().await.unwrap();
+    let another = Lock::new(&guard, 2).acquire().await.unwrap();
     guard.release().await.unwrap();
     sleep(Duration::from_millis(1500)).await;
     another.verify().await.unwrap();
@@ -212,18 +222,24 @@ async fn options_under_which_the_server_would_give_up_first_are_refused() {
     let db = TestDb::new().await;
     let pool = db.pool(1).await;
     let second = Duration::from_secs(1);
-    let options = LockOptions::new().heartbeat(second * 4, second * 4);
-    let error = options.lock(&pool, "nightly-report").unwrap_err();
+    let options = LockOptions::new().heartbeat_interval(second * 4).heartbeat_timeout(second * 4);
+    let error = options.on(&pool).unwrap_err();
     let said = error.to_string();
-    assert!(said.contains("4s + 4s = 8s") && said.contains("5 * 1s = 5s"), "{said}");
-    assert!(said.contains("nightly-report"), "{said}");
+    assert!(
+        said.contains("heartbeat_timeout = 8s") && said.contains("keepalives_interval = 5s"),
+        "{said}"
+    );
 
     // A lent connection may have been idle when the link is cut, so only the probes count; with a
     // second to spare.
-    let tight = LockOptions::new().heartbeat(second, second);
+    let tight = LockOptions::new().heartbeat_interval(second).heartbeat_timeout(second);
     for (idle, interval, count, good) in [(9, 1, 2, false), (1, 1, 3, true), (1, 3, 1, true)] {
-        let options = tight.clone().server_gives_up(second * idle, second * interval, count);
-        assert_eq!(options.lock(&pool, 1).is_ok(), good, "{idle} {interval} {count}");
+        let options = tight
+            .clone()
+            .keepalives_idle(second * idle)
+            .keepalives_interval(second * interval)
+            .keepalives_retries(count);
+        assert_eq!(options.on(&pool).is_ok(), good, "{idle} {interval} {count}");
     }
 }
 

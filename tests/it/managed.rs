@@ -1,17 +1,17 @@
 //! Makes locks of a manager, one for each pool, for the tests of all kinds.
 
-use pglock::{Key, Lock, LockOptions};
+use pglock::{Key, Lock, LockManager, LockOptions};
 use sqlx::PgPool;
 
 use crate::support::manager_of;
 
 pub(crate) fn new_lock(pool: &PgPool, key: impl Into<Key>) -> Lock {
-    manager_of(pool).lock(key)
+    Lock::new(&manager_of(pool), key)
 }
 
 /// One of a manager of its own.
 pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into<Key>) -> Lock {
-    options.manager(pool).unwrap().lock(key)
+    Lock::new(&LockManager::new(&options.on(pool).unwrap()), key)
 }
 
 /// How many sessions so many handles of so many services have on one key.

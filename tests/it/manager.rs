@@ -12,7 +12,9 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::cancel::dropped_at_every_poll_on;
-use crate::support::{SOON, backend_is, borrow_all, locks_are, no_locks, report};
+use crate::support::{
+    SOON, backend_is, borrow_all, locks_are, no_locks, refused, report, upgraded,
+};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -24,9 +26,9 @@ async fn a_thousand_locks_are_one_connection() {
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();
     for key in 0..1000 {
-        guards.push(manager.lock(key).acquire().await.unwrap());
+        guards.push(Lock::new(&manager, key).acquire().await.unwrap());
     }
-    let pids: HashSet<i32> = guards.iter().map(ExclusiveGuard::backend_pid).collect();
+    let pids: HashSet<i32> = guards.iter().map(|guard| guard.backend_pid()).collect();
     assert_eq!(pids.len(), 1);
     locks_are(&mut admin, 1000, SOON).await;
     drop(guards);
@@ -40,7 +42,7 @@ async fn a_thousand_locks_are_one_connection() {
 async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let mut lock = LockManager::new(&db.pool(2).await).lock(1);
+    let mut lock = Lock::new(&LockManager::new(&db.pool(2).await), 1);
     let guard = lock.acquire().await.unwrap();
     let pid = guard.backend_pid();
     guard.release().await.unwrap();
@@ -78,7 +80,7 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
     let mut admin = db.admin().await;
     let manager = LockManager::new(&pool);
     let (guard, other) =
-        (manager.lock(1).acquire().await.unwrap(), manager.lock(2).acquire().await);
+        (Lock::new(&manager, 1).acquire().await.unwrap(), Lock::new(&manager, 2).acquire().await);
     let other = other.unwrap();
 
     sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0)").execute(&mut admin).await.unwrap();
@@ -88,7 +90,7 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
     assert!(matches!(other.release().await, Err(Error::Lost { reason: Loss::NotHeld, .. })));
     no_locks(&mut admin).await;
 
-    manager.lock(2).acquire().await.unwrap().release().await.unwrap();
+    Lock::new(&manager, 2).acquire().await.unwrap().release().await.unwrap();
 }
 
 /// It answers nothing else meanwhile, and that is how it is asked.
@@ -102,10 +104,15 @@ async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
     replace_function(&mut db.admin().await, "pg_try_advisory_lock(bigint)", slow).await;
     let pool = db.pool(2).await;
     let beat = Duration::from_millis(600);
-    let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(SOON, SOON, 3);
-    let manager = options.manager(&pool).unwrap();
-    let guard = manager.lock(1).acquire().await.unwrap();
-    let slow = manager.lock(2).acquire().await.unwrap();
+    let options = LockOptions::new()
+        .heartbeat_interval(beat)
+        .heartbeat_timeout(beat)
+        .keepalives_idle(SOON)
+        .keepalives_interval(SOON)
+        .keepalives_retries(3);
+    let manager = LockManager::new(&options.on(&pool).unwrap());
+    let guard = Lock::new(&manager, 1).acquire().await.unwrap();
+    let slow = Lock::new(&manager, 2).acquire().await.unwrap();
     sleep(beat).await;
     assert!(!guard.is_lost());
     assert!(!slow.is_lost());
@@ -118,14 +125,19 @@ async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
 async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let options = LockOptions::new().heartbeat(SOON * 2, SOON).server_gives_up(SOON, SOON, 5);
-    let manager = options.manager(&db.pool(2).await).unwrap();
-    let guard = manager.lock(1).acquire().await.unwrap();
+    let options = LockOptions::new()
+        .heartbeat_interval(SOON * 2)
+        .heartbeat_timeout(SOON)
+        .keepalives_idle(SOON)
+        .keepalives_interval(SOON)
+        .keepalives_retries(5);
+    let manager = LockManager::new(&options.on(&db.pool(2).await).unwrap());
+    let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     let answered = Instant::now();
     // It gives up after 3 s, which the statement does only after 4.5.
     sleep_until((answered + SOON * 3 / 2).into()).await;
     server.pause();
-    let mut other = manager.lock(2);
+    let mut other = Lock::new(&manager, 2);
     let acquiring = other.acquire();
     let told = timeout(Duration::from_millis(2200), async {
         tokio::select! {
@@ -146,11 +158,11 @@ async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
     let mut admin = db.admin().await;
     let manager = LockManager::new(&pool);
     let (guard, other) =
-        (manager.lock(1).acquire().await.unwrap(), manager.lock(2).acquire().await);
+        (Lock::new(&manager, 1).acquire().await.unwrap(), Lock::new(&manager, 2).acquire().await);
     let other = other.unwrap();
 
     sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0.3)").execute(&mut admin).await.unwrap();
-    let mut late = manager.lock(3);
+    let mut late = Lock::new(&manager, 3);
     let (released, late) = tokio::join!(timeout(PATIENCE, guard.release()), async {
         // The server has the unlock.
         backend_is(&mut admin, other.backend_pid(), "active", SOON).await;
@@ -171,8 +183,8 @@ async fn it_excludes_and_is_excluded() {
     let db = TestDb::new().await;
     let pool = db.pool(4).await;
     let manager = LockManager::new(&pool);
-    let mut ours = manager.lock("invoice-17");
-    let mut sibling = manager.lock("invoice-17");
+    let mut ours = Lock::new(&manager, "invoice-17");
+    let mut sibling = Lock::new(&manager, "invoice-17");
     let mut theirs = Lock::new(&pool, "invoice-17");
 
     let guard = ours.acquire().await.unwrap();
@@ -197,10 +209,10 @@ async fn shared_locks_admit_each_other() {
     let mut admin = db.admin().await;
     let pool = db.pool(4).await;
     let manager = LockManager::new(&pool);
-    let one = manager.lock(1).acquire_shared().await.unwrap();
-    let two = manager.lock(1).acquire_shared().await.unwrap();
+    let one = Lock::new(&manager, 1).acquire_shared().await.unwrap();
+    let two = Lock::new(&manager, 1).acquire_shared().await.unwrap();
     let three = Lock::new(&pool, 1).try_acquire_shared().await.unwrap().unwrap();
-    assert!(manager.lock(1).try_acquire().await.unwrap().is_none());
+    assert!(Lock::new(&manager, 1).try_acquire().await.unwrap().is_none());
     locks_are(&mut admin, 2, SOON).await;
     drop((one, two, three));
     no_locks(&mut admin).await;
@@ -222,7 +234,7 @@ impl Inside {
 fn contend(manager: &LockManager, inside: &Inside, tasks: usize, rounds: usize) -> JoinSet<()> {
     let mut contenders = JoinSet::new();
     for _ in 0..tasks {
-        let mut lock = manager.lock("busy");
+        let mut lock = Lock::new(&manager, "busy");
         let inside = inside.clone();
         contenders.spawn(async move {
             for round in 0..rounds {
@@ -265,9 +277,16 @@ async fn a_busy_session_that_holds_nothing_just_now_is_not_lost() {
     let db = TestDb::new().await;
     let pool = db.pool(3).await;
     let second = Duration::from_secs(1);
-    let options = LockOptions::new().heartbeat(second / 10, second * 4);
-    let manager = options.server_gives_up(second, second * 3, 3).manager(&pool).unwrap();
-    let mut lock = manager.lock(1);
+    let options = LockOptions::new().heartbeat_interval(second / 10).heartbeat_timeout(second * 4);
+    let manager = LockManager::new(
+        &options
+            .keepalives_idle(second)
+            .keepalives_interval(second * 3)
+            .keepalives_retries(3)
+            .on(&pool)
+            .unwrap(),
+    );
+    let mut lock = Lock::new(&manager, 1);
     let started = Instant::now();
     while started.elapsed() < second * 2 {
         let guard = lock.acquire().await.unwrap();
@@ -287,7 +306,7 @@ async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
     let mut guards = Vec::new();
     let mut told = JoinSet::new();
     for key in 0..GUARDS {
-        let guard = Arc::new(manager.lock(key).acquire().await.unwrap());
+        let guard = Arc::new(Lock::new(&manager, key).acquire().await.unwrap());
         guards.push(Arc::clone(&guard));
         told.spawn(async move {
             let loss = guard.lost().await;
@@ -314,7 +333,7 @@ async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
 
     let mut again = Vec::new();
     for key in 0..GUARDS {
-        again.push(manager.lock(key).acquire().await.unwrap());
+        again.push(Lock::new(&manager, key).acquire().await.unwrap());
     }
     drop(guards);
     assert!(again.iter().all(|guard| !guard.is_lost()));
@@ -330,13 +349,13 @@ async fn closing_a_handle_tells_its_guards_and_nobody_elses() {
     let mut admin = db.admin().await;
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
-    let mut lock = manager.lock(1);
+    let mut lock = Lock::new(&manager, 1);
     let guard = lock.acquire().await.unwrap();
-    let other = manager.lock(2).acquire().await.unwrap();
-    lock.close().await.unwrap();
+    let other = Lock::new(&manager, 2).acquire().await.unwrap();
+    lock.release_all().await.unwrap();
     locks_are(&mut admin, 1, SOON).await;
     assert!(guard.is_lost() && !other.is_lost());
-    assert!(matches!(timeout(SOON, guard.lost()).await.unwrap(), Loss::Closed));
+    assert!(matches!(timeout(SOON, guard.lost()).await.unwrap(), Loss::Released));
     let again = lock.acquire().await.unwrap();
     guard.release().await.unwrap_err();
     assert!(!again.is_lost());
@@ -359,7 +378,7 @@ async fn a_full_lock_table_fails_some_and_loses_none() {
     let manager = LockManager::new(&pool);
     let mut asking = JoinSet::new();
     for key in 0..10_000 {
-        let mut lock = manager.lock(key);
+        let mut lock = Lock::new(&manager, key);
         asking.spawn(async move { lock.acquire().await });
     }
     let mut guards = Vec::new();
@@ -385,7 +404,7 @@ async fn a_full_lock_table_fails_some_and_loses_none() {
 async fn the_connection_is_not_lent() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
-    let guard = LockManager::new(&pool).lock("invoice-17").acquire().await.unwrap();
+    let guard = Lock::new(&LockManager::new(&pool), "invoice-17").acquire().await.unwrap();
     let error = guard.connection().await.unwrap_err();
     assert!(matches!(error, Error::SharedSession { .. }), "{error:?}");
     assert!(error.to_string().contains("invoice-17"), "{error}");
@@ -400,13 +419,16 @@ async fn a_closed_pool_gets_its_connection_back() {
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
     // Idle.
-    manager.lock(1).acquire().await.unwrap().release().await.unwrap();
+    Lock::new(&manager, 1).acquire().await.unwrap().release().await.unwrap();
     timeout(SOON, pool.close()).await.unwrap();
-    assert!(matches!(manager.lock(1).acquire().await.unwrap_err(), Error::Pool { .. }));
+    assert!(matches!(
+        Lock::new(&manager, 1).acquire().await.unwrap_err(),
+        Error::PoolClosed { .. }
+    ));
 
     // With a guard, it waits for that.
     let pool = db.pool(2).await;
-    let guard = LockManager::new(&pool).lock(1).acquire().await.unwrap();
+    let guard = Lock::new(&LockManager::new(&pool), 1).acquire().await.unwrap();
     let mut closing = Box::pin(pool.close());
     timeout(SOON / 5, &mut closing).await.unwrap_err();
     guard.verify().await.unwrap();
@@ -423,7 +445,7 @@ async fn one_connection_is_enough_to_wait_with() {
     let other = db.pool(1).await;
     let held = Lock::new(&other, 1).acquire().await.unwrap();
     let manager = LockManager::new(&pool);
-    let mut lock = manager.lock(1);
+    let mut lock = Lock::new(&manager, 1);
     let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
         eventually("it waits on the server", PATIENCE, || async {
             let mut admin = db.admin().await;
@@ -443,18 +465,18 @@ async fn dropped_at_every_poll() {
     let acquire = async |pool: &PgPool| {
         let manager = LockManager::new(pool);
         // Which opens the session.
-        drop(manager.lock(0).acquire().await.unwrap());
-        let guard = manager.lock("nightly-report").acquire().await.unwrap();
+        drop(Lock::new(&manager, 0).acquire().await.unwrap());
+        let guard = Lock::new(&manager, "nightly-report").acquire().await.unwrap();
         guard.release().await.unwrap();
     };
     let change = async |pool: &PgPool| {
-        let mut lock = LockManager::new(pool).lock("nightly-report");
+        let mut lock = Lock::new(&LockManager::new(pool), "nightly-report");
         let shared = lock.acquire_shared().await.unwrap();
-        let exclusive = shared.try_upgrade().await.unwrap().unwrap();
+        let exclusive = upgraded(shared.try_upgrade().await.unwrap());
         exclusive.downgrade().await.unwrap().release().await.unwrap();
     };
     let bounded = async |pool: &PgPool| {
-        let mut lock = LockManager::new(pool).lock("nightly-report");
+        let mut lock = Lock::new(&LockManager::new(pool), "nightly-report");
         drop(lock.try_acquire_for(Duration::from_millis(30)).await.unwrap());
     };
     dropped_at_every_poll_on(0, &db, acquire).await;
@@ -474,9 +496,9 @@ async fn dropped_in_the_process_queue() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
-    let guard = manager.lock(1).acquire().await.unwrap();
-    let mut first = manager.lock(1);
-    let mut last = manager.lock(1);
+    let guard = Lock::new(&manager, 1).acquire().await.unwrap();
+    let mut first = Lock::new(&manager, 1);
+    let mut last = Lock::new(&manager, 1);
     let mut waits = Box::pin(first.acquire());
     let mut waits_too = Box::pin(last.acquire());
     assert!(cancel_after(1, &mut waits).await.is_none());
@@ -499,18 +521,18 @@ async fn changing_the_mode() {
     let pool = db.pool(4).await;
     let manager = LockManager::new(&pool);
     let mut plain = Lock::new(&pool, 1);
-    let mut lock = manager.lock(1);
+    let mut lock = Lock::new(&manager, 1);
 
     let exclusive = lock.acquire().await.unwrap();
     assert!(plain.try_acquire_shared().await.unwrap().is_none());
     let shared = exclusive.downgrade().await.unwrap();
     let theirs = plain.try_acquire_shared().await.unwrap().unwrap();
-    let shared = shared.try_upgrade().await.unwrap().unwrap_err();
+    let shared = refused(shared.try_upgrade().await.unwrap());
     // To wait for a lock of another process is refused; it may wait for ours.
     let error = lock.acquire().await.unwrap_err();
     assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
     theirs.release().await.unwrap();
-    let sibling = manager.lock(1).acquire_shared().await.unwrap();
+    let sibling = Lock::new(&manager, 1).acquire_shared().await.unwrap();
     let (exclusive, ()) = tokio::join!(timeout(SOON, lock.acquire()), async {
         sibling.release().await.unwrap();
     });
@@ -526,7 +548,7 @@ async fn two_that_share_a_key_and_want_it_alone_are_a_deadlock_for_one() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
-    let (mut one, mut two) = (manager.lock(1), manager.lock(1));
+    let (mut one, mut two) = (Lock::new(&manager, 1), Lock::new(&manager, 1));
     let shared = one.acquire_shared().await.unwrap();
     let also_shared = two.acquire_shared().await.unwrap();
     let mut waits = Box::pin(one.acquire());
@@ -548,8 +570,8 @@ async fn a_key_of_its_own_session_is_lost_alone() {
     let other = db.pool(1).await;
     let held = Lock::new(&other, 1).acquire().await.unwrap();
     let manager = LockManager::new(&pool);
-    let free = manager.lock(2).acquire().await.unwrap();
-    let mut lock = manager.lock(1);
+    let free = Lock::new(&manager, 2).acquire().await.unwrap();
+    let mut lock = Lock::new(&manager, 1);
     let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
         locks_are(&mut admin, 3, PATIENCE).await;
         held.release().await.unwrap();
@@ -580,12 +602,12 @@ async fn a_restart_of_the_server_loses_all_and_all_can_be_acquired_again() {
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();
     for key in 0..100 {
-        guards.push(manager.lock(key).acquire().await.unwrap());
+        guards.push(Lock::new(&manager, key).acquire().await.unwrap());
     }
     server.restart();
     for (key, guard) in (0..).zip(&guards) {
         timeout(SOON * 5, guard.lost()).await.unwrap();
-        let again = timeout(PATIENCE, manager.lock(key).acquire()).await.unwrap().unwrap();
+        let again = timeout(PATIENCE, Lock::new(&manager, key).acquire()).await.unwrap().unwrap();
         again.release().await.unwrap();
     }
     drop(guards);
@@ -596,7 +618,7 @@ async fn a_restart_of_the_server_loses_all_and_all_can_be_acquired_again() {
 /// Acquires, though a pooled connection may die with the runtime that opened it.
 async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
     loop {
-        match manager.lock(1).acquire().await {
+        match Lock::new(&manager, 1).acquire().await {
             Ok(guard) => return guard,
             Err(error) => assert!(error.is_transient(), "{error:?}"),
         }
@@ -613,7 +635,7 @@ fn a_runtime_that_goes_down_leaves_nobody_waiting() {
     let db = second.block_on(TestDb::new());
     let pool = second.block_on(db.pool(4));
     let manager = LockManager::new(&pool);
-    let guard = first.block_on(async { manager.lock(1).acquire().await.unwrap() });
+    let guard = first.block_on(async { Lock::new(&manager, 1).acquire().await.unwrap() });
     let waiter = second.spawn({
         let manager = manager.clone();
         async move { drop(acquire_in_the_end(&manager).await) }
@@ -640,7 +662,7 @@ async fn an_unused_manager_keeps_no_pool_alive() {
     {
         let pool = db.pool(3).await;
         let manager = LockManager::new(&pool);
-        let mut lock = manager.lock(1);
+        let mut lock = Lock::new(&manager, 1);
         // Given up while it waits, and granted after a wait that outlives the shared session.
         assert!(lock.try_acquire_for(SOON / 10).await.unwrap().is_none());
         let mut waits = Box::pin(lock.acquire());
@@ -664,7 +686,7 @@ async fn dropped_on_a_plain_thread() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
-    let guard = manager.lock(1).acquire().await.unwrap();
+    let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     std::thread::spawn(move || drop(guard)).join().unwrap();
     no_locks(&mut db.admin().await).await;
     borrow_all(&pool).await;

@@ -123,9 +123,9 @@ async fn no_keys_are_an_error() {
     let db = TestDb::new().await;
     let mut none = MultiLock::new(&db.pool(1).await, Vec::<String>::new());
     assert_eq!(none.keys().count(), 0);
-    assert!(matches!(none.acquire().await, Err(Error::Options { .. })));
-    assert!(matches!(none.try_acquire().await, Err(Error::Options { .. })));
-    none.close().await.unwrap();
+    assert!(matches!(none.acquire().await, Err(Error::InvalidArgument { .. })));
+    assert!(matches!(none.try_acquire().await, Err(Error::InvalidArgument { .. })));
+    none.release_all().await.unwrap();
     let guard = none.and("one").try_acquire().await.unwrap();
     assert!(guard.is_some());
 }
@@ -292,9 +292,9 @@ async fn closing_lets_go_of_all_and_tells_the_guards() {
     let mut locks = exclusive(&pool, &[1, 2]);
     let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());
     let pid = first.backend_pid();
-    locks.close().await.unwrap();
+    locks.release_all().await.unwrap();
     no_locks(&mut admin).await;
-    assert!(matches!(first.lost().await, Loss::Closed));
+    assert!(matches!(first.lost().await, Loss::Released));
     assert!(second.is_lost());
     assert_eq!(borrow_all(&pool).await, [pid], "the connection was not kept");
     locks.acquire().await.unwrap().release().await.unwrap();

@@ -16,7 +16,7 @@ use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn};
 async fn crosswise(pool: &PgPool, first: i64, second: i64, both: &Barrier) -> Result<()> {
     let guard = Lock::new(pool, first).acquire().await?;
     both.wait().await;
-    let taken = guard.lock(second).acquire().await;
+    let taken = Lock::new(&guard, second).acquire().await;
     // Who must give way still has what he had.
     guard.verify().await?;
     guard.release().await?;
@@ -78,7 +78,7 @@ async fn one_key_on_two_handles_of_one_session_stacks() {
     let mut other = Lock::new(&pool, 1);
     for round in 0..200 {
         let anchor = Lock::new(&pool, 0).acquire().await.unwrap();
-        let (mut one, mut two) = (anchor.lock(1), anchor.lock(1));
+        let (mut one, mut two) = (Lock::new(&anchor, 1), Lock::new(&anchor, 1));
         let (first, second) = tokio::join!(
             spawn(async move { one.acquire().await }),
             spawn(async move { two.try_acquire().await }),
@@ -94,7 +94,7 @@ async fn one_key_on_two_handles_of_one_session_stacks() {
         first.release().await.unwrap();
         assert!(other.try_acquire_shared().await.unwrap().is_none(), "round {round}");
         // At the same time as an acquire that needs what goes.
-        let mut again = second.lock(1);
+        let mut again = Lock::new(&second, 1);
         let (released, third) = tokio::join!(
             spawn(second.release()),
             spawn(async move { timeout(SOON * 10, again.acquire()).await.unwrap() }),
@@ -119,7 +119,7 @@ async fn an_acquire_that_is_dropped_takes_nothing_from_another_on_the_session() 
     let mut other = Lock::new(&pool, 1);
     for round in 0..200 {
         let anchor = Lock::new(&pool, 0).acquire().await.unwrap();
-        let (mut one, mut two) = (anchor.lock(1), anchor.lock(1));
+        let (mut one, mut two) = (Lock::new(&anchor, 1), Lock::new(&anchor, 1));
         let (first, _) = tokio::join!(
             spawn(async move { one.acquire().await }),
             spawn(async move {
@@ -148,9 +148,9 @@ async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
     let pool = db.pool(2).await;
     for _ in 0..50 {
         let first = Lock::new(&pool, 1).acquire().await.unwrap();
-        let mut handle = first.lock(2);
+        let mut handle = Lock::new(&first, 2);
         let second = handle.acquire_shared().await.unwrap();
-        let third = second.lock((3, 4)).acquire().await.unwrap();
+        let third = Lock::new(&second, (3, 4)).acquire().await.unwrap();
         assert_eq!(first.backend_pid(), third.backend_pid());
         first.release().await.unwrap();
         third.release().await.unwrap();
@@ -172,7 +172,7 @@ async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;
     let first = Lock::new(&pool, 1).acquire().await.unwrap();
-    let mut handle = first.lock(2);
+    let mut handle = Lock::new(&first, 2);
     let second = handle.acquire_shared().await.unwrap();
     terminate(&mut admin, first.backend_pid()).await;
     let both = async { tokio::join!(first.lost(), second.lost()) };
@@ -185,7 +185,7 @@ async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
     assert_ne!(again.backend_pid(), first.backend_pid());
     assert!(!again.is_lost());
     // A handle of a guard that is lost already is one of its own from the start.
-    let apart = first.lock(5).acquire().await.unwrap();
+    let apart = Lock::new(&first, 5).acquire().await.unwrap();
     assert_ne!(apart.backend_pid(), first.backend_pid());
     drop((first, second));
     locks_are(&mut admin, 2, SOON).await;

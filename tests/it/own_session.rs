@@ -8,7 +8,7 @@ pub(crate) fn new_lock(pool: &PgPool, key: impl Into<Key>) -> Lock {
 }
 
 pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into<Key>) -> Lock {
-    options.lock(pool, key).unwrap()
+    Lock::new(&options.on(pool).unwrap(), key)
 }
 
 /// How many sessions so many handles of so many services have on one key.

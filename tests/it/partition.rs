@@ -59,8 +59,11 @@ const KINDS: [Kind; 6] =
 
 fn options() -> LockOptions {
     LockOptions::new()
-        .heartbeat(HOLDER / 2, HOLDER / 2)
-        .server_gives_up(SECOND, SECOND, 2)
+        .heartbeat_interval(HOLDER / 2)
+        .heartbeat_timeout(HOLDER / 2)
+        .keepalives_idle(SECOND)
+        .keepalives_interval(SECOND)
+        .keepalives_retries(2)
         .wait_slice(SECOND * 2)
 }
 
@@ -74,10 +77,13 @@ async fn far_side() {
     let mut cues = cues();
     while let Some(cue) = cues.next_line().await.unwrap() {
         let (kind, key) = cue.split_once(' ').unwrap();
-        let lock = options().lock(&pool, key.parse::<i64>().unwrap()).unwrap();
+        let lock = Lock::new(&options().on(&pool).unwrap(), key.parse::<i64>().unwrap());
         match kind {
             "Waiting" => drop(tasks.spawn(wait(lock))),
-            "Leading" => drop(tasks.spawn(lead(options().election(&pool, lock.key()).unwrap()))),
+            "Leading" => {
+                let election = Election::new(&options().on(&pool).unwrap(), lock.key());
+                drop(tasks.spawn(lead(election)));
+            }
             kind => drop(tasks.spawn(hold(lock, kind.to_owned()))),
         }
     }
@@ -385,7 +391,7 @@ async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
 async fn sleeper() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
-    let mut lock = options().lock(&pool, 1).unwrap();
+    let mut lock = Lock::new(&options().on(&pool).unwrap(), 1);
     let mut cues = cues();
     while let Some(cue) = cues.next_line().await.unwrap() {
         let guard = lock.acquire().await.unwrap();
@@ -426,7 +432,7 @@ async fn sleeper() {
                 });
                 let ended = guard.while_held(body).await;
                 let now = monotonic().as_nanos();
-                let told = matches!(ended, Err(Error::Lost { reason: Loss::Silent, .. }));
+                let told = matches!(ended, Err(Error::Lost { reason: Loss::Unresponsive, .. }));
                 say(format!("{} {now}", told && polls == 1));
             }
         }

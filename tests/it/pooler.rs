@@ -47,7 +47,7 @@ async fn busy(options: &PgConnectOptions, clients: usize) -> JoinSet<()> {
 /// `None` if a pooler was found out. Whatever else goes wrong is no answer.
 fn is_found<T>(result: Result<T>) -> Option<T> {
     match result {
-        Err(Error::Pooled { .. }) => None,
+        Err(Error::NoExclusion { .. }) => None,
         other => Some(other.unwrap()),
     }
 }
@@ -61,14 +61,15 @@ mod in_transaction_mode {
     /// Acquires, and if that does not find the pooler out, holds until it is.
     async fn hold(pool: &PgPool) -> &'static str {
         let beat = Duration::from_millis(100);
-        let options = LockOptions::new().heartbeat(beat, Duration::from_secs(2));
-        let mut lock = options.lock(pool, KEY).unwrap();
+        let options =
+            LockOptions::new().heartbeat_interval(beat).heartbeat_timeout(Duration::from_secs(2));
+        let mut lock = Lock::new(&options.on(pool).unwrap(), KEY);
         let Some(guard) = is_found(lock.acquire().await) else { return "acquire" };
         if is_found(guard.verify().await).is_none() {
             return "verify";
         }
         let lost = timeout(PATIENCE, guard.lost()).await;
-        assert!(matches!(lost, Ok(Loss::Pooled)), "{lost:?}");
+        assert!(matches!(lost, Ok(Loss::NoExclusion)), "{lost:?}");
         assert!(is_found(guard.release().await).is_none());
         "heartbeat"
     }
@@ -258,7 +259,7 @@ mod that_turns_from_session_to_transaction_mode {
         for cache in CACHES.into_iter().cycle().take(ROUNDS) {
             let (_pooler, pool, _others) = turned(&server, &db, cache).await;
             if let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
-                let mut another = guard.lock("another");
+                let mut another = Lock::new(&guard, "another");
                 let another = is_found(another.acquire().await);
                 // By chance the unlock reaches the server connection that has the lock; then all was well.
                 if is_found(guard.release().await).is_none() {
@@ -281,18 +282,20 @@ mod that_turns_from_session_to_transaction_mode {
         let mut count = 0;
         for _ in 0..ROUNDS {
             let (_pooler, pool, _others) = turned(&server, &db, 0).await;
-            let options =
-                LockOptions::new().heartbeat(Duration::from_millis(100), Duration::from_secs(1));
-            let Some(guard) = is_found(options.lock(&pool, KEY).unwrap().acquire().await) else {
+            let options = LockOptions::new()
+                .heartbeat_interval(Duration::from_millis(100))
+                .heartbeat_timeout(Duration::from_secs(1));
+            let Some(guard) = is_found(Lock::new(&options.on(&pool).unwrap(), KEY).acquire().await)
+            else {
                 continue;
             };
             let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
-            if matches!(loss, Loss::Pooled) {
+            if matches!(loss, Loss::NoExclusion) {
                 locks_are(&mut db.admin().await, 0, PATIENCE).await;
                 count += 1;
             } else {
                 // A pooler that is slow for a moment is as good as one that is gone.
-                assert!(matches!(loss, Loss::Silent), "{loss:?}");
+                assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
             }
         }
         report(format!("a heartbeat found out {count} times of {ROUNDS}"));
@@ -314,7 +317,7 @@ mod that_turns_from_session_to_transaction_mode {
                 locks_are(&mut admin, 2, PATIENCE).await;
                 held.release().await.unwrap();
             });
-            let found = matches!(&waited, Err(Error::Pooled { .. }));
+            let found = matches!(&waited, Err(Error::NoExclusion { .. }));
             assert!(found || waited.is_ok(), "{waited:?}");
             if let Ok(guard) = waited {
                 // It was the session that it says.

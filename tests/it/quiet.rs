@@ -122,7 +122,7 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
                 // On a busy machine the time may be over before the pool has lent a connection.
                 match lock.try_acquire_for(time).await {
                     Ok(granted) => assert!(granted.is_none()),
-                    Err(error) => assert!(matches!(error, Error::Pool { .. }), "{error:?}"),
+                    Err(error) => assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}"),
                 }
             }
         });
@@ -160,7 +160,7 @@ async fn a_wait_holds_no_snapshot_for_longer_than_a_slice() {
     let pool = db.pool(2).await;
     let (mut holder, mut admin) = (db.admin().await, db.admin().await);
     hold(&mut holder, KEY).await;
-    let mut lock = LockOptions::new().wait_slice(SLICE).lock(&pool, KEY).unwrap();
+    let mut lock = Lock::new(&LockOptions::new().wait_slice(SLICE).on(&pool).unwrap(), KEY);
     let wait = lock.try_acquire_for(SLICE * 5);
     let looking = async {
         let started = Instant::now();

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
+use pglock::{Error, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
@@ -32,7 +32,7 @@ enum Way {
 async fn cycle(way: &Way, pool: &PgPool, key: i64) {
     let mut lock = match way {
         Way::Lock => Lock::new(pool, key),
-        Way::Manager(manager) => manager.lock(key),
+        Way::Manager(manager) => Lock::new(&manager, key),
     };
     let guard = lock.acquire().await.unwrap();
     sqlx::query("SELECT pg_sleep(0.001)").execute(pool).await.unwrap();
@@ -112,12 +112,12 @@ async fn a_manager_waits_on_few_connections() {
     let holder = LockManager::new(&one);
     let mut held = Vec::new();
     for key in 0..KEYS {
-        held.push(holder.lock(key).acquire().await.unwrap());
+        held.push(Lock::new(&holder, key).acquire().await.unwrap());
     }
     let manager = LockManager::new(&other);
     let mut waiters = JoinSet::new();
     for key in 0..KEYS {
-        let mut lock = manager.lock(key);
+        let mut lock = Lock::new(&manager, key);
         waiters.spawn(async move { lock.acquire().await.unwrap().release().await.unwrap() });
     }
     let holder = held.first().unwrap().backend_pid();
@@ -142,11 +142,11 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
         let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
         let manager = LockManager::new(&small);
         let waiter = spawn({
-            let mut lock = manager.lock(1);
+            let mut lock = Lock::new(&manager, 1);
             async move { lock.acquire().await.unwrap().release().await }
         });
         // Others are granted meanwhile.
-        manager.lock(2).acquire().await.unwrap().release().await.unwrap();
+        Lock::new(&manager, 2).acquire().await.unwrap().release().await.unwrap();
         assert!(!waiter.is_finished());
         held.release().await.unwrap();
         timeout(SOON, waiter).await.unwrap().unwrap().unwrap();
@@ -164,16 +164,13 @@ async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
     let manager = LockManager::new(&pool);
     let mut waiters = JoinSet::new();
     for key in 0..5000_i64 {
-        let mut lock = manager.lock(key);
+        let mut lock = Lock::new(&manager, key);
         waiters.spawn(async move { lock.acquire().await });
     }
     let started = Instant::now();
     while let Some(failed) = waiters.join_next().await {
         let error = failed.unwrap().unwrap_err();
-        assert!(
-            matches!(error, Error::Pool { source: sqlx::Error::PoolTimedOut, .. }),
-            "{error:?}"
-        );
+        assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
     }
     // A second one would take as long again, for each thousand.
     assert!(started.elapsed() < 3 * limit, "{:?}", started.elapsed());
@@ -187,10 +184,10 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
         let pool = PgPoolOptions::new().max_connections(connections);
         let pool = pool.connect_with(db.options()).await.unwrap();
         let manager = LockManager::new(&pool);
-        let guard = manager.lock(2).acquire().await.unwrap();
+        let guard = Lock::new(&manager, 2).acquire().await.unwrap();
         let waiters: Vec<_> = [1, 2]
             .map(|key| {
-                let mut lock = manager.lock(key);
+                let mut lock = Lock::new(&manager, key);
                 spawn(async move { lock.acquire().await.map(drop) })
             })
             .into();
@@ -209,10 +206,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
         });
         for waiter in waiters {
             let error = timeout(SOON, waiter).await.unwrap().unwrap().unwrap_err();
-            assert!(
-                matches!(error, Error::Pool { source: sqlx::Error::PoolClosed, .. }),
-                "{error:?}"
-            );
+            assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
         }
         assert!(!closing.is_finished());
         assert!(!guard.is_lost());
@@ -227,9 +221,9 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let manager = LockManager::new(&db.pool(2).await);
-    let guard = manager.lock(1).acquire().await.unwrap();
+    let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     let next = spawn({
-        let mut lock = manager.lock(1);
+        let mut lock = Lock::new(&manager, 1);
         async move { lock.acquire().await.map(drop) }
     });
     tokio::task::yield_now().await;
@@ -269,7 +263,7 @@ fn a_release_may_be_awaited_outside_of_a_runtime() {
     let db = runtime.block_on(TestDb::new());
     let pool = runtime.block_on(db.pool(2));
     let manager = LockManager::new(&pool);
-    let (mut one, mut other) = (manager.lock(1), manager.lock(1));
+    let (mut one, mut other) = (Lock::new(&manager, 1), Lock::new(&manager, 1));
     let guards = runtime.block_on(async {
         [one.acquire_shared().await.unwrap(), other.acquire_shared().await.unwrap()]
     });
@@ -289,10 +283,10 @@ async fn a_waiter_without_a_connection_is_told_or_goes_on() {
         let small = small.connect_with(db.options()).await.unwrap();
         let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
         let manager = LockManager::new(&small);
-        let guard = manager.lock(2).acquire().await.unwrap();
+        let guard = Lock::new(&manager, 2).acquire().await.unwrap();
         // It is tried on the shared session, which is held open by the other key.
         let waiter = spawn({
-            let mut lock = manager.lock(1);
+            let mut lock = Lock::new(&manager, 1);
             async move { lock.acquire().await.map(drop) }
         });
         let successor = spawn({
@@ -309,10 +303,7 @@ async fn a_waiter_without_a_connection_is_told_or_goes_on() {
             timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
         } else {
             let error = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap_err();
-            assert!(
-                matches!(error, Error::Pool { source: sqlx::Error::PoolTimedOut, .. }),
-                "{error:?}"
-            );
+            assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
             held.release().await.unwrap();
         }
     }
@@ -339,10 +330,10 @@ fn a_waiter_outlives_the_runtime_that_acquired_first() {
             (db, pool)
         });
         let manager = LockManager::new(&pool);
-        let mut lock = manager.lock(1);
+        let mut lock = Lock::new(&manager, 1);
         let guard = first.block_on(lock.acquire()).unwrap();
         let waiter = second.spawn({
-            let mut lock = manager.lock(1);
+            let mut lock = Lock::new(&manager, 1);
             async move { lock.acquire().await }
         });
         thread::yield_now();
@@ -360,7 +351,12 @@ fn a_waiter_outlives_the_runtime_that_acquired_first() {
 #[test]
 fn a_runtime_that_is_not_driven_is_replaced() {
     let beat = Duration::from_millis(500);
-    let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(beat * 2, beat * 2, 2);
+    let options = LockOptions::new()
+        .heartbeat_interval(beat)
+        .heartbeat_timeout(beat)
+        .keepalives_idle(beat * 2)
+        .keepalives_interval(beat * 2)
+        .keepalives_retries(2);
     let idle = Builder::new_current_thread().enable_all().build().unwrap();
     let second = runtime();
     let (db, pool) = second.block_on(async {
@@ -368,21 +364,21 @@ fn a_runtime_that_is_not_driven_is_replaced() {
         let pool = fresh_pool(&db).await;
         (db, pool)
     });
-    let manager = options.manager(&pool).unwrap();
-    let mut lock = manager.lock(1);
+    let manager = LockManager::new(&options.on(&pool).unwrap());
+    let mut lock = Lock::new(&manager, 1);
     // From here on, this runtime stands still.
     let guard = idle.block_on(lock.acquire()).unwrap();
     let (waits, both) = second.block_on(async {
         let mut tasks = JoinSet::new();
         let (tell, told) = oneshot::channel();
-        let mut same = manager.lock(1);
+        let mut same = Lock::new(&manager, 1);
         tasks.spawn(async move {
             tell.send(()).unwrap();
             let guard = same.acquire().await.unwrap();
             guard.release().await.unwrap();
         });
         told.await.unwrap();
-        let mut other = manager.lock(2);
+        let mut other = Lock::new(&manager, 2);
         let started = Instant::now();
         let guard = timeout(PATIENCE, other.acquire()).await.unwrap().unwrap();
         guard.release().await.unwrap();
@@ -406,7 +402,7 @@ async fn many_give_up_together() {
     let gave_up = Arc::new(AtomicUsize::new(0));
     let mut waiters = JoinSet::new();
     for _ in 0..WAITERS {
-        let (mut lock, gave_up) = (manager.lock(1), Arc::clone(&gave_up));
+        let (mut lock, gave_up) = (Lock::new(&manager, 1), Arc::clone(&gave_up));
         waiters.spawn(async move {
             assert!(lock.try_acquire_for(Duration::from_secs(2)).await.unwrap().is_none());
             gave_up.fetch_add(1, Ordering::Relaxed);
@@ -414,7 +410,7 @@ async fn many_give_up_together() {
     }
     let mut others = 0;
     while gave_up.load(Ordering::Relaxed) < WAITERS {
-        timeout(PATIENCE, manager.lock(2).acquire())
+        timeout(PATIENCE, Lock::new(&manager, 2).acquire())
             .await
             .unwrap()
             .unwrap()
@@ -428,7 +424,7 @@ async fn many_give_up_together() {
     }
     assert!(others > 1);
     held.release().await.unwrap();
-    manager.lock(1).acquire().await.unwrap().release().await.unwrap();
+    Lock::new(&manager, 1).acquire().await.unwrap().release().await.unwrap();
 }
 
 /// All sessions of a server that restarts are noticed, not only the first.
@@ -437,15 +433,20 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let half = Duration::from_secs(30);
-    let options = LockOptions::new().heartbeat(half, half).server_gives_up(half, half, 3);
+    let options = LockOptions::new()
+        .heartbeat_interval(half)
+        .heartbeat_timeout(half)
+        .keepalives_idle(half)
+        .keepalives_interval(half)
+        .keepalives_retries(3);
     let pool = db.pool(3).await;
     let mut guards = Vec::new();
     for key in 0..3 {
-        guards.push(options.lock(&pool, key).unwrap().acquire().await.unwrap());
+        guards.push(Lock::new(&options.on(&pool).unwrap(), key).acquire().await.unwrap());
     }
     // By then they are polled.
     tokio::time::sleep(Duration::from_millis(2500)).await;
-    let pids: Vec<i32> = guards.iter().map(ExclusiveGuard::backend_pid).collect();
+    let pids: Vec<i32> = guards.iter().map(|guard| guard.backend_pid()).collect();
     let end = sqlx::query("SELECT count(pg_terminate_backend(pid)) FROM unnest($1) AS pid");
     end.bind(pids).execute(&mut admin).await.unwrap();
     for guard in &guards {
@@ -459,8 +460,13 @@ async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let beat = Duration::from_millis(300);
-    let options = LockOptions::new().heartbeat(beat, beat).server_gives_up(SOON, SOON, 3);
-    let guard = options.lock(&db.pool(1).await, 1).unwrap().acquire().await.unwrap();
+    let options = LockOptions::new()
+        .heartbeat_interval(beat)
+        .heartbeat_timeout(beat)
+        .keepalives_idle(SOON)
+        .keepalives_interval(SOON)
+        .keepalives_retries(3);
+    let guard = Lock::new(&options.on(&db.pool(1).await).unwrap(), 1).acquire().await.unwrap();
     server.pause();
     // A heartbeat is under way, and the guard is not lost yet.
     tokio::time::sleep(beat + beat / 2).await;

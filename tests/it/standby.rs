@@ -69,7 +69,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     let (primary, standby) = Server::options().start_with_standby();
     let (there, here) = (pool(&primary).await, pool(&standby).await);
     let mut admin = standby.connect_options().connect().await.unwrap();
-    let mut lock = LockOptions::new().allow_standby().lock(&here, KEY).unwrap();
+    let mut lock = Lock::new(&LockOptions::new().allow_standby().on(&here).unwrap(), KEY);
     let mut other = lock.clone();
 
     let guard = lock.acquire().await.unwrap();
@@ -84,7 +84,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     assert!(error.source().unwrap().to_string().contains("recovery"));
     guard.verify().await.unwrap();
     // So is another lock on the same session.
-    guard.lock("another").try_acquire().await.unwrap().unwrap().release().await.unwrap();
+    Lock::new(&guard, "another").try_acquire().await.unwrap().unwrap().release().await.unwrap();
 
     let (waited, ()) = tokio::join!(other.acquire_shared(), async {
         locks_are(&mut admin, 2, PATIENCE).await;
@@ -112,7 +112,7 @@ async fn a_promotion_ends_no_session_and_takes_no_lock() {
 
     let theirs = Lock::new(&there, KEY).acquire().await.unwrap();
     let allowed = LockOptions::new().allow_standby();
-    let ours = allowed.lock(&here, KEY).unwrap().acquire().await.unwrap();
+    let ours = Lock::new(&allowed.on(&here).unwrap(), KEY).acquire().await.unwrap();
     standby.promote();
 
     ours.verify().await.unwrap();

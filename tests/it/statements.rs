@@ -5,6 +5,8 @@ use std::time::Duration;
 use pglock::{Lock, LockOptions, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
 
+use crate::support::upgraded;
+
 /// A server that logs every statement.
 fn logging_server() -> Server {
     Server::options().setting("log_statement", "all").start()
@@ -146,14 +148,14 @@ async fn a_downgrade_and_an_upgrade_cost_one_statement_or_none() {
     let reading = writing.downgrade().await.unwrap();
     assert_eq!(statements(&server, mark).len(), 1);
     let mark = server.log_len();
-    let writing = reading.try_upgrade().await.unwrap().unwrap();
+    let writing = upgraded(reading.try_upgrade().await.unwrap());
     assert_eq!(statements(&server, mark).len(), 1);
 
     // Another guard of the handle holds it exclusively.
     let mark = server.log_len();
     let also_writing = lock.acquire().await.unwrap();
     let reading = writing.downgrade().await.unwrap();
-    let writing = reading.try_upgrade().await.unwrap().unwrap();
+    let writing = upgraded(reading.try_upgrade().await.unwrap());
     also_writing.release().await.unwrap();
     assert_eq!(statements(&server, mark), Vec::<String>::new());
     // It is held in both modes by now, and given up in one statement.
@@ -232,10 +234,10 @@ async fn making_handles_and_options_sends_nothing() {
 
     let lock = Lock::new(&pool, "nightly-report");
     let clone = lock.clone();
-    let mut third = LockOptions::new().lock(&pool, lock.key()).unwrap();
-    third.close().await.unwrap();
+    let mut third = Lock::new(&LockOptions::new().on(&pool).unwrap(), lock.key());
+    third.release_all().await.unwrap();
     let mut several = MultiLock::new(&pool, [1, 2]);
-    several.close().await.unwrap();
+    several.release_all().await.unwrap();
     let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
     drop((lock, clone, third, several, semaphore));
 

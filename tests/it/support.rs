@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use pglock::LockManager;
+use pglock::{ExclusiveGuard, LockManager, SharedGuard, Upgrade};
 use pglock_testkit::{Environment, TestDb, advisory_locks, eventually};
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPoolOptions;
@@ -17,6 +17,24 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     Handle::current().spawn(future)
+}
+
+/// The guard of an upgrade that must not be refused.
+#[expect(clippy::panic, reason = "it fails the test")]
+pub(crate) fn upgraded(upgrade: Upgrade) -> ExclusiveGuard {
+    match upgrade {
+        Upgrade::Upgraded(guard) => guard,
+        Upgrade::Refused(guard) => panic!("refused: {guard:?}"),
+    }
+}
+
+/// The guard of an upgrade that must be refused.
+#[expect(clippy::panic, reason = "it fails the test")]
+pub(crate) fn refused(upgrade: Upgrade) -> SharedGuard {
+    match upgrade {
+        Upgrade::Upgraded(guard) => panic!("upgraded: {guard:?}"),
+        Upgrade::Refused(guard) => guard,
+    }
 }
 
 /// A step of xorshift64.
@@ -102,7 +120,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Dur
 
 /// Waits until the server knows of no advisory lock and no waiter.
 pub(crate) async fn no_locks(admin: &mut PgConnection) {
-    locks_are(admin, 0, soon()).await;
+    locks_are(admin, 0, soon() * 20).await;
 }
 
 /// Waits until a backend is in a state of `pg_stat_activity`.

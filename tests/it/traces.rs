@@ -18,6 +18,8 @@ use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::support::spawn;
+
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 const MOMENT: Duration = Duration::from_millis(200);
@@ -218,11 +220,11 @@ async fn a_semaphore_is_told_by_its_name() {
     semaphore.acquire().await.unwrap().release().await.unwrap();
     pool.close().await;
     let error = semaphore.acquire().await.unwrap_err();
-    assert_eq!(error.key().name(), Some("printers, queue of the semaphore"));
+    assert_eq!(error.key().unwrap().name(), Some("printers, queue of the semaphore"));
     let spans = told.acquires();
     assert!(!spans.is_empty());
     for span in spans {
-        assert_eq!(span.field("name"), error.key().name());
+        assert_eq!(span.field("name"), error.key().unwrap().name());
     }
 }
 
@@ -256,7 +258,7 @@ async fn the_error_of_a_leader_is_warned_of() {
     let mut election = Election::new(&pool, "billing");
     let told = Told::from_now_on();
     let run = election.run(sleep(MOMENT), |_| async { Err("the mail server is down") });
-    assert!(matches!(run.await, Err(Error::Leading { .. })));
+    assert!(matches!(run.await, Err(Error::LeaderFailed { .. })));
     let warned = told.events(Level::WARN);
     let [warning] = warned.as_slice() else { panic!("{warned:#?}") };
     assert_eq!(warning.field("error"), Some("the mail server is down"));
@@ -353,7 +355,7 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();
     for key in 1..=5 {
-        guards.push(manager.lock(key).acquire().await.unwrap());
+        guards.push(Lock::new(&manager, key).acquire().await.unwrap());
     }
     guards.pop().unwrap().release().await.unwrap();
     let reading = guards.pop().unwrap().downgrade().await.unwrap();
@@ -365,6 +367,37 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
     let warnings = told.events(Level::WARN);
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(warning.field("locks"), Some("4"));
+}
+
+/// A handle in a mutex does not exclude the tasks that share it: the second one re-enters.
+#[tokio::test]
+async fn a_handle_that_two_tasks_share_is_a_warning() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let managed = Lock::new(&manager, "nightly-report");
+    for lock in [Lock::new(&pool, "nightly-report"), managed] {
+        let shared = Arc::new(tokio::sync::Mutex::new(lock));
+        let told = Told::from_now_on();
+        let acquire = || {
+            let shared = Arc::clone(&shared);
+            spawn(async move { shared.lock().await.acquire().await.unwrap() })
+        };
+        let first = acquire().await.unwrap();
+        told.nothing_loud();
+        let inside = [acquire().await.unwrap(), acquire().await.unwrap()];
+        let warnings = told.events(Level::WARN);
+        let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
+        assert_eq!(warning.field("name"), Some("nightly-report"));
+        drop((first, inside));
+
+        // One task may re-enter.
+        let mut own = shared.lock().await.clone();
+        let told = Told::from_now_on();
+        let twice = (own.acquire().await.unwrap(), own.acquire().await.unwrap());
+        told.nothing_loud();
+        drop(twice);
+    }
 }
 
 /// Not even a wait of 2.5 s, which sqlx would call a slow statement after the first of them.
@@ -389,7 +422,7 @@ async fn the_normal_path_is_silent() {
     guard.release().await.unwrap();
     stacked.release().await.unwrap();
     drop(lock.acquire_shared().await.unwrap());
-    lock.close().await.unwrap();
+    lock.release_all().await.unwrap();
 
     // A span is closed with the last future that was created in it.
     let closed = || async { told.acquires().len() == 5 };

@@ -735,7 +735,7 @@ mod failing {
 
     /// Checks that an error has the key, and that the transaction can only be rolled back.
     async fn has_failed(error: &Error, mut tx: Tx) {
-        assert_eq!(error.key(), &Key::from(KEY));
+        assert_eq!(error.key(), Some(&Key::from(KEY)));
         let next = sqlx::raw_sql("SELECT 1").execute(&mut *tx).await.unwrap_err();
         assert_eq!(sqlstate(&next).unwrap(), "25P02");
         let error = transaction::try_acquire(&mut tx, KEY).await.unwrap_err();

@@ -13,8 +13,8 @@ async fn a_deadlock_is_found_however_late_the_server_looks_for_it() {
     let db = TestDb::on(&server).await;
     let pool = db.pool(2).await;
     let options = LockOptions::new().wait_slice(Duration::from_secs(2));
-    let mut one = options.lock(&pool, 1).unwrap();
-    let mut two = options.lock(&pool, 1).unwrap();
+    let mut one = Lock::new(&options.on(&pool).unwrap(), 1);
+    let mut two = Lock::new(&options.on(&pool).unwrap(), 1);
     let readers = (one.acquire_shared().await.unwrap(), two.acquire_shared().await.unwrap());
 
     let upgrade = async |lock: &mut Lock| match lock.acquire().await {

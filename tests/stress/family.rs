@@ -17,7 +17,7 @@ const MEMBERS: usize = 3;
 pub(crate) async fn run(world: Arc<World>, number: u64, mut dice: Dice) {
     // The parent's key is free: only this family uses it.
     let key = i64::try_from(KEYS + number).unwrap();
-    let mut parent = world.options.lock(&world.pool, key).unwrap();
+    let mut parent = Lock::new(&world.options.on(&world.pool).unwrap(), key);
     while world.goes_on() {
         generation(&world, &mut parent, &mut dice).await;
     }
@@ -37,8 +37,10 @@ async fn generation(world: &Arc<World>, parent: &mut Lock, dice: &mut Dice) {
     };
     let mut members = JoinSet::new();
     for _ in 0..MEMBERS {
-        let child =
-            |key| Handle { lock: guard.lock(i64::try_from(key).unwrap()), kind: Kind::Child };
+        let child = |key| Handle {
+            lock: Lock::new(&guard, i64::try_from(key).unwrap()),
+            kind: Kind::Child,
+        };
         let handles = (0..KEYS).map(child).collect();
         let own = Dice::new(dice.below(u64::MAX));
         let mut member = Member { world: Arc::clone(world), dice: own, handles };
@@ -57,7 +59,7 @@ async fn generation(world: &Arc<World>, parent: &mut Lock, dice: &mut Dice) {
         1 if world.has("close_parent") => {
             tokio::time::sleep(Duration::from_millis(dice.below(20))).await;
             world.spend("close_parent");
-            let closing = parent.close();
+            let closing = parent.release_all();
             match world.calls.make("close_parent", ANSWERED, Interruption::Never, closing).await {
                 Ended::Returned(Ok(())) | Ended::Interrupted => {}
                 Ended::Returned(Err(error)) => {

@@ -1,7 +1,7 @@
 //! The kinds of guards as one type.
 
 use pglock::{
-    Error, ExclusiveGuard, Lock, Mode, MultiGuard, Result, SessionConnection, SharedGuard,
+    Error, ExclusiveGuard, Lock, Mode, MultiGuard, Result, SessionConnection, SharedGuard, Upgrade,
 };
 
 #[derive(Debug)]
@@ -43,9 +43,9 @@ impl Guard {
     pub(crate) fn lock(&self, key: u64) -> Option<Lock> {
         let key = i64::try_from(key).ok()?;
         match self {
-            Self::Exclusive(guard) => Some(guard.lock(key)),
+            Self::Exclusive(guard) => Some(Lock::new(guard, key)),
             Self::Multi(_) => None,
-            Self::Shared(guard) => Some(guard.lock(key)),
+            Self::Shared(guard) => Some(Lock::new(guard, key)),
         }
     }
 
@@ -75,8 +75,11 @@ impl Guard {
             Self::Exclusive(guard) => Self::Shared(guard.downgrade().await?),
             Self::Multi(guard) => Self::Multi(guard),
             Self::Shared(guard) => {
-                let upgraded = guard.try_upgrade().await?;
-                upgraded.map_or_else(Self::Shared, Self::Exclusive)
+                let upgrade = guard.try_upgrade().await?;
+                match upgrade {
+                    Upgrade::Upgraded(guard) => Self::Exclusive(guard),
+                    Upgrade::Refused(guard) => Self::Shared(guard),
+                }
             }
         })
     }

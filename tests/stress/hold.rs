@@ -134,7 +134,7 @@ impl Member {
             return self.release(guard).await;
         }
         self.world.spend(verb);
-        let closing = handle.lock.close();
+        let closing = handle.lock.release_all();
         match self.world.calls.make(verb, ANSWERED, Interruption::Never, closing).await {
             Ended::Returned(Ok(())) | Ended::Interrupted => {}
             Ended::Returned(Err(error)) => self.world.check_error(verb, &error, Some(backend)),
@@ -146,7 +146,7 @@ impl Member {
         }
         let guard = self.world.table.leave(ticket);
         match guard.release().await {
-            Err(Error::Lost { reason: Loss::Closed, .. }) => {}
+            Err(Error::Lost { reason: Loss::Released, .. }) => {}
             Err(error) => self.world.check_error(verb, &error, Some(backend)),
             Ok(()) => self.world.fail(format!("{verb}: the guard of backend {backend} releases")),
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use pglock::{Lock, Result};
+use pglock::{Lock, MultiLock, Result};
 
 use crate::calls::{Ended, Interruption};
 use crate::dice::Dice;
@@ -49,12 +49,12 @@ pub(crate) async fn run_alone(world: Arc<World>, mut dice: Dice) {
     let mut handles = Vec::new();
     for key in 0..KEYS {
         let number = i64::try_from(key).unwrap();
-        let lock = world.options.lock(&world.pool, number).unwrap();
+        let lock = Lock::new(&world.options.on(&world.pool).unwrap(), number);
         // A clone excludes the handle that it is made of.
         handles.push(Handle { lock: lock.clone(), kind: Kind::Own });
         handles.push(Handle { lock, kind: Kind::Own });
         let id = dice.below(u64::MAX);
-        handles.push(Handle { lock: world.manager().lock(number), kind: Kind::Managed(id) });
+        handles.push(Handle { lock: Lock::new(&world.manager(), number), kind: Kind::Managed(id) });
     }
     let mut member = Member { world, dice, handles };
     while member.world.goes_on() {
@@ -128,7 +128,7 @@ impl Member {
         let time = Duration::from_micros(self.dice.below(30_000));
         let mut key = || i64::try_from(self.dice.below(KEYS)).unwrap();
         let (first, second, third) = (key(), key(), key());
-        let mut locks = self.world.options.multi_lock(&self.world.pool, [first]).unwrap();
+        let mut locks = MultiLock::new(&self.world.options.on(&self.world.pool).unwrap(), [first]);
         locks = if self.dice.one_in(2) { locks.and(second) } else { locks.and_shared(second) };
         if self.dice.one_in(2) {
             locks = locks.and_shared(third);

@@ -59,11 +59,12 @@ impl World {
         // Short, so that a run has many of both: slices, and heartbeats.
         let options = LockOptions::new()
             .wait_slice(Duration::from_secs(2))
-            .heartbeat(Duration::from_millis(250), Duration::from_secs(2));
+            .heartbeat_interval(Duration::from_millis(250))
+            .heartbeat_timeout(Duration::from_secs(2));
         let without = env::var("PGLOCK_STRESS_WITHOUT").unwrap_or_default();
         Arc::new(Self {
             pool: pool.clone(),
-            manager: options.manager(pool).unwrap(),
+            manager: LockManager::new(&options.on(pool).unwrap()),
             options,
             table: Table::default(),
             calls: Calls::start(format!("{weather:?}, {}", repeat(seed))),
@@ -128,11 +129,7 @@ impl World {
             // Two sessions wait for each other now and then: every acquire has other keys beside.
             Error::Deadlock { .. } => backend.is_none(),
             // A busy server may not answer in the half second that a call has beyond its timeout.
-            Error::Disconnected { source: sqlx::Error::Io(source), .. }
-                if verb.ends_with("_for") && source.kind() == ErrorKind::TimedOut =>
-            {
-                true
-            }
+            Error::Disconnected { source, .. } if verb.ends_with("_for") && is_late(source) => true,
             Error::Cancelled { .. }
             | Error::Disconnected { .. }
             | Error::Lost { reason: Loss::Disconnected(_) | Loss::NotHeld, .. } => struck,
@@ -141,9 +138,7 @@ impl World {
                 struck && backend.is_some() && code(source).as_deref() == Some("57014")
             }
             // A short timeout is over before a connection is opened.
-            Error::Pool { source, .. } => {
-                verb.ends_with("_for") && matches!(source, sqlx::Error::PoolTimedOut)
-            }
+            Error::PoolTimedOut { .. } => verb.ends_with("_for"),
             _ => false,
         };
         if !expected {
@@ -209,4 +204,9 @@ fn kind(error: &Error) -> String {
         Error::Lost { reason, .. } => format!("Lost, {}", name(&format!("{reason:?}"))),
         _ => name(&text),
     }
+}
+
+/// Whether the server did not answer in time.
+fn is_late(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Io(source) if source.kind() == ErrorKind::TimedOut)
 }

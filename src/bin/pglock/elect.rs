@@ -131,7 +131,7 @@ async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exi
         biased;
         ran = election.run(stop, lead) => match ran {
             // The command has failed, which was said.
-            Ok(()) | Err(Error::Leading { .. }) => {}
+            Ok(()) | Err(Error::LeaderFailed { .. }) => {}
             Err(error) => return Err(error.into()),
         },
         () = complain_of_failures(status) => {}
@@ -143,9 +143,9 @@ async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exi
 async fn complain_of_failures(mut status: LeaderStatus) {
     loop {
         if let LeaderState::Failing { error, .. } = status.changed().await
-            && !matches!(*error, Error::Leading { .. })
+            && !matches!(error, Error::LeaderFailed { .. })
         {
-            complain(&*error);
+            complain(&error);
             say(format_args!("trying again each second"));
         }
     }

@@ -84,9 +84,9 @@ impl From<Failure> for Exit {
         complain(&failure);
         Self::Code(match failure {
             Failure::Lock(
-                pglock::Error::Options { .. }
-                | pglock::Error::Pooled { .. }
-                | pglock::Error::Settings { .. }
+                pglock::Error::InvalidArgument { .. }
+                | pglock::Error::NoExclusion { .. }
+                | pglock::Error::SettingsRejected { .. }
                 | pglock::Error::Standby { .. },
             )
             | Failure::Url(_) => CONFIGURATION,

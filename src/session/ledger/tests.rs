@@ -148,7 +148,7 @@ impl Scene {
                 }
             }
             Step::Lose if !self.released => {
-                let granted = granted(self.ledger.lose(Loss::Silent));
+                let granted = granted(self.ledger.lose(Loss::Unresponsive));
                 // A second loss finds nothing.
                 assert_eq!(granted, mem::take(&mut self.server));
                 self.lost = true;

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::new_lock;
 use crate::cancel::{POLLS, dropped_at_every_poll_on};
-use crate::support::{borrow_all, locks_are, no_locks, rounds, soon};
+use crate::support::{borrow_all, locks_are, no_locks, refused, rounds, soon, upgraded};
 
 /// Drops a call on a fresh handle at every poll.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
@@ -111,7 +111,7 @@ async fn closing() {
     let mut lock = new_lock(&pool, "nightly-report");
     for polls in 1..5 {
         let guard = lock.acquire().await.unwrap();
-        drop(cancel_after(polls, lock.close()).await);
+        drop(cancel_after(polls, lock.release_all()).await);
         no_locks(&mut admin).await;
         borrow_all(&pool).await;
         guard.release().await.unwrap_err();
@@ -124,7 +124,7 @@ async fn downgrading_and_upgrading() {
     dropped_at_every_poll(0, &db, async |lock| {
         let writing = lock.acquire().await.unwrap();
         let reading = writing.downgrade().await.unwrap();
-        let writing = reading.try_upgrade().await.unwrap().unwrap();
+        let writing = upgraded(reading.try_upgrade().await.unwrap());
         let also_writing = lock.acquire().await.unwrap();
         drop(writing.downgrade().await.unwrap());
         also_writing.downgrade().await.unwrap().release().await.unwrap();
@@ -135,7 +135,7 @@ async fn downgrading_and_upgrading() {
     let _also_reading = new_lock(&pool, "nightly-report").acquire_shared().await.unwrap();
     dropped_at_every_poll(1, &db, async |lock| {
         let reading = lock.acquire_shared().await.unwrap();
-        reading.try_upgrade().await.unwrap().unwrap_err().release().await.unwrap();
+        refused(reading.try_upgrade().await.unwrap()).release().await.unwrap();
     })
     .await;
 }

@@ -137,10 +137,7 @@ mod the_pool {
             lock.try_acquire().await.unwrap_err(),
             lock.try_acquire_for(MOMENT).await.unwrap_err(),
         ] {
-            assert!(
-                matches!(error, Error::Pool { source: sqlx::Error::PoolClosed, .. }),
-                "{error:?}"
-            );
+            assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
             is_told_well(&error, "the pool is closed; acquire before it is closed");
             assert!(!error.is_transient());
         }

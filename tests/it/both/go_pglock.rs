@@ -234,7 +234,7 @@ async fn close_releases_everything() {
     let shared = lock.acquire_shared().await.unwrap();
     assert!(!scene.two_can_share(10).await);
 
-    lock.close().await.unwrap();
+    lock.release_all().await.unwrap();
     assert!(scene.two_can_lock(10).await);
     scene.becomes(0, 0).await;
 
@@ -243,14 +243,14 @@ async fn close_releases_everything() {
     drop(shared);
     for guard in [first, second] {
         let lost = guard.release().await.unwrap_err();
-        assert!(matches!(lost, Error::Lost { reason: Loss::Closed, .. }), "{lost:?}");
+        assert!(matches!(lost, Error::Lost { reason: Loss::Released, .. }), "{lost:?}");
     }
     scene.becomes(1, 0).await;
     other.release().await.unwrap();
 
     // The handle itself is as good as new.
     lock.acquire().await.unwrap().release().await.unwrap();
-    lock.close().await.unwrap();
+    lock.release_all().await.unwrap();
 }
 
 #[tokio::test]

@@ -107,7 +107,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
         let loss = timeout(soon() * 10, guard.lost()).await;
         let took = started.elapsed();
         server.resume();
-        assert!(matches!(loss.unwrap(), Loss::Silent));
+        assert!(matches!(loss.unwrap(), Loss::Unresponsive));
         assert!(took < soon() * 5 / 2, "reported only after {took:?}");
         says_lost(guard).await;
         no_locks(&mut db.admin().await).await;
@@ -153,7 +153,7 @@ async fn a_monitored_session_asks_nothing_of_the_pool() {
         }
     });
     let pool = pool.connect_with(db.options()).await.unwrap();
-    let options = LockOptions::new().heartbeat(SOON / 10, SOON * 3);
+    let options = LockOptions::new().heartbeat_interval(SOON / 10).heartbeat_timeout(SOON * 3);
     let guard = new_lock_with(&options, &pool, 1).acquire().await.unwrap();
     sleep(watched()).await;
     let before = taken.load(Ordering::Relaxed);
@@ -203,7 +203,7 @@ fn a_lock_whose_runtime_is_shut_down_is_lost_at_once() {
         goes_down.shutdown_timeout(soon() * 5);
         reports.block_on(async {
             let loss = timeout(soon() * 5, guard.lost()).await.unwrap();
-            assert!(matches!(loss, Loss::Abandoned), "{loss:?}");
+            assert!(matches!(loss, Loss::RuntimeShutdown), "{loss:?}");
             no_locks(&mut db.admin().await).await;
             says_lost(guard).await;
         });
@@ -280,7 +280,7 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     let mut lock = new_lock_with(&LockOptions::new().require_settings(), &pool, 1);
     for _ in 0..2 {
         let error = lock.acquire().await.unwrap_err();
-        assert!(matches!(error, Error::Settings { .. }), "{error:?}");
+        assert!(matches!(error, Error::SettingsRejected { .. }), "{error:?}");
         assert!(!error.is_transient());
         no_locks(&mut admin).await;
     }
@@ -308,7 +308,7 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     // A lock that requires them asks all the same.
     let mut lock = new_lock_with(&LockOptions::new().require_settings(), &pool, 1);
     let error = lock.acquire().await.unwrap_err();
-    assert!(matches!(error, Error::Settings { .. }), "{error:?}");
+    assert!(matches!(error, Error::SettingsRejected { .. }), "{error:?}");
 }
 
 /// Or a server that was short of memory once would not be asked again to notice a dead holder.
@@ -333,7 +333,7 @@ async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
     let mut lock = new_lock_with(&options, &db.pool(1).await, 1);
     let error = lock.acquire().await.unwrap_err();
     assert!(error.to_string().contains("lock 1"), "{error}");
-    assert!(!matches!(error, Error::Settings { .. }), "{error:?}");
+    assert!(!matches!(error, Error::SettingsRejected { .. }), "{error:?}");
     no_locks(&mut admin).await;
     lock.acquire().await.unwrap().release().await.unwrap();
     let asked = sqlx::query_scalar("SELECT last_value FROM asked");

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::env;
 use std::time::Duration;
 
-use pglock::{Error, ExclusiveGuard, Lock, Loss, Mode, MultiGuard, MultiLock, SharedGuard};
+use pglock::{
+    Error, ExclusiveGuard, Lock, Loss, Mode, MultiGuard, MultiLock, SharedGuard, Upgrade,
+};
 use pglock_testkit::{TestDb, advisory_locks};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -170,8 +172,8 @@ impl Guard {
     /// A handle on its session. There is none for several locks.
     fn lock(&self, key: i64) -> Option<Lock> {
         match self {
-            Self::Exclusive(guard) => Some(guard.lock(key)),
-            Self::Shared(guard) => Some(guard.lock(key)),
+            Self::Exclusive(guard) => Some(Lock::new(guard, key)),
+            Self::Shared(guard) => Some(Lock::new(guard, key)),
             Self::Several(_) => None,
         }
     }
@@ -296,7 +298,7 @@ impl Run {
             Step::Close { handle } => {
                 let (_, id, _, lock) = self.handle(handle);
                 let id = *id;
-                lock.close().await.unwrap();
+                lock.release_all().await.unwrap();
                 self.was_closed(id);
                 // What the handle acquires from now on is not closed.
                 let id = self.new_owner();
@@ -308,7 +310,7 @@ impl Run {
             Step::CloseGroup { group } => {
                 let (_, id, several) = self.group(group);
                 let id = *id;
-                several.close().await.unwrap();
+                several.release_all().await.unwrap();
                 self.was_closed(id);
                 self.group(group).1 = self.new_owner();
             }
@@ -380,7 +382,7 @@ impl Run {
         }
         let lost = answer.unwrap_err();
         assert!(
-            matches!(lost, Error::Lost { reason: Loss::Closed, .. }),
+            matches!(lost, Error::Lost { reason: Loss::Released, .. }),
             "a guard of a closed handle: {lost:?}"
         );
         None
@@ -410,7 +412,7 @@ impl Run {
         let granted = self.model.grants(owner, &wanted);
         let answer = shared.try_upgrade().await;
         match self.is_told_right(handle, answer) {
-            Some(Ok(exclusive)) => {
+            Some(Upgrade::Upgraded(exclusive)) => {
                 assert!(granted, "owner {owner} wants more of {locks:?}");
                 assert_eq!(exclusive.backend_pid(), pid);
                 self.hold(Hold {
@@ -420,7 +422,7 @@ impl Run {
                     guard: Guard::Exclusive(exclusive),
                 });
             }
-            Some(Err(shared)) => {
+            Some(Upgrade::Refused(shared)) => {
                 assert!(!granted, "owner {owner} is refused more of {locks:?}");
                 self.hold(Hold { owner, handle, locks, guard: Guard::Shared(shared) });
             }
@@ -555,7 +557,7 @@ fn patience(granted: bool) -> Duration {
 /// So little that it may run out before the pool has lent a connection.
 fn unless_out_of_patience(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
     match answer {
-        Err(Error::Pool { .. }) if hasty => None,
+        Err(Error::PoolTimedOut { .. }) if hasty => None,
         // Who shares a lock through a manager and wants it alone does not wait for other processes.
         Err(Error::Deadlock { .. }) if hasty && !ALONE => None,
         answer => answer.unwrap(),

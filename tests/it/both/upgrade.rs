@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use pglock::{Error, ExclusiveGuard, Loss, SharedGuard};
+use pglock::{Error, ExclusiveGuard, Loss, SharedGuard, Upgrade};
 use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks};
 use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
 
 use super::new_lock;
 use crate::loss::terminate;
-use crate::support::{borrow_all, locks_are, no_locks, rounds, soon, spawn};
+use crate::support::{self, borrow_all, locks_are, no_locks, rounds, soon, spawn};
 
 const KEY: i64 = 42;
 
@@ -46,11 +46,11 @@ async fn still_waits(admin: &mut PgConnection, pid: i32) {
 }
 
 async fn upgraded(guard: SharedGuard) -> ExclusiveGuard {
-    guard.try_upgrade().await.unwrap().unwrap()
+    support::upgraded(guard.try_upgrade().await.unwrap())
 }
 
 async fn refused(guard: SharedGuard) -> SharedGuard {
-    guard.try_upgrade().await.unwrap().unwrap_err()
+    support::refused(guard.try_upgrade().await.unwrap())
 }
 
 /// The server hands a lock that is free for an instant to whoever waits for it; so if there was such
@@ -220,13 +220,13 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
         .await
         .unwrap();
     match timeout(soon() * 10, reading.try_upgrade()).await.unwrap().unwrap() {
-        Ok(writing) => {
+        Upgrade::Upgraded(writing) => {
             assert!(version >= 170_000);
             assert!(modes(&mut admin, pid).await.contains(&("ExclusiveLock".to_owned(), true)));
             still_waits(&mut admin, writer_pid).await;
             writing.release().await.unwrap();
         }
-        Err(reading) => {
+        Upgrade::Refused(reading) => {
             assert!(version < 170_000);
             assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
             still_waits(&mut admin, writer_pid).await;
@@ -250,8 +250,8 @@ async fn two_who_read_and_both_want_to_write_do_not_hang() {
         let upgrades = async { tokio::join!(spawn(first.try_upgrade()), second.try_upgrade()) };
         let (first, second) = timeout(soon() * 9 / 10, upgrades).await.unwrap();
         // Both held it to the end, so neither can have got it.
-        let first = first.unwrap().unwrap().unwrap_err();
-        let second = second.unwrap().unwrap_err();
+        let first = support::refused(first.unwrap().unwrap());
+        let second = support::refused(second.unwrap());
         first.release().await.unwrap();
         upgraded(second).await.release().await.unwrap();
     }
@@ -271,7 +271,8 @@ async fn two_guards_of_one_handle_can_both_be_upgraded() {
         let (first, second) =
             (lock.acquire_shared().await.unwrap(), lock.acquire_shared().await.unwrap());
         let (first, second) = tokio::join!(spawn(first.try_upgrade()), second.try_upgrade());
-        let (first, second) = (first.unwrap().unwrap().unwrap(), second.unwrap().unwrap());
+        let first = support::upgraded(first.unwrap().unwrap());
+        let second = support::upgraded(second.unwrap());
         first.release().await.unwrap();
         assert!(other.try_acquire_shared().await.unwrap().is_none());
         second.release().await.unwrap();
@@ -307,9 +308,9 @@ async fn an_upgrade_on_a_lost_session_is_an_error_and_no_lock_elsewhere() {
 
     // The handle was closed under it.
     let guard = lock.acquire_shared().await.unwrap();
-    lock.close().await.unwrap();
+    lock.release_all().await.unwrap();
     let lost = guard.try_upgrade().await.unwrap_err();
-    assert!(matches!(lost, Error::Lost { reason: Loss::Closed, .. }), "{lost:?}");
+    assert!(matches!(lost, Error::Lost { reason: Loss::Released, .. }), "{lost:?}");
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
 }

@@ -176,7 +176,7 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
                     }
                     // On a busy machine the time may pass while a connection is opened. To open another each
                     // time would make it busier.
-                    Err(Error::Pool { .. } | Error::Connect { .. }) => {
+                    Err(Error::PoolTimedOut { .. } | Error::Connect { .. }) => {
                         drop(pool.acquire().await.unwrap());
                         continue;
                     }

@@ -1,0 +1,129 @@
+//! The guard of a shared lock.
+
+use std::fmt;
+
+use super::{ExclusiveGuard, Guard, is_guard};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::key::Key;
+#[cfg(doc)]
+use crate::lock::Lock;
+use crate::mode::Mode;
+use crate::request::Request;
+
+/// A shared lock that is held. Dropping it releases the lock.
+///
+/// Other sessions may hold the same lock shared at the same time; none holds it exclusively.
+///
+/// # Drop
+///
+/// As for [`ExclusiveGuard`].
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Lock;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let mut lock = Lock::new(&pool, "app-config");
+/// let mut other = lock.clone();
+///
+/// let _reader = lock.acquire_shared().await?;
+/// let _another = other.acquire_shared().await?;
+/// # Ok(()) }
+/// ```
+#[must_use = "if unused, the lock is released at once"]
+#[clippy::has_significant_drop]
+pub struct SharedGuard {
+    guard: Guard,
+}
+
+impl SharedGuard {
+    pub(crate) fn new(guard: Guard) -> Self {
+        Self { guard }
+    }
+
+    /// Turns the shared lock into an exclusive one if no other session holds it, without releasing it
+    /// in between. Otherwise returns the guard.
+    ///
+    /// Before PostgreSQL 17, it is also refused while another session waits for the lock; from then on,
+    /// it goes ahead of those.
+    ///
+    /// It never waits for the lock, because two holders that wait for each other's share would
+    /// deadlock. Sends one statement.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future releases the lock, because the guard is consumed.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Lock::try_acquire`], and [`Error::ConnectionBorrowed`] if the session's connection stays borrowed
+    /// for ten seconds. After an error this guard's share is released.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Lock, Upgrade};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let reading = Lock::new(&pool, "app-config").acquire_shared().await?;
+    /// match reading.try_upgrade().await? {
+    ///     Upgrade::Upgraded(_writing) => { /* no other session reads or writes */ }
+    ///     Upgrade::Refused(_reading) => { /* another one reads, and this still does */ }
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn try_upgrade(self) -> Result<Upgrade> {
+        let request = Request::one(self.guard.key(), Mode::Exclusive);
+        let exclusive = self.guard.and(&request).await?;
+        Ok(match exclusive {
+            Some(exclusive) => Upgrade::Upgraded(ExclusiveGuard::new(exclusive)),
+            None => Upgrade::Refused(self),
+        })
+    }
+
+    /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the server's answer.
+    ///
+    /// See [`Guard::release`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
+    /// guard's connection stays borrowed for ten seconds.
+    pub async fn release(self) -> Result<()> {
+        self.guard.release().await
+    }
+
+    /// Returns the key of the lock.
+    #[must_use]
+    pub fn key(&self) -> &Key {
+        self.guard.key()
+    }
+}
+
+is_guard!(SharedGuard);
+
+impl fmt::Debug for SharedGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedGuard")
+            .field("key", self.key())
+            .field("backend_pid", &self.backend_pid())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What came of [`SharedGuard::try_upgrade`].
+#[derive(Debug)]
+#[must_use = "if unused, the lock is released at once"]
+#[clippy::has_significant_drop]
+#[expect(clippy::exhaustive_enums, reason = "there is no third outcome")]
+pub enum Upgrade {
+    /// The lock is held exclusively.
+    Upgraded(ExclusiveGuard),
+    /// Another session holds the lock too; this one still holds it shared.
+    Refused(SharedGuard),
+}
