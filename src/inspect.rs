@@ -137,7 +137,7 @@ pub async fn locks_of(
 /// Gives the keys of locks the names that they were made from, of those that you know.
 ///
 /// Each is compared with every lock, so pass a [`Key`] where it was not made as sqlx does, such as
-/// [`Key::fnv1a`]. Permits and the queue of a [`Semaphore`](crate::Semaphore) are recognized by the
+/// [`interop`](crate::interop). Permits and the queue of a [`Semaphore`](crate::Semaphore) are recognized by the
 /// semaphore's key. What has a name keeps it.
 ///
 /// # Examples

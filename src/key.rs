@@ -1,9 +1,9 @@
 //! What is locked: a number, a pair of numbers, or a name.
 
-mod schemes;
-
+use std::convert::Infallible;
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
@@ -21,13 +21,7 @@ use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 /// | `i64`, `i32` | that `bigint` | `pg_advisory_lock(42)` |
 /// | `(i32, i32)` | that pair of `int` | `pg_advisory_lock(1, 2)` |
 /// | `&str`, `String` | its hash, a `bigint` | sqlx: `PgAdvisoryLock::new("name")` |
-/// | [`Key::fnv1a`] | its hash, a `bigint` | Go: FNV-1a 64 as `int64`, go-pglock's recipe |
-/// | [`Key::hashtext`] | its hash, a `bigint` | SQL: `pg_advisory_lock(hashtext('name'))` |
-/// | [`Key::hashtextextended`] | its hash, a `bigint` | SQL: `pg_advisory_lock(hashtextextended('name', 0))` |
-/// | [`Key::with_advisory_lock`] | its CRC-32 and 0, a pair | Ruby: `with_advisory_lock` |
-/// | [`Key::rails_migrations`] | of the database's CRC-32, a `bigint` | Ruby on Rails: `rails db:migrate` |
-/// | [`Key::django_pglocks_v1`], [`_v2`](Key::django_pglocks_v2) | its CRC-32, its SHA-256, a `bigint` | Python: django-pglocks 1 and 2 |
-/// | [`Key::django_pglock`] | its SHA-256, a `bigint` | Python: django-pglock |
+/// | [`interop`](crate::interop) | a hash of other libraries | what Go, SQL, Ruby, Python and PHP lock |
 ///
 /// # Examples
 ///
@@ -55,36 +49,6 @@ pub(crate) enum KeyId {
 }
 
 impl Key {
-    /// A key without its name.
-    pub(crate) fn unnamed(id: KeyId) -> Self {
-        Self { id, name: None }
-    }
-
-    /// Hashes a name with 64-bit FNV-1a, as Go services that use go-pglock do.
-    ///
-    /// The hash is the one of Go's `hash/fnv` (`fnv.New64a`), converted to `int64`. Use it to share
-    /// locks with such a service; between Rust services a plain name is the better hash.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use pglock::Key;
-    ///
-    /// // `fnv.New64a` of "foobar" is 0x85944171f73967e8.
-    /// assert_eq!(Key::fnv1a("foobar"), Key::from(0x8594_4171_f739_67e8_u64.cast_signed()));
-    /// ```
-    pub fn fnv1a(name: impl Into<String>) -> Self {
-        // Offset basis and prime: http://www.isthe.com/chongo/tech/comp/fnv/, section "Parameters".
-        const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-        const PRIME: u64 = 0x0100_0000_01b3;
-
-        let name = name.into();
-        let hash = name
-            .bytes()
-            .fold(OFFSET_BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME));
-        Self { id: KeyId::BigInt(hash.cast_signed()), name: Some(name.into()) }
-    }
-
     /// Returns the name that the key was made from.
     ///
     /// # Examples
@@ -105,6 +69,7 @@ impl Key {
         Self { name: Some(name.into()), ..self }
     }
 
+    /// A key without its name.
     pub(crate) fn from_id(id: KeyId) -> Self {
         Self { id, name: None }
     }
@@ -157,6 +122,42 @@ impl From<&String> for Key {
     /// Hashes the name exactly as sqlx's [`PgAdvisoryLock::new`] does, so both exclude each other.
     fn from(name: &String) -> Self {
         Self::from(name.clone())
+    }
+}
+
+impl FromStr for Key {
+    type Err = Infallible;
+
+    /// Reads a key that somebody has typed: a number, a pair (`1,2`), or else a name. `name:42` is the name `42`.
+    ///
+    /// What [`Display`](fmt::Display) writes for a key without a name is read as the same key.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::Key;
+    ///
+    /// assert_eq!("42".parse(), Ok(Key::from(42)));
+    /// assert_eq!("1,2".parse(), Ok(Key::from((1, 2))));
+    /// assert_eq!("name:42".parse(), Ok(Key::from("42")));
+    /// assert_eq!("nightly-report".parse(), Ok(Key::from("nightly-report")));
+    /// assert_eq!(Key::from((1, 2)).to_string().parse(), Ok(Key::from((1, 2))));
+    /// ```
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        if let Some(name) = text.strip_prefix("name:") {
+            return Ok(Self::from(name));
+        }
+        if let Ok(number) = text.parse::<i64>() {
+            return Ok(Self::from(number));
+        }
+        let inner = text.strip_prefix('(').and_then(|text| text.strip_suffix(')'));
+        if let Some((first, second)) = inner.unwrap_or(text).split_once(',')
+            && let (Ok(first), Ok(second)) =
+                (first.parse::<i32>(), second.trim_start().parse::<i32>())
+        {
+            return Ok(Self::from((first, second)));
+        }
+        Ok(Self::from(text))
     }
 }
 

@@ -40,7 +40,7 @@
 //! * [`Semaphore`] is a counting semaphore; each permit has an index.
 //! * [`Election`] makes one candidate the leader, notifies it when it no longer leads, and shows to all
 //!   others which candidate leads.
-//! * [`Key`] is what is locked: a number, a pair, or a name.
+//! * [`Key`] is what is locked: a number, a pair, or a name; [`interop`] makes the keys of other libraries.
 //! * [`LockOptions`] are the settings that have a good default.
 //! * [`transaction`] has locks that end with a transaction of yours.
 //! * [`inspect`] lists holders and waiters, and ends a session.
@@ -159,6 +159,7 @@ mod mode;
 mod options;
 pub mod transaction;
 pub mod inspect;
+pub mod interop;
 pub mod doctor;
 mod error;
 mod holdings;

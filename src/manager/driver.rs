@@ -260,7 +260,7 @@ impl Driver {
     /// Opens the session, for the sake of the first key.
     async fn open(&mut self) -> Result<Option<Guard>, Error> {
         let Some((key, _)) = self.under_way.steps().first() else { return Ok(None) };
-        self.owner.try_acquire(&Request::session(&Key::unnamed(*key))).await
+        self.owner.try_acquire(&Request::session(&Key::from_id(*key))).await
     }
 
     /// The server failed the statement half-way: finds out for each step how far it came.
@@ -321,7 +321,7 @@ impl Driver {
 
     fn first_key(&self) -> Key {
         let first = self.under_way.steps().first();
-        Key::unnamed(first.map_or(KeyId::BigInt(0), |(key, _)| *key))
+        Key::from_id(first.map_or(KeyId::BigInt(0), |(key, _)| *key))
     }
 
     /// Tells the guards on the session.

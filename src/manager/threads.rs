@@ -159,7 +159,7 @@ pub(super) mod wait_session {
             return;
         }
         if one_in(8) {
-            let error = Arc::new(Error::broken(&Key::unnamed(key), &Loss::Unresponsive));
+            let error = Arc::new(Error::broken(&Key::from_id(key), &Loss::Unresponsive));
             let waiters = manager.done_apart(key, taken.id, |state, _, _| {
                 state.table.failed(key, taken.id).unwrap_or_default()
             });

@@ -75,7 +75,7 @@ impl WaitSession {
     /// Opens the session, on which nothing is held yet.
     async fn open(&mut self) -> Result<Option<Guard>> {
         let Some(key) = self.manager.state().table.first_in_line() else { return Ok(None) };
-        self.owner.try_acquire(&Request::session(&Key::unnamed(key))).await
+        self.owner.try_acquire(&Request::session(&Key::from_id(key))).await
     }
 
     async fn work(&mut self, keeper: &Guard) {
@@ -200,7 +200,7 @@ impl Drop for WaitSession {
 }
 
 fn request(key: KeyId, mode: Mode) -> Request {
-    Request::one(&Key::unnamed(key), mode)
+    Request::one(&Key::from_id(key), mode)
 }
 
 /// Holds a key, and takes the steps for it. Returns the number of the step by which it is to be given up.

@@ -1,6 +1,6 @@
 //! `pglock key`: the numbers of a name, as the library has them and the server shows them.
 
-use pglock::{Key, Lock};
+use pglock::{Key, Lock, interop};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::postgres::PgAdvisoryLockKey;
 use tokio::process::Command;
@@ -21,14 +21,14 @@ async fn every_scheme_is_shown_where_the_server_shows_it() {
     let mut admin = db.admin().await;
     let schemes = [
         ("pglock, sqlx", Key::from(name)),
-        ("go-pglock (FNV-1a)", Key::fnv1a(name)),
-        ("SQL hashtext", Key::hashtext(name)),
-        ("SQL hashtextextended", Key::hashtextextended(name)),
-        ("Ruby with_advisory_lock", Key::with_advisory_lock(name)),
-        ("Rails migrations of", Key::rails_migrations(name)),
-        ("django-pglock", Key::django_pglock(name)),
-        ("django-pglocks 2", Key::django_pglocks_v2(name)),
-        ("django-pglocks 1", Key::django_pglocks_v1(name)),
+        ("go-pglock (FNV-1a)", interop::fnv1a(name)),
+        ("SQL hashtext", interop::hashtext(name)),
+        ("SQL hashtextextended", interop::hashtextextended(name)),
+        ("Ruby with_advisory_lock", interop::with_advisory_lock(name)),
+        ("Rails migrations of", interop::rails_migrations(name)),
+        ("django-pglock", interop::django_pglock(name)),
+        ("django-pglocks 2", interop::django_pglocks_v2(name)),
+        ("django-pglocks 1", interop::django_pglocks_v1(name)),
     ];
     let mut lines = ended.output.lines().skip(1);
     for (scheme, key) in schemes {

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use pglock::{Key, Lock, Semaphore};
+use pglock::{Lock, Semaphore, interop};
 use pglock_testkit::{TestDb, eventually};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection};
@@ -114,7 +114,7 @@ async fn names_that_are_given_are_recognized() {
     let pool = db.pool(4).await;
     let _guards = (
         Lock::new(&pool, "nightly-report").acquire().await.unwrap(),
-        Lock::new(&pool, Key::with_advisory_lock("job")).acquire().await.unwrap(),
+        Lock::new(&pool, interop::with_advisory_lock("job")).acquire().await.unwrap(),
         Semaphore::new(&pool, "printers", 2).unwrap().acquire().await.unwrap(),
     );
     let args = ["ls", "-n", "nightly-report", "--name", "job", "--name", "printers"];

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Election, Key, Lock, MultiLock, Semaphore, inspect, transaction};
+use pglock::{Election, Key, Lock, MultiLock, Semaphore, inspect, interop, transaction};
 use pglock_testkit::{HIJACKED, Server, TestDb, hostile_schema};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
@@ -40,7 +40,7 @@ async fn no_name_gets_into_a_statement() {
     let longest = "canary'".repeat(100_000);
     for name in NAMES.into_iter().chain([longest.as_str()]) {
         locks(&pool, Key::from(name)).await;
-        locks(&pool, Key::fnv1a(name)).await;
+        locks(&pool, interop::fnv1a(name)).await;
         semaphores(&pool, name).await;
         elections(&pool, name).await;
         transactions(&pool, name).await;

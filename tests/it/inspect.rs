@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use pglock::inspect::{self, LockInfo, Session};
-use pglock::{Election, Error, Key, Lock, Loss, Mode, Semaphore, transaction};
+use pglock::{Election, Error, Key, Lock, Loss, Mode, Semaphore, interop, transaction};
 use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::timeout;
@@ -185,7 +185,7 @@ async fn who_knows_the_names_can_give_them() {
     let printers = Semaphore::new(&pool, "printers", 2).unwrap();
     let _guards = (
         Lock::new(&pool, "nightly-report").acquire().await.unwrap(),
-        Lock::new(&pool, Key::fnv1a("foobar")).acquire().await.unwrap(),
+        Lock::new(&pool, interop::fnv1a("foobar")).acquire().await.unwrap(),
         Lock::new(&pool, "unknown").acquire().await.unwrap(),
         printers.acquire().await.unwrap(),
         printers.acquire().await.unwrap(),
@@ -200,7 +200,7 @@ async fn who_knows_the_names_can_give_them() {
         names
     };
     assert_eq!(named(&["foobar".into()]).await, Vec::<String>::new());
-    let keys = [Key::from("nightly-report"), Key::fnv1a("foobar"), Key::from("printers")];
+    let keys = [Key::from("nightly-report"), interop::fnv1a("foobar"), Key::from("printers")];
     assert_eq!(
         named(&keys).await,
         ["foobar", "nightly-report", "printers, permit 0", "printers, permit 1"]
@@ -214,7 +214,7 @@ async fn who_knows_the_names_can_give_them() {
 async fn a_key_keeps_its_name() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
-    let [plumless, buckeroo] = ["plumless", "buckeroo"].map(Key::django_pglocks_v1);
+    let [plumless, buckeroo] = ["plumless", "buckeroo"].map(interop::django_pglocks_v1);
     assert_eq!(plumless, buckeroo);
     let _guard = Lock::new(&pool, &plumless).acquire().await.unwrap();
     let mut locks = inspect::locks(&pool).await.unwrap();

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 
-use pglock::Key;
+use pglock::{Key, interop};
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 
 /// The vectors of the reference implementation: <http://www.isthe.com/chongo/tech/comp/fnv/>.
@@ -24,7 +24,7 @@ fn fnv1a_is_the_published_hash() {
         ("foobar", 0x8594_4171_f739_67e8),
         ("chongo was here!\n", 0x4681_0940_eff5_f915),
     ] {
-        let key = Key::fnv1a(name);
+        let key = interop::fnv1a(name);
         assert_eq!(key, Key::from(hash.cast_signed()), "{name:?}");
         assert_eq!(key.name(), Some(name));
     }
@@ -34,7 +34,7 @@ fn fnv1a_is_the_published_hash() {
 #[test]
 fn keys_that_are_equal_hash_alike() {
     let hashes = RandomState::new();
-    let named = Key::fnv1a("foobar");
+    let named = interop::fnv1a("foobar");
     let number = Key::from(0x8594_4171_f739_67e8_u64.cast_signed());
     assert_eq!(named, number);
     assert_eq!(hashes.hash_one(&named), hashes.hash_one(&number));

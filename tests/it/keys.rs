@@ -1,6 +1,6 @@
 //! A name makes the key that others make of it: by their published numbers, and by the server itself.
 
-use pglock::{Key, Lock};
+use pglock::{Key, Lock, interop};
 use pglock_testkit::TestDb;
 use sqlx::postgres::PgAdvisoryLockKey;
 
@@ -15,15 +15,15 @@ fn crc_32_is_the_one_of_zlib() {
         ("123456789", 0xcbf4_3926),
         ("The quick brown fox jumps over the lazy dog", 0x414f_a339),
     ] {
-        assert_eq!(Key::django_pglocks_v1(name), Key::from(crc.cast_signed()), "{name:?}");
+        assert_eq!(interop::django_pglocks_v1(name), Key::from(crc.cast_signed()), "{name:?}");
         let pair = ((crc & 0x7fff_ffff).cast_signed(), 0);
-        assert_eq!(Key::with_advisory_lock(name), Key::from(pair), "{name:?}");
+        assert_eq!(interop::with_advisory_lock(name), Key::from(pair), "{name:?}");
         // Rails has that number as `MIGRATOR_SALT`.
         let number = 2_053_462_845 * i64::from(crc);
-        assert_eq!(Key::rails_migrations(name), Key::from(number), "{name:?}");
+        assert_eq!(interop::rails_migrations(name), Key::from(number), "{name:?}");
     }
     // From a log of a Rails application.
-    let key = Key::with_advisory_lock("my_unique_lock_name");
+    let key = interop::with_advisory_lock("my_unique_lock_name");
     assert_eq!(key, Key::from((258_664_313, 0)));
     assert_eq!(key.to_string(), "\"my_unique_lock_name\" (258664313, 0)");
 }
@@ -36,9 +36,9 @@ fn sha_256_is_read_from_its_beginning() {
         ("abc", 0xba78_16bf_8f01_cfea),
         ("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq", 0x248d_6a61_d206_38b8),
     ] {
-        assert_eq!(Key::django_pglocks_v2(name), Key::from(start.cast_signed()), "{name:?}");
+        assert_eq!(interop::django_pglocks_v2(name), Key::from(start.cast_signed()), "{name:?}");
         let swapped = start.swap_bytes().cast_signed();
-        assert_eq!(Key::django_pglock(name), Key::from(swapped), "{name:?}");
+        assert_eq!(interop::django_pglock(name), Key::from(swapped), "{name:?}");
     }
 }
 
@@ -63,7 +63,7 @@ fn hashtext_is_the_published_hash() {
         -9_498_641,
     ];
     for (length, hash) in hashes.into_iter().enumerate() {
-        assert_eq!(Key::hashtext("x".repeat(length)), Key::from(hash), "{length}");
+        assert_eq!(interop::hashtext("x".repeat(length)), Key::from(hash), "{length}");
     }
 }
 
@@ -101,7 +101,7 @@ async fn hashtext_is_what_the_server_computes() {
     .unwrap();
     assert_eq!(hashes.len(), names.len());
     for (name, hash) in names.iter().zip(hashes) {
-        let ours = (number(&Key::hashtext(name)), number(&Key::hashtextextended(name)));
+        let ours = (number(&interop::hashtext(name)), number(&interop::hashtextextended(name)));
         assert_eq!(ours, (Some(hash.0), Some(hash.1)), "{name:?}");
     }
 }
@@ -113,11 +113,22 @@ async fn a_scheme_excludes_who_locks_by_it() {
     let pool = db.pool(1).await;
     let mut sql = db.admin().await;
     for (statement, key) in [
-        ("SELECT pg_advisory_xact_lock(hashtext('job'))", Key::hashtext("job")),
-        ("SELECT pg_advisory_xact_lock(hashtextextended('job', 0))", Key::hashtextextended("job")),
+        ("SELECT pg_advisory_xact_lock(hashtext('job'))", interop::hashtext("job")),
+        (
+            "SELECT pg_advisory_xact_lock(hashtextextended('job', 0))",
+            interop::hashtextextended("job"),
+        ),
+        (
+            "SELECT pg_advisory_xact_lock(hashtext('job'), hashtext('shop'))",
+            interop::hashtext_pair("job", "shop"),
+        ),
+        (
+            "SELECT pg_advisory_xact_lock(('x' || left(md5('job'), 16))::bit(64)::bigint)",
+            interop::md5("job"),
+        ),
         (
             "SELECT pg_advisory_xact_lock(258664313,0)",
-            Key::with_advisory_lock("my_unique_lock_name"),
+            interop::with_advisory_lock("my_unique_lock_name"),
         ),
     ] {
         let mut lock = Lock::new(&pool, key);
@@ -132,14 +143,36 @@ async fn a_scheme_excludes_who_locks_by_it() {
 #[test]
 fn a_key_remembers_the_name() {
     for key in [
-        Key::with_advisory_lock("job"),
-        Key::django_pglocks_v1("job"),
-        Key::django_pglocks_v2("job"),
-        Key::django_pglock("job"),
-        Key::hashtext("job"),
-        Key::hashtextextended("job"),
+        interop::with_advisory_lock("job"),
+        interop::django_pglocks_v1("job"),
+        interop::django_pglocks_v2("job"),
+        interop::django_pglock("job"),
+        interop::hashtext("job"),
+        interop::hashtextextended("job"),
+        interop::md5("job"),
+        interop::symfony("job"),
     ] {
         assert_eq!(key.name(), Some("job"));
         assert!(key.to_string().starts_with("\"job\" "), "{key}");
+    }
+}
+
+/// What is written for a key is read as the same key, and what looks like no number is a name.
+#[test]
+fn a_key_is_what_it_looks_like() {
+    for (text, expected) in [
+        ("42", Key::from(42)),
+        ("-42", Key::from(-42)),
+        ("9223372036854775807", Key::from(i64::MAX)),
+        ("9223372036854775808", Key::from("9223372036854775808")),
+        ("1,2", Key::from((1, 2))),
+        ("(-1, -2)", Key::from((-1, -2))),
+        ("1,2,3", Key::from("1,2,3")),
+        ("1,3000000000", Key::from("1,3000000000")),
+        ("", Key::from("")),
+        ("name:42", Key::from("42")),
+        ("name:name:42", Key::from("name:42")),
+    ] {
+        assert_eq!(text.parse(), Ok(expected), "{text}");
     }
 }

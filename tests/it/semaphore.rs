@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pglock::{Error, Key, Lock, Permit, Semaphore};
+use pglock::{Error, Key, Lock, Permit, Semaphore, interop};
 use pglock_testkit::{Role, Server, Shutdown, TestDb, advisory_locks, cues, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
@@ -215,7 +215,7 @@ async fn semaphores_of_other_keys_and_locks_do_not_interfere() {
         Key::from((0, 42)),
         Key::from((42, 0)),
         Key::from("(42, 0)"),
-        Key::fnv1a("seats"),
+        interop::fnv1a("seats"),
     ];
     let mut permits = Vec::new();
     for key in &keys {

@@ -376,12 +376,13 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
     let managed = Lock::new(&manager, "nightly-report");
-    for lock in [Lock::new(&pool, "nightly-report"), managed] {
-        let shared = Arc::new(tokio::sync::Mutex::new(lock));
+    let handles = [Lock::new(&pool, "nightly-report"), managed];
+    for lock in handles {
+        let in_mutex = Arc::new(tokio::sync::Mutex::new(lock));
         let told = Told::from_now_on();
         let acquire = || {
-            let shared = Arc::clone(&shared);
-            spawn(async move { shared.lock().await.acquire().await.unwrap() })
+            let in_mutex = Arc::clone(&in_mutex);
+            spawn(async move { in_mutex.lock().await.acquire().await.unwrap() })
         };
         let first = acquire().await.unwrap();
         told.nothing_loud();
@@ -392,7 +393,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
         drop((first, inside));
 
         // One task may re-enter.
-        let mut own = shared.lock().await.clone();
+        let mut own = in_mutex.lock().await.clone();
         let told = Told::from_now_on();
         let twice = (own.acquire().await.unwrap(), own.acquire().await.unwrap());
         told.nothing_loud();

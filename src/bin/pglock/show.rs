@@ -4,7 +4,7 @@ use std::io::{self, Write, stdout};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pglock::inspect::{LockInfo, Session};
-use pglock::{Key, Leader};
+use pglock::{Key, Leader, interop};
 use serde_json::{Value, json};
 use sqlx::postgres::PgAdvisoryLockKey;
 
@@ -49,14 +49,14 @@ impl Names {
 pub(crate) fn schemes(name: &str) -> [(&'static str, Key); 9] {
     [
         ("pglock, sqlx", Key::from(name)),
-        ("go-pglock (FNV-1a)", Key::fnv1a(name)),
-        ("SQL hashtext", Key::hashtext(name)),
-        ("SQL hashtextextended", Key::hashtextextended(name)),
-        ("Ruby with_advisory_lock", Key::with_advisory_lock(name)),
-        ("Rails migrations of", Key::rails_migrations(name)),
-        ("django-pglock", Key::django_pglock(name)),
-        ("django-pglocks 2", Key::django_pglocks_v2(name)),
-        ("django-pglocks 1", Key::django_pglocks_v1(name)),
+        ("go-pglock (FNV-1a)", interop::fnv1a(name)),
+        ("SQL hashtext", interop::hashtext(name)),
+        ("SQL hashtextextended", interop::hashtextextended(name)),
+        ("Ruby with_advisory_lock", interop::with_advisory_lock(name)),
+        ("Rails migrations of", interop::rails_migrations(name)),
+        ("django-pglock", interop::django_pglock(name)),
+        ("django-pglocks 2", interop::django_pglocks_v2(name)),
+        ("django-pglocks 1", interop::django_pglocks_v1(name)),
     ]
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Key, Lock};
+use pglock::{Key, Lock, interop};
 use pglock_testkit::{AdvisoryLock, TestDb, advisory_locks, cancel_after, eventually};
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 use sqlx::{Either, PgConnection};
@@ -65,7 +65,7 @@ async fn fnv1a_excludes_whoever_locks_that_number() {
     let pool = db.pool(2).await;
     let mut go = db.admin().await;
     let number = 0x8594_4171_f739_67e8_u64.cast_signed();
-    let mut ours = new_lock(&pool, Key::fnv1a("foobar"));
+    let mut ours = new_lock(&pool, interop::fnv1a("foobar"));
 
     assert!(sql_try_lock(&mut go, number).await);
     assert!(ours.try_acquire().await.unwrap().is_none());
