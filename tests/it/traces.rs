@@ -375,8 +375,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
-    let managed = Lock::new(&manager, "nightly-report");
-    let handles = [Lock::new(&pool, "nightly-report"), managed];
+    let handles = [Lock::new(&pool, "nightly-report"), Lock::new(&manager, "nightly-report")];
     for lock in handles {
         let in_mutex = Arc::new(tokio::sync::Mutex::new(lock));
         let told = Told::from_now_on();

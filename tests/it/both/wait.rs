@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pglock::{Error, LockOptions};
-use pglock_testkit::{Server, TestDb, eventually};
+use pglock_testkit::{Environment, Server, TestDb, eventually};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -32,6 +32,12 @@ async fn a_long_wait_costs_others_nothing() {
     let held = new_lock_with(&options, &pool, "migrate").acquire().await.unwrap();
     let mut lock = new_lock_with(&options, &pool, "migrate");
     let logged = server.log_len();
+    // A role may have a limit on idle sessions, which ends idle connections of the pool.
+    let lines_since = |logged| -> Vec<String> {
+        let lines = server.log_since(logged);
+        let others = lines.lines().filter(|line| !line.contains("idle-session timeout"));
+        others.map(ToOwned::to_owned).collect()
+    };
 
     let started = Instant::now();
     let waiter = tokio::task::LocalSet::new();
@@ -66,12 +72,12 @@ async fn a_long_wait_costs_others_nothing() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         assert!(!waiting.is_finished());
-        assert_eq!(server.log_since(logged), "");
+        assert_eq!(lines_since(logged), Vec::<String>::new());
         held.release().await.unwrap();
         timeout(soon() * 5, waiting).await.unwrap().unwrap();
     });
     waiting.await;
-    assert_eq!(server.log_since(logged), "");
+    assert_eq!(lines_since(logged), Vec::<String>::new());
 }
 
 #[tokio::test]
@@ -130,7 +136,12 @@ async fn a_bounded_wait_gives_up_on_time() {
     for patience in [0, 1, 50, 400].map(Duration::from_millis) {
         borrow_one(&pool).await;
         let started = Instant::now();
-        assert!(lock.try_acquire_for(patience).await.unwrap().is_none());
+        match lock.try_acquire_for(patience).await {
+            Ok(None) => {}
+            // The only connection is on its way back from the last round.
+            Err(Error::PoolTimedOut { .. }) if !Environment::current().has_connections(2) => {}
+            acquired => panic!("{acquired:?}"),
+        }
         let waited = started.elapsed();
         assert!(waited >= patience, "gave up after {waited:?} of {patience:?}");
         assert!(waited < patience + soon() * 2, "gave up only after {waited:?} of {patience:?}");

@@ -194,6 +194,7 @@ pub const ENVIRONMENTS: &[Environment] = &[
             ("own_session::both::interop::databases_of_one_server", NEEDS_TWO),
             ("own_session::both::interop::the_order_of_a_pair", NEEDS_TWO),
             ("own_session::both::wait::waiters_within_a_slice", NEEDS_TWO),
+            ("own_session::both::wait::a_grant_that_races_with_the_timeout", NEEDS_TWO),
         ],
         ..BASE
     },
