@@ -55,12 +55,13 @@
 //! superuser can end a superuser's session. And it takes the right to see when the session was started,
 //! as above.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sqlx::PgExecutor;
 
 use crate::election::Leader;
-use crate::key::Key;
+use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::semaphore::layout::Layout;
 use crate::sql::election::Holder;
@@ -136,7 +137,7 @@ pub async fn locks_of(
 
 /// Gives the keys of locks the names that they were made from, of those that you know.
 ///
-/// Each is compared with every lock, so pass a [`Key`] where it was not made as sqlx does, such as
+/// Pass a [`Key`] where it was not made as sqlx does, such as those of
 /// [`interop`](crate::interop). Permits and the queue of a [`Semaphore`](crate::Semaphore) are recognized by the
 /// semaphore's key. What has a name keeps it.
 ///
@@ -156,14 +157,32 @@ pub async fn locks_of(
 /// # Ok(()) }
 /// ```
 pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Into<Key>>) {
+    // There may be many of both.
+    let mut places: BTreeMap<KeyId, Vec<usize>> = BTreeMap::new();
+    for (place, lock) in locks.iter().enumerate().filter(|(_, lock)| lock.key.name().is_none()) {
+        places.entry(lock.key.id()).or_default().push(place);
+    }
+    let mut name = |places: &mut BTreeMap<KeyId, Vec<usize>>, key: &Key| {
+        for place in places.remove(&key.id()).unwrap_or_default() {
+            if let Some(lock) = locks.get_mut(place) {
+                lock.key = key.clone();
+            }
+        }
+    };
     for known in keys {
         let known = known.into();
+        name(&mut places, &known);
+        if places.is_empty() {
+            return;
+        }
         let semaphore = Layout::of(&known);
-        for lock in locks.iter_mut().filter(|lock| lock.key.name().is_none()) {
-            if lock.key == known {
-                lock.key = known.clone();
-            } else if let Some(part) = semaphore.find(&lock.key) {
-                lock.key = part;
+        name(&mut places, semaphore.queue());
+        let (first, last) = semaphore.beyond(0).into_inner();
+        let permits = KeyId::BigInt(first)..=KeyId::BigInt(last);
+        let permits: Vec<KeyId> = places.range(permits).map(|(id, _)| *id).collect();
+        for permit in permits {
+            if let Some(permit) = semaphore.find(&Key::from_id(permit)) {
+                name(&mut places, &permit);
             }
         }
     }

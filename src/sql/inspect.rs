@@ -1,7 +1,7 @@
 //! The statements of [`inspect`](crate::inspect), on any connection.
 
 use sqlx::postgres::PgRow;
-use sqlx::{AssertSqlSafe, PgExecutor, Row};
+use sqlx::{AssertSqlSafe, PgExecutor, Row, ValueRef};
 
 use super::place::{ADVISORY, LOCKS, Place};
 use crate::key::KeyId;
@@ -113,9 +113,9 @@ impl LockRow {
             blocked_by: row.try_get::<Option<_>, _>(6)?.unwrap_or_default(),
             asked: row.try_get(7)?,
             backend_pid: row.try_get(8)?,
-            gid: row.try_get(9)?,
-            user: row.try_get(10)?,
-            application_name: row.try_get(11)?,
+            gid: text(row, 9)?,
+            user: text(row, 10)?,
+            application_name: text(row, 11)?,
             client_addr: row.try_get(12)?,
             state: row.try_get(13)?,
             backend_start: row.try_get(14)?,
@@ -124,6 +124,21 @@ impl LockRow {
             state_change: row.try_get(17)?,
         })
     }
+}
+
+/// A text that another encoding may have made: bytes that are not UTF-8 are written as `\xNN`, as the server does
+/// in names of applications.
+fn text(row: &PgRow, column: usize) -> Result<Option<String>, sqlx::Error> {
+    let value = row.try_get_raw(column)?;
+    if value.is_null() {
+        return Ok(None);
+    }
+    let bytes = value.as_bytes().map_err(sqlx::Error::Decode)?;
+    let chunks = bytes.utf8_chunks();
+    Ok(Some(chunks.fold(String::new(), |text, chunk| {
+        let escaped = chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}"));
+        text + chunk.valid() + &escaped.collect::<String>()
+    })))
 }
 
 /// An `int` from its bits.
