@@ -9,6 +9,7 @@
 //! | [operations] | How do I run it? Pools, poolers, managed services, settings, monitoring, queries for `psql` |
 //! | [cost] | What does it cost, and how does that grow? Connections, memory, statements, the server's limits; more than one server |
 //! | [comparison] | What else is there, and when is that the better choice? |
+//! | [program] | How do I use locks in a shell, in cron and under systemd? |
 //! | [architecture] | How does it work inside? Modules, who owns the connection, the life of an acquire |
 //!
 //! The code on these pages is compiled and run by the tests, against a real server. So are the queries
@@ -28,6 +29,9 @@ pub mod cost {}
 
 #[doc = include_str!("guide/comparison.md")]
 pub mod comparison {}
+
+#[doc = include_str!("guide/program.md")]
+pub mod program {}
 
 #[doc = include_str!("guide/architecture.md")]
 pub mod architecture {}

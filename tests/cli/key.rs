@@ -12,7 +12,11 @@ async fn every_scheme_is_shown_where_the_server_shows_it() {
     let name = "größer, 'quoted'";
     let mut command = Command::new(PGLOCK);
     // It asks no database.
-    command.args(["key", name]).env("DATABASE_URL", "nonsense").kill_on_drop(true);
+    // A name may be written as in other commands.
+    command
+        .args(["key", &format!("name:{name}")])
+        .env("DATABASE_URL", "nonsense")
+        .kill_on_drop(true);
     let ended = Running::start(command).finish().await;
     assert_eq!((ended.code(), &*ended.errors), (Some(0), ""));
 
@@ -29,6 +33,9 @@ async fn every_scheme_is_shown_where_the_server_shows_it() {
         ("django-pglock", interop::django_pglock(name)),
         ("django-pglocks 2", interop::django_pglocks_v2(name)),
         ("django-pglocks 1", interop::django_pglocks_v1(name)),
+        ("MD5, first 8 bytes", interop::md5(name)),
+        ("sqlx migrations of", interop::sqlx_migrations(name)),
+        ("Symfony", interop::symfony(name)),
     ];
     let mut lines = ended.output.lines().skip(1);
     for (scheme, key) in schemes {

@@ -1,11 +1,11 @@
-//! `pglock kill`: ends the session that it showed, if it is told to.
+//! `pglock kill`: ends the session that it showed, if that is confirmed.
 
 use pglock::Lock;
 use pglock_testkit::{Server, TestDb, advisory_locks};
 use tokio::time::timeout;
 
 use crate::ls::sql;
-use crate::support::{PATIENCE, Running, hold, locks_are, pglock, run};
+use crate::support::{LIMIT, Running, hold, locks_are, pglock, run};
 use crate::terminal::Terminal;
 
 #[tokio::test]
@@ -30,7 +30,7 @@ async fn a_waiter_is_ended_too() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let holder = hold(&db, &["run", "key"]).await;
-    let waiter = Running::start(pglock(&db, &["run", "key", "echo", "ran"]));
+    let waiter = Running::start(pglock(&db, &["run", "--no-retry", "key", "echo", "ran"]));
     locks_are(&mut admin, 1, 1).await;
     let locks = advisory_locks(&mut admin).await;
     let pid = locks.iter().find(|lock| !lock.granted).unwrap().pid.to_string();
@@ -40,7 +40,7 @@ async fn a_waiter_is_ended_too() {
     assert_eq!(holder.finish().await.code(), Some(0));
 }
 
-/// Not without a word, and not a session that has no lock.
+/// Not without a confirmation, and not a session that has no lock.
 #[tokio::test]
 async fn nothing_is_ended_unasked() {
     let db = TestDb::new().await;
@@ -93,7 +93,7 @@ async fn in_a_terminal_it_asks() {
     let guard = Lock::new(&pool, 4711).acquire().await.unwrap();
     let pid = guard.backend_pid();
     for (answer, said, code) in
-        [("n", "the session goes on", 1), ("", "the session goes on", 1), ("y", "is ended", 0)]
+        [("n", "the session continues", 1), ("", "the session continues", 1), ("y", "is ended", 0)]
     {
         guard.verify().await.unwrap();
         // What is on the screen from before is gone when this is shown.
@@ -106,5 +106,5 @@ async fn in_a_terminal_it_asks() {
         terminal.shows(&format!("\ncode-{answer}-{code}\n")).await;
         assert!(terminal.screen().contains(said), "{}", terminal.screen());
     }
-    timeout(PATIENCE, guard.lost()).await.unwrap();
+    timeout(LIMIT, guard.lost()).await.unwrap();
 }

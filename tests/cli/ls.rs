@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection};
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::support::{PATIENCE, PGLOCK, Running, hold, locks_are, pglock, run};
+use crate::support::{LIMIT, PGLOCK, Running, hold, locks_are, pglock, run};
 use crate::terminal::Terminal;
 
 pub(crate) async fn sql(conn: &mut PgConnection, statement: &str) {
@@ -57,7 +57,8 @@ async fn waiters_are_below_those_that_they_wait_for() {
     starts(reader, ["└─ waits", "shared"]);
     assert!(ended.output.lines().any(|line| line.starts_with("   └─ waits")), "{}", ended.output);
     starts(number, ["-7", "exclusive"]);
-    assert!(pair.contains(&"psql") && writer.contains(&"pglock"), "{}", ended.output);
+    let is_named = |column: &&str| column.starts_with("pglock run 1,2 true@");
+    assert!(pair.contains(&"psql") && writer.iter().any(is_named), "{}", ended.output);
     assert!(writer.iter().any(|column| column.starts_with("waiting")), "{}", ended.output);
 
     sql(&mut other, "SELECT pg_advisory_unlock_all()").await;
@@ -129,7 +130,7 @@ async fn names_that_are_given_are_recognized() {
     leader.finish().await;
 }
 
-/// A line each time, until nobody reads any more.
+/// A line each time, until it is not read any more.
 #[tokio::test]
 async fn a_watch_goes_on_until_nobody_reads() {
     let db = TestDb::new().await;
@@ -149,7 +150,7 @@ async fn a_watch_goes_on_until_nobody_reads() {
     let mut pipe = Command::new("bash");
     pipe.args(["-c", "\"$PGLOCK\" ls --watch=1 | head -n 2; echo ${PIPESTATUS[0]}"]);
     pipe.env("PGLOCK", PGLOCK).env("DATABASE_URL", db.url()).kill_on_drop(true);
-    let output = timeout(PATIENCE, pipe.stdin(Stdio::null()).output()).await.unwrap().unwrap();
+    let output = timeout(LIMIT, pipe.stdin(Stdio::null()).output()).await.unwrap().unwrap();
     let output = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<&str> = output.lines().collect();
     assert!(matches!(lines[..], [_, lock, "0"] if lock.starts_with("42 ")), "{output}");
@@ -198,7 +199,7 @@ async fn a_watch_shows_in_a_terminal_what_is() {
     terminal.shows("\n4711 ").await;
     guard.release().await.unwrap();
     let gone = || async { !terminal.screen().contains("\n4711 ") };
-    eventually("the lock is gone from the screen", PATIENCE, gone).await;
+    eventually("the lock is gone from the screen", LIMIT, gone).await;
     assert_eq!(terminal.screen().matches("KEY").count(), 1, "{}", terminal.screen());
     terminal.presses("C-c");
     terminal.exit_code_is(130).await;

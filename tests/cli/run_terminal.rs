@@ -5,7 +5,7 @@ use std::time::Duration;
 use pglock_testkit::{TestDb, eventually};
 use tokio::time::sleep;
 
-use crate::support::{PATIENCE, hold, locks_are, run};
+use crate::support::{LIMIT, hold, locks_are, run};
 use crate::terminal::Terminal;
 
 #[tokio::test]
@@ -20,7 +20,7 @@ async fn ctrl_c_reaches_the_command_once() {
     for count in 1..=3 {
         terminal.presses("C-c");
         let caught = || async { terminal.screen().matches("got-1").count() >= count };
-        eventually("it is caught", PATIENCE, caught).await;
+        eventually("it is caught", LIMIT, caught).await;
         // What came twice would show by then.
         sleep(Duration::from_millis(300)).await;
         assert_eq!(terminal.screen().matches("got-1").count(), count, "{}", terminal.screen());
@@ -72,13 +72,13 @@ async fn ctrl_z_stops_the_job_and_fg_goes_on() {
         locks_are(&mut admin, 1, 0).await;
         terminal.types("fg");
         let again = || async { terminal.screen().matches("pglock run key -- cat").count() == 3 };
-        eventually("the shell says what goes on", PATIENCE, again).await;
+        eventually("the shell says what goes on", LIMIT, again).await;
         terminal.types(&after);
         let answered = || async {
             let screen = terminal.screen();
             screen.contains(&format!("{after}\n{after}\n")) || screen.contains("is lost")
         };
-        eventually("it goes on", PATIENCE, answered).await;
+        eventually("it goes on", LIMIT, answered).await;
         if !terminal.screen().contains("is lost") {
             break;
         }
@@ -86,7 +86,7 @@ async fn ctrl_z_stops_the_job_and_fg_goes_on() {
         terminal.exit_code_is(125).await;
         terminal.types("clear");
         let clear = || async { !terminal.screen().contains("Stopped") };
-        eventually("the terminal is clear", PATIENCE, clear).await;
+        eventually("the terminal is clear", LIMIT, clear).await;
     }
     assert_eq!(terminal.screen().matches("Stopped").count(), 1, "{}", terminal.screen());
     terminal.presses("C-d");
@@ -125,7 +125,7 @@ async fn a_shell_in_it_has_the_terminal() {
     terminal.shows("Stopped").await;
     terminal.types("fg");
     let again = || async { terminal.screen().matches("exec sleep 1000").count() == 3 };
-    eventually("the shell says what goes on", PATIENCE, again).await;
+    eventually("the shell says what goes on", LIMIT, again).await;
     terminal.presses("C-c");
     terminal.exit_code_is(130).await;
     terminal.types("exit 3");

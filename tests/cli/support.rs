@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 /// How long anything may take before a test fails, on a machine that has much else to do.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+pub(crate) const LIMIT: Duration = Duration::from_mins(1);
 
 /// Where the program is.
 pub(crate) const PGLOCK: &str = env!("CARGO_BIN_EXE_pglock");
@@ -80,7 +80,7 @@ impl Running {
 
     /// The next line of its standard output.
     pub(crate) async fn line(&mut self) -> String {
-        let line = timeout(PATIENCE, self.output.next_line()).await;
+        let line = timeout(LIMIT, self.output.next_line()).await;
         line.expect("a line in time").unwrap().expect("a line before the end")
     }
 
@@ -112,7 +112,7 @@ impl Running {
             read.unwrap();
             Ended { status: self.process.wait().await.unwrap(), output, errors }
         };
-        timeout(PATIENCE, ending).await.expect("an end in time")
+        timeout(LIMIT, ending).await.expect("an end in time")
     }
 }
 
@@ -148,7 +148,7 @@ pub(crate) fn is_alive(pid: i32) -> bool {
 }
 
 pub(crate) async fn is_gone(pid: i32) {
-    eventually("the command is gone", PATIENCE, || async { !is_alive(pid) }).await;
+    eventually("the command is gone", LIMIT, || async { !is_alive(pid) }).await;
 }
 
 /// Waits until so many advisory locks are held, and so many waited for.
@@ -159,7 +159,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, held: usize, waited_for:
         let granted = locks.iter().filter(|lock| lock.granted).count();
         granted == held && locks.len() - granted == waited_for
     };
-    eventually("the locks are what they should be", PATIENCE, known).await;
+    eventually("the locks are what they should be", LIMIT, known).await;
 }
 
 /// Ends the session of whoever holds a lock, as an administrator would.

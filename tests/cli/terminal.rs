@@ -7,7 +7,7 @@ use std::{env, fs};
 
 use pglock_testkit::{TestDb, eventually};
 
-use crate::support::{PATIENCE, PGLOCK};
+use crate::support::{LIMIT, PGLOCK};
 
 /// Whose prompt can be waited for.
 const SHELL: &str = "PS1='shell> ' HISTFILE= exec bash --norc --noprofile -i";
@@ -63,7 +63,7 @@ impl Terminal {
     /// Waits until the text is on the screen.
     pub(crate) async fn shows(&self, text: &str) {
         let shown = || async { self.screen().contains(text) };
-        eventually(&format!("the terminal shows {text:?}"), PATIENCE, shown).await;
+        eventually(&format!("the terminal shows {text:?}"), LIMIT, shown).await;
     }
 
     /// What is on the screen.

@@ -20,7 +20,7 @@ async fn the_exit_code_says_whether_it_is_held() {
     ] {
         let free = run(&db, &["who", written]).await;
         assert_eq!((free.code(), &*free.output), (Some(1), ""), "{written}");
-        assert!(free.errors.contains("nobody holds"), "{}", free.errors);
+        assert!(free.errors.contains("no session holds"), "{}", free.errors);
         let guard = lock.acquire().await.unwrap();
         let held = run(&db, &["who", written]).await;
         assert_eq!((held.code(), &*held.errors), (Some(0), ""), "{written}");

@@ -1,15 +1,12 @@
-//! The last step before a command runs: the process that is to become it has itself killed if its
+//! The last step before a command runs: the process that becomes it asks the kernel to be killed when its
 //! parent dies.
 //!
-//! A parent that is killed can't tell its child, and the lock is free at once. Only the child can ask
-//! the kernel for that, between fork and exec, where no code of Rust may run that is safe. So this
-//! program is run once more, and replaces itself by the command, which keeps what was asked for.
+//! Only the process itself can ask for that, between fork and exec, where no safe Rust code may run. So this
+//! program is run once more, and replaces itself with the command, which keeps the setting.
 
-use std::env;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::{CommandExt, parent_id};
-use std::path::PathBuf;
 use std::process::{self, Command};
 
 use clap::Args;
@@ -26,32 +23,32 @@ pub(crate) struct BecomeArgs {
     command: Vec<OsString>,
 }
 
-/// What is to be run by the thread that is to be the parent, to run `command`.
-pub(crate) fn of(command: &[OsString]) -> io::Result<Command> {
-    let this = if cfg!(target_os = "linux") {
-        // Still this program if another was installed in its place since.
-        PathBuf::from("/proc/self/exe")
-    } else {
-        env::current_exe()?
-    };
-    let mut this = Command::new(this);
+/// Returns what the calling thread is to run, to run `command` as its child.
+pub(crate) fn of(command: &[OsString]) -> Command {
+    // Still this program if another one was installed in its place.
+    let mut this = Command::new("/proc/self/exe");
     this.arg0("pglock").arg("become").arg("--parent").arg(process::id().to_string());
     this.arg("--").args(command);
-    Ok(this)
+    this
 }
 
 /// Becomes the command. Returns only if that fails.
 pub(crate) fn run(args: &BecomeArgs) -> Exit {
     #[cfg(target_os = "linux")]
     if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL) {
-        say(format_args!("the command will go on if pglock is killed: {error}"));
+        say(format_args!("the command will continue if pglock is killed: {error}"));
     }
-    // It may have died before it was asked.
+    // It may have died before the setting was made.
     if parent_id() != args.parent {
         return Exit::Code(126);
     }
     let Some((program, arguments)) = args.command.split_first() else { return Exit::Code(126) };
     let error = Command::new(program).args(arguments).exec();
+    cannot_run(program, &error)
+}
+
+/// Reports a command that can't be run. Returns the exit code of a shell for that.
+pub(crate) fn cannot_run(program: &OsString, error: &io::Error) -> Exit {
     say(format_args!("cannot run {}: {error}", program.display()));
     Exit::Code(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 })
 }

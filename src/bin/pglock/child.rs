@@ -1,134 +1,258 @@
-//! A command that runs for as long as a lock is held, and is ended in stages if that is lost.
+//! A command that runs while a lock is held, and is ended in stages if the lock is lost.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::process::Command;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use pglock::Loss;
-use tokio::process::{Child as Process, Command};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::become_command;
-use crate::exit::{Failure, complain, say};
-use crate::signals::{Signals, Told};
+use crate::become_command::cannot_run;
+use crate::descendants::{self, Sender};
+use crate::exit::{Exit, Failure, complain, say};
+use crate::guardian::{self, forward};
+use crate::signals::{Event, Received, Signals};
 
-/// A command that runs.
+/// How a command is run.
+#[derive(Debug, Default)]
+pub(crate) struct How {
+    /// The lock, for the list of processes.
+    pub(crate) key: String,
+    pub(crate) env: Vec<(&'static str, String)>,
+    /// Whether to wait for all that the command has started.
+    pub(crate) wait_descendants: bool,
+    /// After a loss, or SIGTERM, how long the command may take to end before it is killed.
+    pub(crate) grace: Duration,
+    /// A file to remove if this process is killed.
+    pub(crate) remove: Option<PathBuf>,
+}
+
+/// A command that runs: below a guardian on Linux, otherwise as a child of this process.
 #[derive(Debug)]
-pub(crate) struct Child(Process);
+pub(crate) struct Child {
+    pid: Pid,
+    guardian: Option<Pipes>,
+    grace: Duration,
+    sender: Sender,
+}
+
+#[derive(Debug)]
+struct Pipes {
+    control: PipeWriter,
+    report: PipeReader,
+    /// What was below this process before, and is not the command's.
+    others: HashSet<Pid>,
+}
 
 /// How a command has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    pub(crate) status: ExitStatus,
+    pub(crate) exit: Exit,
     /// The lock was lost before.
     pub(crate) lost: bool,
-    /// What it, or this process, was sent meanwhile.
-    pub(crate) told: Vec<Told>,
+    /// The signals that this process received meanwhile.
+    pub(crate) received: Vec<Received>,
 }
 
+/// How long to wait between two rounds of killing.
+const ROUND: Duration = Duration::from_millis(20);
+
 impl Child {
-    /// Starts a command in this process group, on this terminal, with this standard input.
-    ///
-    /// On Linux it is killed if this thread dies.
+    /// Starts a command in this process group, on this terminal, with this standard input. `Err` with the exit
+    /// code if it can't be run, which was reported.
     pub(crate) fn start(
         command: &[OsString],
-        env: Vec<(&'static str, String)>,
-    ) -> Result<Self, Failure> {
-        become_command::of(command)
-            .and_then(|command| Command::from(command).envs(env).spawn())
-            .map(Self)
-            .map_err(|error| Failure::System("cannot start the command", error))
+        how: &How,
+        signals: &Signals,
+    ) -> Result<Result<Self, Exit>, Failure> {
+        let failed = |error| Failure::System("cannot start the command", error);
+        let grace = how.grace;
+        if cfg!(target_os = "linux") && Path::new("/proc/self/exe").exists() {
+            let (pid, pipes) = start_guardian(command, how, signals).map_err(failed)?;
+            return Ok(Ok(Self { pid, guardian: Some(pipes), grace, sender: Sender::default() }));
+        }
+        let Some((program, arguments)) = command.split_first() else {
+            return Ok(Err(Exit::Code(126)));
+        };
+        let mut process = Command::new(program);
+        process.args(arguments).envs(how.env.iter().map(|(name, value)| (name, value)));
+        Ok(match signals.spawn(&mut process) {
+            Ok(pid) => Ok(Self { pid, guardian: None, grace, sender: Sender::default() }),
+            Err(error) => Err(cannot_run(program, &error)),
+        })
     }
 
     /// Waits until the command has ended, and passes signals on to it.
     ///
-    /// If the lock is lost, the command is told to end, and after `grace` it is killed.
+    /// If the lock is lost, all that the command has started receives SIGTERM, and SIGKILL after the grace
+    /// period; then all of it has ended when this returns. After a SIGTERM to this process, the command has the
+    /// same time.
     pub(crate) async fn supervise(
         mut self,
         signals: &mut Signals,
         lost: impl Future<Output = Loss>,
-        grace: Duration,
-    ) -> Result<Ended, Failure> {
-        let mut told = Vec::new();
-        let ended = tokio::select! {
-            biased;
-            status = self.pass_on(signals, &mut told) => Ok(status),
-            reason = lost => Err(reason),
-        };
-        let (status, lost) = match ended {
-            Ok(status) => (status, false),
-            Err(reason) => {
-                say(format_args!("the lock is lost, so the command is told to end"));
-                complain(&reason);
-                (self.end(signals, &mut told, grace).await, true)
-            }
-        };
-        let status =
-            status.map_err(|error| Failure::System("cannot wait for the command", error))?;
-        Ok(Ended { status, lost, told })
-    }
-
-    async fn end(
-        &mut self,
-        signals: &mut Signals,
-        told: &mut Vec<Told>,
-        grace: Duration,
-    ) -> io::Result<ExitStatus> {
-        self.send(Signal::SIGTERM);
-        // A process that stands still takes no other signal.
-        self.send(Signal::SIGCONT);
-        if let Ok(status) = timeout(grace, self.pass_on(signals, told)).await {
-            return status;
-        }
-        say(format_args!("the command has not ended within {grace:?}, so it is killed"));
-        self.send(Signal::SIGKILL);
-        self.pass_on(signals, told).await
-    }
-
-    /// Passes signals on until the command has ended. Cancel safe.
-    async fn pass_on(
-        &mut self,
-        signals: &mut Signals,
-        told: &mut Vec<Told>,
-    ) -> io::Result<ExitStatus> {
+        mut on_loss: impl FnMut(&Signals),
+    ) -> Ended {
+        let mut lost = pin!(lost);
+        let mut ended = Ended { exit: Exit::FINE, lost: false, received: Vec::new() };
+        let mut deadline = None;
+        let mut killed = false;
         loop {
             tokio::select! {
                 biased;
-                status = self.0.wait() => return status,
-                next = signals.next() => {
-                    told.push(next);
-                    if !next.by_terminal {
-                        self.send(next.signal);
+                event = signals.event() => match event {
+                    Event::Ended(pid, exit) if pid == self.pid => {
+                        ended.exit = exit;
+                        break;
                     }
+                    Event::Ended(..) | Event::NoChildren => {}
+                    Event::Received(received) => {
+                        ended.received.push(received);
+                        self.forward(received);
+                        if received.signal == Signal::SIGTERM && !killed {
+                            deadline.get_or_insert_with(|| Instant::now() + self.grace);
+                        }
+                    }
+                },
+                reason = &mut lost, if !ended.lost => {
+                    ended.lost = true;
+                    say(format_args!("the lock is lost, so the command is ended"));
+                    complain(&reason);
+                    on_loss(signals);
+                    self.end();
+                    if !killed {
+                        deadline.get_or_insert_with(|| Instant::now() + self.grace);
+                    }
+                }
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    (deadline, killed) = (None, true);
+                    say(format_args!("the command has not ended within {:?}, so it is killed", self.grace));
+                    self.kill();
                 }
             }
         }
-    }
-
-    fn send(&self, signal: Signal) {
-        // Its number is not given out again before it was waited for.
-        if let Some(pid) = self.0.id() {
-            // It may belong to another user by now, if it is sudo(8).
-            if let Err(error) = kill(Pid::from_raw(pid.cast_signed()), signal) {
-                say(format_args!("cannot send {signal} to the command: {error}"));
+        if let Some(pipes) = &mut self.guardian {
+            let mut report = String::new();
+            drop(pipes.report.read_to_string(&mut report));
+            match guardian::read_report(&report) {
+                Some(exit) => ended.exit = exit,
+                None if matches!(ended.exit, Exit::Signal(_)) => kill_orphans(&pipes.others).await,
+                // It could not start the command, and has reported why.
+                None => {}
             }
         }
+        ended
+    }
+
+    fn forward(&mut self, received: Received) {
+        match &mut self.guardian {
+            // The guardian is in the foreground process group, too.
+            Some(_) if received.from_terminal => {}
+            Some(pipes) => pipes.send(u8::try_from(received.signal as i32).unwrap_or_default()),
+            None => forward(self.pid, received, &mut self.sender),
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(pipes) = &mut self.guardian {
+            pipes.send(guardian::END);
+        } else {
+            self.sender.send(&[self.pid], Signal::SIGTERM);
+        }
+        // A stopped process does nothing.
+        self.sender.send(&[self.pid], Signal::SIGCONT);
+    }
+
+    fn kill(&mut self) {
+        if let Some(pipes) = &mut self.guardian {
+            pipes.send(guardian::KILL);
+        } else {
+            self.sender.send(&[self.pid], Signal::SIGKILL);
+        }
+        self.sender.send(&[self.pid], Signal::SIGCONT);
     }
 }
 
+impl Pipes {
+    fn send(&mut self, byte: u8) {
+        // It has ended, and its end is about to be reported.
+        self.control.write_all(&[byte]).ok();
+    }
+}
+
+fn start_guardian(command: &[OsString], how: &How, signals: &Signals) -> io::Result<(Pid, Pipes)> {
+    #[cfg(target_os = "linux")]
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let (control, to_guardian) = io::pipe()?;
+    let (from_guardian, report) = io::pipe()?;
+    let mut process = Command::new("/proc/self/exe");
+    process.arg0(format!("pglock (holds {})", how.key)).arg("guardian");
+    process.arg("--control").arg(inherit(&control)?).arg("--report").arg(inherit(&report)?);
+    if how.wait_descendants {
+        process.arg("--wait-descendants");
+    }
+    if let Some(file) = &how.remove {
+        process.arg("--remove").arg(file);
+    }
+    process.arg("--").args(command).envs(how.env.iter().map(|(name, value)| (name, value)));
+    let others = descendants::of(Pid::this()).into_iter().collect();
+    let pid = signals.spawn(&mut process)?;
+    Ok((pid, Pipes { control: to_guardian, report: from_guardian, others }))
+}
+
+/// Lets the next process that is started have a descriptor. Returns its number.
+fn inherit(pipe: &(impl AsFd + AsRawFd)) -> io::Result<String> {
+    fcntl(pipe, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    Ok(pipe.as_raw_fd().to_string())
+}
+
+/// Kills what a guardian has left that was killed itself; this process has adopted it.
+async fn kill_orphans(others: &HashSet<Pid>) {
+    say(format_args!("the process that guards the command was killed, so all of it is killed"));
+    let mut sender = Sender::default();
+    loop {
+        let mut left = descendants::of(Pid::this());
+        left.retain(|pid| !others.contains(pid));
+        if left.is_empty() {
+            return;
+        }
+        sender.send(&left, Signal::SIGKILL);
+        sleep(ROUND).await;
+    }
+}
+
+/// Starts a script of the user, which runs beside this program. Returns its process, if it could be started.
+pub(crate) fn start_hook(
+    script: &str,
+    env: &[(&'static str, String)],
+    signals: &Signals,
+) -> Option<Pid> {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script]).envs(env.iter().map(|(name, value)| (name, value)));
+    signals
+        .spawn(&mut shell)
+        .inspect_err(|error| say(format_args!("cannot start {script:?}: {error}")))
+        .ok()
+}
+
 impl Ended {
-    /// Whether that was meant to be the end: it was told to stop, or died of what it was told.
+    /// Whether that was meant to be the end: it received a signal to stop, or died of one that was passed on.
     pub(crate) fn is_stopped(&self) -> bool {
-        self.told.iter().any(|told| told.is_stop()) || self.by_what_it_was_told()
+        self.received.iter().any(|received| received.is_stop()) || self.by_what_it_received()
     }
 
-    /// Whether it died of a signal that it was told.
-    pub(crate) fn by_what_it_was_told(&self) -> bool {
-        let by = self.status.signal();
-        by.is_some() && self.told.iter().any(|told| Some(told.signal as i32) == by)
+    /// Whether it died of a signal that was passed on to it.
+    pub(crate) fn by_what_it_received(&self) -> bool {
+        self.received.iter().any(|received| self.exit == received.signal.into())
     }
 }

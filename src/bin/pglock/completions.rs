@@ -7,7 +7,7 @@ use clap_mangen::Man;
 use crate::args::Cli;
 use crate::exit::{Exit, Failure, print, say};
 
-/// Print what lets a shell complete the words of a command
+/// Print a script that lets a shell complete the words of a command
 ///
 /// For bash, in ~/.bashrc: source <(pglock completions bash)
 #[derive(Args, Debug)]
@@ -18,7 +18,8 @@ pub(crate) struct CompletionsArgs {
 pub(crate) fn completions(args: &CompletionsArgs) -> Result<Exit, Failure> {
     let mut script = Vec::new();
     generate(args.shell, &mut Cli::command(), "pglock", &mut script);
-    print(&script)
+    print(&script)?;
+    Ok(Exit::FINE)
 }
 
 /// Print the manual page of pglock, or of one of its commands
@@ -42,5 +43,6 @@ pub(crate) fn man(args: &ManArgs) -> Result<Exit, Failure> {
     let mut page = Vec::new();
     let rendered = Man::new(command).render(&mut page);
     rendered.map_err(|error| Failure::System("cannot write the page", error))?;
-    print(&page)
+    print(&page)?;
+    Ok(Exit::FINE)
 }

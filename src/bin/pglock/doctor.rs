@@ -5,13 +5,14 @@ use pglock::LockOptions;
 use pglock::doctor::{Finding, Severity, examine};
 use serde_json::{Value, json};
 
-use crate::connect::{connect, disconnect};
+use crate::connection::close_pool;
+use crate::database::DatabaseArgs;
 use crate::exit::{Exit, Failure, print};
 
-/// Tell whether locks mean anything on a server, and what to change there
+/// Check whether locks exclude other sessions on a server, and what to change there
 ///
-/// Looks for a standby, a pooler in transaction mode, settings that end sessions, missing rights, and
-/// how many locks and connections are free; and takes a lock, to see that it can be done.
+/// Looks for a standby, a pooler in transaction mode, settings that end sessions, missing privileges, and
+/// how many locks and connections are free; and acquires a lock, to see that it can be done.
 #[derive(Args, Debug)]
 #[command(after_long_help = MORE)]
 pub(crate) struct DoctorArgs {
@@ -23,14 +24,15 @@ pub(crate) struct DoctorArgs {
 const MORE: &str = "\
 Exit codes:
    0  all is fine
-   1  there are warnings: locks hold what they promise, but not all of the time, or not for everything
-   2  something is broken: locks can't be had, or would mean nothing (or the command line is wrong)
+   1  there are warnings: locks work, but with a limit
+   2  something is broken: locks can't be acquired, or would exclude nothing; or the command line or the
+      environment is wrong
   69  the database can't be reached, or failed";
 
-pub(crate) async fn run(args: &DoctorArgs, url: Option<&str>) -> Result<Exit, Failure> {
-    let pool = connect(url).await?;
+pub(crate) async fn run(args: &DoctorArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    let pool = database.database("pglock doctor")?.pool(None).await?;
     let findings = examine(&pool, &LockOptions::new()).await;
-    disconnect(pool).await;
+    close_pool(pool).await;
     let findings = findings?;
     let text = if args.json { as_json(&findings) } else { as_lines(&findings) };
     print(text.as_bytes())?;

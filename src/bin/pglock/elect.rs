@@ -2,31 +2,35 @@
 
 use std::ffi::OsString;
 use std::future::poll_fn;
-use std::process::ExitStatus;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
 use clap::Args;
-use nix::unistd::gethostname;
+use nix::sys::signal::Signal;
 use pglock::{Election, Error, LeaderState, LeaderStatus, Leadership};
 use sqlx::PgPool;
 use tokio::sync::Mutex;
 
-use crate::child::Child;
-use crate::connect::{connect, disconnect};
+use crate::child::{self, Child, How};
+use crate::connection::disconnect;
+use crate::database::DatabaseArgs;
 use crate::exit::{Exit, Failure, LOST, complain, say};
+use crate::observe;
+use crate::ready::Readiness;
 use crate::run::seconds;
 use crate::signals::Signals;
-use crate::target::Target;
+use crate::target::{Target, application, host};
 
-/// Run a command on one machine at a time, the leader, and on another when that fails
+/// Run a command on one machine at a time, the leader, and on another one if that fails
 ///
-/// Waits until it is elected, and runs the command. If it does not lead any more, because the
-/// connection broke or somebody ended the session, the command is sent SIGTERM, and SIGKILL if it has
-/// not ended after the time of --grace. When the command has ended, it resigns, and waits to be elected again;
-/// after a pause, if the command has ended within a second, or failed within a minute. The pause is one to two
-/// seconds at first, and grows to a minute.
+/// Waits to be elected, and runs the command. If the leadership is lost, because the connection broke or the session
+/// was ended, all that the command has started is sent SIGTERM, and SIGKILL if it has not ended after the time
+/// of --grace. When the command has ended, pglock resigns, and waits to be elected again; after a pause, if
+/// the command has ended within a second, or failed within a minute. The pause is one to two seconds at first, and
+/// grows to a minute.
 #[derive(Args, Debug)]
 #[command(after_long_help = MORE)]
 pub(crate) struct ElectArgs {
@@ -34,69 +38,114 @@ pub(crate) struct ElectArgs {
     #[arg(long)]
     name: Option<String>,
 
-    /// Run the command once, and exit as it does
+    /// Run the command once, and exit with its exit code
     #[arg(long)]
     once: bool,
 
-    /// After a loss, how long the command may take to end before it is killed
+    /// After a loss, or SIGTERM, how long the command may take to end before it is killed
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "10")]
     grace: Duration,
+
+    /// A file that exists while the command of the leader runs; it contains the term
+    #[arg(long, value_name = "PATH")]
+    ready_file: Option<PathBuf>,
+
+    /// Run this string in sh(1) when the leadership is lost, while the command is ended
+    #[arg(long, value_name = "STRING")]
+    on_lost: Option<String>,
+
+    /// Run no command; print each change of the leader instead
+    #[arg(long, conflicts_with_all = ["name", "once", "ready_file", "on_lost"])]
+    observe: bool,
+
+    #[command(flatten)]
+    observing: observe::ObserveArgs,
 
     /// What is led: a number, a pair like 1,2, or a name
     #[arg(allow_negative_numbers = true)]
     key: Target,
 
     /// The command, and its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(required_unless_present = "observe", conflicts_with = "observe")]
     command: Vec<OsString>,
 }
 
 const MORE: &str = "\
 The command finds in its environment:
   PGLOCK_KEY    the key, as it was given
-  PGLOCK_TOKEN  the term: a number greater than that of every leader before; what the command writes
+  PGLOCK_TOKEN  the term: a number greater than that of every previous leader; what the command writes
                 to can refuse a smaller one than the greatest it has seen
 
-Signals: SIGINT, SIGQUIT and SIGTERM are passed on to the command; when it has ended, pglock resigns,
-and exits. So it does if the command dies of a SIGHUP, SIGUSR1 or SIGUSR2 that was passed on to it.
+Signals: SIGINT, SIGQUIT and SIGTERM are passed on to the command; when it has ended, pglock resigns and
+exits. It also exits if the command dies of a SIGHUP, SIGUSR1 or SIGUSR2 that was passed on to it.
 While no command runs, SIGHUP, SIGINT, SIGQUIT and SIGTERM end pglock at once.
 
+Under systemd with Type=notify, the service is ready when it is first elected, and its status shows whether it
+waits or leads; with TimeoutStartSec=infinity, candidates may wait for as long as they have to.
+
+With --observe, one line is printed for each change: the time, the name, the term, the address and the pid of the
+session, or that there is no leader. With --json it is an object: name, term, since, client_addr, pid; null without
+a leader. The command of --hook finds PGLOCK_KEY, PGLOCK_LEADER and PGLOCK_TOKEN, both empty
+without a leader.
+
 Exit codes:
-    0  it was told to stop while no command ran, or the command died of the signal that told it
-    2  the command line is wrong
+    0  a signal stopped it while no command ran, or the command died of the signal that was passed on
+    2  the command line or the environment is wrong
    69  the database can't be reached at the start, or failed for a reason that does not pass
-   71  the operating system refuses something
-   78  a lock would mean nothing there: a standby, a pooler in transaction mode, wrong settings
-  125  with --once: the post was lost before the command had ended
-  126  with --once: the command can't be run
-  127  with --once: the command was not found
+   71  the operating system refused something
+   78  a lock would exclude nothing there: a standby, a pooler in transaction mode, wrong settings
+  125  with --once: the leadership was lost before the command had ended
+  126  the command can't be run (after three terms; with --once, after the first)
+  127  the command was not found (the same)
 otherwise that of the command; 128 and more is the number of the signal that ended it.
 
-While nobody can be elected for a reason that passes, as a server that is restarted, it tries again
-each second. As for the terminal, and what happens if pglock is killed, see `pglock run --help`.
+While no campaign succeeds for a reason that passes, such as a restart of the server, it is retried every
+second. For terminals, and for what happens if pglock is killed, see pglock run --help.
 
 Examples:
   pglock elect billing -- ./send-invoices --daemon
-  pglock elect --name \"$POD_NAME\" --grace 30 scheduler -- ./scheduler";
+  pglock elect --name \"$POD_NAME\" --grace 30 --ready-file ./leads scheduler -- ./scheduler
+  pglock elect --observe --hook './route-to \"$PGLOCK_LEADER\"' billing";
 
-pub(crate) async fn run(args: ElectArgs, url: Option<&str>) -> Result<Exit, Failure> {
+/// How many terms in a row may end because the command can't be run.
+const ATTEMPTS: u8 = 3;
+
+pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    let verb = if args.observe { "observe" } else { "elect" };
+    let database = database.database(&application(verb, &args.key.text, args.command.first()))?;
     let mut signals = Signals::listen()?;
     let pool = tokio::select! {
         biased;
-        () = poll_fn(|cx| signals.poll_stop(cx)) => return Ok(Exit::FINE),
-        pool = connect(url) => pool?,
+        received = poll_fn(|cx| signals.poll_stop(cx)) => {
+            return Ok(stopped(args.observe, received.signal));
+        }
+        pool = database.pool(None) => pool?,
     };
-    let ended = run_on(&pool, signals, &args).await;
-    disconnect(pool).await;
+    let signals = Mutex::new(signals);
+    let ended = if args.observe {
+        observe::run(&pool, &mut *signals.lock().await, &args.key, &args.observing).await
+    } else {
+        run_on(&pool, &signals, &args).await
+    };
+    disconnect(pool, &mut *signals.lock().await).await;
     ended
 }
 
-async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exit, Failure> {
+/// A candidate that a signal stops has done what it should; a list that a signal ends is cut off.
+fn stopped(observes: bool, signal: Signal) -> Exit {
+    if observes { signal.into() } else { Exit::FINE }
+}
+
+async fn run_on(
+    pool: &PgPool,
+    signals: &Mutex<Signals>,
+    args: &ElectArgs,
+) -> Result<Exit, Failure> {
     let name = args.name.clone().unwrap_or_else(host);
     // The command has a grace period of its own.
     let mut election = Election::new(pool, &args.key.key).candidate(name).grace(Duration::MAX);
     let status = election.status();
-    let signals = Mutex::new(signals);
     // How to exit, once that is known.
     let exit = OnceLock::new();
     let stop = poll_fn(|cx| {
@@ -104,49 +153,62 @@ async fn run_on(pool: &PgPool, signals: Signals, args: &ElectArgs) -> Result<Exi
             return Poll::Ready(());
         }
         // A command that runs has them.
-        signals.try_lock().map_or(Poll::Pending, |mut signals| signals.poll_stop(cx))
+        signals.try_lock().map_or(Poll::Pending, |mut signals| signals.poll_stop(cx).map(|_| ()))
     });
+    let ready = Readiness::new(args.ready_file.clone(), &args.key);
+    let failed = AtomicU8::new(0);
     let lead = |leadership: Arc<Leadership>| {
-        let (signals, exit) = (&signals, &exit);
+        let (exit, ready, failed) = (&exit, &ready, &failed);
         async move {
             if leadership.is_stopping() {
                 return Ok(());
             }
-            match lead(&leadership, &mut *signals.lock().await, args).await {
-                Ok(Ended::Term(status)) if status.success() => Ok(()),
-                // The pause before the next term grows.
-                Ok(Ended::Term(status)) => Err(format!("the command ended with {status}")),
-                Ok(Ended::Program(code)) => {
-                    exit.set(Ok(code)).ok();
-                    Ok(())
+            let ended = lead(&leadership, &mut *signals.lock().await, args, ready).await;
+            ready.waits();
+            let exit_code = match ended {
+                Ok(Ended::Term(code @ Exit::Code(126 | 127)))
+                    if failed.fetch_add(1, Ordering::Relaxed) + 1 == ATTEMPTS =>
+                {
+                    Ok(code)
                 }
-                Err(failure) => {
-                    exit.set(Err(failure)).ok();
-                    Ok(())
+                Ok(Ended::Term(ended)) => {
+                    if !matches!(ended, Exit::Code(126 | 127)) {
+                        failed.store(0, Ordering::Relaxed);
+                    }
+                    // The pause before the next term grows.
+                    let failure = || Err(format!("the command ended with {ended}"));
+                    return if ended.is_success() { Ok(()) } else { failure() };
                 }
-            }
+                Ok(Ended::Program(code)) => Ok(code),
+                Err(failure) => Err(failure),
+            };
+            exit.set(exit_code).ok();
+            Ok(())
         }
     };
     tokio::select! {
         biased;
         ran = election.run(stop, lead) => match ran {
-            // The command has failed, which was said.
+            // The command has failed, which was reported.
             Ok(()) | Err(Error::LeaderFailed { .. }) => {}
             Err(error) => return Err(error.into()),
         },
-        () = complain_of_failures(status) => {}
+        () = report(status) => {}
     }
     exit.into_inner().unwrap_or(Ok(Exit::FINE))
 }
 
-/// Says why no campaign succeeds: once, and again when something else is wrong.
-async fn complain_of_failures(mut status: LeaderStatus) {
+/// Reports why no campaign succeeds: once, and again when something else is wrong.
+async fn report(mut status: LeaderStatus) {
     loop {
-        if let LeaderState::Failing { error, .. } = status.changed().await
-            && !matches!(error, Error::LeaderFailed { .. })
-        {
-            complain(&error);
-            say(format_args!("trying again each second"));
+        match status.changed().await {
+            LeaderState::Failing { error, .. } if !matches!(error, Error::LeaderFailed { .. }) => {
+                complain(&error);
+                say(format_args!("retrying every second"));
+            }
+            LeaderState::Waiting => tracing::info!("waiting to be elected"),
+            // Its start and end are reported where the command is run.
+            LeaderState::Failing { .. } | LeaderState::Idle | LeaderState::Leading { .. } | _ => {}
         }
     }
 }
@@ -154,7 +216,7 @@ async fn complain_of_failures(mut status: LeaderStatus) {
 /// What has ended with a command.
 enum Ended {
     Program(Exit),
-    Term(ExitStatus),
+    Term(Exit),
 }
 
 /// Runs the command for a term.
@@ -162,36 +224,46 @@ async fn lead(
     leadership: &Leadership,
     signals: &mut Signals,
     args: &ElectArgs,
+    ready: &Readiness,
 ) -> Result<Ended, Failure> {
     let term = leadership.term();
     say(format_args!("elected, term {term}"));
-    // What comes from now on, the command gets, from the terminal or from us.
-    while let Some(told) = signals.try_next() {
-        if told.is_stop() || told.is_hang_up() {
+    // From now on, signals are for the command.
+    while let Some(received) = signals.try_next() {
+        if received.is_stop() || received.is_hang_up() {
             return Ok(Ended::Program(Exit::FINE));
         }
     }
     let env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", term.to_string())];
-    let child = Child::start(&args.command, env)?;
-    let ended = child.supervise(signals, leadership.lost(), args.grace).await?;
+    let how = How {
+        key: args.key.text.clone(),
+        env: env.clone(),
+        wait_descendants: false,
+        grace: args.grace,
+        remove: args.ready_file.clone(),
+    };
+    let ended = match Child::start(&args.command, &how, signals)? {
+        Ok(child) => {
+            ready.leads(term)?;
+            let on_loss = |signals: &Signals| {
+                if let Some(script) = &args.on_lost {
+                    child::start_hook(script, &env, signals);
+                }
+            };
+            child.supervise(signals, leadership.lost(), on_loss).await
+        }
+        Err(exit) => child::Ended { exit, lost: false, received: Vec::new() },
+    };
     let lost = ended.lost || {
         // It may have been lost without a notice.
         leadership.verify().await.inspect_err(|error| complain(error)).is_err()
     };
-    let exit = Exit::of(ended.status);
-    say(format_args!("term {term} is over; the command ended with {exit}"));
+    say(format_args!("term {term} is over; the command ended with {}", ended.exit));
     Ok(if ended.is_stopped() {
-        Ended::Program(if ended.by_what_it_was_told() { Exit::FINE } else { exit })
+        Ended::Program(if ended.by_what_it_received() { Exit::FINE } else { ended.exit })
     } else if args.once {
-        Ended::Program(if lost { Exit::Code(LOST) } else { exit })
+        Ended::Program(if lost { Exit::Code(LOST) } else { ended.exit })
     } else {
-        Ended::Term(ended.status)
+        Ended::Term(ended.exit)
     })
-}
-
-fn host() -> String {
-    gethostname()
-        .ok()
-        .and_then(|name| name.into_string().ok())
-        .unwrap_or_else(|| format!("process-{}", std::process::id()))
 }

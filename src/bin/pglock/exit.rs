@@ -1,12 +1,12 @@
-//! How the program ends: the exit codes, and what is said on standard error.
+//! How the program ends: the exit codes, and what it prints on standard error.
 
 use std::error::Error;
 use std::fmt;
 use std::io::{self, Write, stderr, stdout};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{ExitCode, ExitStatus};
+use std::process::{self, ExitCode};
 
 use nix::sys::signal::Signal;
+use sqlx::error::DatabaseError;
 
 /// The database can't be reached, or failed. `EX_UNAVAILABLE` of sysexits.h.
 const UNAVAILABLE: u8 = 69;
@@ -24,33 +24,30 @@ pub(crate) const LOST: u8 = 125;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Exit {
     Code(u8),
-    /// As one that a signal has ended, whether or not it did.
+    /// As for a process that this signal has ended.
     Signal(i32),
 }
 
 impl Exit {
     pub(crate) const FINE: Self = Self::Code(0);
 
-    /// As clap says it.
+    /// The command line or the environment is wrong. As clap has it.
     pub(crate) const USAGE: Self = Self::Code(2);
 
-    /// As a command has ended.
-    pub(crate) fn of(status: ExitStatus) -> Self {
-        match (status.code(), status.signal()) {
-            (Some(code), _) => Self::Code(u8::try_from(code).unwrap_or(u8::MAX)),
-            (None, signal) => Self::Signal(signal.unwrap_or_default()),
-        }
+    /// The command or the wait succeeded.
+    pub(crate) fn is_success(self) -> bool {
+        self == Self::FINE
     }
 
     /// Ends the program.
     ///
-    /// By a number, as a shell tells of its commands. Only by SIGINT it really ends, for a shell looks
-    /// at that to know whether the loop is to go on in which this program runs.
+    /// With the number that a shell uses for its commands. Only SIGINT really ends it, because a shell that runs
+    /// a loop ends the loop only then. The first process of a container can't be ended by a signal.
     pub(crate) fn leave(self) -> ExitCode {
         match self {
             Self::Code(code) => ExitCode::from(code),
             Self::Signal(signal) => {
-                if signal == Signal::SIGINT as i32 {
+                if signal == Signal::SIGINT as i32 && process::id() != 1 {
                     // It does not return, and if it does, the number says the same.
                     drop(signal_hook::low_level::emulate_default_handler(signal));
                 }
@@ -79,7 +76,7 @@ impl From<Signal> for Exit {
 }
 
 impl From<Failure> for Exit {
-    /// Says what went wrong, and what that comes to.
+    /// Reports what went wrong, and returns the exit code for it.
     fn from(failure: Failure) -> Self {
         complain(&failure);
         Self::Code(match failure {
@@ -88,40 +85,54 @@ impl From<Failure> for Exit {
                 | pglock::Error::NoExclusion { .. }
                 | pglock::Error::SettingsRejected { .. }
                 | pglock::Error::Standby { .. },
-            )
-            | Failure::Url(_) => CONFIGURATION,
-            Failure::Connect(_) | Failure::Inspect(_) | Failure::Lock(_) => UNAVAILABLE,
+            ) => CONFIGURATION,
+            Failure::Connect { .. }
+            | Failure::Inspect(_)
+            | Failure::Lock(_)
+            | Failure::Unanswered(..) => UNAVAILABLE,
             Failure::System(..) => SYSTEM,
+            Failure::Usage(_) => return Self::USAGE,
         })
     }
 }
 
-/// Why the program did not do what it was asked.
+/// Why the program did not do what it was asked for.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    Connect(sqlx::Error),
+    /// No connection, and to which server.
+    Connect {
+        error: sqlx::Error,
+        server: String,
+    },
     Inspect(sqlx::Error),
     Lock(pglock::Error),
-    /// What could not be done, and what the operating system said.
+    /// What could not be done, and what the operating system returned.
     System(&'static str, io::Error),
-    Url(sqlx::Error),
+    /// For which lock, and within which limit.
+    Unanswered(String, sqlx::Error),
+    /// The command line or the environment is wrong.
+    Usage(String),
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Connect(_) => f.write_str(
-                "cannot connect to the database; check --url, DATABASE_URL or PGHOST, that the \
-                 server runs, and the login",
+            Self::Connect { server, .. } => write!(
+                f,
+                "cannot connect to {server}; check --url, DATABASE_URL or PGHOST, that the server \
+                 runs, and the login"
             ),
-            Self::Inspect(_) => {
-                f.write_str("cannot ask the database for its locks; its own message says why")
-            }
+            Self::Inspect(error) if is_forbidden(error) => f.write_str(
+                "this role is not allowed to list the locks; grant it what the server names",
+            ),
+            Self::Inspect(_) => f.write_str("cannot list the locks of the database"),
             Self::Lock(error) => error.fmt(f),
             Self::System(what, _) => f.write_str(what),
-            Self::Url(_) => f.write_str(
-                "cannot read the URL of the database; it looks like postgres://user@host/database",
+            Self::Unanswered(key, _) => write!(
+                f,
+                "cannot tell whether the lock {key} is free; check the server and the network"
             ),
+            Self::Usage(what) => f.write_str(what),
         }
     }
 }
@@ -129,11 +140,20 @@ impl fmt::Display for Failure {
 impl Error for Failure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::Connect(error) | Self::Inspect(error) | Self::Url(error) => Some(error),
+            Self::Connect { error, .. } | Self::Inspect(error) | Self::Unanswered(_, error) => {
+                Some(error)
+            }
             Self::Lock(error) => error.source(),
             Self::System(_, error) => Some(error),
+            Self::Usage(_) => None,
         }
     }
+}
+
+/// SQLSTATE `insufficient_privilege`.
+pub(crate) fn is_forbidden(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(DatabaseError::code);
+    code.is_some_and(|code| code == "42501")
 }
 
 impl From<pglock::Error> for Failure {
@@ -142,28 +162,37 @@ impl From<pglock::Error> for Failure {
     }
 }
 
-/// Prints what was asked for on standard output.
-pub(crate) fn print(text: &[u8]) -> Result<Exit, Failure> {
-    let printed = stdout().write_all(text).and_then(|()| stdout().flush());
-    printed.map(|()| Exit::FINE).map_err(|error| Failure::System("cannot print", error))
+/// Prints on standard output. Returns whether it is still read: `head` has seen enough sooner.
+pub(crate) fn print(text: &[u8]) -> Result<bool, Failure> {
+    match stdout().write_all(text).and_then(|()| stdout().flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Failure::System("cannot print", error)),
+    }
 }
 
-/// Says an error and what is behind it, in one line on standard error.
+/// Reports an error and its causes, in one line on standard error.
 pub(crate) fn complain(error: &dyn Error) {
+    say(format_args!("{}", chain(error)));
+}
+
+/// An error and its causes, in one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
         let reason = error.to_string();
-        // Some errors of others repeat what is behind them.
+        // Some errors of others repeat their cause.
         if !line.ends_with(&reason) {
             line = format!("{line}: {reason}");
         }
         source = error.source();
     }
-    say(format_args!("{line}"));
+    line
 }
 
-/// Says something on standard error. That nobody may hear it is no reason to stop.
+/// Prints a line on standard error. It is no failure if that is closed.
 pub(crate) fn say(what: fmt::Arguments<'_>) {
-    drop(writeln!(stderr(), "pglock: {what}"));
+    // In one piece, so that the lines of several processes do not mix.
+    drop(stderr().write_all(format!("pglock: {what}\n").as_bytes()));
 }

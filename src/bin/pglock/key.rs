@@ -1,15 +1,16 @@
-//! `pglock key`: the numbers that a name is.
+//! `pglock key`: the numbers that a name is locked by.
 
 use clap::Args;
 
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, print};
 use crate::show;
 use crate::table;
 
 /// Show the numbers that a name is locked by, and where PostgreSQL shows them
 ///
 /// Different programs make different numbers of the same name. CLASSID, OBJID and OBJSUBID are how
-/// PostgreSQL shows them in its view of locks. Asks no database.
+/// PostgreSQL shows them in its view of locks. A name may be written name:NAME, as in other commands. No database is
+/// needed.
 #[derive(Args, Debug)]
 pub(crate) struct KeyArgs {
     /// The name; for Rails, that of the database
@@ -17,13 +18,14 @@ pub(crate) struct KeyArgs {
 }
 
 pub(crate) fn run(args: &KeyArgs) -> Result<Exit, Failure> {
-    let rows = show::schemes(&args.name).map(|(scheme, key)| {
+    let name = args.name.strip_prefix("name:").unwrap_or(&args.name);
+    let rows = show::schemes(name).map(|(scheme, key)| {
         let [classid, objid, objsubid] = show::place(&key).unwrap_or_default();
         let numbers = [classid, objid, objsubid].map(|number| number.to_string());
         let [classid, objid, objsubid] = numbers;
         [scheme.to_owned(), show::written(&key), classid, objid, objsubid]
     });
     let headline = ["SCHEME", "KEY", "CLASSID", "OBJID", "OBJSUBID"];
-    show::print(&table::lay_out(headline, &rows, table::width()))?;
+    print(table::lay_out(headline, &rows, table::width()).as_bytes())?;
     Ok(Exit::FINE)
 }

@@ -5,20 +5,22 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use pglock::inspect::{self, LockInfo, Session};
-use sqlx::PgPool;
-use sqlx::error::DatabaseError;
+use sqlx::PgConnection;
 use tokio::time::sleep;
 
-use crate::connect::{connect, disconnect};
-use crate::exit::{Exit, Failure, say};
+use crate::connection::close;
+use crate::database::{Database, DatabaseArgs};
+use crate::exit::{Exit, Failure, is_forbidden, print, say};
 use crate::show::{self, Names};
 use crate::table;
+use crate::target::Target;
+use crate::who;
 
 /// End a session, and with it all the locks that it holds and waits for
 ///
-/// Shows what the session holds, asks whether to go on, and ends the session that was shown, never
-/// another one that got its pid meanwhile. Its client gets an error; a holder that uses pglock is told at
-/// once that its lock is lost.
+/// Shows what the session holds, asks for confirmation, and ends the session that was shown, never another one that
+/// got its pid meanwhile. Its client gets an error; a holder that uses pglock is notified at once that its
+/// lock is lost.
 #[derive(Args, Debug)]
 #[command(after_long_help = MORE)]
 pub(crate) struct KillArgs {
@@ -29,17 +31,20 @@ pub(crate) struct KillArgs {
     #[command(flatten)]
     names: Names,
 
-    /// The pid of the session, as pglock ls shows it
-    pid: i32,
+    /// The pid of the session, as pglock ls shows it; or a key, for the session that holds its lock
+    #[arg(value_name = "PID|KEY", allow_negative_numbers = true)]
+    target: Target,
 }
 
 const MORE: &str = "\
+A number is a pid: pglock who 42 shows the pids of the lock 42. name:42 is a name that looks like a number.
+
 Exit codes:
    0  the session is ended
-   1  it is not: it holds no lock and waits for none, is gone, or the answer was no
-   2  there is no terminal to ask on, and no --yes
+   1  it is not: it holds no lock and waits for none, has ended before, or the answer was no
+   2  there is no terminal to ask on, and no --yes; or several sessions hold the lock
   69  the database can't be reached, or failed
-  77  the role must not end it; that takes the session's own role or pg_signal_backend, and
+  77  the role is not allowed to end it; that takes the session's own role or pg_signal_backend, and
       pg_read_all_stats to see which session it is; and a superuser for a superuser's";
 
 const NOT_ENDED: Exit = Exit::Code(1);
@@ -47,85 +52,119 @@ const NOT_ENDED: Exit = Exit::Code(1);
 /// `EX_NOPERM` of sysexits.h.
 const FORBIDDEN: Exit = Exit::Code(77);
 
-/// How long to look until the session is gone.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait until the session has ended.
+const ENDING: Duration = Duration::from_secs(10);
 
-pub(crate) async fn run(args: KillArgs, url: Option<&str>) -> Result<Exit, Failure> {
-    let pool = connect(url).await?;
-    let ended = kill(&args, &pool).await;
-    disconnect(pool).await;
+pub(crate) async fn run(args: KillArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    let database = database.database("pglock kill")?;
+    let mut conn = database.connect().await?;
+    let ended = kill(&args, &database, &mut conn).await;
+    close(conn).await;
     ended
 }
 
-async fn kill(args: &KillArgs, pool: &PgPool) -> Result<Exit, Failure> {
-    let mut locks = locks_of(pool, args.pid).await?;
+async fn kill(
+    args: &KillArgs,
+    database: &Database,
+    conn: &mut PgConnection,
+) -> Result<Exit, Failure> {
+    let pid = match args.target.text.parse() {
+        Ok(pid) => pid,
+        Err(_) => match holder(&args.target, database, conn).await? {
+            Ok(pid) => pid,
+            Err(exit) => return Ok(exit),
+        },
+    };
+    let mut locks = locks_of(conn, pid).await?;
     let Some(session) = locks.first().and_then(|lock| lock.session.clone()) else {
         say(format_args!(
-            "session {} neither holds nor waits for an advisory lock of this database; \
-             pglock ls shows those that do",
-            args.pid
+            "session {pid} neither holds nor waits for an advisory lock of this database; pglock ls \
+             shows those that do"
         ));
         return Ok(NOT_ENDED);
     };
-    inspect::name_keys(&mut locks, args.names.keys());
-    show::print(&show::table(&locks, table::width()))?;
+    inspect::name_keys(&mut locks, args.names.keys()?);
+    inspect::name_keys(&mut locks, [&args.target.key]);
+    print(show::table(&locks, database.name(), table::width()).as_bytes())?;
     if session.started_at.is_none() {
-        say(format_args!(
-            "this role can't see which session {} is; grant it pg_read_all_stats",
-            args.pid
-        ));
+        say(format_args!("this role can't see which session {pid} is; grant it pg_read_all_stats"));
         return Ok(FORBIDDEN);
     }
     if !args.yes {
         if !stdin().is_terminal() {
-            say(format_args!("there is no terminal to ask on; say --yes to end the session"));
+            say(format_args!("there is no terminal to ask on; add --yes to end the session"));
             return Ok(Exit::USAGE);
         }
-        if !confirmed(args.pid)? {
-            say(format_args!("the session goes on"));
+        if !confirmed(pid)? {
+            say(format_args!("the session continues"));
             return Ok(NOT_ENDED);
         }
     }
-    match inspect::terminate(pool, &session).await {
-        Ok(true) => wait(pool, &session).await,
+    match inspect::terminate(&mut *conn, &session).await {
+        Ok(true) => wait(conn, &session).await,
         Ok(false) => {
-            say(format_args!("the session is gone already"));
+            say(format_args!("the session has ended already"));
             Ok(NOT_ENDED)
         }
         Err(error) if is_forbidden(&error) => {
-            say(format_args!("this role must not end the session; grant it pg_signal_backend"));
+            say(format_args!(
+                "this role is not allowed to end the session; grant it pg_signal_backend"
+            ));
             Ok(FORBIDDEN)
         }
         Err(error) => Err(Failure::Inspect(error)),
     }
 }
 
-async fn locks_of(pool: &PgPool, pid: i32) -> Result<Vec<LockInfo>, Failure> {
-    let mut locks = inspect::locks(pool).await.map_err(Failure::Inspect)?;
+/// Finds the session that holds a lock. `Err` if there is not exactly one, which is reported.
+async fn holder(
+    target: &Target,
+    database: &Database,
+    conn: &mut PgConnection,
+) -> Result<Result<i32, Exit>, Failure> {
+    let locks = who::locks_of(&mut *conn, &target.key).await.map_err(Failure::Inspect)?;
+    let sessions = locks.iter().filter(|lock| lock.held).filter_map(|lock| lock.session.as_ref());
+    let mut pids: Vec<i32> = sessions.map(|session| session.backend_pid).collect();
+    pids.sort_unstable();
+    pids.dedup();
+    match pids.as_slice() {
+        [pid] => Ok(Ok(*pid)),
+        [] => {
+            say(format_args!("no session holds {target}"));
+            Ok(Err(NOT_ENDED))
+        }
+        _ => {
+            print(show::table(&locks, database.name(), table::width()).as_bytes())?;
+            say(format_args!("several sessions hold {target}; name one by its pid"));
+            Ok(Err(Exit::USAGE))
+        }
+    }
+}
+
+async fn locks_of(conn: &mut PgConnection, pid: i32) -> Result<Vec<LockInfo>, Failure> {
+    let mut locks = inspect::locks(conn).await.map_err(Failure::Inspect)?;
     locks.retain(|lock| lock.session.as_ref().is_some_and(|session| session.backend_pid == pid));
     Ok(locks)
 }
 
 /// Waits until the session holds nothing any more.
-async fn wait(pool: &PgPool, session: &Session) -> Result<Exit, Failure> {
-    let told = Instant::now();
-    loop {
-        let is_there = |lock: &LockInfo| {
-            lock.session.as_ref().is_some_and(|now| now.started_at == session.started_at)
-        };
-        if !locks_of(pool, session.backend_pid).await?.iter().any(is_there) {
-            say(format_args!("session {} is ended", session.backend_pid));
-            return Ok(Exit::FINE);
-        }
-        if told.elapsed() > PATIENCE {
+async fn wait(conn: &mut PgConnection, session: &Session) -> Result<Exit, Failure> {
+    let started = Instant::now();
+    let is_there = |lock: &LockInfo| {
+        lock.session.as_ref().is_some_and(|now| now.started_at == session.started_at)
+    };
+    while locks_of(conn, session.backend_pid).await?.iter().any(is_there) {
+        if started.elapsed() > ENDING {
             say(format_args!(
-                "session {} was told to end, and has not within {PATIENCE:?}",
+                "session {} was sent the signal to end, and has not ended within {ENDING:?}",
                 session.backend_pid
             ));
             return Ok(NOT_ENDED);
         }
         sleep(Duration::from_millis(20)).await;
     }
+    say(format_args!("session {} is ended", session.backend_pid));
+    Ok(Exit::FINE)
 }
 
 fn confirmed(pid: i32) -> Result<bool, Failure> {
@@ -135,10 +174,4 @@ fn confirmed(pid: i32) -> Result<bool, Failure> {
         .and_then(|()| stdin().lock().read_line(&mut answer));
     asked.map_err(|error| Failure::System("cannot ask", error))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
-}
-
-/// SQLSTATE `insufficient_privilege`.
-fn is_forbidden(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(DatabaseError::code);
-    code.is_some_and(|code| code == "42501")
 }

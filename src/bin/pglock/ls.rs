@@ -1,27 +1,31 @@
-//! `pglock ls`: who holds and who waits.
+//! `pglock ls`: the holders and waiters of all locks of a database.
 
 use std::io::{IsTerminal, stdout};
 use std::time::Duration;
 
 use clap::Args;
-use pglock::inspect;
+use pglock::Key;
+use pglock::inspect::{self, LockInfo};
+use sqlx::PgConnection;
 use tokio::time::sleep;
 
-use crate::connect::{connect, disconnect};
-use crate::exit::{Exit, Failure, say};
+use crate::connection::close;
+use crate::database::{Database, DatabaseArgs};
+use crate::exit::{Exit, Failure, print, say};
 use crate::show::{self, Names};
 use crate::table;
+use crate::watch;
 
-/// List who holds and who waits for the advisory locks of the database
+/// List the holders and waiters of the advisory locks of the database
 ///
 /// Those of all programs, not only of pglock. Waiters are below those that they wait for. STATE is what
-/// the session does, and since when; SESSION is its age. PostgreSQL does not know since when a lock is
-/// held, only that its session is no younger.
+/// the session does, and for how long; SESSION is its age. PostgreSQL does not know since when a lock is
+/// held, only that its session is at least as old.
 #[derive(Args, Debug)]
-#[command(after_long_help = show::JSON)]
+#[command(after_long_help = format!("{LONG}\n\n{}", show::JSON))]
 pub(crate) struct LsArgs {
-    /// Go on, and show it again each so many seconds; with --json, a line each
-    #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, require_equals = true)]
+    /// Continue, and show it again every N seconds; with --json, one line each
+    #[arg(short, long, value_name = "N", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     watch: Option<u16>,
 
@@ -33,36 +37,65 @@ pub(crate) struct LsArgs {
     names: Names,
 }
 
-/// Moves to the upper left, and clears from there to the end.
-const CLEAR: &str = "\x1b[H\x1b[J";
+const LONG: &str = "\
+In a terminal, --watch fills the screen: q or ^C quits, s sorts by key, by the time of a wait or by the age
+of the session, arrows, Page Up, Page Down, Home and End scroll.
 
-pub(crate) async fn run(args: LsArgs, url: Option<&str>) -> Result<Exit, Failure> {
-    let pool = connect(url).await?;
-    let clear = if stdout().is_terminal() && !args.json { CLEAR } else { "" };
+The keys of migrations of Prisma, node-pg-migrate, goose, golang-migrate, Flyway, sqlx and Rails are shown by
+name; other names that were hashed can't be read back, but are recognized if they are given with --name or
+--names.";
+
+pub(crate) async fn run(args: LsArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    let database = database.database("pglock ls")?;
+    let keys = args.names.keys()?;
+    if let Some(interval) = args.watch.map(|seconds| Duration::from_secs(seconds.into())) {
+        if stdout().is_terminal() && !args.json {
+            return watch::run(&database, &keys, interval).await;
+        }
+        return repeat(&database, &keys, interval, args.json).await;
+    }
+    let mut conn = database.connect().await?;
+    let locks = locks(&mut conn, &keys).await?;
+    close(conn).await;
+    if args.json {
+        print(format!("{:#}\n", show::json(&locks, database.name())).as_bytes())?;
+    } else if locks.is_empty() {
+        say(format_args!("no advisory lock of database {} is held or waited for", database.name()));
+    } else {
+        print(show::table(&locks, database.name(), table::width()).as_bytes())?;
+        if let Some(hidden) = show::hidden(&locks) {
+            say(format_args!("{hidden}"));
+        }
+    }
+    Ok(Exit::FINE)
+}
+
+/// Prints the list again and again, until it is not read any more.
+async fn repeat(
+    database: &Database,
+    keys: &[Key],
+    interval: Duration,
+    json: bool,
+) -> Result<Exit, Failure> {
+    let mut conn = database.connect().await?;
     loop {
-        let mut locks = inspect::locks(&pool).await.map_err(Failure::Inspect)?;
-        inspect::name_keys(&mut locks, args.names.keys());
-        let Some(watch) = args.watch else {
-            let text = if args.json {
-                format!("{:#}\n", show::json(&locks))
-            } else if locks.is_empty() {
-                say(format_args!("no advisory lock of this database is held or waited for"));
-                String::new()
-            } else {
-                show::table(&locks, table::width())
-            };
-            show::print(&text)?;
-            disconnect(pool).await;
-            return Ok(Exit::FINE);
-        };
-        let text = if args.json {
-            format!("{}\n", show::json(&locks))
+        let locks = locks(&mut conn, keys).await?;
+        let text = if json {
+            format!("{}\n", show::json(&locks, database.name()))
         } else {
-            format!("{clear}{}\n", show::table(&locks, table::width()))
+            format!("{}\n", show::table(&locks, database.name(), table::width()))
         };
-        if !show::print(&text)? {
+        if !print(text.as_bytes())? {
+            close(conn).await;
             return Ok(Exit::FINE);
         }
-        sleep(Duration::from_secs(watch.into())).await;
+        sleep(interval).await;
     }
+}
+
+/// Returns the locks, under the names that are known.
+pub(crate) async fn locks(conn: &mut PgConnection, keys: &[Key]) -> Result<Vec<LockInfo>, Failure> {
+    let mut locks = inspect::locks(conn).await.map_err(Failure::Inspect)?;
+    inspect::name_keys(&mut locks, keys);
+    Ok(locks)
 }

@@ -1,25 +1,34 @@
 //! The program `pglock`: locks for a shell.
 //!
-//! One file per command; what several need is in files of its own. All that it knows of PostgreSQL, it
-//! knows from the library.
+//! One file per command; what several commands need is in files of its own. All that it knows about PostgreSQL's
+//! locks, it knows from the library.
 
 mod args;
 mod run;
+mod acquire;
 mod elect;
+mod observe;
+mod ready;
 mod ls;
+mod watch;
 mod who;
 mod kill;
 mod key;
 mod doctor;
 mod completions;
-mod connect;
+mod database;
+mod connection;
 mod child;
+mod guardian;
+mod descendants;
 mod become_command;
 mod signals;
 mod target;
 mod show;
+mod known;
 mod tree;
 mod table;
+mod log;
 mod exit;
 
 use std::process::ExitCode;
@@ -31,27 +40,31 @@ use args::{Cli, Command};
 use exit::{Exit, Failure};
 
 fn main() -> ExitCode {
-    let Cli { url, command } = Cli::parse();
-    // On this thread, for a child that is to end with its parent ends with the thread that made it.
+    let cli = Cli::parse();
+    log::start(cli.verbose);
+    // On this thread, because a child that is killed with its parent is killed with the thread that made it.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Exit::from(Failure::System("cannot start", error)).leave(),
     };
-    // An empty DATABASE_URL is none.
-    let url = url.as_deref().filter(|url| !url.is_empty());
-    let ended = runtime.block_on(async {
-        match command {
-            Command::Run(args) => run::run(args, url).await,
-            Command::Elect(args) => elect::run(args, url).await,
-            Command::Ls(args) => ls::run(args, url).await,
-            Command::Who(args) => who::run(args, url).await,
-            Command::Kill(args) => kill::run(args, url).await,
-            Command::Key(args) => key::run(&args),
-            Command::Doctor(args) => doctor::run(&args, url).await,
-            Command::Completions(args) => completions::completions(&args),
-            Command::Man(args) => completions::man(&args),
-            Command::Become(args) => Ok(become_command::run(&args)),
-        }
-    });
+    let ended = runtime.block_on(start(cli));
+    // Not waiting for a name server that does not answer.
+    runtime.shutdown_background();
     ended.unwrap_or_else(Exit::from).leave()
+}
+
+async fn start(Cli { database, command, .. }: Cli) -> Result<Exit, Failure> {
+    match command {
+        Command::Run(args) => run::run(args, database).await,
+        Command::Elect(args) => elect::run(args, database).await,
+        Command::Ls(args) => ls::run(args, database).await,
+        Command::Who(args) => who::run(args, database).await,
+        Command::Kill(args) => kill::run(args, database).await,
+        Command::Key(args) => key::run(&args),
+        Command::Doctor(args) => doctor::run(&args, database).await,
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::man(&args),
+        Command::Become(args) => Ok(become_command::run(&args)),
+        Command::Guardian(args) => guardian::run(args).await,
+    }
 }

@@ -4,40 +4,46 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use clap::Args;
-use pglock::{Error, ExclusiveGuard, Lock, Loss, Permit, Result, Semaphore, SharedGuard};
 use sqlx::PgPool;
 
-use crate::child::Child;
-use crate::connect::{connect, disconnect};
+use crate::acquire::{Held, Wanted, acquire};
+use crate::child::{Child, How};
+use crate::connection::disconnect;
+use crate::database::DatabaseArgs;
 use crate::exit::{Exit, Failure, LOST, complain};
 use crate::signals::Signals;
-use crate::target::Target;
+use crate::target::{Target, application};
 
-/// Run a command while a lock is held, as flock(1) does, but for all machines together
+/// Run a command while a lock is held: flock(1) for all machines together
 ///
-/// Waits for the lock, runs the command, and releases the lock when the command has ended. If the lock
-/// is lost before, because the connection broke or somebody ended the session, the command is sent
-/// SIGTERM, and SIGKILL if it has not ended after the time of --grace.
+/// Waits for the lock, runs the command, and releases the lock when the command has ended. If the lock is lost
+/// before, because the connection broke or the session was ended, all that the command has started is sent SIGTERM,
+/// and SIGKILL if it has not ended after the time of --grace. Then pglock exits with 125.
 #[derive(Args, Debug)]
 #[command(after_long_help = MORE)]
+#[expect(clippy::struct_excessive_bools, reason = "they are flags")]
 pub(crate) struct RunArgs {
-    /// Hold the lock together with others who do so too
+    /// Hold the lock alone (the default)
+    #[arg(short = 'x', long, visible_short_alias = 'e', conflicts_with_all = ["shared", "permits"])]
+    exclusive: bool,
+
+    /// Hold the lock together with other shared holders
     #[arg(short, long, conflicts_with = "permits")]
     shared: bool,
 
-    /// Hold one of so many permits of a semaphore; of different numbers, the largest counts
-    #[arg(short, long, value_name = "N")]
-    permits: Option<usize>,
+    /// Hold one of N permits of a semaphore; of different numbers, the largest counts
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    permits: Option<u16>,
 
     /// Don't wait for a lock that is not free
     #[arg(short, long, visible_alias = "nb", alias = "nonblock", conflicts_with = "wait")]
     no_wait: bool,
 
-    /// Wait for so long at most; fractions are allowed
+    /// Wait at most this long, the connecting included; fractions are allowed
     #[arg(short, long, visible_alias = "timeout", value_name = "SECONDS", value_parser = seconds)]
     wait: Option<Duration>,
 
-    /// The exit code if the lock was not got
+    /// The exit code if the lock was not acquired
     #[arg(
         short = 'E',
         long,
@@ -47,97 +53,140 @@ pub(crate) struct RunArgs {
     )]
     exit_code: u8,
 
-    /// After a loss, how long the command may take to end before it is killed
+    /// Fail if the database fails while the lock is waited for, instead of waiting until it is back
+    #[arg(long)]
+    no_retry: bool,
+
+    /// Hold the lock until all processes that the command has started have ended, as flock(1) does
+    #[arg(long)]
+    wait_descendants: bool,
+
+    /// After a loss, or SIGTERM, how long the command may take to end before it is killed
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "10")]
     grace: Duration,
 
-    /// What is locked: a number, a pair like 1,2, or a name
+    /// Run this string in sh(1)
+    #[arg(short = 'c', long = "command", value_name = "STRING", conflicts_with = "command")]
+    script: Option<OsString>,
+
+    /// The lock: a number, a pair like 1,2, or a name
     #[arg(allow_negative_numbers = true)]
     key: Target,
 
     /// The command, and its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required_unless_present = "script")]
     command: Vec<OsString>,
 }
 
 const MORE: &str = "\
 The command finds in its environment:
   PGLOCK_KEY    the key, as it was given
-  PGLOCK_TOKEN  a number greater than that of every holder before; what the command writes to can
+  PGLOCK_TOKEN  a number greater than that of every previous holder; what the command writes to can
                 refuse a smaller one than the greatest it has seen
-  PGLOCK_SLOT   with --permits, the number of the permit, from 0; nobody else has it
+  PGLOCK_SLOT   with --permits, the number of the permit, from 0; no other holder has it
 
 Exit codes, beside those of the command:
-    1  the lock was not got (-n, -w); another with -E
-    2  the command line is wrong
+    1  the lock was not acquired (-n, -w); another code with -E
+    2  the command line or the environment is wrong
    69  the database can't be reached, or failed
-   71  the operating system refuses something
-   78  a lock would mean nothing there: a standby, a pooler in transaction mode, wrong settings
-  125  the lock was lost before the command had ended, however that ended
+   71  the operating system refused something
+   78  a lock would exclude nothing there: a standby, a pooler in transaction mode, wrong settings
+  125  the lock was lost before the command had ended; nothing of the command runs any more
   126  the command can't be run
   127  the command was not found
   128  and more: the number of the signal that ended the command, or the wait for the lock
 
-Signals: SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the command; while
-the lock is waited for, they end the wait. What the terminal sends (^C), the command gets from
-the terminal. Only the command itself is told and waited for: a script should end what it has
-started, or exec its last command.
+Processes: if the lock is lost, pglock ends all that the command has started, daemons and processes in
+other process groups included, and exits after the last one has ended. If pglock is killed (SIGKILL), all of it is
+killed. That is so on Linux with /proc; elsewhere, only the command itself is ended, and nothing if pglock is
+killed. What runs with the rights of another user, as with sudo(8), can't be killed; pglock waits for it.
+By default the lock is released when the command itself has ended, and what it leaves in the
+background continues without the lock; with --wait-descendants, the lock is held for that, too.
 
-The command is in the same process group, so ^Z stops both. A pglock that stands still for more than
-4 s can't know whether the lock is still held: when it goes on, the lock counts as lost.
+Signals: SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the command; while the
+lock is waited for, they end the wait. After SIGTERM, the command has the time of --grace before all that it has
+started is killed. The keys of a terminal (^C) reach the command from the terminal. ^Z stops
+both; a pglock that is stopped for more than 4 s can't know whether the lock is still held: when it
+continues, the lock counts as lost.
 
-If pglock is killed (SIGKILL), the lock is free at once. On Linux the command is killed with it,
-unless it runs with the rights of another user, as sudo(8) does; elsewhere it goes on.
+A wait survives a restart of the server, unless --no-retry is given; its place in the queue is lost. At the
+start, the database has to be there. With -n, connecting is limited by --connect-timeout only.
 
 Examples:
   pglock run nightly-report -- ./report.sh
   pglock run -n backup -- ./backup.sh
   pglock run -w 2.5 -E 75 deploy -- make deploy
+  pglock run -c 'date >> log' deploy
   pglock run --permits 3 encoders -- sh -c 'exec encode --gpu \"$PGLOCK_SLOT\"'";
 
-/// A lock that is held.
-enum Held {
-    Exclusive(ExclusiveGuard),
-    Shared(SharedGuard),
-    Permit(Permit),
-}
-
-pub(crate) async fn run(args: RunArgs, url: Option<&str>) -> Result<Exit, Failure> {
+pub(crate) async fn run(mut args: RunArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    if let Some(script) = args.script.take() {
+        args.command = vec!["sh".into(), "-c".into(), script];
+    }
+    let name = application("run", &args.key.text, args.command.first());
+    let database = database.database(&name)?;
     let mut signals = Signals::listen()?;
+    let wanted = args.wanted();
     let pool = tokio::select! {
         biased;
-        told = signals.next() => return Ok(told.signal.into()),
-        pool = connect(url) => pool?,
+        received = signals.next() => return Ok(received.signal.into()),
+        pool = database.pool(wanted.remaining()) => pool?,
     };
-    let ended = run_on(&pool, &mut signals, args).await;
-    disconnect(pool).await;
+    let ended = run_on(&pool, &mut signals, args, &wanted).await;
+    disconnect(pool, &mut signals).await;
     ended
 }
 
-async fn run_on(pool: &PgPool, signals: &mut Signals, args: RunArgs) -> Result<Exit, Failure> {
+async fn run_on(
+    pool: &PgPool,
+    signals: &mut Signals,
+    args: RunArgs,
+    wanted: &Wanted,
+) -> Result<Exit, Failure> {
     let acquired = tokio::select! {
         biased;
-        told = signals.next() => return Ok(told.signal.into()),
-        acquired = args.acquire(pool) => acquired?,
+        received = signals.next() => return Ok(received.signal.into()),
+        acquired = acquire(pool, wanted) => acquired?,
     };
-    let Some((held, token)) = acquired else { return Ok(Exit::Code(args.exit_code)) };
-    let mut env = vec![("PGLOCK_KEY", args.key.text), ("PGLOCK_TOKEN", token.to_string())];
+    let Some((held, token)) = acquired else {
+        tracing::info!("{} is held by another session", args.key);
+        return Ok(Exit::Code(args.exit_code));
+    };
+    tracing::info!("acquired {}, token {token}", args.key);
+    let mut env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", token.to_string())];
     if let Held::Permit(permit) = &held {
         env.push(("PGLOCK_SLOT", permit.slot().to_string()));
     }
-    // What comes from now on, the command gets, from the terminal or from us.
-    if let Some(told) = signals.try_next() {
+    // From now on, signals are for the command.
+    if let Some(received) = signals.try_next() {
         held.release().await?;
-        return Ok(told.signal.into());
+        return Ok(received.signal.into());
     }
-    let child = Child::start(&args.command, env)?;
-    let ended = child.supervise(signals, held.lost(), args.grace).await?;
+    let how = How {
+        key: args.key.text.clone(),
+        env,
+        wait_descendants: args.wait_descendants,
+        grace: args.grace,
+        remove: None,
+    };
+    let child = match Child::start(&args.command, &how, signals)? {
+        Ok(child) => child,
+        Err(exit) => {
+            held.release().await?;
+            return Ok(exit);
+        }
+    };
+    let ended = child.supervise(signals, held.lost(), |_| ()).await;
+    tracing::info!("the command ended with {}", ended.exit);
     if ended.lost {
         return Ok(Exit::Code(LOST));
     }
-    // It may have been lost already, and nobody knew.
+    // It may have been lost without a notice.
     match held.release().await {
-        Ok(()) => Ok(Exit::of(ended.status)),
+        Ok(()) => {
+            tracing::info!("released {}", args.key);
+            Ok(ended.exit)
+        }
         Err(error) => {
             complain(&error);
             Ok(Exit::Code(LOST))
@@ -146,66 +195,19 @@ async fn run_on(pool: &PgPool, signals: &mut Signals, args: RunArgs) -> Result<E
 }
 
 impl RunArgs {
-    /// Acquires what is asked for, as patiently as is asked for, and draws a token.
-    async fn acquire(&self, pool: &PgPool) -> Result<Option<(Held, u64)>> {
-        let key = &self.key.key;
-        let policy = if self.no_wait { Some(Duration::ZERO) } else { self.wait };
-        let held = if let Some(permits) = self.permits {
-            let semaphore = Semaphore::new(pool, key, permits)?;
-            let permit = match policy {
-                Some(policy) => semaphore.try_acquire_for(policy).await?,
-                None => Some(semaphore.acquire().await?),
-            };
-            permit.map(Held::Permit)
-        } else if self.shared {
-            let mut lock = Lock::new(pool, key);
-            let guard = match policy {
-                Some(policy) => lock.try_acquire_shared_for(policy).await?,
-                None => Some(lock.acquire_shared().await?),
-            };
-            guard.map(Held::Shared)
-        } else {
-            let mut lock = Lock::new(pool, key);
-            let guard = match policy {
-                Some(policy) => lock.try_acquire_for(policy).await?,
-                None => Some(lock.acquire().await?),
-            };
-            guard.map(Held::Exclusive)
-        };
-        let Some(held) = held else { return Ok(None) };
-        let token = held.token().await?;
-        Ok(Some((held, token)))
+    fn wanted(&self) -> Wanted {
+        let limit = if self.no_wait { Some(Duration::ZERO) } else { self.wait };
+        let permits = self.permits.map(usize::from);
+        Wanted::new(self.key.clone(), self.shared, permits, limit, !self.no_retry)
     }
 }
 
-impl Held {
-    async fn token(&self) -> Result<u64> {
-        match self {
-            Self::Exclusive(guard) => guard.fencing_token().await,
-            Self::Shared(guard) => guard.fencing_token().await,
-            Self::Permit(permit) => permit.fencing_token().await,
-        }
-    }
-
-    async fn lost(&self) -> Loss {
-        match self {
-            Self::Exclusive(guard) => guard.lost().await,
-            Self::Shared(guard) => guard.lost().await,
-            Self::Permit(permit) => permit.lost().await,
-        }
-    }
-
-    async fn release(self) -> Result<(), Error> {
-        match self {
-            Self::Exclusive(guard) => guard.release().await,
-            Self::Shared(guard) => guard.release().await,
-            Self::Permit(permit) => permit.release().await,
-        }
-    }
-}
-
-/// A time in seconds, as it is written on the command line.
+/// Reads a time in seconds from the command line.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
+    /// Thirty years. The sum of a point in time and the longest duration overflows.
+    const LONGEST: Duration = Duration::from_secs(1_000_000_000);
+
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+    let duration = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
+    Ok(duration.min(LONGEST))
 }

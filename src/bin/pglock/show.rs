@@ -1,6 +1,7 @@
 //! Locks as a table for people, or as JSON for programs.
 
-use std::io::{self, Write, stdout};
+use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pglock::inspect::{LockInfo, Session};
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 use sqlx::postgres::PgAdvisoryLockKey;
 
 use crate::exit::Failure;
+use crate::known::Tools;
 use crate::table;
 use crate::tree::{self, Row};
 
@@ -16,7 +18,7 @@ use crate::tree::{self, Row};
 pub(crate) const JSON: &str = "\
 With --json the output is an array of locks; later versions may add to it, and take nothing away:
   key          as on the command line, without its name: \"42\", or \"1,2\"
-  name         the name of the key, if it is known
+  name         the name of the key, or of the tool that locks it, if it is known
   classid, objid, objsubid   where pg_locks shows it
   mode         \"exclusive\" or \"shared\"
   held         true if it is held, false if it is waited for
@@ -24,29 +26,42 @@ With --json the output is an array of locks; later versions may add to it, and t
   blocked_by   for a waiter, the pids that it waits for; 0 is a prepared transaction
   prepared     the identifier of the prepared transaction that holds it
   leader       null, or the leader of an election: name, term, since
-  session      null for a prepared transaction, or else: pid, started, user, application_name,
+  session      null for a prepared transaction; otherwise: pid, started, user, application_name,
                client_addr, state, state_since, transaction_since, query_since
   seen_at      when the server was asked
-Times are in seconds since 1970, by the server's clock. What is not known, or not to be seen by this
-role, is null.";
+Times are in seconds since 1970, by the server's clock. What is not known, or not visible to this role,
+is null.";
 
-/// Names that are known, as an argument of several commands.
+/// Names that are known, as arguments of several commands.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Names {
     /// A name to recognize, of a lock, an election or a semaphore; may be given several times
     #[arg(short, long = "name", value_name = "NAME")]
     names: Vec<String>,
+
+    /// A file of names to recognize, one per line; empty lines and lines that start with # are skipped
+    #[arg(long = "names", value_name = "FILE")]
+    file: Option<PathBuf>,
 }
 
 impl Names {
-    /// The keys that these are the names of, whoever hashes them.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = Key> {
-        self.names.iter().flat_map(|name| schemes(name).map(|(_, key)| key))
+    /// Returns the keys that are made from these names, by any of the known schemes.
+    pub(crate) fn keys(&self) -> Result<Vec<Key>, Failure> {
+        let text = match &self.file {
+            Some(file) => fs::read_to_string(file).map_err(|error| {
+                Failure::Usage(format!("cannot read the names in {}: {error}", file.display()))
+            })?,
+            None => String::new(),
+        };
+        let lines = text.lines().map(str::trim);
+        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let names = self.names.iter().map(String::as_str).chain(lines);
+        Ok(names.flat_map(|name| schemes(name).map(|(_, key)| key)).collect())
     }
 }
 
-/// The ways to make a key of a name, and what they are called.
-pub(crate) fn schemes(name: &str) -> [(&'static str, Key); 9] {
+/// The ways to make a key of a name, and the names of these.
+pub(crate) fn schemes(name: &str) -> [(&'static str, Key); 12] {
     [
         ("pglock, sqlx", Key::from(name)),
         ("go-pglock (FNV-1a)", interop::fnv1a(name)),
@@ -57,6 +72,9 @@ pub(crate) fn schemes(name: &str) -> [(&'static str, Key); 9] {
         ("django-pglock", interop::django_pglock(name)),
         ("django-pglocks 2", interop::django_pglocks_v2(name)),
         ("django-pglocks 1", interop::django_pglocks_v1(name)),
+        ("MD5, first 8 bytes", interop::md5(name)),
+        ("sqlx migrations of", interop::sqlx_migrations(name)),
+        ("Symfony", interop::symfony(name)),
     ]
 }
 
@@ -83,16 +101,35 @@ pub(crate) fn place(key: &Key) -> Option<[u64; 3]> {
     }
 }
 
+/// The columns of the table.
+pub(crate) const HEADLINE: [&str; 8] =
+    ["KEY", "MODE", "PID", "USER", "APPLICATION", "CLIENT", "STATE", "SESSION"];
+
 /// The locks as a table, in which waiters are below those that they wait for.
-pub(crate) fn table(locks: &[LockInfo], width: Option<usize>) -> String {
-    let headline = ["KEY", "MODE", "PID", "USER", "APPLICATION", "CLIENT", "STATE", "SESSION"];
-    let rows: Vec<_> = tree::tree(locks).iter().map(row).collect();
-    table::lay_out(headline, &rows, width)
+pub(crate) fn table(locks: &[LockInfo], database: &str, width: Option<usize>) -> String {
+    let tools = Tools::of(database);
+    let rows: Vec<_> = tree::tree(locks).iter().map(|row| cells(row, &tools)).collect();
+    table::lay_out(HEADLINE, &rows, width)
 }
 
-fn row(row: &Row<'_>) -> [String; 8] {
+/// Returns a warning if the role may see the locks, but not all of their sessions.
+pub(crate) fn hidden(locks: &[LockInfo]) -> Option<&'static str> {
+    let mut sessions = locks.iter().filter_map(|lock| lock.session.as_ref());
+    // Its own session, and those of its role, are always visible.
+    sessions.any(|session| session.started_at.is_none()).then_some(
+        "this role may not see all of the sessions of other roles (shown as ?); grant it pg_read_all_stats",
+    )
+}
+
+/// The name of a key, or of the tool that locks it.
+fn name<'k>(key: &'k Key, tools: &'k Tools) -> Option<&'k str> {
+    key.name().or_else(|| tools.name(key))
+}
+
+/// The cells of a row.
+pub(crate) fn cells(row: &Row<'_>, tools: &Tools) -> [String; 8] {
     let Row { lock, branches } = row;
-    let name = lock.key.name().map_or_else(|| written(&lock.key), str::to_owned);
+    let name = name(&lock.key, tools).map_or_else(|| written(&lock.key), str::to_owned);
     // A waiter below its holder waits for the same key.
     let key = if branches.is_empty() { name } else { format!("{branches}waits") };
     let mode = lock.mode.to_string();
@@ -139,7 +176,7 @@ fn or_dash(text: String) -> String {
 fn client(session: &Session) -> String {
     match &session.client_addr {
         Some(address) => address.clone(),
-        // Whoever may see when it was started may see the address too.
+        // A role that may see when it was started may see the address, too.
         None if session.started_at.is_some() => "local".to_owned(),
         None => "?".to_owned(),
     }
@@ -157,15 +194,16 @@ fn age(age: Duration) -> String {
 }
 
 /// The locks as [`JSON`] says.
-pub(crate) fn json(locks: &[LockInfo]) -> Value {
-    locks.iter().map(lock_json).collect()
+pub(crate) fn json(locks: &[LockInfo], database: &str) -> Value {
+    let tools = Tools::of(database);
+    locks.iter().map(|lock| lock_json(lock, &tools)).collect()
 }
 
-fn lock_json(lock: &LockInfo) -> Value {
+fn lock_json(lock: &LockInfo, tools: &Tools) -> Value {
     let [classid, objid, objsubid] = place(&lock.key).unwrap_or_default();
     json!({
         "key": written(&lock.key),
-        "name": lock.key.name(),
+        "name": name(&lock.key, tools),
         "classid": classid,
         "objid": objid,
         "objsubid": objsubid,
@@ -196,13 +234,4 @@ fn lock_json(lock: &LockInfo) -> Value {
 
 fn seconds(time: Option<SystemTime>) -> Option<f64> {
     Some(time?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
-}
-
-/// Prints. Returns whether anybody still reads it: `head` has seen enough sooner.
-pub(crate) fn print(text: &str) -> Result<bool, Failure> {
-    match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(Failure::System("cannot print", error)),
-    }
 }

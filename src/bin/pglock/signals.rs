@@ -1,17 +1,21 @@
-//! The signals that are not for this program, but for the command that it runs.
+//! The signals that this process receives, and the ends of its child processes.
 
 use std::fs;
 use std::future::pending;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::thread;
 
 use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::siginfo::Cause;
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 
 const HEARD: [Signal; 6] = [
     Signal::SIGHUP,
@@ -22,81 +26,144 @@ const HEARD: [Signal; 6] = [
     Signal::SIGUSR2,
 ];
 
-/// A signal that this process was sent.
+/// What happens to a process that runs a command.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Told {
-    pub(crate) signal: Signal,
-    /// The kernel sent it, for the terminal: to the whole foreground process group, so the command has
-    /// it already.
-    pub(crate) by_terminal: bool,
+pub(crate) enum Event {
+    /// A child process has ended, and was reaped.
+    Ended(Pid, Exit),
+    /// This process has no children any more.
+    NoChildren,
+    Received(Received),
 }
 
-impl Told {
-    /// Whether it asks a process to end, and for nothing else.
+/// A signal that this process received.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Received {
+    pub(crate) signal: Signal,
+    /// The kernel sent it for the terminal, to the whole foreground process group.
+    pub(crate) from_terminal: bool,
+}
+
+impl Received {
+    /// Whether it asks a process to end.
     pub(crate) fn is_stop(self) -> bool {
         matches!(self.signal, Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM)
     }
 
-    /// Whether it ends a process that has nothing to read anew.
+    /// Whether it ends a process that has no configuration to read again.
     pub(crate) fn is_hang_up(self) -> bool {
         self.signal == Signal::SIGHUP
     }
 }
 
-/// The signals that this process is sent, from now on.
+/// The events of this process, from now on.
 ///
-/// What was ignored when the program started stays ignored, here and by the command: nohup(1), and
-/// shells that put a job into the background, count on it.
+/// A signal that was ignored when the program started stays ignored, here and by the command: nohup(1), and
+/// shells that start a background job, rely on it. All children are reaped, also those that this process has
+/// adopted.
 #[derive(Debug)]
-pub(crate) struct Signals(UnboundedReceiver<Told>);
+pub(crate) struct Signals {
+    events: UnboundedReceiver<Event>,
+    reaping: Arc<Mutex<()>>,
+}
 
 impl Signals {
     pub(crate) fn listen() -> Result<Self, Failure> {
         let ignored = ignored();
         let heard = HEARD.iter().filter(|&&signal| ignored >> (signal as i32 - 1) & 1 == 0);
-        let mut signals = SignalsInfo::<WithOrigin>::new(heard.map(|&signal| signal as i32))
+        let heard = heard.chain(&[Signal::SIGCHLD]).map(|&signal| signal as i32);
+        let mut signals = SignalsInfo::<WithOrigin>::new(heard)
             .map_err(|error| Failure::System("cannot listen to signals", error))?;
-        let (tell, told) = unbounded_channel();
+        let (sender, events) = unbounded_channel();
+        let reaping = Arc::new(Mutex::new(()));
+        let lock = Arc::clone(&reaping);
         thread::spawn(move || {
             for origin in signals.forever() {
                 let Ok(signal) = Signal::try_from(origin.signal) else { continue };
-                let by_terminal = matches!(origin.cause, Cause::Kernel);
-                if tell.send(Told { signal, by_terminal }).is_err() {
+                if signal == Signal::SIGCHLD {
+                    let _reaping = lock.lock().unwrap_or_else(PoisonError::into_inner);
+                    reap(&sender);
+                    continue;
+                }
+                let from_terminal = matches!(origin.cause, Cause::Kernel);
+                if sender.send(Event::Received(Received { signal, from_terminal })).is_err() {
                     return;
                 }
             }
         });
-        Ok(Self(told))
+        Ok(Self { events, reaping })
     }
 
-    /// Waits for the next signal.
-    pub(crate) async fn next(&mut self) -> Told {
-        match self.0.recv().await {
-            Some(told) => told,
+    /// Starts a process. Until that has succeeded or failed, nothing is reaped: the standard library waits for a
+    /// process that could not be started.
+    pub(crate) fn spawn(&self, command: &mut std::process::Command) -> io::Result<Pid> {
+        let _reaping = self.reaping.lock().unwrap_or_else(PoisonError::into_inner);
+        let child = command.spawn()?;
+        Ok(Pid::from_raw(child.id().cast_signed()))
+    }
+
+    /// Waits for the next event. Cancel safe.
+    pub(crate) async fn event(&mut self) -> Event {
+        match self.events.recv().await {
+            Some(event) => event,
             None => pending().await,
         }
     }
 
-    /// Waits for a signal that ends a program that has no command to pass it on to.
-    pub(crate) fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Waits for the next signal. Cancel safe.
+    pub(crate) async fn next(&mut self) -> Received {
         loop {
-            match self.0.poll_recv(cx) {
-                Poll::Ready(Some(told)) if told.is_stop() || told.is_hang_up() => {
-                    return Poll::Ready(());
+            if let Event::Received(received) = self.event().await {
+                return received;
+            }
+        }
+    }
+
+    /// Returns the next signal, if there was one.
+    pub(crate) fn try_next(&mut self) -> Option<Received> {
+        loop {
+            if let Event::Received(received) = self.events.try_recv().ok()? {
+                return Some(received);
+            }
+        }
+    }
+
+    /// Waits for a signal that ends a program that runs no command.
+    pub(crate) fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
+        loop {
+            match self.events.poll_recv(cx) {
+                Poll::Ready(Some(Event::Received(received)))
+                    if received.is_stop() || received.is_hang_up() =>
+                {
+                    return Poll::Ready(received);
                 }
                 Poll::Ready(Some(_)) => {}
                 Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             }
         }
     }
+}
 
-    /// The next signal, if there was one.
-    pub(crate) fn try_next(&mut self) -> Option<Told> {
-        self.0.try_recv().ok()
+/// Reaps the children that have ended.
+fn reap(sender: &UnboundedSender<Event>) {
+    loop {
+        let event = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) => {
+                Event::Ended(pid, Exit::Code(u8::try_from(code).unwrap_or(u8::MAX)))
+            }
+            Ok(WaitStatus::Signaled(pid, signal, _)) => Event::Ended(pid, signal.into()),
+            Ok(WaitStatus::StillAlive) => return,
+            Ok(_) | Err(nix::Error::EINTR) => continue,
+            Err(_) => {
+                sender.send(Event::NoChildren).ok();
+                return;
+            }
+        };
+        sender.send(event).ok();
     }
 }
 
-/// The signals that are ignored, a bit each, as Linux tells of a process. None where it does not.
+/// Returns the signals that are ignored, a bit each, as Linux shows them. None where it does not.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -63,7 +63,7 @@ fn printable(cell: &str) -> String {
     cell.chars().map(|c| if c.width().is_none() { '?' } else { c }).collect()
 }
 
-fn shorten(cell: &str, width: usize) -> String {
+pub(crate) fn shorten(cell: &str, width: usize) -> String {
     if cell.width() <= width {
         return cell.to_owned();
     }

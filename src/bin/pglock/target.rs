@@ -1,9 +1,15 @@
-//! What is locked, as it is written on the command line.
+//! What is locked, as it is written on the command line, and how the session is named that locks it.
 
 use std::convert::Infallible;
+use std::ffi::OsString;
+use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
+use nix::unistd::gethostname;
 use pglock::Key;
+
+use crate::show;
 
 /// A key as it is written on the command line.
 #[derive(Clone, Debug)]
@@ -19,6 +25,42 @@ impl FromStr for Target {
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(Self { key: key(text), text: text.to_owned() })
     }
+}
+
+impl fmt::Display for Target {
+    /// The key as it was written, and the number that it is, if that looks different.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let number = show::written(&self.key);
+        if number == self.text {
+            f.write_str(&number)
+        } else {
+            write!(f, "{:?} ({number})", self.text)
+        }
+    }
+}
+
+/// Names a session after what it is for: `pglock run nightly-report report.sh@db-1`.
+pub(crate) fn application(verb: &str, key: &str, command: Option<&OsString>) -> String {
+    /// The server shows 63 bytes.
+    const LENGTHS: [usize; 3] = [22, 10, 14];
+
+    let cut = |text: &str, length| -> String {
+        // The server shows others as several bytes each.
+        let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
+        text.chars().map(printable).take(length).collect()
+    };
+    let [key_length, command_length, host_length] = LENGTHS;
+    let key = cut(key, key_length);
+    let command = command.and_then(|command| Path::new(command).file_name());
+    let command = cut(&command.unwrap_or_default().to_string_lossy(), command_length);
+    let host = cut(&host(), host_length);
+    format!("pglock {verb} {key} {command}@{host}")
+}
+
+/// The name of this machine.
+pub(crate) fn host() -> String {
+    let name = gethostname().ok().and_then(|name| name.into_string().ok());
+    name.unwrap_or_else(|| format!("process-{}", std::process::id()))
 }
 
 fn key(text: &str) -> Key {
@@ -39,6 +81,15 @@ fn key(text: &str) -> Key {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_session_is_named_within_the_servers_limit() {
+        let long = "x".repeat(100);
+        let name = application("observe", &long, Some(&format!("/bin/{long}").into()));
+        assert!(name.len() <= 63, "{name}");
+        let name = application("run", "größe", Some(&"./report.sh".into()));
+        assert!(name.starts_with("pglock run gr??e report.sh@"), "{name}");
+    }
 
     #[test]
     fn a_key_is_what_it_looks_like() {

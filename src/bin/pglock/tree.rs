@@ -1,4 +1,6 @@
-//! Who waits for whom, as a tree.
+//! Which session waits for which, as a tree.
+
+use std::collections::HashMap;
 
 use pglock::inspect::LockInfo;
 
@@ -16,11 +18,21 @@ pub(crate) struct Row<'l> {
 pub(crate) fn tree(locks: &[LockInfo]) -> Vec<Row<'_>> {
     let mut roots = Vec::new();
     let mut children = vec![Vec::new(); locks.len()];
+    let mut places = HashMap::new();
+    let mut group = None;
     for (place, lock) in locks.iter().enumerate() {
-        match parent(locks, place, lock).and_then(|parent| children.get_mut(parent)) {
+        if group != Some(&lock.key) {
+            places.clear();
+            group = Some(&lock.key);
+        }
+        // What is below a row ahead of it can't be above itself; holders come first.
+        let parent = lock.blocked_by.iter().filter_map(|pid| places.get(pid)).min();
+        match parent.and_then(|&parent: &usize| children.get_mut(parent)) {
             Some(siblings) => siblings.push(place),
             None => roots.push(place),
         }
+        let pid = lock.session.as_ref().map_or(0, |session| session.backend_pid);
+        places.entry(pid).or_insert(place);
     }
     let mut rows = Vec::new();
     for root in roots {
@@ -30,17 +42,6 @@ pub(crate) fn tree(locks: &[LockInfo]) -> Vec<Row<'_>> {
         grow(locks, &children, root, "", &mut rows);
     }
     rows
-}
-
-/// The place of the one below which a lock is shown.
-fn parent(locks: &[LockInfo], place: usize, lock: &LockInfo) -> Option<usize> {
-    let pid = |other: &LockInfo| other.session.as_ref().map_or(0, |session| session.backend_pid);
-    // What is below one ahead of it can't be above itself.
-    let ahead = locks.iter().enumerate().take(place);
-    let mut blockers =
-        ahead.filter(|(_, other)| other.key == lock.key && lock.blocked_by.contains(&pid(other)));
-    // Holders come first.
-    blockers.next().map(|(place, _)| place)
 }
 
 fn grow<'l>(

@@ -1,17 +1,20 @@
-//! `pglock who`: who holds one lock.
+//! `pglock who`: which sessions hold one lock.
 
 use clap::Args;
-use pglock::{Key, inspect};
+use pglock::Key;
+use pglock::inspect::{self, LockInfo};
+use sqlx::PgExecutor;
 
-use crate::connect::{connect, disconnect};
-use crate::exit::{Exit, Failure, say};
+use crate::connection::close;
+use crate::database::DatabaseArgs;
+use crate::exit::{Exit, Failure, print, say};
 use crate::show;
 use crate::table;
-use crate::target::Target;
+use crate::target::{Target, application};
 
-/// Show who holds a lock, and who waits for it
+/// Show which sessions hold a lock, and which wait for it
 ///
-/// Of a semaphore, its permits. The exit code is 0 if the lock is held, and 1 if it is free.
+/// For a semaphore, its permits. The exit code is 0 if the lock is held, and 1 if it is free.
 #[derive(Args, Debug)]
 #[command(after_long_help = show::JSON)]
 pub(crate) struct WhoArgs {
@@ -19,11 +22,11 @@ pub(crate) struct WhoArgs {
     #[arg(long)]
     json: bool,
 
-    /// Print nothing; the exit code says it
+    /// Print nothing; only the exit code counts
     #[arg(short, long, conflicts_with = "json")]
     quiet: bool,
 
-    /// What is locked: a number, a pair like 1,2, or a name
+    /// The lock: a number, a pair like 1,2, or a name
     #[arg(allow_negative_numbers = true)]
     key: Target,
 }
@@ -31,27 +34,33 @@ pub(crate) struct WhoArgs {
 /// The lock is free.
 const FREE: Exit = Exit::Code(1);
 
-pub(crate) async fn run(args: WhoArgs, url: Option<&str>) -> Result<Exit, Failure> {
-    let pool = connect(url).await?;
-    let Target { key, text } = args.key;
-    let mut locks = inspect::locks(&pool).await.map_err(Failure::Inspect)?;
-    disconnect(pool).await;
-    inspect::name_keys(&mut locks, [&key]);
-    // What has a name now is of the key, or of its semaphore.
-    locks.retain(|lock| lock.key == key || lock.key.name().is_some());
+pub(crate) async fn run(args: WhoArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    let database = database.database(&application("who", &args.key.text, None))?;
+    let mut conn = database.connect().await?;
+    let locks = locks_of(&mut conn, &args.key.key).await.map_err(Failure::Inspect)?;
+    close(conn).await;
     let held = locks.iter().any(|lock| lock.held);
     if args.json {
-        show::print(&format!("{:#}\n", show::json(&locks)))?;
+        print(format!("{:#}\n", show::json(&locks, database.name())).as_bytes())?;
     } else if !args.quiet && locks.is_empty() {
-        say(format_args!("nobody holds {}", shown(&key, &text)));
+        say(format_args!("no session holds {}", args.key));
     } else if !args.quiet {
-        show::print(&show::table(&locks, table::width()))?;
+        print(show::table(&locks, database.name(), table::width()).as_bytes())?;
+        if let Some(hidden) = show::hidden(&locks) {
+            say(format_args!("{hidden}"));
+        }
     }
     Ok(if held { Exit::FINE } else { FREE })
 }
 
-/// The key as it was written, and as the number that it is, if that looks different.
-fn shown(key: &Key, text: &str) -> String {
-    let number = show::written(key);
-    if number == text { number } else { format!("{text:?} ({number})") }
+/// Returns the holders and waiters of a key, and of the permits of its semaphore.
+pub(crate) async fn locks_of(
+    db: impl PgExecutor<'_>,
+    key: &Key,
+) -> Result<Vec<LockInfo>, sqlx::Error> {
+    let mut locks = inspect::locks(db).await?;
+    inspect::name_keys(&mut locks, [key]);
+    // What has a name now is of the key, or of its semaphore.
+    locks.retain(|lock| lock.key == *key || lock.key.name().is_some());
+    Ok(locks)
 }

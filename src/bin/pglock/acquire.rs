@@ -1,0 +1,212 @@
+//! Acquiring the lock of `pglock run`: within the user's limit, across restarts of the server, and with `-v` with a
+//! word about the sessions ahead.
+
+use std::convert::Infallible;
+use std::future::pending;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use pglock::inspect::LockInfo;
+use pglock::{Error, ExclusiveGuard, Lock, Loss, Permit, Result, Semaphore, SharedGuard};
+use sqlx::PgPool;
+use tokio::time::{sleep, timeout};
+
+use crate::connection::silent;
+use crate::exit::{Failure, complain, say};
+use crate::target::Target;
+use crate::who;
+
+/// A lock that is held.
+pub(crate) enum Held {
+    Exclusive(ExclusiveGuard),
+    Shared(SharedGuard),
+    Permit(Permit),
+}
+
+/// What is to be acquired, and how long that may take.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    key: Target,
+    shared: bool,
+    permits: Option<usize>,
+    /// `None` if it is not limited. Zero if a lock that is not free is not waited for.
+    limit: Option<Duration>,
+    retry: bool,
+    started: Instant,
+}
+
+/// How long to wait before the next attempt after a failure.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How much later than its limit an answer may come before the server counts as silent.
+const SLACK: Duration = Duration::from_millis(300);
+
+/// After how long a wait is worth a line, and after how long another one.
+const NARRATE: [Duration; 2] = [Duration::from_millis(200), Duration::from_mins(1)];
+
+impl Wanted {
+    /// The time that is limited starts now.
+    pub(crate) fn new(
+        key: Target,
+        shared: bool,
+        permits: Option<usize>,
+        limit: Option<Duration>,
+        retry: bool,
+    ) -> Self {
+        Self { key, shared, permits, limit, retry, started: Instant::now() }
+    }
+
+    /// Returns the time that is left. `None` if it is not limited, or if nothing is waited for.
+    pub(crate) fn remaining(&self) -> Option<Duration> {
+        let limit = self.limit.filter(|limit| !limit.is_zero())?;
+        Some(limit.saturating_sub(self.started.elapsed()))
+    }
+
+    /// Acquires it once, and draws a token. `None` if it was not free in time.
+    async fn attempt(&self, pool: &PgPool) -> Result<Option<(Held, u64)>> {
+        let key = &self.key.key;
+        let limit = self.limit.map(|_| self.remaining().unwrap_or_default());
+        let held = if let Some(permits) = self.permits {
+            let semaphore = Semaphore::new(pool, key, permits)?;
+            let permit = match limit {
+                Some(limit) => semaphore.try_acquire_for(limit).await?,
+                None => Some(semaphore.acquire().await?),
+            };
+            permit.map(Held::Permit)
+        } else if self.shared {
+            let mut lock = Lock::new(pool, key);
+            let guard = match limit {
+                Some(limit) => lock.try_acquire_shared_for(limit).await?,
+                None => Some(lock.acquire_shared().await?),
+            };
+            guard.map(Held::Shared)
+        } else {
+            let mut lock = Lock::new(pool, key);
+            let guard = match limit {
+                Some(limit) => lock.try_acquire_for(limit).await?,
+                None => Some(lock.acquire().await?),
+            };
+            guard.map(Held::Exclusive)
+        };
+        let Some(held) = held else { return Ok(None) };
+        let token = held.token().await?;
+        Ok(Some((held, token)))
+    }
+}
+
+/// Acquires the lock, and draws a token. `None` if it was not free in time.
+pub(crate) async fn acquire(
+    pool: &PgPool,
+    wanted: &Wanted,
+) -> Result<Option<(Held, u64)>, Failure> {
+    tokio::select! {
+        acquired = acquire_with_retries(pool, wanted) => acquired,
+        never = narrate(pool, &wanted.key) => match never {},
+    }
+}
+
+async fn acquire_with_retries(
+    pool: &PgPool,
+    wanted: &Wanted,
+) -> Result<Option<(Held, u64)>, Failure> {
+    let mut failing = false;
+    loop {
+        let attempt = wanted.attempt(pool);
+        let acquired = match wanted.remaining() {
+            Some(limit) => match timeout(limit + SLACK, attempt).await {
+                Ok(acquired) => acquired,
+                Err(_) => return Err(unanswered(wanted)),
+            },
+            None => attempt.await,
+        };
+        let error = match acquired {
+            Err(error) if wanted.retry && error.is_transient() => error,
+            acquired => return Ok(acquired?),
+        };
+        let is_over = match wanted.limit {
+            Some(_) => wanted.remaining().is_none_or(|left| left < RETRY_INTERVAL),
+            None => false,
+        };
+        if is_over {
+            return Err(error.into());
+        }
+        if !failing {
+            complain(&error);
+            say(format_args!("waiting for the database; retrying every second"));
+        }
+        failing = true;
+        sleep(RETRY_INTERVAL).await;
+    }
+}
+
+fn unanswered(wanted: &Wanted) -> Failure {
+    let source = silent(wanted.limit.unwrap_or_default());
+    Failure::Unanswered(wanted.key.to_string(), source)
+}
+
+/// Reports, if that is wanted, which sessions are ahead.
+async fn narrate(pool: &PgPool, key: &Target) -> Infallible {
+    if !tracing::enabled!(tracing::Level::INFO) {
+        return pending().await;
+    }
+    let (since, started) = (clock(SystemTime::now()), Instant::now());
+    sleep(NARRATE[0]).await;
+    loop {
+        match who::locks_of(pool, &key.key).await {
+            Ok(locks) => {
+                let holders = locks.iter().filter(|lock| lock.held);
+                let holders: Vec<_> = holders.map(describe).collect();
+                let waiters = locks.iter().filter(|lock| !lock.held).count();
+                tracing::info!(
+                    "waiting for {key} since {since}, for {}s; {waiters} waiting; held by {}",
+                    started.elapsed().as_secs(),
+                    holders.join(", ")
+                );
+            }
+            Err(error) => tracing::info!("waiting for {key} since {since}: {error}"),
+        }
+        sleep(NARRATE[1]).await;
+    }
+}
+
+fn describe(lock: &LockInfo) -> String {
+    let Some(session) = &lock.session else {
+        return format!("prepared transaction {:?}", lock.prepared.as_deref().unwrap_or("?"));
+    };
+    let part = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let application = part(&session.application_name).unwrap_or_else(|| "?".to_owned());
+    let user = part(&session.user).unwrap_or_else(|| "?".to_owned());
+    let from = part(&session.client_addr).map(|from| format!(" from {from}")).unwrap_or_default();
+    format!("session {} ({application}) of {user}{from}", session.backend_pid)
+}
+
+/// The time of day, in UTC.
+pub(crate) fn clock(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
+    format!("{:02}:{:02}:{:02} UTC", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
+impl Held {
+    async fn token(&self) -> Result<u64> {
+        match self {
+            Self::Exclusive(guard) => guard.fencing_token().await,
+            Self::Shared(guard) => guard.fencing_token().await,
+            Self::Permit(permit) => permit.fencing_token().await,
+        }
+    }
+
+    pub(crate) async fn lost(&self) -> Loss {
+        match self {
+            Self::Exclusive(guard) => guard.lost().await,
+            Self::Shared(guard) => guard.lost().await,
+            Self::Permit(permit) => permit.lost().await,
+        }
+    }
+
+    pub(crate) async fn release(self) -> Result<(), Error> {
+        match self {
+            Self::Exclusive(guard) => guard.release().await,
+            Self::Shared(guard) => guard.release().await,
+            Self::Permit(permit) => permit.release().await,
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The guardian: a process between `pglock` and the command, which ends all that the command has started.
+//!
+//! ```text
+//! pglock          holds the lock; if it is killed, the guardian reads the end of the control pipe
+//! └─ guardian     adopts orphans of the command, so all that the command starts stays below it
+//!    └─ command   is killed by the kernel if the guardian is
+//! ```
+//!
+//! `pglock` adopts what the guardian leaves behind if that one is killed. See [`Child`](crate::child::Child).
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, close};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::sleep;
+
+use crate::become_command;
+use crate::descendants::{self, Sender};
+use crate::exit::{Exit, Failure};
+use crate::signals::{Event, Received, Signals};
+
+/// Run a command for pglock, and end all that it has started when pglock asks for it, or dies
+#[derive(Args, Debug)]
+pub(crate) struct GuardianArgs {
+    /// The descriptor of the pipe from pglock.
+    #[arg(long)]
+    control: i32,
+
+    /// The descriptor of the pipe to pglock.
+    #[arg(long)]
+    report: i32,
+
+    /// Wait for all that the command has started.
+    #[arg(long)]
+    wait_descendants: bool,
+
+    /// A file to remove if pglock dies.
+    #[arg(long)]
+    remove: Option<PathBuf>,
+
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+/// Sends SIGTERM to all that the command has started, and waits for all of it. Other bytes are signals.
+pub(crate) const END: u8 = b'E';
+
+/// Kills all that the command has started, and waits for all of it.
+pub(crate) const KILL: u8 = b'K';
+
+/// How long to wait between two rounds of killing at first: a process may start another one meanwhile.
+const FIRST_ROUND: Duration = Duration::from_millis(20);
+
+/// And at last: a process of another user does not accept the signal.
+const LAST_ROUND: Duration = Duration::from_secs(1);
+
+/// A guardian that runs its command.
+struct Guardian {
+    command: Pid,
+    signals: Signals,
+    /// The bytes from pglock; closed if that has died.
+    control: UnboundedReceiver<u8>,
+    sender: Sender,
+    report: File,
+}
+
+pub(crate) async fn run(args: GuardianArgs) -> Result<Exit, Failure> {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sys::prctl::{set_child_subreaper, set_name};
+
+        set_child_subreaper(true)
+            .map_err(|error| Failure::System("cannot adopt orphans", error.into()))?;
+        // Not found by `pkill pglock`: it has to outlive pglock.
+        set_name(c"lock-guardian").ok();
+    }
+    let signals = Signals::listen()?;
+    let control = File::open(inherited(args.control)).map_err(no_pipe)?;
+    let report = OpenOptions::new().write(true).open(inherited(args.report)).map_err(no_pipe)?;
+    // The command does not get them: those that were opened are closed by its exec.
+    for descriptor in [args.control, args.report] {
+        close(descriptor).map_err(|error| no_pipe(error.into()))?;
+    }
+    let command = signals
+        .spawn(&mut become_command::of(&args.command))
+        .map_err(|error| Failure::System("cannot start the command", error))?;
+    let control = listen(control);
+    let mut guardian = Guardian { command, signals, control, sender: Sender::default(), report };
+    if !guardian.serve(args.wait_descendants).await {
+        if let Some(file) = args.remove {
+            fs::remove_file(file).ok();
+        }
+        guardian.kill_all(true).await;
+    }
+    Ok(Exit::FINE)
+}
+
+/// Where a descriptor of this process can be opened again, as one that is owned.
+fn inherited(descriptor: i32) -> String {
+    format!("/proc/self/fd/{descriptor}")
+}
+
+fn no_pipe(error: std::io::Error) -> Failure {
+    Failure::System("cannot open the pipes to pglock", error)
+}
+
+fn listen(mut control: File) -> UnboundedReceiver<u8> {
+    let (sender, bytes) = unbounded_channel();
+    thread::spawn(move || {
+        let mut byte = [0];
+        while control.read_exact(&mut byte).is_ok() {
+            if byte.into_iter().any(|byte| sender.send(byte).is_err()) {
+                return;
+            }
+        }
+    });
+    bytes
+}
+
+impl Guardian {
+    /// Does what pglock asks for until all has ended. Returns `false` if pglock died before.
+    async fn serve(&mut self, mut wait_for_all: bool) -> bool {
+        let mut has_ended = false;
+        loop {
+            tokio::select! {
+                biased;
+                byte = self.control.recv() => match byte {
+                    None => return false,
+                    Some(END) => {
+                        wait_for_all = true;
+                        let all = descendants::of(Pid::this());
+                        self.sender.send(&all, Signal::SIGTERM);
+                        // A stopped process takes no other signal.
+                        self.sender.send(&all, Signal::SIGCONT);
+                    }
+                    Some(KILL) => {
+                        self.kill_all(false).await;
+                        return true;
+                    }
+                    Some(byte) => if let Ok(signal) = Signal::try_from(i32::from(byte)) && !has_ended {
+                        forward(self.command, Received { signal, from_terminal: false }, &mut self.sender);
+                    }
+                },
+                event = self.signals.event() => match event {
+                    Event::Received(received) if received.from_terminal && !has_ended => {
+                        forward(self.command, received, &mut self.sender);
+                    }
+                    Event::Ended(pid, exit) if pid == self.command => {
+                        has_ended = true;
+                        self.report(exit);
+                        if !wait_for_all {
+                            return true;
+                        }
+                    }
+                    // pglock sends its signals through the pipe.
+                    Event::Ended(..) | Event::Received(_) => {}
+                    Event::NoChildren => return true,
+                },
+            }
+        }
+    }
+
+    /// Kills all descendants, and waits until they have ended; forever, or until none accepts signals.
+    async fn kill_all(&mut self, may_leave: bool) {
+        let mut interval = FIRST_ROUND;
+        loop {
+            let accepted = self.sender.send(&descendants::of(Pid::this()), Signal::SIGKILL);
+            if may_leave && !accepted {
+                return;
+            }
+            let round = sleep(interval);
+            tokio::pin!(round);
+            interval = LAST_ROUND.min(interval * 2);
+            loop {
+                tokio::select! {
+                    biased;
+                    event = self.signals.event() => match event {
+                        Event::Ended(pid, exit) if pid == self.command => self.report(exit),
+                        Event::NoChildren => return,
+                        Event::Ended(..) | Event::Received(_) => {}
+                    },
+                    () = &mut round => break,
+                }
+            }
+        }
+    }
+
+    fn report(&mut self, exit: Exit) {
+        let line = match exit {
+            Exit::Code(code) => format!("code {code}\n"),
+            Exit::Signal(signal) => format!("signal {signal}\n"),
+        };
+        // If pglock has died, no process reads it.
+        self.report.write_all(line.as_bytes()).ok();
+    }
+}
+
+/// Reads how the command has ended. `None` if the guardian died before.
+pub(crate) fn read_report(report: &str) -> Option<Exit> {
+    match report.trim_end().split_once(' ')? {
+        ("code", code) => code.parse().ok().map(Exit::Code),
+        ("signal", signal) => signal.parse().ok().map(Exit::Signal),
+        _ => None,
+    }
+}
+
+/// Passes a signal on to a child, unless it has received it already.
+///
+/// A key of the terminal sends its signal to the foreground process group. A child that has left that group, as
+/// timeout(1) and setsid(1) do, gets the signal with all of its own group.
+pub(crate) fn forward(child: Pid, received: Received, sender: &mut Sender) {
+    use nix::unistd::{getpgid, getpgrp};
+
+    if !received.from_terminal {
+        sender.send(&[child], received.signal);
+    } else if let Ok(group) = getpgid(Some(child))
+        && group != getpgrp()
+    {
+        let target = if group == child { Pid::from_raw(-group.as_raw()) } else { child };
+        sender.send(&[target], received.signal);
+    }
+}
