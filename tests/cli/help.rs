@@ -51,3 +51,14 @@ fn each_shell_can_complete_the_commands() {
         assert!(script.contains("doctor") && script.contains("permits"), "{shell}");
     }
 }
+
+/// As `head` does when it has seen enough.
+#[test]
+fn output_that_is_not_read_is_no_failure() {
+    for args in ["completions bash", "man run", "key name", "--help"] {
+        let script = format!("\"$0\" {args} | true; echo ${{PIPESTATUS[0]}}");
+        let output = Command::new("bash").args(["-c", &script, PGLOCK]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "0\n", "{args}");
+        assert!(output.stderr.is_empty(), "{args}: {output:?}");
+    }
+}
