@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [cookbook] | How do I …? Tasks, each with code to copy; and how to move here from another library |
 //! | [guarantees] | What can I rely on, and what not? Loss, fencing, isolation, failover, clocks, poolers |
+//! | [faults] | What happens when something breaks? Each row is a test |
 //! | [operations] | How do I run it? Pools, poolers, managed services, settings, monitoring, queries for `psql` |
 //! | [cost] | What does it cost, and how does that grow? Connections, memory, statements, the server's limits; more than one server |
 //! | [comparison] | What else is there, and when is that the better choice? |
@@ -20,6 +21,9 @@ pub mod cookbook {}
 
 #[doc = include_str!("guide/guarantees.md")]
 pub mod guarantees {}
+
+#[doc = include_str!("guide/faults.md")]
+pub mod faults {}
 
 #[doc = include_str!("guide/operations.md")]
 pub mod operations {}

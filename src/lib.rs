@@ -23,6 +23,7 @@
 //! * [Cookbook](guide::cookbook): tasks, each with code to copy; how to migrate from go-pglock, sqlx or Ruby.
 //! * [Guarantees and their limits](guide::guarantees): what always holds, and what no advisory lock can
 //!   promise.
+//! * [Faults](guide::faults): what the holder sees when something breaks, and when the lock is free.
 //! * [Operations](guide::operations): pools, poolers, settings, monitoring, queries for `psql`.
 //! * [Cost](guide::cost): what it costs, and how that grows; the server's limits; more than one server.
 //! * [Comparison](guide::comparison): what else there is, and when that is the better choice.

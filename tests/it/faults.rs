@@ -1,4 +1,4 @@
-//! The table of faults in the README: what the holder is told, and when the lock is free for others.
+//! The table of faults in the guide: what the holder is told, and when the lock is free for others.
 //!
 //! A test here is a row that no other file has. Another service waits for the lock before the fault,
 //! and gets it after; then nothing is left, on the server or in the pool.
@@ -517,9 +517,8 @@ async fn the_pool_is_closed() {
 #[test]
 fn every_row_of_the_table_names_a_test_that_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let readme = fs::read_to_string(root.join("README.md")).unwrap();
-    let (_, section) = readme.split_once("\n## Faults\n").unwrap();
-    let (section, _) = section.split_once("\n## ").unwrap();
+    let page = fs::read_to_string(root.join("src/guide/faults.md")).unwrap();
+    let (_, section) = page.split_once("\n# Faults\n").unwrap();
     let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
     assert!(!rows.is_empty());
     for row in rows {
