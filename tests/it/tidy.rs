@@ -110,7 +110,8 @@ fn every_example_is_listed_and_every_listed_one_exists() {
 
 /// Statements are in one place, so that they can be read, and reviewed, as one.
 ///
-/// The command line tells people of `pg_locks` and the like, and sends nothing itself.
+/// The command line tells people of `pg_locks` and the like, and sends nothing itself, except for the question
+/// that libpq asks for `target_session_attrs`.
 #[test]
 fn only_sql_rs_spells_sql() {
     for file in rust_files("src") {
@@ -120,11 +121,9 @@ fn only_sql_rs_spells_sql() {
         }
         let code = fs::read_to_string(&file).unwrap();
         if path.starts_with("bin") {
-            assert!(
-                !code.contains("sqlx::query") && !code.contains("raw_sql"),
-                "{}",
-                file.display()
-            );
+            let allowed = usize::from(path == Path::new("bin/pglock/connection.rs"));
+            let statements = code.matches("sqlx::query").count() + code.matches("raw_sql").count();
+            assert_eq!(statements, allowed, "{}", file.display());
             continue;
         }
         for literal in string_literals(&code) {
