@@ -30,6 +30,7 @@ mod own_session;
 mod partition;
 mod pooler;
 mod quiet;
+mod scoped;
 mod semaphore;
 mod service;
 mod standby;

@@ -1,0 +1,109 @@
+//! Futures that run under a lock: `run`, `try_run_for` and `try_run`.
+
+use std::future::pending;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pglock::{Error, Lock, LockManager};
+use pglock_testkit::{TestDb, advisory_locks};
+use tokio::time::{sleep, timeout};
+
+use crate::support::{locks_are, no_locks};
+
+const KEY: &str = "nightly-report";
+
+/// Longer than anything here takes, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Sets a flag when it is dropped.
+struct Flag<'f>(&'f AtomicBool);
+
+impl Drop for Flag<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A guard of the handle would be re-entered; these calls are not.
+#[tokio::test]
+async fn calls_through_one_handle_exclude_each_other() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let manager = LockManager::new(&pool);
+    let handles = [Lock::new(&pool, KEY), Lock::new(&manager, KEY)];
+    for lock in handles {
+        let inside = AtomicBool::new(false);
+        let work = async || {
+            assert!(!inside.swap(true, Ordering::SeqCst), "two are inside");
+            sleep(Duration::from_millis(50)).await;
+            assert!(inside.swap(false, Ordering::SeqCst));
+            1
+        };
+        let both = async { tokio::join!(lock.run(work()), lock.run(work())) };
+        let (one, other) = timeout(PATIENCE, both).await.unwrap();
+        assert_eq!(one.unwrap() + other.unwrap(), 2);
+    }
+    no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn a_future_is_not_polled_while_another_session_holds_the_lock() {
+    let db = TestDb::new().await;
+    let (pool, elsewhere) = (db.pool(1).await, db.pool(1).await);
+    let held = Lock::new(&elsewhere, KEY).acquire().await.unwrap();
+    let lock = Lock::new(&pool, KEY);
+    let ran = AtomicBool::new(false);
+    let work = async || ran.store(true, Ordering::SeqCst);
+    assert_eq!(lock.try_run(work()).await.unwrap(), None);
+    assert_eq!(lock.try_run_for(Duration::from_millis(100), work()).await.unwrap(), None);
+    assert!(!ran.load(Ordering::SeqCst));
+
+    let waiting = async { tokio::join!(lock.try_run_for(PATIENCE, work()), held.release()) };
+    let (done, released) = waiting.await;
+    released.unwrap();
+    assert_eq!(done.unwrap(), Some(()));
+    assert!(ran.load(Ordering::SeqCst));
+    no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn a_loss_drops_the_future_before_it_is_returned() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut admin = db.admin().await;
+    let dropped = AtomicBool::new(false);
+    let lock = Lock::new(&pool, KEY);
+    let run = lock.run(async {
+        let _flag = Flag(&dropped);
+        pending::<()>().await;
+    });
+    let end = async {
+        locks_are(&mut admin, 1, PATIENCE).await;
+        let locks = advisory_locks(&mut admin).await;
+        let pid = locks.first().map(|lock| lock.pid);
+        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    };
+    let (lost, ()) = timeout(PATIENCE, async { tokio::join!(run, end) }).await.unwrap();
+    assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
+    assert!(dropped.load(Ordering::SeqCst));
+}
+
+/// The result of the future is worth nothing if another session may have held the lock meanwhile.
+#[tokio::test]
+async fn a_lock_that_other_code_unlocked_is_an_error_although_the_future_has_ended() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let guard = Lock::new(&pool, "outer").acquire().await.unwrap();
+    let inner = Lock::new(&pool, KEY);
+    let mut admin = db.admin().await;
+    let work = async {
+        let locks = advisory_locks(&mut admin).await;
+        let pid = locks.iter().map(|lock| lock.pid).find(|pid| *pid != guard.backend_pid());
+        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+        locks_are(&mut admin, 1, PATIENCE).await;
+        "done"
+    };
+    let lost = timeout(PATIENCE, inner.run(work)).await.unwrap();
+    assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
+    guard.release().await.unwrap();
+}
