@@ -1,4 +1,4 @@
-//! The handle of the lock of one key, with six methods that acquire.
+//! The handle of the lock of one key: methods that acquire, and methods that run a future under the lock.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -29,6 +29,7 @@ use crate::source::Source;
 /// |---|---|---|---|
 /// | exclusive | [`acquire`](Self::acquire) | [`try_acquire_for`](Self::try_acquire_for) | [`try_acquire`](Self::try_acquire) |
 /// | shared | [`acquire_shared`](Self::acquire_shared) | [`try_acquire_shared_for`](Self::try_acquire_shared_for) | [`try_acquire_shared`](Self::try_acquire_shared) |
+/// | a future under the exclusive lock | [`run`](Self::run) | [`try_run_for`](Self::try_run_for) | [`try_run`](Self::try_run) |
 ///
 /// Waiters queue on the server, in FIFO order. A `try_` method never overtakes the queue.
 ///
