@@ -108,8 +108,10 @@ async fn what_is_not_supported_is_refused_by_name() {
 async fn a_password_file_is_read_as_by_libpq() {
     let server = Server::options().tcp().hba("host all app all scram-sha-256").start();
     let db = TestDb::on(&server).await;
-    let statement = "CREATE ROLE app LOGIN PASSWORD 'se:cret'";
-    sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut db.admin().await).await.unwrap();
+    // Below version 14, a password is stored for MD5 by default.
+    let statements = "SET password_encryption = 'scram-sha-256'; \
+                      CREATE ROLE app LOGIN PASSWORD 'se:cret'";
+    sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut db.admin().await).await.unwrap();
     let home = Home::new("password");
     let port = server.port().to_string();
     let login =
