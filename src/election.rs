@@ -80,7 +80,7 @@ impl Election {
     /// ```
     #[must_use]
     pub fn new(source: &impl Source, key: impl Into<Key>) -> Self {
-        let (key, owner) = (key.into(), source.owner().another().unmanaged());
+        let (key, owner) = (key.into(), source.owner().apart());
         let candidate = format!("process-{}", process::id());
         Self { key, candidate, owner, status: LeaderStatus::default(), grace: Duration::ZERO }
     }

@@ -255,7 +255,7 @@ impl Guard {
                 reason = self.lost() => Err(reason),
                 output = future => Ok(output),
             }
-            // Here it is dropped, before anybody hears of the loss.
+            // Here it is dropped, before the caller hears of the loss.
         };
         let ended = ended.and_then(|output| self.loss().map_or(Ok(output), Err));
         ended.map_err(|reason| Error::lost(self.key(), reason))
@@ -489,7 +489,7 @@ impl Sealed for Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // Detach: nobody is left to wait for the answer.
+        // Detach: no caller waits for the answer.
         drop(self.start_release(Protocol::Simple));
     }
 }

@@ -77,7 +77,7 @@ pub fn fnv1a(name: impl Into<String>) -> Key {
 /// Makes the key that Ruby's [`with_advisory_lock`] locks: a pair, of 31 bits of the name's CRC-32 and
 /// of 0.
 ///
-/// The second number is what `WITH_ADVISORY_LOCK_PREFIX` is set to, which is mostly nothing. If it
+/// The second number is what `WITH_ADVISORY_LOCK_PREFIX` is set to, which is usually not set. If it
 /// is a number there, make the pair yourself.
 ///
 /// [`with_advisory_lock`]: https://github.com/ClosureTree/with_advisory_lock
@@ -98,7 +98,7 @@ pub fn with_advisory_lock(name: impl Into<String>) -> Key {
 
 /// Makes the key that the migrations of Ruby on Rails lock in the database of this name.
 ///
-/// Who holds it runs no migrations at the same time. It is named after what it locks, the
+/// While it is held, no migrations run. It is named after what it locks, the
 /// migrations of that database.
 ///
 /// # Examples

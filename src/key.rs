@@ -128,7 +128,7 @@ impl From<&String> for Key {
 impl FromStr for Key {
     type Err = Infallible;
 
-    /// Reads a key that somebody has typed: a number, a pair (`1,2`), or else a name. `name:42` is the name `42`.
+    /// Reads a key as it is written on a command line: a number, a pair (`1,2`), or else a name. `name:42` is the name `42`.
     ///
     /// What [`Display`](fmt::Display) writes for a key without a name is read as the same key.
     ///
@@ -150,10 +150,13 @@ impl FromStr for Key {
         if let Ok(number) = text.parse::<i64>() {
             return Ok(Self::from(number));
         }
-        let inner = text.strip_prefix('(').and_then(|text| text.strip_suffix(')'));
-        if let Some((first, second)) = inner.unwrap_or(text).split_once(',')
-            && let (Ok(first), Ok(second)) =
-                (first.parse::<i32>(), second.trim_start().parse::<i32>())
+        let displayed = text.strip_prefix('(').and_then(|text| text.strip_suffix(')'));
+        let pair = match displayed {
+            Some(displayed) => displayed.split_once(", "),
+            None => text.split_once(','),
+        };
+        if let Some((first, second)) = pair
+            && let (Ok(first), Ok(second)) = (first.parse::<i32>(), second.parse::<i32>())
         {
             return Ok(Self::from((first, second)));
         }

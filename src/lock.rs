@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::guard::{ExclusiveGuard, Guard, SharedGuard};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::owner::Owner;
+use crate::owner::{Owner, time_until};
 use crate::request::Request;
 use crate::source::Source;
 
@@ -254,7 +254,7 @@ impl Lock {
     /// If called outside a tokio runtime.
     pub async fn try_acquire_until(&mut self, deadline: Instant) -> Result<Option<ExclusiveGuard>> {
         let request = self.request(Mode::Exclusive);
-        let held = self.owner.try_acquire_until(&request, deadline).await?;
+        let held = self.owner.try_acquire_for(&request, time_until(deadline)).await?;
         Ok(held.map(ExclusiveGuard::new))
     }
 
@@ -384,7 +384,7 @@ impl Lock {
         deadline: Instant,
     ) -> Result<Option<SharedGuard>> {
         let request = self.request(Mode::Shared);
-        let held = self.owner.try_acquire_until(&request, deadline).await?;
+        let held = self.owner.try_acquire_for(&request, time_until(deadline)).await?;
         Ok(held.map(SharedGuard::new))
     }
 

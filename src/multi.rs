@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::guard::{Guard, is_guard};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::owner::Owner;
+use crate::owner::{Owner, time_until};
 use crate::request::Request;
 use crate::source::Source;
 
@@ -260,7 +260,7 @@ impl MultiLock {
     /// If called outside a tokio runtime.
     pub async fn try_acquire_until(&mut self, deadline: Instant) -> Result<Option<MultiGuard>> {
         let request = self.request()?;
-        Ok(self.owner.try_acquire_until(&request, deadline).await?.map(MultiGuard::new))
+        Ok(self.owner.try_acquire_for(&request, time_until(deadline)).await?.map(MultiGuard::new))
     }
 
     /// Releases everything that this handle holds, while its guards are still alive. These report

@@ -63,12 +63,14 @@ impl Owner {
         Self { managed: Some(managed), ..self }
     }
 
-    /// The same, but it takes its locks itself: what a manager holds is on a session that it shares.
+    /// An owner in the same pool that opens sessions of its own, and holds nothing.
+    pub(crate) fn apart(&self) -> Self {
+        Self::new(&self.pool, self.options.clone())
+    }
+
+    /// The same, unless a manager takes its locks: then an owner [`apart`](Self::apart).
     pub(crate) fn unmanaged(self) -> Self {
-        match self.managed {
-            Some(_) => Self::new(&self.pool, self.options),
-            None => self,
-        }
+        if self.managed.is_some() { self.apart() } else { self }
     }
 
     /// The owner of what a session holds.
@@ -126,14 +128,6 @@ impl Owner {
         timeout: Duration,
     ) -> Result<Option<Guard>> {
         self.take(request, policy(timeout)).await
-    }
-
-    pub(crate) async fn try_acquire_until(
-        &mut self,
-        request: &Request,
-        deadline: Instant,
-    ) -> Result<Option<Guard>> {
-        self.take(request, WaitPolicy::Until(deadline)).await
     }
 
     pub(crate) fn pool(&self) -> &PgPool {
@@ -245,6 +239,11 @@ impl Owner {
             held.held_by(|session, request| self.holdings.add(session, request))
         }))
     }
+}
+
+/// The timeout of a call that has a deadline: zero if that has passed, so that the call tries once.
+pub(crate) fn time_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 /// A policy that ends after `timeout`: at once, later, or never if that is too far to count.

@@ -110,7 +110,7 @@ impl Semaphore {
     /// # }
     /// ```
     pub fn new(source: &impl Source, key: impl Into<Key>, permits: usize) -> Result<Self> {
-        let (key, owner) = (key.into(), source.owner().another().unmanaged());
+        let (key, owner) = (key.into(), source.owner().apart());
         if !(1..=MAX_PERMITS).contains(&permits) {
             let reason = format!(
                 "semaphore {key} has {permits} permits; the number must be from 1 to {MAX_PERMITS}"

@@ -63,19 +63,14 @@ pub(crate) fn host() -> String {
     name.unwrap_or_else(|| format!("process-{}", std::process::id()))
 }
 
+/// Reads a key as the library does, and a pair with a slash too.
 fn key(text: &str) -> Key {
-    if let Some(name) = text.strip_prefix("name:") {
-        return Key::from(name);
-    }
-    if let Ok(number) = text.parse::<i64>() {
-        return Key::from(number);
-    }
-    if let Some((first, second)) = text.split_once([',', '/'])
+    if let Some((first, second)) = text.split_once('/')
         && let (Ok(first), Ok(second)) = (first.parse::<i32>(), second.parse::<i32>())
     {
         return Key::from((first, second));
     }
-    Key::from(text)
+    text.parse().unwrap_or_else(|never: Infallible| match never {})
 }
 
 #[cfg(test)]

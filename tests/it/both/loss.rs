@@ -52,7 +52,7 @@ async fn the_end_of_a_session_is_reported_at_once() {
     // The promise is 15 ms, and 50 ms at most; a busy machine is given more.
     let median = took.get(took.len() / 2).copied();
     report(format!("reported after {median:?}, at most {:?}", took.last()));
-    assert!(median < Some(soon() / 4), "{took:?}");
+    assert!(median < Some(soon() / 20), "{took:?}");
     no_locks(&mut admin).await;
 }
 
