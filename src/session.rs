@@ -150,12 +150,13 @@ impl Session {
     /// A session that has not answered for too long is lost even if the keeper has not noticed: the process
     /// may have been stopped.
     pub(crate) fn loss(&self) -> Option<Loss> {
-        let (loss, has_ended) = {
+        let (loss, holds) = {
             let ledger = self.ledger();
-            (ledger.loss(), ledger.has_ended())
+            (ledger.loss(), !ledger.has_ended() && ledger.holds_locks())
         };
-        // One that was released can't be lost any more.
-        if !has_ended
+        // One that holds nothing, or was released, can't lose anything by silence. It may be waiting.
+        if (holds || self.managed_locks.load(Ordering::Relaxed) > 0)
+            && loss.is_none()
             && self.kept.load(Ordering::Relaxed)
             && Instant::now() > self.last_answered() + self.heartbeat.bound()
         {

@@ -246,6 +246,11 @@ impl Ledger {
         self.pins > 0
     }
 
+    /// Whether the server has granted anything.
+    pub(crate) fn holds_locks(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
     pub(crate) fn has_guards(&self) -> bool {
         self.is_pinned() || self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
     }

@@ -417,13 +417,18 @@ impl Pending {
                 Err(_) if left.is_some() => return Ok(None),
                 Err(_) => return Err(self.fail(silence(limit)).await),
             };
-            self.stage = Stage::Idle;
             if granted {
+                // Before it counts as held, which the clock would find too old.
+                if let Err(error) = self.confirm(asked).await {
+                    return Err(self.fail(error).await);
+                }
                 // A loss shows when the acquire is settled.
                 self.count(0..1).ok();
-                session.trust(asked);
+            }
+            self.stage = Stage::Idle;
+            if granted {
                 if self.missing.is_empty() {
-                    return self.confirm(asked, policy).await.map(Some);
+                    return self.granted(policy).await.map(Some);
                 }
                 // The next ones may be free.
                 match self.ask(policy.answer_limit()).await {
@@ -557,18 +562,17 @@ impl Pending {
     ///
     /// The grant says that we hear the server. Only an answer says that the server hears us, and has
     /// not begun to give us up.
-    async fn confirm(mut self, waiting_since: Instant, policy: WaitPolicy) -> Result<Guard> {
+    async fn confirm(&mut self, waiting_since: Instant) -> Result<(), sqlx::Error> {
+        let mut asked = waiting_since;
         if waiting_since.elapsed() > self.options.beat().interval
             && let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut())
         {
-            let asked = Instant::now();
+            asked = Instant::now();
             let answer = async { sql::backend::heartbeat(conn.pg()?, None).await };
-            match within(self.options.beat().timeout, answer).await {
-                Ok(_) => self.session.trust(asked),
-                Err(error) => return Err(self.fail(error).await),
-            }
+            within(self.options.beat().timeout, answer).await?;
         }
-        self.granted(policy).await
+        self.session.trust(asked);
+        Ok(())
     }
 
     /// Lifts the limit that a role has on idle sessions, for as long as the session holds something.
