@@ -9,7 +9,7 @@ use tokio::time::{sleep, timeout};
 
 use super::new_lock;
 use crate::loss::terminate;
-use crate::support::{self, borrow_all, locks_are, no_locks, rounds, soon, spawn};
+use crate::support::{self, borrow_all, no_locks, rounds, soon, spawn};
 
 const KEY: i64 = 42;
 
@@ -24,12 +24,18 @@ fn held(mode: &str) -> Vec<(String, bool)> {
     vec![(mode.to_owned(), true)]
 }
 
-/// Waits until there are so many rows, and returns the backend of the last that waits.
+/// Waits until there are so many rows, one of a backend that waits and is not known, and returns that backend.
 async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
-    locks_are(admin, count, soon() * 10).await;
-    let locks = advisory_locks(admin).await;
-    let mut new = locks.iter().filter(|lock| !lock.granted && !known.contains(&lock.pid));
-    new.next().unwrap().pid
+    let started = Instant::now();
+    loop {
+        let locks = advisory_locks(admin).await;
+        let new = locks.iter().find(|lock| !lock.granted && !known.contains(&lock.pid));
+        if let Some(new) = new.filter(|_| locks.len() == count) {
+            return new.pid;
+        }
+        assert!(started.elapsed() < soon() * 10, "{locks:?}");
+        sleep(Duration::from_millis(2)).await;
+    }
 }
 
 /// Waits until a backend is in the queue, where it is not for a moment between two slices.
