@@ -1,0 +1,109 @@
+//! The ways to serialize work that are compared.
+
+use std::time::{Duration, Instant};
+
+use pglock::{Lock, LockManager, transaction};
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
+use sqlx::{PgConnection, PgPool, query};
+
+/// A way to serialize work.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Way {
+    Lock,
+    /// The work has the connection of the lock.
+    LockConnection,
+    Manager,
+    RowLock,
+    Sqlx,
+    Transaction,
+}
+
+impl Way {
+    /// The first one is the one that the others are compared with.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::RowLock,
+        Self::Transaction,
+        Self::Sqlx,
+        Self::LockConnection,
+        Self::Lock,
+        Self::Manager,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Lock => "Lock, work on the pool",
+            Self::LockConnection => "Lock, work on its connection",
+            Self::Manager => "LockManager, work on the pool",
+            Self::RowLock => "SELECT FOR UPDATE",
+            Self::Sqlx => "sqlx's PgAdvisoryLock",
+            Self::Transaction => "transaction::acquire",
+        }
+    }
+}
+
+/// What the tasks of a process have in common.
+#[derive(Clone)]
+pub(crate) struct Means {
+    way: Way,
+    pool: PgPool,
+    manager: LockManager,
+}
+
+impl Means {
+    pub(crate) fn new(way: Way, pool: PgPool) -> Self {
+        Self { way, manager: LockManager::new(&pool), pool }
+    }
+
+    /// Works under the lock of a key. Returns how long it took to get the lock.
+    pub(crate) async fn cycle(&self, key: i64) -> Result<Duration, BoxDynError> {
+        let started = Instant::now();
+        let waited;
+        match self.way {
+            Way::RowLock => {
+                let mut transaction = self.pool.begin().await?;
+                let lock = query("SELECT id FROM bench WHERE id = $1 FOR UPDATE").bind(key);
+                lock.execute(&mut *transaction).await?;
+                waited = started.elapsed();
+                work(&mut transaction).await?;
+                transaction.commit().await?;
+            }
+            Way::Transaction => {
+                let mut transaction = self.pool.begin().await?;
+                transaction::acquire(&mut transaction, key).await?;
+                waited = started.elapsed();
+                work(&mut transaction).await?;
+                transaction.commit().await?;
+            }
+            Way::Sqlx => {
+                let lock = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(key));
+                let mut guard = lock.acquire(self.pool.acquire().await?).await?;
+                waited = started.elapsed();
+                work(&mut guard).await?;
+                drop(guard.release_now().await?);
+            }
+            Way::LockConnection => {
+                let guard = Lock::new(&self.pool, key).acquire().await?;
+                waited = started.elapsed();
+                work(&mut *guard.connection().await?).await?;
+                guard.release().await?;
+            }
+            Way::Lock => {
+                let _guard = Lock::new(&self.pool, key).acquire().await?;
+                waited = started.elapsed();
+                work(&mut *self.pool.acquire().await?).await?;
+            }
+            Way::Manager => {
+                let _guard = Lock::new(&self.manager, key).acquire().await?;
+                waited = started.elapsed();
+                work(&mut *self.pool.acquire().await?).await?;
+            }
+        }
+        Ok(waited)
+    }
+}
+
+/// What is done under the lock: two milliseconds of the server's time.
+async fn work(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    query("SELECT pg_sleep(0.002)").execute(connection).await.map(drop)
+}
