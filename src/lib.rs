@@ -1,6 +1,7 @@
 //! A lock you hold like a `MutexGuard`, shared by every machine that can reach your database.
 //!
-//! RAII guards for PostgreSQL's [advisory locks], on [sqlx] and tokio.
+//! RAII guards for PostgreSQL's [advisory locks], on [sqlx] and tokio. A lock is held by a session of the server,
+//! until it is released or the session ends. It has no expiry.
 //!
 //! ```
 //! use pglock::Lock;
@@ -21,26 +22,25 @@
 //! # The guide
 //!
 //! * [Cookbook](guide::cookbook): tasks, each with code to copy; how to migrate from go-pglock, sqlx or Ruby.
-//! * [Guarantees and their limits](guide::guarantees): what always holds, and what no advisory lock can
-//!   promise.
+//! * [Guarantees](guide::guarantees): what always holds, and what no advisory lock can promise.
 //! * [Faults](guide::faults): what the holder sees when something breaks, and when the lock is free.
 //! * [Operations](guide::operations): pools, poolers, settings, monitoring, queries for `psql`.
-//! * [Cost](guide::cost): what it costs, and how that grows; the server's limits; more than one server.
-//! * [Comparison](guide::comparison): what else there is, and when that is the better choice.
-//! * [Architecture](guide::architecture): how it works inside.
+//! * [Cost](guide::cost): connections, memory, time; the server's limits; more than one server.
+//! * [Comparison](guide::comparison): other libraries and other kinds of lock, and when they are the better choice.
+//! * [Program](guide::program): locks in a shell, in cron and under systemd.
+//! * [Architecture](guide::architecture): how the crate works inside.
 //!
 //! # Overview
 //!
 //! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
 //!   Handles are re-entrant; two handles exclude each other.
-//! * [`ExclusiveGuard`] and [`SharedGuard`] are proof of holding; dropping one releases its share. [`Guard`] is what
-//!   all guards have in common.
+//! * [`ExclusiveGuard`] and [`SharedGuard`] are proof of holding; dropping one releases its share. [`Guard`] is
+//!   what all guards have in common.
 //! * [`Source`] is where a handle gets its session: a pool, a manager, or a guard.
 //! * [`LockManager`] holds thousands of locks on one connection.
 //! * [`MultiLock`] holds several keys, all or none, and never in a deadlock with another `MultiLock`.
 //! * [`Semaphore`] is a counting semaphore; each permit has an index.
-//! * [`Election`] makes one candidate the leader, notifies it when it no longer leads, and shows to all
-//!   others which candidate leads.
+//! * [`Election`] makes one candidate the leader, notifies it when it no longer leads, and shows others the leader.
 //! * [`Key`] is what is locked: a number, a pair, or a name; [`interop`] makes the keys of other libraries.
 //! * [`LockOptions`] are the settings that have a good default.
 //! * [`transaction`] has locks that end with a transaction of yours.
@@ -50,43 +50,21 @@
 //!
 //! # Cancel safety
 //!
-//! Every future of this crate may be dropped at any await. (Those of [`transaction`] run on a connection
-//! of yours, [at a cost](transaction#cancel-safety).) A statement that was sent can't be withdrawn, so a
-//! dropped future hands it to a background task. The task cancels a wait through another connection
-//! (`pg_cancel_backend`), reads the outstanding answer, and releases a lock that was granted meanwhile.
-//! Then the connection returns to the pool. If any of that fails, the connection is closed, and the server
-//! releases its locks. Each method documents what dropping its future costs.
-//!
-//! A guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a
-//! panic.
+//! Every future of this crate may be dropped at any await. (Those of [`transaction`] run on a connection of yours,
+//! [at a cost](transaction#cancel-safety).) A background task cancels the wait through another connection
+//! (`pg_cancel_backend`), reads the outstanding answer, releases a lock that was granted meanwhile, and returns the
+//! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A
+//! guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic.
 //!
 //! # Loss
 //!
-//! The server releases a lock when its session ends, and a session can end without its client: an
-//! administrator terminates it, the server restarts, the network fails. A guard whose session has ended is
-//! *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and
-//! all other methods return [`Error::Lost`].
-//!
-//! A background task monitors the sessions that hold a lock, one task for each tokio runtime that
-//! acquires. If the runtime is shut down, the guards acquired on it are lost immediately.
-//!
-//! * At each [heartbeat](LockOptions::heartbeat_interval), the task sends a statement to the session. A session that
-//!   is silent is lost after the heartbeat's interval plus its timeout, by default 4 s after the last
-//!   question that was answered.
-//! * When the session has been held for two seconds, or for the heartbeat's interval if that is shorter, the
-//!   task also polls its idle connection, so a closed one is detected within 50 ms. For that, the task opens
-//!   one connection beside the pool for each server, the *monitor connection*, whatever the number of
-//!   sessions. If it can't be opened, a closed session is detected at the next heartbeat.
-//! * While the session's connection is in use (the application has borrowed it, or the session waits for
-//!   another lock), the task asks on the monitor connection whether the session still holds its locks: one
-//!   statement for all such sessions of a server.
-//!
-//! Only three things are a loss: silence, a closed connection, and the server's answer that the lock is
-//! not held. An answer that is an error is a sign of life.
-//!
-//! The server ends the session of a [silent client](LockOptions::keepalives_interval) only later, so a holder
-//! that is cut off stops before another session is granted the lock. This requires TCP, and a server that
-//! accepts the settings.
+//! A session can end without its client: an administrator terminates it, the server restarts, the network fails.
+//! Then its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all
+//! other methods return [`Error::Lost`]. A server that has not answered within the
+//! [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too; [`Loss`] lists all causes.
+//! An answer that is an error is a sign of life. Over TCP, the server ends the session of a [silent
+//! client](LockOptions::keepalives_interval) only later, so a holder that is cut off stops before another session
+//! is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times.
 //!
 //! # What is sent to the server
 //!
@@ -104,44 +82,13 @@
 //! | the leader looked up, or observed | 1, or 1 every 500 ms |
 //! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat_interval) |
 //! | the connection [borrowed](Guard::connection) | 2 the first time, at most 1 later; 2 when it is returned |
-//! | a guard [verified](Guard::verify), or a [token](Guard::fencing_token) drawn | 1 |
-//! | the last guard released | 1 |
-//! | an exclusive guard released while shared ones stay | 1 |
-//! | a free lock of a [`transaction`] acquired, or a `try_` of a busy one | 1 |
-//! | a busy lock of a [`transaction`] waited for | 1, and 1 for each slice of a minute |
-//! | a lock of a [`transaction`] released | 0 |
-//! | locks [inspected](inspect), or a session ended | 1 |
+//! | the last guard released, or the last exclusive one | 1 |
+//! | a lock of a [`transaction`] | 1; waited for, 1 more for each slice of a minute; released, 0 |
+//! | a guard [verified](Guard::verify), a [token](Guard::fencing_token) drawn, locks [inspected](inspect) | 1 |
 //!
 //! Functions, operators and relations in these statements are qualified with `pg_catalog`, so the role's
-//! `search_path` has no effect on them.
-//!
-//! Nothing is installed in the database. `tcp_keepalives_idle`, `tcp_keepalives_interval` and
-//! `tcp_keepalives_count` stay set on the pooled connection. `tcp_user_timeout`,
-//! `client_connection_check_interval`, a role's `idle_session_timeout` and, for a leader,
-//! `application_name` are changed while they are needed, and reset with the release.
-//! [Operations](guide::operations#settings) has the table.
-//!
-//! # Tracing
-//!
-//! The target is `pglock` and its modules. In the normal path no event is above `debug`.
-//!
-//! | | level | what | fields |
-//! |---|---|---|---|
-//! | span `acquire` | debug | one acquire | `key`, `name`, `mode`, `outcome` (`acquired`, `busy`, `failed`, `cancelled`), `waited_ms` |
-//! | event | trace | the server confirmed a release | `backend_pid`, `locks` |
-//! | event | debug | an acquire was abandoned or has failed, and is undone | `key`, `mode`, `backend_pid`, `stage` |
-//! | event | debug | an idle connection of the pool was dead, and another is taken | `key`, `error` |
-//! | event | debug | the proof that locks exclude other sessions has no answer yet; it is retried | `error` |
-//! | event | debug | the monitor connection can't be opened; a closed session is detected at its next heartbeat | `backend_pid`, `error` |
-//! | event | debug | the monitor connection can't be asked about sessions whose connections are in use | `sessions`, `error` |
-//! | event | debug | an abandoned wait can't be cancelled; the cancel is retried | `backend_pid`, `error` |
-//! | event | debug | a transaction left open on a borrowed connection was rolled back | `backend_pid` |
-//! | event | debug | a runtime was shut down, and a session that held locks with it | `backend_pid`, `locks`, `reason` |
-//! | event | warn | the server rejects a setting by which it detects a dead client | `error` |
-//! | event | warn | a connection was closed instead of returned to the pool | `backend_pid`, `locks`, `reason` |
-//! | event | warn | a lock that was taken through a pooler in transaction mode could not be released | `backend_pid`, `error` |
-//! | event | warn | a task re-entered a lock that another task acquired through the same handle; once per handle | `key`, `name` |
-//! | event | warn | a campaign of [`Election::run`] failed; it is retried | `key`, `error` |
+//! `search_path` has no effect on them. Nothing is installed in the database;
+//! [operations](guide::operations#settings) lists the settings.
 //!
 //! [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
 //! [sqlx]: https://docs.rs/sqlx
