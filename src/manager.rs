@@ -40,9 +40,12 @@ use threads::wait_session;
 /// A lock is passed on inside the process this often, and for this long, before others get their turn.
 const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 
-/// How many wait sessions a manager has at most. With four, three services with a pool of seven reached 0.95 of
-/// the throughput of row locks; other numbers were not measured.
-const MOST_WAIT_SESSIONS: usize = 4;
+/// How many wait sessions a manager has at most, and how many connections of the pool it takes for each after
+/// the first. The work under the locks needs the others: three services with pools of 7 and 100,000 keys reached
+/// 0.97 of the throughput of row locks with one wait session each, 0.87 with two, and 0.67 with four; with pools
+/// of 20 the number made no difference.
+const MOST_WAIT_SESSIONS: u32 = 4;
+const CONNECTIONS_FOR_EACH: u32 = 8;
 
 /// How long no wait session is opened after one could not be.
 const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
@@ -58,13 +61,15 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// * Tasks of one process that want the same key queue in the process, in FIFO order, and hand it on without
 ///   a round trip: at most 100 times, and for 10 ms. Then the key goes back to the server's queue, so
 ///   that other processes get their turn.
-/// * The shared session never waits. A key that another session holds is waited for on one of up to four
-///   other connections, which then holds the key. If more keys than that are held elsewhere, the others
-///   queue for those connections, and meanwhile all of them are tried in one statement: again after 5 ms at
-///   first, and after a second at last.
+/// * The shared session never waits. A key that another session holds is waited for on another connection,
+///   which then holds the key. There is one of those for every eight connections of the pool, at least one
+///   and at most four. If more keys than that are held elsewhere, they take turns on those connections, for
+///   at most a second each, and meanwhile all of them are tried in one statement: again after 5 ms at first,
+///   and after a second at last.
 ///
-/// So a manager uses at most five connections, however many keys are busy, and fewer if the pool can spare
-/// fewer ([`LockOptions::reserve_connections`]). The shared connection goes back to the pool after a second
+/// So a manager uses at most five connections, however many keys are busy, and two of a pool of up to 15. The
+/// others are left to the work under the locks. Where many keys are held by other processes, and the work
+/// needs every connection, give the pool seven or more. The shared connection goes back to the pool after a second
 /// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last
 /// guard was dropped.
 ///
@@ -162,7 +167,7 @@ pub(crate) struct Manager {
     pool: PgPool,
     options: LockOptions,
     /// The maximum number of wait sessions.
-    most_wait_sessions: usize,
+    most_wait_sessions: u32,
     budget: Arc<Budget>,
     state: Mutex<State>,
     /// There are steps to take for the shared session, or keys to try again.
@@ -202,7 +207,7 @@ struct Driving {
     seen: Instant,
     /// It opens the shared session, so that the server was asked for nothing yet.
     opening: bool,
-    wait_sessions: usize,
+    wait_sessions: u32,
     /// How many of them have nothing to wait for.
     idle: usize,
     /// When no wait session could be opened.
@@ -270,14 +275,15 @@ impl Manager {
             drivers: 0,
             spare: Vec::new(),
         };
-        // One connection is for the shared session.
         let budget = Budget::of(pool);
+        // One connection is for the shared session.
         let spare = budget.limit(options.reserve()).saturating_sub(1);
-        let spare = usize::try_from(spare).unwrap_or(MOST_WAIT_SESSIONS);
+        let share = pool.options().get_max_connections() / CONNECTIONS_FOR_EACH;
+        let wait_sessions = spare.min(share).clamp(1, MOST_WAIT_SESSIONS);
         Self {
             pool: pool.clone(),
             options,
-            most_wait_sessions: spare.clamp(1, MOST_WAIT_SESSIONS),
+            most_wait_sessions: wait_sessions,
             budget,
             state: Mutex::new(state),
             work: Notify::new(),

@@ -36,6 +36,9 @@ const LAST_RETRY: Duration = Duration::from_secs(1);
 const FIRST_SLICE: Duration = Duration::from_millis(250);
 const LAST_SLICE: Duration = Duration::from_mins(1);
 
+/// How long at most while other keys wait for their turn.
+const CROWDED_SLICE: Duration = Duration::from_secs(1);
+
 /// Tells owners apart: each handle is one.
 pub(super) type OwnerId = u64;
 
@@ -392,7 +395,8 @@ impl<S: Seat, W> Table<S, W> {
         while let Some((_, key)) = self.line.keys.pop_first() {
             let Some(entry) = self.keys.get_mut(&key) else { continue };
             entry.leave_line(key, &mut self.line);
-            let slice = entry.stand.as_ref().map_or(FIRST_SLICE, |stand| stand.slice);
+            let longest = if self.line.keys.is_empty() { LAST_SLICE } else { CROWDED_SLICE };
+            let slice = entry.stand.as_ref().map_or(FIRST_SLICE, |stand| stand.slice.min(longest));
             if let Some(taken) = entry.take() {
                 return Some((key, taken, slice));
             }

@@ -104,11 +104,10 @@ async fn sessions_at_locks(db: &TestDb, except: i32) -> HashSet<i32> {
 }
 
 /// However many keys are busy, and each gets its turn when it is free.
-#[tokio::test]
-async fn a_manager_waits_on_few_connections() {
+async fn waits_on(wait_sessions: usize, locks: u32) {
     const KEYS: i64 = 40;
     let db = TestDb::new().await;
-    let (one, other) = (db.pool(1).await, db.pool(20).await);
+    let (one, other) = (db.pool(1).await, db.pool(locks).await);
     let holder = LockManager::new(&one);
     let mut held = Vec::new();
     for key in 0..KEYS {
@@ -121,15 +120,26 @@ async fn a_manager_waits_on_few_connections() {
         waiters.spawn(async move { lock.acquire().await.unwrap().release().await.unwrap() });
     }
     let holder = held.first().unwrap().backend_pid();
-    let waiting = async || sessions_at_locks(&db, holder).await.len() == 4;
-    eventually("four connections wait", PATIENCE, waiting).await;
-    assert!(other.size() <= 5 + 1, "{} connections", other.size());
+    let waiting = async || sessions_at_locks(&db, holder).await.len() == wait_sessions;
+    eventually("as many connections as there should be wait", PATIENCE, waiting).await;
+    let size = other.size();
+    assert!(size <= u32::try_from(wait_sessions).unwrap() + 2, "{size} connections");
     // Those that are in nobody's queue get theirs too.
     for guard in held {
         guard.release().await.unwrap();
     }
     timeout(PATIENCE, async { while waiters.join_next().await.is_some() {} }).await.unwrap();
     no_locks(&mut db.admin().await).await;
+}
+
+#[tokio::test]
+async fn a_manager_waits_on_one_connection_of_a_small_pool() {
+    waits_on(1, 10).await;
+}
+
+#[tokio::test]
+async fn a_manager_waits_on_four_connections_of_a_large_pool() {
+    waits_on(4, 25).await;
 }
 
 /// On a pool that can spare one connection for locks, a busy key is tried again and again on that.

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{Bound, Effect, Left, Modes, Seat, Step, Table, Taken, Want};
+use super::{
+    Bound, CROWDED_SLICE, Effect, LAST_SLICE, Left, Modes, Seat, Step, Table, Taken, Want,
+};
 use crate::key::KeyId;
 use crate::mode::Mode;
 
@@ -712,4 +714,25 @@ fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Unlock]);
     world.finish();
+}
+
+/// With few wait sessions, each key in the line gets its turn.
+#[test]
+fn a_wait_is_short_while_other_keys_stand_in_the_line() {
+    for (keys, longest) in [(1, LAST_SLICE), (2, CROWDED_SLICE)] {
+        let World { mut table, now, .. } = World::new();
+        let mut effects = Vec::new();
+        for key in 0..keys {
+            let (key, wants) = (KeyId::BigInt(key), (Mode::Exclusive, true));
+            table.want(key, 0, wants, || 99, now, &mut effects);
+            let lock = table.take_for_shared(key).unwrap();
+            table.taken(key, lock.id, (&SHARED_SESSION, false), now, &mut effects);
+        }
+        let slices = (0..20).map(|_| {
+            let (key, wait, slice) = table.take_wait().unwrap();
+            assert!(table.not_granted(key, wait.id, now, &mut effects));
+            slice
+        });
+        assert_eq!(slices.max(), Some(longest));
+    }
 }
