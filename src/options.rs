@@ -25,7 +25,7 @@ use crate::sql::settings::Vigilance;
 /// ```
 #[derive(Clone, Debug)]
 pub struct LockOptions {
-    wait_slice: Duration,
+    wait_slice: Option<Duration>,
     heartbeat: Heartbeat,
     keepalives: Keepalives,
     /// What tells these settings from others on the server.
@@ -99,7 +99,7 @@ impl LockOptions {
             retries: 5,
         };
         Self {
-            wait_slice: Duration::from_mins(1),
+            wait_slice: None,
             heartbeat: Heartbeat {
                 interval: Duration::from_secs(2),
                 timeout: Duration::from_secs(2),
@@ -249,7 +249,8 @@ impl LockOptions {
         self
     }
 
-    /// Sets for how long one statement waits for a busy lock. Default: 60 s; from 2 s to 1 h.
+    /// Sets for how long one statement waits for a busy lock. Default: 60 s, in an
+    /// [`Election`](crate::Election) 90 s; from 2 s to 1 h.
     ///
     /// A wait is divided into slices, because a statement that waits holds a snapshot, which keeps
     /// `VACUUM` and `CREATE INDEX CONCURRENTLY` waiting in turn. Within a slice the waiter keeps its
@@ -273,7 +274,7 @@ impl LockOptions {
     /// ```
     #[must_use]
     pub fn wait_slice(mut self, wait_slice: Duration) -> Self {
-        self.wait_slice = wait_slice;
+        self.wait_slice = Some(wait_slice);
         self
     }
 
@@ -339,7 +340,9 @@ impl LockOptions {
         const TICK: Duration = Duration::from_millis(100);
 
         let Self { wait_slice, heartbeat, keepalives, .. } = self;
-        if !(SHORTEST..=LONGEST).contains(wait_slice) {
+        if let Some(wait_slice) = wait_slice
+            && !(SHORTEST..=LONGEST).contains(wait_slice)
+        {
             return Some(format!(
                 "wait_slice is {wait_slice:?}; it must be from {SHORTEST:?} to {LONGEST:?}"
             ));
@@ -374,7 +377,12 @@ impl LockOptions {
     }
 
     pub(crate) fn slice(&self) -> Duration {
-        self.wait_slice
+        self.wait_slice.unwrap_or(Duration::from_mins(1))
+    }
+
+    /// Sets how long a slice lasts if the application does not say.
+    pub(crate) fn default_slice(&mut self, slice: Duration) {
+        self.wait_slice.get_or_insert(slice);
     }
 
     pub(crate) fn beat(&self) -> Heartbeat {

@@ -12,6 +12,7 @@ mod held;
 mod picture;
 mod tables;
 mod throughput;
+mod timeouts;
 mod who;
 
 use std::time::Duration;
@@ -32,7 +33,8 @@ fn main() -> Result<(), BoxDynError> {
 async fn manager(time: Duration) -> Result<(), BoxDynError> {
     let quick = time <= Duration::from_secs(1);
     let (held, many) = if quick { (800, 50) } else { (100_000, 1000) };
-    let tasks: &[u32] = if quick { &[1, 50] } else { &[1, 10, 100, 1000, 5000] };
+    let tasks: &[u32] = if quick { &[1, 50] } else { &[1, 10, 100, 1000, 5000, 20_000] };
+    let waiters = if quick { 1000 } else { 30_000 };
     let locks: &[u32] = if quick { &[1, 10] } else { &[1, 10, 100, 300] };
     let (count, time) = if quick { (1, 100) } else { (5, 500) };
     let turns = Turns { count, time: Duration::from_millis(time) };
@@ -48,6 +50,13 @@ async fn manager(time: Duration) -> Result<(), BoxDynError> {
     let held::Held { bytes_each, connections } = held::held(&db, held).await?;
     println!(
         "\n{held} locks held at once: {bytes_each:.0} bytes each, connections in use: {connections}"
+    );
+
+    let timeouts = timeouts::timeouts(&db, waiters).await?;
+    println!(
+        "{waiters} waiters whose timeouts fire together: the last hears {:.0?} later, target 1.5s; another key takes \
+         at most {:.1?} meanwhile, target 50ms",
+        timeouts.latest, timeouts.other_key
     );
 
     let mut distinct = Who::ALL.map(Line::new).to_vec();

@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, WATCHED, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, unless_it_waits,
+    SOON, WATCHED, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, spawn,
+    unless_it_waits,
 };
 
 /// More polls than any call that does not wait can take.
@@ -622,4 +623,27 @@ async fn a_leadership_outlives_its_candidate_and_ends_anywhere() {
     std::thread::spawn(move || drop(leadership)).join().unwrap();
     no_locks(&mut admin).await;
     names_are(&pool, "").await;
+}
+
+/// A hundred candidates shall send fewer than 10,000 statements an hour: a wait is two for each slice.
+#[tokio::test]
+async fn a_candidate_waits_in_long_slices() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(2).await;
+    let leading = Election::new(&pool, "billing").campaign().await.unwrap();
+    let mut other = Election::new(&pool, "billing");
+    let waiting = spawn(async move { other.campaign().await });
+    locks_are(&mut admin, 2, SOON).await;
+    let limit: String = sqlx::query_scalar(
+        "SELECT substring(query FROM 'lock_timeout[^0-9]*([0-9]+)') FROM pg_stat_activity \
+         WHERE wait_event_type = 'Lock' AND wait_event = 'advisory'",
+    )
+    .fetch_one(&mut admin)
+    .await
+    .unwrap();
+    let limit: u32 = limit.parse().unwrap();
+    assert!((81_000..=90_000).contains(&limit), "{limit} ms");
+    waiting.abort();
+    leading.resign().await.unwrap();
 }

@@ -1,0 +1,53 @@
+//! Waiters of one key whose timeouts fire together.
+
+use std::time::{Duration, Instant};
+
+use pglock::{Lock, LockManager};
+use pglock_testkit::TestDb;
+use sqlx::error::BoxDynError;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
+
+const BUSY: i64 = -1;
+
+/// How late the last of them hears, and how long another key takes at most meanwhile.
+pub(crate) struct Timeouts {
+    pub(crate) latest: Duration,
+    pub(crate) other_key: Duration,
+}
+
+/// Has so many tasks wait for a key that another session holds, until one moment.
+pub(crate) async fn timeouts(db: &TestDb, waiters: u32) -> Result<Timeouts, BoxDynError> {
+    let holder = db.pool(1).await;
+    let _held = Lock::new(&holder, BUSY).acquire().await?;
+    let manager = LockManager::new(&db.pool(3).await);
+    // Long enough for all of them to stand in the queue.
+    let deadline = Instant::now() + Duration::from_secs(3) + waiters * Duration::from_micros(50);
+
+    let mut waiting = JoinSet::new();
+    for _ in 0..waiters {
+        let mut lock = Lock::new(&manager, BUSY);
+        waiting.spawn(async move {
+            let acquired = lock.try_acquire_until(deadline).await?;
+            assert!(acquired.is_none(), "another session holds it");
+            Ok::<_, pglock::Error>(deadline.elapsed())
+        });
+    }
+    let mut other = Lock::new(&manager, 0);
+    let others = tokio::spawn(async move {
+        let mut longest = Duration::ZERO;
+        sleep_until((deadline - Duration::from_millis(500)).into()).await;
+        while deadline.elapsed() < Duration::from_secs(1) {
+            let started = Instant::now();
+            drop(other.acquire().await?);
+            longest = longest.max(started.elapsed());
+            sleep(Duration::from_millis(1)).await;
+        }
+        Ok::<_, pglock::Error>(longest)
+    });
+    let mut latest = Duration::ZERO;
+    while let Some(heard) = waiting.join_next().await {
+        latest = latest.max(heard??);
+    }
+    Ok(Timeouts { latest, other_key: others.await?? })
+}
