@@ -276,6 +276,30 @@ impl Loss {
     }
 }
 
+/// The key of an error, borrowed as the error is: as `Option<&Key>` or `Option<&mut Key>`.
+macro_rules! key_of {
+    ($error:expr) => {
+        match $error {
+            Error::Cancelled { key, .. }
+            | Error::Connect { key, .. }
+            | Error::ConnectionBorrowed { key }
+            | Error::Database { key, .. }
+            | Error::Deadlock { key, .. }
+            | Error::Disconnected { key, .. }
+            | Error::LeaderFailed { key, .. }
+            | Error::Lost { key, .. }
+            | Error::NoExclusion { key }
+            | Error::OutOfLocks { key, .. }
+            | Error::PoolClosed { key }
+            | Error::PoolTimedOut { key, .. }
+            | Error::SettingsRejected { key, .. }
+            | Error::SharedSession { key }
+            | Error::Standby { key } => Some(key),
+            Error::InvalidArgument { .. } => None,
+        }
+    };
+}
+
 impl Error {
     /// Returns the key of the lock that the error is about. `None` for an invalid argument.
     ///
@@ -293,24 +317,7 @@ impl Error {
     /// ```
     #[must_use]
     pub fn key(&self) -> Option<&Key> {
-        match self {
-            Self::Cancelled { key, .. }
-            | Self::Connect { key, .. }
-            | Self::ConnectionBorrowed { key }
-            | Self::Database { key, .. }
-            | Self::Deadlock { key, .. }
-            | Self::Disconnected { key, .. }
-            | Self::LeaderFailed { key, .. }
-            | Self::Lost { key, .. }
-            | Self::NoExclusion { key }
-            | Self::OutOfLocks { key, .. }
-            | Self::PoolClosed { key }
-            | Self::PoolTimedOut { key, .. }
-            | Self::SettingsRejected { key, .. }
-            | Self::SharedSession { key }
-            | Self::Standby { key } => Some(key),
-            Self::InvalidArgument { .. } => None,
-        }
+        key_of!(self)
     }
 
     /// Returns whether a retry of the same call may succeed.
@@ -359,23 +366,8 @@ impl Error {
 
     /// The same error for another key that was asked for in the same statement, or on the same session.
     pub(crate) fn for_key(mut self, other: &Key) -> Self {
-        match &mut self {
-            Self::Cancelled { key, .. }
-            | Self::Connect { key, .. }
-            | Self::ConnectionBorrowed { key }
-            | Self::Database { key, .. }
-            | Self::Deadlock { key, .. }
-            | Self::Disconnected { key, .. }
-            | Self::LeaderFailed { key, .. }
-            | Self::Lost { key, .. }
-            | Self::NoExclusion { key }
-            | Self::OutOfLocks { key, .. }
-            | Self::PoolClosed { key }
-            | Self::PoolTimedOut { key, .. }
-            | Self::SettingsRejected { key, .. }
-            | Self::SharedSession { key }
-            | Self::Standby { key } => other.clone_into(key),
-            Self::InvalidArgument { .. } => {}
+        if let Some(key) = key_of!(&mut self) {
+            other.clone_into(key);
         }
         self
     }
