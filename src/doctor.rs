@@ -422,8 +422,13 @@ fn connections(seen: &Circumstances) -> Finding {
     let sessions = match &seen.connections {
         Ok(sessions) => *sessions,
         Err(why) => {
-            let grant = format!("GRANT SELECT ON {} TO {:?}", statements::LIMITS, seen.role);
-            return Finding::unknown(check, why, grant);
+            let (list, limits) = (statements::SESSION_LIST, statements::LIMITS);
+            let grants = format!(
+                "GRANT EXECUTE ON FUNCTION {list} TO {role:?}, without which `inspect` and `pglock ls` \
+                 fail too, and GRANT SELECT ON {limits} TO {role:?}",
+                role = seen.role
+            );
+            return Finding::unknown(check, why, grants);
         }
     };
     let reserved =

@@ -65,6 +65,9 @@ pub(crate) const ENDS_ALL: &str = "pg_signal_backend";
 /// The function that lists the lock table.
 pub(crate) const LOCK_LIST: &str = "pg_catalog.pg_lock_status()";
 
+/// The function that lists the sessions.
+pub(crate) const SESSION_LIST: &str = "pg_catalog.pg_stat_get_activity(integer)";
+
 /// Where the languages of a database are listed.
 pub(crate) const LANGUAGES: &str = "pg_catalog.pg_language";
 

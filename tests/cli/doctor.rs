@@ -137,6 +137,11 @@ async fn a_role_that_may_not_read_the_catalog_is_examined_all_the_same() {
         let ended = run(&mut admin, back).await;
         assert_eq!(finding(&ended, check)["severity"], "fine", "{}", ended.output);
     }
+    let change = "REVOKE ALL ON FUNCTION pg_stat_get_activity(int) FROM PUBLIC";
+    let found = finding(&run(&mut admin, change).await, "connections").clone();
+    assert!(found["seen"].as_str().unwrap().starts_with(cannot), "{found}");
+    let grant = "GRANT EXECUTE ON FUNCTION pg_catalog.pg_stat_get_activity(integer) TO \"app\"";
+    assert!(found["advice"].as_str().unwrap().contains(grant), "{found}");
     let ended = run(&mut admin, "REVOKE ALL ON FUNCTION pg_lock_status() FROM PUBLIC").await;
     for (check, seen) in [("list of locks", "the role can't list locks: "), ("lock table", cannot)]
     {
