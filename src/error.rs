@@ -12,8 +12,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why an operation on a lock failed.
 ///
 /// Contention is never an error: the `try_` methods return `None`. After an error from an acquire nothing is
-/// held. Every message names the key, and says what to do; the message of the database or the driver is the
-/// [`source`](std::error::Error::source).
+/// held. Every message names the key, or what could not be done, and says what to do; the message of the database or
+/// the driver is the [`source`](std::error::Error::source).
 ///
 /// # Examples
 ///
@@ -100,6 +100,19 @@ pub enum Error {
     Disconnected {
         /// The key of the lock.
         key: Key,
+        /// The error of the driver or the server.
+        source: Arc<sqlx::Error>,
+    },
+
+    /// A call of [`inspect`](crate::inspect) failed. It is about no lock in particular.
+    #[error("cannot {action}: {}", InspectHint(privilege.as_deref()))]
+    #[non_exhaustive]
+    Inspect {
+        /// What was to be done, such as `list the locks of the database` or `end session 4711`.
+        action: String,
+        /// What to grant to the role, if the server refused the call for lack of a privilege (SQLSTATE
+        /// 42501).
+        privilege: Option<String>,
         /// The error of the driver or the server.
         source: Arc<sqlx::Error>,
     },
@@ -295,13 +308,14 @@ macro_rules! key_of {
             | Error::SettingsRejected { key, .. }
             | Error::SharedSession { key }
             | Error::Standby { key } => Some(key),
-            Error::InvalidArgument { .. } => None,
+            Error::Inspect { .. } | Error::InvalidArgument { .. } => None,
         }
     };
 }
 
 impl Error {
-    /// Returns the key of the lock that the error is about. `None` for an invalid argument.
+    /// Returns the key of the lock that the error is about. `None` for an invalid argument, and for
+    /// [`inspect`](crate::inspect).
     ///
     /// # Examples
     ///
@@ -347,7 +361,9 @@ impl Error {
             | Self::Lost { .. }
             | Self::OutOfLocks { .. }
             | Self::PoolTimedOut { .. } => true,
-            Self::Connect { source, .. } | Self::Database { source, .. } => {
+            Self::Connect { source, .. }
+            | Self::Database { source, .. }
+            | Self::Inspect { source, .. } => {
                 // Connection exceptions, insufficient resources, and a server that starts or stops:
                 // https://www.postgresql.org/docs/current/errcodes-appendix.html
                 let passes = |code: String| ["08", "53", "57P"].iter().any(|c| code.starts_with(c));
@@ -385,6 +401,10 @@ impl Error {
 
     pub(crate) fn database(key: &Key, source: sqlx::Error) -> Self {
         Self::Database { key: key.clone(), source: Arc::new(source) }
+    }
+
+    pub(crate) fn inspect(action: String, privilege: Option<String>, source: sqlx::Error) -> Self {
+        Self::Inspect { action, privilege, source: Arc::new(source) }
     }
 
     /// The session was lost before it answered an acquire.
@@ -451,6 +471,18 @@ impl fmt::Display for PoolHint {
             (None, None) => f.write_str(
                 "; raise max_connections or acquire_timeout, or hold connections for less time",
             ),
+        }
+    }
+}
+
+/// Why a call of `inspect` failed, and what to grant.
+struct InspectHint<'a>(Option<&'a str>);
+
+impl fmt::Display for InspectHint<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(privilege) => write!(f, "the role lacks a privilege; grant it {privilege}"),
+            None => f.write_str("the query failed; see its source"),
         }
     }
 }

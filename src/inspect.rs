@@ -7,7 +7,7 @@
 //! ```
 //! use pglock::{Lock, inspect};
 //!
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 //! # let pool = pglock_testkit::pool().await;
 //! let guard = Lock::new(&pool, "nightly-report").acquire().await?;
 //!
@@ -21,9 +21,8 @@
 //!
 //! Everything here takes what a query of sqlx takes: a pool, a connection, a transaction. Each call is one
 //! statement, for which the server stops granting locks for a moment, once for each waiter; don't call it
-//! many times a second. It fails as a query does, with [`sqlx::Error`]: there is no lock that the error could
-//! name. Of a transaction it also clears the snapshot of statistics, which would show sessions as they
-//! were.
+//! many times a second. Of a transaction it also clears the snapshot of statistics, which would show sessions
+//! as they were.
 //!
 //! # Names
 //!
@@ -49,7 +48,9 @@
 //! Every role sees every lock: key, mode, whether it is held, by which process, who blocks whom; and of
 //! each session the user and the `application_name`. The rest of a session, from its address to its
 //! times, shows to its own role, to members of that, of `pg_read_all_stats` or of `pg_monitor`, and to
-//! superusers. It is `None` to others.
+//! superusers. It is `None` to others. On a hardened server, the views `pg_locks` and `pg_stat_activity` may be
+//! revoked, but not the functions behind them, `pg_lock_status` and `pg_stat_get_activity`: a call that is refused
+//! one returns [`Error::Inspect`], which names the function to grant.
 //!
 //! [`terminate`] takes the session's own role, or a member of that or of `pg_signal_backend`; only a
 //! superuser can end a superuser's session. And it takes the right to see when the session was started,
@@ -61,9 +62,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sqlx::PgExecutor;
 
 use crate::election::Leader;
+use crate::error::{Error, Result};
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::semaphore::layout::Layout;
+use crate::sql::doctor::ENDS_ALL;
 use crate::sql::election::Holder;
 use crate::sql::inspect::{self as sql, LockRow};
 
@@ -77,14 +80,14 @@ use crate::sql::inspect::{self as sql, LockRow};
 ///
 /// # Errors
 ///
-/// As for every query.
+/// [`Error::Inspect`] if the query fails.
 ///
 /// # Examples
 ///
 /// ```
 /// use pglock::{Lock, inspect};
 ///
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
 /// let guard = Lock::new(&pool, 42).acquire().await?;
 /// for lock in inspect::locks(&pool).await? {
@@ -93,8 +96,8 @@ use crate::sql::inspect::{self as sql, LockRow};
 /// }
 /// # Ok(()) }
 /// ```
-pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>, sqlx::Error> {
-    let rows = sql::locks(db, None).await?;
+pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
+    let rows = sql::locks(db, None).await.map_err(not_listed)?;
     Ok(rows.into_iter().map(LockInfo::from).collect())
 }
 
@@ -109,14 +112,14 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>, sqlx::Error
 ///
 /// # Errors
 ///
-/// As for every query.
+/// [`Error::Inspect`] if the query fails.
 ///
 /// # Examples
 ///
 /// ```
 /// use pglock::{Lock, inspect};
 ///
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
 /// assert!(inspect::locks_of(&pool, "nightly-report").await?.is_empty());
 ///
@@ -125,12 +128,9 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>, sqlx::Error
 /// assert_eq!(locks[0].key.name(), Some("nightly-report"));
 /// # Ok(()) }
 /// ```
-pub async fn locks_of(
-    db: impl PgExecutor<'_>,
-    key: impl Into<Key>,
-) -> Result<Vec<LockInfo>, sqlx::Error> {
+pub async fn locks_of(db: impl PgExecutor<'_>, key: impl Into<Key>) -> Result<Vec<LockInfo>> {
     let key = key.into();
-    let rows = sql::locks(db, Some(key.id())).await?;
+    let rows = sql::locks(db, Some(key.id())).await.map_err(not_listed)?;
     let named = |row| LockInfo { key: key.clone(), ..LockInfo::from(row) };
     Ok(rows.into_iter().map(named).collect())
 }
@@ -146,7 +146,7 @@ pub async fn locks_of(
 /// ```
 /// use pglock::{Semaphore, inspect};
 ///
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
 /// let permit = Semaphore::new(&pool, "printers", 3)?.acquire().await?;
 ///
@@ -204,14 +204,14 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 ///
 /// # Errors
 ///
-/// As for every query; SQLSTATE 42501 if our role must not end the session.
+/// [`Error::Inspect`] if the query fails, or if our role must not end the session.
 ///
 /// # Examples
 ///
 /// ```
 /// use pglock::{Lock, inspect};
 ///
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
 /// let guard = Lock::new(&pool, "nightly-report").acquire().await?;
 /// for lock in inspect::locks_of(&pool, "nightly-report").await? {
@@ -221,9 +221,18 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 /// println!("{}", guard.lost().await);
 /// # Ok(()) }
 /// ```
-pub async fn terminate(db: impl PgExecutor<'_>, session: &Session) -> Result<bool, sqlx::Error> {
+pub async fn terminate(db: impl PgExecutor<'_>, session: &Session) -> Result<bool> {
     let Some(started) = session.started_at.and_then(to_micros) else { return Ok(false) };
-    sql::terminate(db, session.backend_pid, started).await
+    sql::terminate(db, session.backend_pid, started).await.map_err(|source| {
+        let otherwise = format!("{ENDS_ALL}, or be a superuser to end a superuser's session");
+        let action = format!("end session {}", session.backend_pid);
+        Error::inspect(action, sql::missing_privilege(&source, &otherwise), source)
+    })
+}
+
+fn not_listed(source: sqlx::Error) -> Error {
+    let privilege = sql::missing_privilege(&source, "what the server names");
+    Error::inspect("list the locks of the database".to_owned(), privilege, source)
 }
 
 /// A lock that is held or waited for, as the server showed it.
@@ -265,7 +274,7 @@ impl LockInfo {
     /// use pglock::{Lock, inspect};
     /// use std::time::Duration;
     ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
     /// let guard = Lock::new(&pool, 42).acquire().await?;
     /// let lock = inspect::locks_of(&pool, 42).await?.remove(0);

@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgExecutor, Row, ValueRef};
 
 use super::place::{ADVISORY, LOCKS, Place};
+use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
 
@@ -88,6 +89,29 @@ pub(crate) async fn terminate(
     );
     let rows = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(db).await?;
     rows.first().map_or(Ok(false), |row| row.try_get(0))
+}
+
+/// The functions of these statements of which administrators revoke the use. Each name has one function.
+const FUNCTIONS: [&str; 5] = [
+    "pg_blocking_pids",
+    "pg_lock_status",
+    "pg_prepared_xact",
+    "pg_stat_get_activity",
+    "pg_terminate_backend",
+];
+
+/// Returns what to grant to the role, if the server refused a statement for lack of a privilege: the use of
+/// a function that its message names, or else `otherwise`.
+pub(crate) fn missing_privilege(error: &sqlx::Error, otherwise: &str) -> Option<String> {
+    if sqlstate(error).is_none_or(|code| code != "42501") {
+        return None;
+    }
+    let message = error.as_database_error()?.message();
+    let refused = FUNCTIONS.iter().find(|function| message.contains(*function));
+    Some(refused.map_or_else(
+        || otherwise.to_owned(),
+        |function| format!("EXECUTE on the function {function}"),
+    ))
 }
 
 /// A time as an integer, in which nothing is lost.

@@ -1,5 +1,6 @@
 //! What the server shows of its locks, and that only the session that was shown is ended.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use pglock::inspect::{self, LockInfo, Session};
@@ -38,6 +39,11 @@ fn session(lock: &LockInfo) -> &Session {
 
 fn pids(locks: &[LockInfo]) -> Vec<i32> {
     locks.iter().map(|lock| session(lock).backend_pid).collect()
+}
+
+fn sqlstate(error: &Error) -> Option<String> {
+    let source = std::error::Error::source(error)?.downcast_ref::<Arc<sqlx::Error>>()?;
+    Some(source.as_database_error()?.code()?.into_owned())
 }
 
 #[tokio::test]
@@ -377,7 +383,14 @@ async fn a_role_sees_and_ends_what_it_may() {
     let shown = session(first(&locks));
     assert!(shown.started_at.is_some() && shown.state.is_some());
     let refused = inspect::terminate(&mut onlooker, shown).await.unwrap_err();
-    assert_eq!(refused.as_database_error().unwrap().code().as_deref(), Some("42501"));
+    let expected = format!(
+        "cannot end session {}: the role lacks a privilege; grant it pg_signal_backend, or be a superuser to end a \
+         superuser's session",
+        shown.backend_pid
+    );
+    assert_eq!(refused.to_string(), expected);
+    assert_eq!(sqlstate(&refused).as_deref(), Some("42501"));
+    assert!(!refused.is_transient());
     guard.verify().await.unwrap();
 
     run(&mut admin, "GRANT pg_signal_backend TO onlooker").await;
@@ -388,6 +401,63 @@ async fn a_role_sees_and_ends_what_it_may() {
     // Its own sessions a role sees whole.
     let _guard = Lock::new(&pool, 1).acquire().await.unwrap();
     assert!(session(&only(&pool).await).started_at.is_some());
+}
+
+/// A hardened server: it is the functions behind the views that are called.
+#[tokio::test]
+async fn a_call_that_is_refused_a_function_names_it() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    run(&mut admin, "CREATE ROLE app LOGIN").await;
+    let mut app = db.options().username("app").connect().await.unwrap();
+    run(&mut app, "SELECT pg_advisory_lock(1)").await;
+    let shown = session(first(&inspect::locks(&mut app).await.unwrap())).clone();
+    for (function, arguments) in
+        [("pg_stat_get_activity", "int"), ("pg_lock_status", ""), ("pg_blocking_pids", "int")]
+    {
+        let function_of = format!("ALL ON FUNCTION {function}({arguments})");
+        run(&mut admin, &format!("REVOKE {function_of} FROM PUBLIC")).await;
+        let refused = [
+            inspect::locks(&mut app).await.unwrap_err(),
+            inspect::locks_of(&mut app, 1).await.unwrap_err(),
+        ];
+        for error in refused {
+            let expected = format!(
+                "cannot list the locks of the database: the role lacks a privilege; grant it EXECUTE \
+                 on the function {function}"
+            );
+            assert_eq!(error.to_string(), expected);
+            assert_eq!(sqlstate(&error).as_deref(), Some("42501"));
+            assert_eq!(error.key(), None);
+        }
+        run(&mut admin, &format!("GRANT {function_of} TO PUBLIC")).await;
+    }
+    run(&mut admin, "REVOKE ALL ON FUNCTION pg_stat_get_activity(int) FROM PUBLIC").await;
+    let error = inspect::terminate(&mut app, &shown).await.unwrap_err();
+    let message = error.to_string();
+    assert!(message.ends_with("EXECUTE on the function pg_stat_get_activity"), "{message}");
+    run(&mut admin, "GRANT ALL ON FUNCTION pg_stat_get_activity(int) TO PUBLIC").await;
+    inspect::locks(&mut app).await.unwrap();
+}
+
+/// One is worth a retry, the other is not; neither is about privileges.
+#[tokio::test]
+async fn a_call_that_fails_otherwise_says_whether_to_retry() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    let mut conn = pool.acquire().await.unwrap();
+    let own = pid(&mut conn).await;
+    run(&mut db.admin().await, &format!("SELECT pg_terminate_backend({own})")).await;
+    let broken = inspect::locks(&mut *conn).await.unwrap_err();
+    drop(conn);
+    pool.close().await;
+    let closed = inspect::locks(&pool).await.unwrap_err();
+    for (error, is_transient) in [(broken, true), (closed, false)] {
+        let expected = "cannot list the locks of the database: the query failed; see its source";
+        assert_eq!(error.to_string(), expected);
+        assert_eq!(error.is_transient(), is_transient, "{error:?}");
+    }
 }
 
 /// It belongs to no session, and is what blocks.

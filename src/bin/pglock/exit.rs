@@ -6,7 +6,6 @@ use std::io::{self, Write, stderr, stdout};
 use std::process::{self, ExitCode};
 
 use nix::sys::signal::Signal;
-use sqlx::error::DatabaseError;
 
 /// The database can't be reached, or failed. `EX_UNAVAILABLE` of sysexits.h.
 const UNAVAILABLE: u8 = 69;
@@ -86,10 +85,7 @@ impl From<Failure> for Exit {
                 | pglock::Error::SettingsRejected { .. }
                 | pglock::Error::Standby { .. },
             ) => CONFIGURATION,
-            Failure::Connect { .. }
-            | Failure::Inspect(_)
-            | Failure::Lock(_)
-            | Failure::Unanswered(..) => UNAVAILABLE,
+            Failure::Connect { .. } | Failure::Lock(_) | Failure::Unanswered(..) => UNAVAILABLE,
             Failure::System(..) => SYSTEM,
             Failure::Usage(_) => return Self::USAGE,
         })
@@ -104,7 +100,6 @@ pub(crate) enum Failure {
         error: sqlx::Error,
         server: String,
     },
-    Inspect(sqlx::Error),
     Lock(pglock::Error),
     /// What could not be done, and what the operating system returned.
     System(&'static str, io::Error),
@@ -122,10 +117,6 @@ impl fmt::Display for Failure {
                 "cannot connect to {server}; check --url, DATABASE_URL or PGHOST, that the server \
                  runs, and the login"
             ),
-            Self::Inspect(error) if is_forbidden(error) => f.write_str(
-                "this role is not allowed to list the locks; grant it what the server names",
-            ),
-            Self::Inspect(_) => f.write_str("cannot list the locks of the database"),
             Self::Lock(error) => error.fmt(f),
             Self::System(what, _) => f.write_str(what),
             Self::Unanswered(key, _) => write!(
@@ -140,20 +131,12 @@ impl fmt::Display for Failure {
 impl Error for Failure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::Connect { error, .. } | Self::Inspect(error) | Self::Unanswered(_, error) => {
-                Some(error)
-            }
+            Self::Connect { error, .. } | Self::Unanswered(_, error) => Some(error),
             Self::Lock(error) => error.source(),
             Self::System(_, error) => Some(error),
             Self::Usage(_) => None,
         }
     }
-}
-
-/// SQLSTATE `insufficient_privilege`.
-pub(crate) fn is_forbidden(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(DatabaseError::code);
-    code.is_some_and(|code| code == "42501")
 }
 
 impl From<pglock::Error> for Failure {

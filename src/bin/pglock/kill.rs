@@ -4,13 +4,14 @@ use std::io::{BufRead, IsTerminal, Write, stderr, stdin};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use pglock::Error;
 use pglock::inspect::{self, LockInfo, Session};
 use sqlx::PgConnection;
 use tokio::time::sleep;
 
 use crate::connection::close;
 use crate::database::{Database, DatabaseArgs};
-use crate::exit::{Exit, Failure, is_forbidden, print, say};
+use crate::exit::{Exit, Failure, complain, print, say};
 use crate::show::{self, Names};
 use crate::table;
 use crate::target::Target;
@@ -106,13 +107,11 @@ async fn kill(
             say(format_args!("the session has ended already"));
             Ok(NOT_ENDED)
         }
-        Err(error) if is_forbidden(&error) => {
-            say(format_args!(
-                "this role is not allowed to end the session; grant it pg_signal_backend"
-            ));
+        Err(error @ Error::Inspect { privilege: Some(_), .. }) => {
+            complain(&error);
             Ok(FORBIDDEN)
         }
-        Err(error) => Err(Failure::Inspect(error)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -122,7 +121,7 @@ async fn holder(
     database: &Database,
     conn: &mut PgConnection,
 ) -> Result<Result<i32, Exit>, Failure> {
-    let locks = who::locks_of(&mut *conn, &target.key).await.map_err(Failure::Inspect)?;
+    let locks = who::locks_of(&mut *conn, &target.key).await?;
     let sessions = locks.iter().filter(|lock| lock.held).filter_map(|lock| lock.session.as_ref());
     let mut pids: Vec<i32> = sessions.map(|session| session.backend_pid).collect();
     pids.sort_unstable();
@@ -142,7 +141,7 @@ async fn holder(
 }
 
 async fn locks_of(conn: &mut PgConnection, pid: i32) -> Result<Vec<LockInfo>, Failure> {
-    let mut locks = inspect::locks(conn).await.map_err(Failure::Inspect)?;
+    let mut locks = inspect::locks(conn).await?;
     locks.retain(|lock| lock.session.as_ref().is_some_and(|session| session.backend_pid == pid));
     Ok(locks)
 }

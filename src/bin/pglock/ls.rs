@@ -95,7 +95,7 @@ async fn repeat(
 
 /// Returns the locks, under the names that are known.
 pub(crate) async fn locks(conn: &mut PgConnection, keys: &[Key]) -> Result<Vec<LockInfo>, Failure> {
-    let mut locks = inspect::locks(conn).await.map_err(Failure::Inspect)?;
+    let mut locks = inspect::locks(conn).await?;
     inspect::name_keys(&mut locks, keys);
     Ok(locks)
 }

@@ -37,7 +37,7 @@ const FREE: Exit = Exit::Code(1);
 pub(crate) async fn run(args: WhoArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
     let database = database.database(&application("who", &args.key.text, None))?;
     let mut conn = database.connect().await?;
-    let locks = locks_of(&mut conn, &args.key.key).await.map_err(Failure::Inspect)?;
+    let locks = locks_of(&mut conn, &args.key.key).await?;
     close(conn).await;
     let held = locks.iter().any(|lock| lock.held);
     if args.json {
@@ -54,10 +54,7 @@ pub(crate) async fn run(args: WhoArgs, database: DatabaseArgs) -> Result<Exit, F
 }
 
 /// Returns the holders and waiters of a key, and of the permits of its semaphore.
-pub(crate) async fn locks_of(
-    db: impl PgExecutor<'_>,
-    key: &Key,
-) -> Result<Vec<LockInfo>, sqlx::Error> {
+pub(crate) async fn locks_of(db: impl PgExecutor<'_>, key: &Key) -> pglock::Result<Vec<LockInfo>> {
     let mut locks = inspect::locks(db).await?;
     inspect::name_keys(&mut locks, [key]);
     // What has a name now is of the key, or of its semaphore.
