@@ -1,7 +1,6 @@
 //! Several locks at once: all of them or none, and never a deadlock.
 
 use std::fmt;
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -31,25 +30,21 @@ use crate::source::Source;
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 /// # let pool = pglock_testkit::pool().await;
-/// let mut accounts = MultiLock::new(&pool, ["account-1", "account-2"]).and_shared("rates");
+/// let mut accounts = MultiLock::new(&pool, ["account-1", "account-2"]);
 /// let _guard = accounts.acquire().await?;
-/// // No other task moves money between the two, and the rates stay as they are.
+/// // No other task moves money between the two.
 /// # Ok(()) }
 /// ```
 pub struct MultiLock {
-    /// In the order in which they were given. A key may occur more than once.
-    locks: Vec<(Key, Mode)>,
-    /// The same in the order in which they are taken, each key once: made when it is needed, so that adding
-    /// a key takes constant time. `None` if there are none.
-    request: OnceLock<Option<Request>>,
+    /// `None` if there are no keys.
+    request: Option<Request>,
     owner: Owner,
 }
 
 impl MultiLock {
     /// Makes a handle on these keys, to be held exclusively, with the default options. Sends nothing.
     ///
-    /// For `n` keys it takes O(n), as [`and`](Self::and) takes O(1); the first use sorts them. Acquiring no
-    /// key at all is an error.
+    /// Acquiring no key at all is an error.
     ///
     /// # Examples
     ///
@@ -58,66 +53,39 @@ impl MultiLock {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::MultiLock;
     ///
-    /// let invoices = [17, 4, 23].map(|id| format!("invoice-{id}"));
-    /// let locks = MultiLock::new(&pool, invoices).and("customer-9");
-    /// assert_eq!(locks.keys().count(), 4);
+    /// let locks = MultiLock::new(&pool, [17, 4, 23].map(|id| format!("invoice-{id}")));
+    /// assert_eq!(locks.keys().count(), 3);
     /// # }
     /// ```
     #[must_use]
     pub fn new(source: &impl Source, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
-        Self::with_mode(source, keys, Mode::Exclusive)
+        Self::with_modes(source, keys.into_iter().map(|key| (key, Mode::Exclusive)))
     }
 
-    /// Makes a handle on these keys, to be held shared, with the default options. Sends nothing.
+    /// Makes a handle on these keys, each to be held in its mode, with the default options. Sends nothing.
+    ///
+    /// [`keys`](Self::keys) has the same form.
     ///
     /// # Examples
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")] async fn main() {
     /// # let pool = pglock_testkit::pool().await;
-    /// use pglock::MultiLock;
+    /// use pglock::{Mode, MultiLock};
     ///
-    /// let locks = MultiLock::new_shared(&pool, ["rates", "fees"]).and("account-1");
-    /// # let _ = locks; }
+    /// let accounts = ["account-1", "account-2"].map(|key| (key, Mode::Exclusive));
+    /// let keys = accounts.into_iter().chain([("rates", Mode::Shared)]);
+    /// let locks = MultiLock::with_modes(&pool, keys);
+    /// assert_eq!(locks.keys().count(), 3);
+    /// # }
     /// ```
     #[must_use]
-    pub fn new_shared(source: &impl Source, keys: impl IntoIterator<Item: Into<Key>>) -> Self {
-        Self::with_mode(source, keys, Mode::Shared)
-    }
-
-    fn with_mode(
+    pub fn with_modes(
         source: &impl Source,
-        keys: impl IntoIterator<Item: Into<Key>>,
-        mode: Mode,
+        keys: impl IntoIterator<Item = (impl Into<Key>, Mode)>,
     ) -> Self {
-        let locks = keys.into_iter().map(|key| (key.into(), mode)).collect();
-        Self { locks, request: OnceLock::new(), owner: source.owner().unmanaged() }
-    }
-
-    /// Adds a key, to be held exclusively.
-    ///
-    /// # Examples
-    ///
-    /// As for [`new`](Self::new).
-    #[must_use]
-    pub fn and(self, key: impl Into<Key>) -> Self {
-        self.with(key.into(), Mode::Exclusive)
-    }
-
-    /// Adds a key, to be held shared.
-    ///
-    /// # Examples
-    ///
-    /// As for [`new_shared`](Self::new_shared).
-    #[must_use]
-    pub fn and_shared(self, key: impl Into<Key>) -> Self {
-        self.with(key.into(), Mode::Shared)
-    }
-
-    /// What is held already is of another set of keys, and stays with its guards.
-    fn with(mut self, key: Key, mode: Mode) -> Self {
-        self.locks.push((key, mode));
-        Self { locks: self.locks, request: OnceLock::new(), owner: self.owner.another() }
+        let locks = keys.into_iter().map(|(key, mode)| (key.into(), mode));
+        Self { request: Request::all(locks.collect()), owner: source.owner().unmanaged() }
     }
 
     /// Returns the keys in the order in which they are taken, each with its mode.
@@ -129,22 +97,19 @@ impl MultiLock {
     /// # let pool = pglock_testkit::pool().await;
     /// use pglock::{Key, Mode, MultiLock};
     ///
-    /// let locks = MultiLock::new_shared(&pool, [2, 1]).and(2);
+    /// let keys = [(2, Mode::Shared), (1, Mode::Shared), (2, Mode::Exclusive)];
+    /// let locks = MultiLock::with_modes(&pool, keys);
     /// let keys: Vec<_> = locks.keys().collect();
     /// assert_eq!(keys, [(&Key::from(1), Mode::Shared), (&Key::from(2), Mode::Exclusive)]);
     /// # }
     /// ```
     pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
-        let locks = self.sorted().map_or(&[][..], Request::locks);
+        let locks = self.request.as_ref().map_or(&[][..], Request::locks);
         locks.iter().map(|(key, mode)| (key, *mode))
     }
 
-    fn sorted(&self) -> Option<&Request> {
-        self.request.get_or_init(|| Request::all(self.locks.clone())).as_ref()
-    }
-
     fn request(&self) -> Result<Request> {
-        self.sorted().cloned().ok_or_else(|| Error::InvalidArgument {
+        self.request.clone().ok_or_else(|| Error::InvalidArgument {
             reason: "a MultiLock of no keys; check for an empty list before acquiring".to_owned(),
         })
     }
@@ -289,11 +254,8 @@ impl MultiLock {
     /// # Ok(()) }
     /// ```
     pub async fn release_all(&mut self) -> Result<()> {
-        match self.sorted() {
-            Some(request) => {
-                let key = request.key().clone();
-                self.owner.release_all(&key).await
-            }
+        match &self.request {
+            Some(request) => self.owner.release_all(request.key()).await,
             // It can't have acquired anything.
             None => Ok(()),
         }
@@ -303,15 +265,14 @@ impl MultiLock {
 impl Clone for MultiLock {
     /// Makes another handle: it shares the pool, the keys and the options, and holds nothing.
     fn clone(&self) -> Self {
-        let Self { locks, request, owner } = self;
-        Self { locks: locks.clone(), request: request.clone(), owner: owner.another() }
+        Self { request: self.request.clone(), owner: self.owner.another() }
     }
 }
 
 impl fmt::Debug for MultiLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MultiLock")
-            .field("keys", &self.locks)
+            .field("keys", &self.request.as_ref().map_or(&[][..], Request::locks))
             .field("options", &self.owner.options)
             .finish_non_exhaustive()
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Lock, MultiLock, Semaphore};
+use pglock::{Key, Lock, Mode, MultiLock, Semaphore};
 use pglock_testkit::{TestDb, cancel_after};
 use sqlx::PgPool;
 use tokio::time::timeout;
@@ -73,7 +73,12 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
 
 /// Three keys, of which the one in the middle of their order is the busy one of these tests.
 fn three(pool: &PgPool) -> MultiLock {
-    MultiLock::new(pool, [i64::MAX, i64::MIN]).and_shared("nightly-report")
+    let keys = [
+        (Key::from(i64::MAX), Mode::Exclusive),
+        (Key::from(i64::MIN), Mode::Exclusive),
+        (Key::from("nightly-report"), Mode::Shared),
+    ];
+    MultiLock::with_modes(pool, keys)
 }
 
 async fn several_locks_dropped(held: usize, db: &TestDb) {

@@ -45,7 +45,7 @@ async fn no_name_gets_into_a_statement() {
         elections(&pool, name).await;
         transactions(&pool, name).await;
     }
-    let several = || MultiLock::new(&pool, NAMES).and("canary");
+    let several = || MultiLock::new(&pool, NAMES.into_iter().chain(["canary"]));
     let guard = several().acquire().await.unwrap();
     assert!(several().try_acquire_for(MOMENT).await.unwrap().is_none());
     guard.verify().await.unwrap();

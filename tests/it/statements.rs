@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Lock, LockOptions, MultiLock, Semaphore};
+use pglock::{Key, Lock, LockOptions, Mode, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
 
 use crate::support::upgraded;
@@ -169,11 +169,12 @@ async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
     let db = TestDb::on(&server).await;
     looked_for_a_pooler(&db).await;
     let pool = db.pool(2).await;
-    let mut locks = (1..200).fold(MultiLock::new(&pool, ["first"]), |locks, key| match key % 3 {
-        0 => locks.and_shared(key),
-        1 => locks.and((key, key)),
-        _ => locks.and(key),
+    let keys = (0..200).map(|key| match key % 3 {
+        0 => (Key::from(key), Mode::Shared),
+        1 => (Key::from((key, key)), Mode::Exclusive),
+        _ => (Key::from(key), Mode::Exclusive),
     });
+    let mut locks = MultiLock::with_modes(&pool, keys);
     for round in ["fresh", "used"] {
         let mark = server.log_len();
         let guard = locks.acquire().await.unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use pglock::{Lock, MultiLock, Result};
+use pglock::{Lock, Mode, MultiLock, Result};
 
 use crate::calls::{Ended, Interruption};
 use crate::dice::Dice;
@@ -128,11 +128,13 @@ impl Member {
         let time = Duration::from_micros(self.dice.below(30_000));
         let mut key = || i64::try_from(self.dice.below(KEYS)).unwrap();
         let (first, second, third) = (key(), key(), key());
-        let mut locks = MultiLock::new(&self.world.options.on(&self.world.pool).unwrap(), [first]);
-        locks = if self.dice.one_in(2) { locks.and(second) } else { locks.and_shared(second) };
+        let mode = if self.dice.one_in(2) { Mode::Exclusive } else { Mode::Shared };
+        let mut keys = vec![(first, Mode::Exclusive), (second, mode)];
         if self.dice.one_in(2) {
-            locks = locks.and_shared(third);
+            keys.push((third, Mode::Shared));
         }
+        let source = self.world.options.on(&self.world.pool).unwrap();
+        let mut locks = MultiLock::with_modes(&source, keys);
         let way = self.dice.below(3);
         let world = &self.world;
         let make = |verb, limit| {

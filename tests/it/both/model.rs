@@ -287,11 +287,7 @@ impl Run {
                 }
             }
             Step::Group { group, ref locks } => {
-                let none = MultiLock::new(&self.pool, [0_i64; 0]);
-                let several = locks.iter().fold(none, |several, &(key, mode)| match mode {
-                    Mode::Exclusive => several.and(key),
-                    Mode::Shared => several.and_shared(key),
-                });
+                let several = MultiLock::with_modes(&self.pool, locks.iter().copied());
                 let owner = self.new_owner();
                 *self.group(group) = (owner, owner, several);
             }
