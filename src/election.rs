@@ -486,7 +486,8 @@ impl Election {
         Ok(holder.map(Leader::from))
     }
 
-    /// Observes the leader, from now on.
+    /// Observes the leader, from now on: a [`Stream`](futures_core::Stream) of its changes, which asks the server every
+    /// half second while it is polled.
     ///
     /// # Examples
     ///
@@ -503,7 +504,6 @@ impl Election {
     /// assert_eq!(observer.changed().await?.map(|leader| leader.name), Some("node-7".into()));
     /// # drop(leadership); Ok(()) }
     /// ```
-    #[must_use]
     pub fn observe(&self) -> Observer {
         let election = Self {
             key: self.key.clone(),

@@ -1,8 +1,14 @@
 //! Who leads, for all who want to know.
 
+use std::fmt;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::time::sleep;
+use futures_core::Stream;
+use tokio::time::{Instant, sleep_until};
 
 use super::Election;
 use crate::error::Result;
@@ -66,43 +72,128 @@ impl From<Holder> for Leader {
     }
 }
 
-/// Observes who leads: made by [`Election::observe`].
+/// Observes which candidate leads: made by [`Election::observe`].
+///
+/// A [`Stream`] of the leaders: the present one first (`None` if there is none), then each change. It asks the
+/// server every half second, so a leader that came and went in between is not seen. It has no end, and goes on
+/// after an error. [`changed`](Self::changed) is the same without a stream.
+///
+/// Nothing runs in the background: an observer that is not polled sends nothing.
+///
+/// # Drop
+///
+/// Leaves nothing behind. A statement that is in flight is dropped with its connection.
+///
+/// # Cancel safety
+///
+/// The stream keeps a statement that is in flight, and its connection of the pool, until the next poll. If the
+/// task does something else meanwhile that needs a connection, prefer [`changed`](Self::changed): a future of it
+/// that is dropped keeps no connection.
+///
+/// # Panics
+///
+/// If polled outside a tokio runtime.
 ///
 /// # Examples
 ///
-/// As for [`Election::observe`].
-#[derive(Debug)]
+/// With the combinators of `tokio_stream`, or of `futures`:
+///
+/// ```
+/// use pglock::Election;
+/// use tokio_stream::StreamExt;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+/// # let pool = pglock_testkit::pool().await;
+/// let mut election = Election::new(&pool, "billing").candidate("node-7");
+/// let _leadership = election.campaign().await?;
+///
+/// let mut leaders = election.observe();
+/// while let Some(leader) = leaders.next().await {
+///     match leader {
+///         Ok(Some(leader)) => println!("{} leads", leader.name),
+///         Ok(None) => println!("no candidate leads"),
+///         Err(error) if error.is_transient() => eprintln!("{error}"),
+///         Err(error) => return Err(error),
+///     }
+/// #   break;
+/// }
+/// # Ok(()) }
+/// ```
+#[must_use = "streams do nothing unless polled"]
 pub struct Observer {
-    election: Election,
-    /// Whether anything was told, and what last.
+    election: Arc<Election>,
+    /// When to look next. `None` before the first look, which is due at once.
+    due: Option<Instant>,
+    /// The look that was begun. The mutex is never locked: it lets threads share an observer.
+    look: Mutex<Option<Look>>,
+    /// Whether anything was returned, and what last.
     told: bool,
     seen: Option<Leader>,
     /// What the last look saw.
     glimpsed: Option<Leader>,
 }
 
+type Look = Pin<Box<dyn Future<Output = Result<Option<Leader>>> + Send>>;
+
 impl Observer {
     pub(super) fn new(election: Election) -> Self {
-        Self { election, told: false, seen: None, glimpsed: None }
+        Self {
+            election: Arc::new(election),
+            due: None,
+            look: Mutex::default(),
+            told: false,
+            seen: None,
+            glimpsed: None,
+        }
     }
 
-    /// Returns who leads, at once the first time, and from then on when it is somebody else, or
-    /// nobody. Looks every half second; a leader that came and went in between is not seen.
+    /// Returns the leader immediately the first time, and from then on when it has changed; `None` if no
+    /// candidate leads. The next item of the stream, without [`Stream`].
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: a change is told by the next call.
+    /// Cancel safe: the next call returns the change. A statement that is in flight is dropped with its connection.
     ///
     /// # Errors
     ///
-    /// As for [`Election::leader`]. The next call goes on.
+    /// As for [`Election::leader`]. The next call goes on, half a second after the failure.
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
     ///
     /// # Examples
     ///
     /// As for [`Election::observe`].
     pub async fn changed(&mut self) -> Result<Option<Leader>> {
+        /// Abandons the look when the call is dropped.
+        struct Call<'a>(&'a mut Observer);
+
+        impl Drop for Call<'_> {
+            fn drop(&mut self) {
+                *self.0.look() = None;
+            }
+        }
+
+        let call = Call(self);
+        poll_fn(|cx| call.0.poll_changed(cx)).await
+    }
+
+    fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Leader>>> {
         loop {
-            let leader = self.election.leader().await?;
+            let (election, due) = (Arc::clone(&self.election), self.due);
+            let look = self.look().get_or_insert_with(|| {
+                Box::pin(async move {
+                    if let Some(due) = due {
+                        sleep_until(due).await;
+                    }
+                    election.leader().await
+                })
+            });
+            let looked = ready!(look.as_mut().poll(cx));
+            *self.look() = None;
+            self.due = Some(Instant::now() + LOOK);
+            let leader = looked?;
             // For a moment after the election, its name does not show. Another program's never does.
             let settled = leader.as_ref().is_none_or(|leader| leader.term.is_some())
                 || self.glimpsed == leader;
@@ -110,10 +201,30 @@ impl Observer {
             if settled && !(self.told && self.seen == leader) {
                 self.told = true;
                 self.seen.clone_from(&leader);
-                return Ok(leader);
+                return Poll::Ready(Ok(leader));
             }
-            sleep(LOOK).await;
         }
+    }
+
+    fn look(&mut self) -> &mut Option<Look> {
+        self.look.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stream for Observer {
+    type Item = Result<Option<Leader>>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.get_mut().poll_changed(cx).map(Some)
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Observer")
+            .field("key", &self.election.key)
+            .field("seen", &self.seen)
+            .finish_non_exhaustive()
     }
 }
 

@@ -20,6 +20,7 @@ fn is_unpin<T: Unpin>() {}
 fn is_unwind_safe<T: UnwindSafe + RefUnwindSafe>() {}
 fn is_error<T: error::Error + Send + Sync + 'static>() {}
 fn is_future_of<T>(_: impl Future<Output = T> + Send) {}
+fn is_stream_of<T>(_: impl tokio_stream::Stream<Item = T> + Send + Unpin) {}
 
 #[test]
 fn every_type_may_be_sent_to_and_shared_with_another_thread() {
@@ -140,6 +141,7 @@ fn every_future_of_an_election_may_be_sent_to_another_thread<
     is_future_of::<pglock::Result<()>>(election.run(stop, lead));
     is_future_of::<pglock::Result<Option<Leader>>>(election.leader());
     is_future_of::<pglock::Result<Option<Leader>>>(observer.changed());
+    is_stream_of::<pglock::Result<Option<Leader>>>(observer);
     is_future_of::<LeaderState>(status.changed());
     is_future_of::<()>(leadership.stopping());
     is_future_of::<Loss>(leadership.lost());

@@ -1,6 +1,6 @@
 //! One of many candidates leads, and everybody can see who.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use pglock::{Election, Error, Lock, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
@@ -9,6 +9,7 @@ use sqlx::{PgConnection, PgPool};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_stream::StreamExt;
 
 use crate::support::{
     SOON, WATCHED, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, spawn,
@@ -335,6 +336,63 @@ async fn an_observer_tells_each_change_once() {
     let leadership = bob.campaign().await.unwrap();
     assert_eq!(next().await, Some(("bob".to_owned(), Some(leadership.term()))));
     drop(leadership);
+}
+
+/// With the combinators of another crate. It has no end.
+#[tokio::test]
+async fn an_observer_is_a_stream() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let mut ada = Election::new(&pool, "billing").candidate("ada");
+    let mut names = ada.observe().map(|told| told.unwrap().map(|leader| leader.name));
+    let mut next = async || timeout(SOON * 10, names.next()).await.unwrap().unwrap();
+    assert_eq!(next().await, None);
+    let leadership = ada.campaign().await.unwrap();
+    assert_eq!(next().await.as_deref(), Some("ada"));
+    leadership.resign().await.unwrap();
+    // An item that was waited for in vain is not lost.
+    timeout(Duration::ZERO, next()).await.unwrap_err();
+    assert_eq!(next().await, None);
+}
+
+/// It is dropped at each of its polls: the whole observer, or the call.
+#[tokio::test]
+async fn an_observer_that_is_dropped_leaves_the_pool_its_connection() {
+    let db = TestDb::new().await;
+    let pool = db.pool(1).await;
+    dropped_at(5, async || {
+        let mut dropped = 0;
+        for polls in 1..POLLS {
+            let mut observer = election(&pool).observe();
+            drop(cancel_after(polls, observer.changed()).await);
+            // While the observer lives.
+            borrow_all(&pool).await;
+            drop(cancel_after(polls, observer.next()).await);
+            drop(observer);
+            borrow_all(&pool).await;
+            if cancel_after(polls, election(&pool).leader()).await.is_some() {
+                break;
+            }
+            dropped += 1;
+        }
+        dropped
+    })
+    .await;
+    no_locks(&mut db.admin().await).await;
+}
+
+/// Who reports each error and goes on asks no more often than without errors.
+#[tokio::test]
+async fn an_observer_pauses_after_an_error() {
+    let pool = TestDb::new().await.pool(1).await;
+    pool.close().await;
+    let mut observer = election(&pool).observe();
+    let started = Instant::now();
+    for count in 0..3 {
+        let error = observer.next().await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
+        assert!(started.elapsed() >= Duration::from_millis(500) * count);
+    }
 }
 
 #[tokio::test]
