@@ -38,6 +38,7 @@ use crate::sql::doctor::{self as statements, Circumstances};
 ///
 /// As for [`examine`].
 #[derive(Clone, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Finding {
     /// What was looked at, in a word or two that stay the same.
@@ -61,6 +62,8 @@ pub struct Finding {
 /// assert_eq!(Severity::Broken.to_string(), "broken");
 /// ```
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 #[non_exhaustive]
 pub enum Severity {
     /// As it should be.

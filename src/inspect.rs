@@ -43,6 +43,9 @@
 //!
 //! All times are by the server's clock. [`LockInfo::ago`] tells how long ago one was, without ours.
 //!
+//! With the feature `serde`, they are numbers of seconds since 1970, and the key of a lock is two fields: `key`, which
+//! is its number or pair as a text, and `name`.
+//!
 //! # Privileges
 //!
 //! Every role sees every lock: key, mode, whether it is held, by which process, who blocks whom; and of
@@ -241,15 +244,21 @@ fn not_listed(source: sqlx::Error) -> Error {
 ///
 /// As for [`locks`].
 #[derive(Clone, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct LockInfo {
     /// The key, without a name unless it was asked for by name: see [`name_keys`].
+    #[cfg_attr(
+        feature = "serde",
+        serde(flatten, serialize_with = "crate::serialize::key_and_name")
+    )]
     pub key: Key,
     /// In which mode it is held or wanted.
     pub mode: Mode,
     /// Whether it is held. If not, it is waited for.
     pub held: bool,
     /// Since when a waiter waits, in this statement. `None` before PostgreSQL 14.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub waiting_since: Option<SystemTime>,
     /// The backends that a waiter waits for: holders, and waiters that are ahead of it. 0 stands for a
     /// prepared transaction.
@@ -262,6 +271,7 @@ pub struct LockInfo {
     /// too, the server does not say which of them is that of the election.
     pub leader: Option<Leader>,
     /// When the server was asked, by its own clock.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::seconds"))]
     pub seen_at: SystemTime,
 }
 
@@ -323,11 +333,13 @@ impl From<LockRow> for LockInfo {
 ///
 /// As for [`terminate`].
 #[derive(Clone, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Session {
     /// The process id of its backend.
     pub backend_pid: i32,
     /// When it was started: its age. Together with the process id, this is what tells it from others.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub started_at: Option<SystemTime>,
     /// The role that it was started by.
     pub user: Option<String>,
@@ -338,10 +350,13 @@ pub struct Session {
     /// What it is doing, in PostgreSQL's words: `active`, `idle`, `idle in transaction`, …
     pub state: Option<String>,
     /// Since when it is in that state.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub state_since: Option<SystemTime>,
     /// When its transaction was started, if it is in one.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub transaction_since: Option<SystemTime>,
     /// When its statement was started, or its last one if it is idle.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub query_since: Option<SystemTime>,
 }
 

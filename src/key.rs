@@ -16,6 +16,8 @@ use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 ///
 /// Keys belong to a database: the same key in two databases of one server is two locks.
 ///
+/// With the feature `serde`, a key is written and read as the text of its [`FromStr`].
+///
 /// | made from | on the server | the same as |
 /// |---|---|---|
 /// | `i64`, `i32` | that `bigint` | `pg_advisory_lock(42)` |

@@ -90,6 +90,14 @@
 //! `search_path` has no effect on them. Nothing is installed in the database;
 //! [operations](guide::operations#settings) lists the settings.
 //!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! * `serde`: `Serialize` for [`Key`], [`Mode`], [`Leader`], and what [`inspect`] and [`doctor`] return;
+//!   `Deserialize` for [`Key`] and [`Mode`]. The fields have the names that they have here, and keep them.
+//! * `cli`: the program `pglock`.
+//!
 //! [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
 //! [sqlx]: https://docs.rs/sqlx
 
@@ -113,6 +121,8 @@ mod error;
 mod holdings;
 mod owner;
 mod request;
+#[cfg(feature = "serde")]
+mod serialize;
 mod session;
 mod source;
 mod sql;

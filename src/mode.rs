@@ -18,6 +18,8 @@ use std::fmt;
 /// ```
 #[expect(clippy::exhaustive_enums, reason = "PostgreSQL advisory locks have exactly two modes")]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "serde", derive(serde::Deserialize, serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Mode {
     /// One holder, nobody else.
     Exclusive,

@@ -23,6 +23,7 @@ const LOOK: Duration = Duration::from_millis(500);
 ///
 /// As for [`Election::leader`].
 #[derive(Clone, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Leader {
     /// The name of the candidate.
@@ -30,6 +31,7 @@ pub struct Leader {
     /// The term. `None` for a moment after the election, and if another program holds the lock.
     pub term: Option<u64>,
     /// Since when it leads, to the second, by the leader's clock. `None` as for the term.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::whole_seconds"))]
     pub since: Option<SystemTime>,
     /// The process id of the server's backend for the leader's session.
     pub backend_pid: i32,

@@ -113,7 +113,7 @@ async fn an_observer_prints_each_change() {
     assert!(line.contains("  node-7  term "), "{line}");
     let object: Value = serde_json::from_str(&json.line().await).unwrap();
     assert_eq!(object["name"], "node-7");
-    assert!(object["term"].is_u64() && object["pid"].is_i64() && object["since"].is_u64());
+    assert!(object["term"].is_u64() && object["backend_pid"].is_i64() && object["since"].is_u64());
     json.says("hook <node-7>").await;
 
     leader.send(Signal::SIGTERM);

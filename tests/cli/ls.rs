@@ -98,11 +98,11 @@ async fn programs_read_all_of_it() {
         assert_eq!(of(held, name), Some(value), "{name}");
     }
     let time = |lock, name| of(lock, name).and_then(|time| time.as_f64());
-    let times = ["/session/started", "/session/transaction_since", "/seen_at"];
+    let times = ["/session/started_at", "/session/transaction_since", "/seen_at"];
     let times: Vec<f64> = times.into_iter().filter_map(|name| time(held, name)).collect();
     assert!(times.len() == 3 && times.is_sorted(), "{times:?}");
     assert_eq!(of(waiting, "/held"), Some(json!(false)));
-    let holder = of(held, "/session/pid").unwrap();
+    let holder = of(held, "/session/backend_pid").unwrap();
     assert_eq!(of(waiting, "/blocked_by"), Some(json!([holder])));
 
     sql(&mut other, "COMMIT").await;

@@ -3,7 +3,7 @@
 use clap::Args;
 use pglock::LockOptions;
 use pglock::doctor::{Finding, Severity, examine};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::connection::close_pool;
 use crate::database::DatabaseArgs;
@@ -34,7 +34,7 @@ pub(crate) async fn run(args: &DoctorArgs, database: DatabaseArgs) -> Result<Exi
     let findings = examine(&pool, &LockOptions::new()).await;
     close_pool(pool).await;
     let findings = findings?;
-    let text = if args.json { as_json(&findings) } else { as_lines(&findings) };
+    let text = if args.json { format!("{:#}\n", json!(findings)) } else { as_lines(&findings) };
     print(text.as_bytes())?;
     let worst = findings.iter().map(|finding| finding.severity).max();
     Ok(Exit::Code(match worst {
@@ -42,21 +42,6 @@ pub(crate) async fn run(args: &DoctorArgs, database: DatabaseArgs) -> Result<Exi
         Some(Severity::Warning) => 1,
         Some(_) | None => 0,
     }))
-}
-
-fn as_json(findings: &[Finding]) -> String {
-    let findings: Value = findings
-        .iter()
-        .map(|finding| {
-            json!({
-                "check": finding.check,
-                "severity": finding.severity.to_string(),
-                "seen": finding.seen,
-                "advice": finding.advice,
-            })
-        })
-        .collect();
-    format!("{findings:#}\n")
 }
 
 fn as_lines(findings: &[Finding]) -> String {

@@ -1,6 +1,6 @@
 //! `pglock elect --observe`: each change of the leader.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use pglock::{Election, Leader};
@@ -57,7 +57,8 @@ pub(crate) async fn run(
             Err(error) => return Err(error.into()),
         };
         failing = false;
-        let line = if args.json { as_json(leader.as_ref()) } else { as_line(leader.as_ref()) };
+        let line =
+            if args.json { format!("{}\n", json!(leader)) } else { as_line(leader.as_ref()) };
         if !print(line.as_bytes())? {
             return Ok(Exit::FINE);
         }
@@ -104,18 +105,4 @@ fn as_line(leader: Option<&Leader>) -> String {
     let term = leader.term.map_or_else(|| "?".to_owned(), |term| term.to_string());
     let from = leader.client_addr.as_deref().unwrap_or("local");
     format!("{now}  {}  term {term}  {from}  pid {}\n", leader.name, leader.backend_pid)
-}
-
-fn as_json(leader: Option<&Leader>) -> String {
-    let seconds = |time: SystemTime| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs());
-    let leader = leader.map(|leader| {
-        json!({
-            "name": leader.name,
-            "term": leader.term,
-            "since": leader.since.and_then(seconds),
-            "client_addr": leader.client_addr,
-            "pid": leader.backend_pid,
-        })
-    });
-    format!("{}\n", json!(leader))
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use pglock::inspect::{LockInfo, Session};
 use pglock::{Key, Leader, interop};
@@ -25,9 +25,9 @@ With --json the output is an array of locks; later versions may add to it, and t
   waiting_since   for a waiter; from PostgreSQL 14 on
   blocked_by   for a waiter, the pids that it waits for; 0 is a prepared transaction
   prepared     the identifier of the prepared transaction that holds it
-  leader       null, or the leader of an election: name, term, since
-  session      null for a prepared transaction; otherwise: pid, started, user, application_name,
-               client_addr, state, state_since, transaction_since, query_since
+  leader       null, or the leader of an election: name, term, since, backend_pid, client_addr
+  session      null for a prepared transaction; otherwise: backend_pid, started_at, user,
+               application_name, client_addr, state, state_since, transaction_since, query_since
   seen_at      when the server was asked
 Times are in seconds since 1970, by the server's clock. What is not known, or not visible to this role,
 is null.";
@@ -196,42 +196,19 @@ fn age(age: Duration) -> String {
 /// The locks as [`JSON`] says.
 pub(crate) fn json(locks: &[LockInfo], database: &str) -> Value {
     let tools = Tools::of(database);
-    locks.iter().map(|lock| lock_json(lock, &tools)).collect()
-}
-
-fn lock_json(lock: &LockInfo, tools: &Tools) -> Value {
-    let [classid, objid, objsubid] = place(&lock.key).unwrap_or_default();
-    json!({
-        "key": written(&lock.key),
-        "name": name(&lock.key, tools),
-        "classid": classid,
-        "objid": objid,
-        "objsubid": objsubid,
-        "mode": lock.mode.to_string(),
-        "held": lock.held,
-        "waiting_since": seconds(lock.waiting_since),
-        "blocked_by": lock.blocked_by,
-        "prepared": lock.prepared,
-        "leader": lock.leader.as_ref().map(|leader| json!({
-            "name": leader.name,
-            "term": leader.term,
-            "since": seconds(leader.since),
-        })),
-        "session": lock.session.as_ref().map(|session| json!({
-            "pid": session.backend_pid,
-            "started": seconds(session.started_at),
-            "user": session.user,
-            "application_name": session.application_name,
-            "client_addr": session.client_addr,
-            "state": session.state,
-            "state_since": seconds(session.state_since),
-            "transaction_since": seconds(session.transaction_since),
-            "query_since": seconds(session.query_since),
-        })),
-        "seen_at": seconds(Some(lock.seen_at)),
-    })
-}
-
-fn seconds(time: Option<SystemTime>) -> Option<f64> {
-    Some(time?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
+    let as_json = |lock: &LockInfo| {
+        let [classid, objid, objsubid] = place(&lock.key).unwrap_or_default();
+        let more = [
+            ("name", json!(name(&lock.key, &tools))),
+            ("classid", json!(classid)),
+            ("objid", json!(objid)),
+            ("objsubid", json!(objsubid)),
+        ];
+        let mut value = json!(lock);
+        if let Some(fields) = value.as_object_mut() {
+            fields.extend(more.map(|(field, value)| (field.to_owned(), value)));
+        }
+        value
+    };
+    locks.iter().map(as_json).collect()
 }
