@@ -28,7 +28,7 @@ fn main() -> Result<(), BoxDynError> {
 async fn free(time: Duration) -> Result<(), BoxDynError> {
     let db = Arc::new(TestDb::new().await);
     let contests = compete(&db, time / 2).await?;
-    // Alone on its thread, whoever waits for an answer is woken by nobody else's.
+    // Alone on its thread, a waiter is woken by its own answer only.
     let alone = {
         let db = Arc::clone(&db);
         let runtime = Builder::new_current_thread().enable_all().build()?;

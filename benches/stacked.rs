@@ -41,7 +41,7 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Acquires what it holds once more, and lets go of it.
+/// Acquires what it holds once more, and releases it.
 enum Stack {
     ByHand(PgConnection),
     /// Can't stack. It is free, and has no server.

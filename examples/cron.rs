@@ -87,7 +87,7 @@ impl Node {
             let guard = lock.try_acquire().await?;
             match guard {
                 Some(guard) => self.run_what_is_due(tick, guard).await?,
-                // Whoever is at it will see what is due when it is done, so that no tick is left out
+                // The node that runs the job will see what is due when it is done, so that no tick is left out
                 // because another's run took long.
                 None => println!("tick {tick}: {} leaves it to another", self.name),
             }

@@ -37,7 +37,7 @@ async fn main() -> Result<()> {
         candidates.spawn(candidate(name, db.pool(2).await, stopped.clone()));
     }
 
-    // Whoever wants to know who leads, can see it on the server.
+    // Any session can see on the server which candidate leads.
     let mut observer = Election::new(&pool, "scheduler").observe();
     let mut losses = 0;
     while losses < LOSSES {

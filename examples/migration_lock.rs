@@ -54,7 +54,7 @@ async fn start(machine: &str, pool: PgPool) -> Result<(usize, u64)> {
     };
 
     // On the session that holds the lock: if it breaks, nothing goes on without the lock. Only
-    // `CREATE INDEX CONCURRENTLY` belongs on a connection of the pool: here, it and whoever waits for
+    // `CREATE INDEX CONCURRENTLY` belongs on a connection of the pool: here, it and a waiter for
     // the lock would wait for each other, and the server would end one of them.
     let mut connection = guard.connection().await?;
     let steps = migrate(&mut connection).await?;
@@ -62,7 +62,7 @@ async fn start(machine: &str, pool: PgPool) -> Result<(usize, u64)> {
     drop(connection);
     guard.release().await?;
 
-    // Whoever did it: from here on it is done, for everybody.
+    // Whichever process did it, from here on it is done for all.
     let missing: i64 =
         sqlx::query_scalar("SELECT count(*) FROM city WHERE slug IS NULL").fetch_one(&pool).await?;
     assert_eq!(missing, 0);

@@ -1,7 +1,7 @@
 //! Share a few numbered things among many: each has one user at a time.
 //!
 //! You want this when something bears a few users but not all of them, and it matters which of it you
-//! have: licences, ports, test devices, seats at somebody else's service.
+//! have: licences, ports, test devices, seats at another company's service.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 

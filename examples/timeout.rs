@@ -1,6 +1,6 @@
 //! Wait for a lock, but only for so long.
 //!
-//! You want this when somebody waits for you in turn: a request with a deadline, a user at a button.
+//! You want this when a caller waits for you in turn: a request with a deadline, a user at a button.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 

@@ -1,4 +1,4 @@
-//! Skip the work if somebody else is at it already.
+//! Skip the work if another process is doing it already.
 //!
 //! You want this when the work needs to be done by one, no matter who, and a second would only do the
 //! same again: clearing a cache, sending what is queued.
@@ -28,7 +28,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Sends what is queued, unless somebody does already. Returns whether it did.
+/// Sends what is queued, unless another process does already. Returns whether it did.
 async fn send_queued(machine: &str, pool: &PgPool) -> pglock::Result<bool> {
     let mut lock = Lock::new(pool, "send-queued-mail");
     let Some(guard) = lock.try_acquire().await? else {

@@ -26,7 +26,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             println!("they let go");
             guard.release().await
         },
-        // The server keeps the queue: nobody polls, and we go on as soon as they let go. To stop
+        // The server keeps the queue: nobody polls, and we go on as soon as they release it. To stop
         // waiting, drop the future: it leaves nothing behind.
         ours.acquire(),
     );

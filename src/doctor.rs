@@ -290,7 +290,7 @@ fn dead_holder(
     options: &LockOptions,
     refused: Option<&sqlx::Error>,
 ) -> Finding {
-    // What the kernel has, mostly, where the server says 0.
+    // What the kernel usually has where the server says 0.
     let or = |name, default| match seen.setting(name) {
         0 => default,
         set => set,
@@ -338,14 +338,14 @@ fn dead_waiter(seen: &Circumstances) -> Finding {
     if seen.version < 140_000 {
         return check(format!("before PostgreSQL 14 there is no {name}")).but(
             Severity::Warning,
-            "whoever dies while it waits keeps its place in the queue until its turn: upgrade",
+            "a client that dies while it waits keeps its place in the queue until its turn: upgrade",
         );
     }
     match seen.setting(name) {
         0 => check(format!("{name} is 0, and can't be set")).but(
             Severity::Warning,
             format!(
-                "whoever dies while it waits keeps its place in the queue until its turn: set {name} \
+                "a client that dies while it waits keeps its place in the queue until its turn: set {name} \
                  to 1s on the server, or let the role set it"
             ),
         ),

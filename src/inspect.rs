@@ -1,7 +1,7 @@
 //! Who holds and who waits for the advisory locks of a database, and a way to end a session.
 //!
 //! It asks the server, so it shows the locks of all programs, whatever they are written in: those of this
-//! crate, of migration tools, of somebody at `psql`. It shows those of one database, that of the
+//! crate, of migration tools, of a person at `psql`. It shows those of one database, that of the
 //! connection; keys belong to a database, so an equal key elsewhere is another lock.
 //!
 //! ```
@@ -198,7 +198,7 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 /// is gone, or if our role can't see when it was started.
 ///
 /// Its holder learns of the loss: a guard of this crate at once. What it was doing may still go on
-/// outside the database for a moment, so whoever takes the lock next should be
+/// outside the database for a moment, so the next holder of the lock should be
 /// [fenced](crate::Guard::fencing_token).
 ///
 /// # Cancel safety

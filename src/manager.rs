@@ -239,7 +239,7 @@ struct Place {
     shared: bool,
 }
 
-/// How somebody is told how it went.
+/// How a caller is told how it went.
 type Tell = oneshot::Sender<Told>;
 
 /// How it went.
@@ -558,7 +558,7 @@ impl Manager {
         }
     }
 
-    /// Does what follows from a change. Whoever is told, is told before anybody can see the change.
+    /// Does what follows from a change. A caller is told before another can see the change.
     fn settle(self: &Arc<Self>, state: &mut State, mut effects: Vec<Effect<Place, Tell>>) {
         for effect in effects.drain(..) {
             // Who has gone meanwhile, looks himself whether he was told.

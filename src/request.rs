@@ -15,7 +15,7 @@ pub(crate) struct Request {
 /// Never empty, and no key twice.
 #[derive(Clone, Debug)]
 enum Locks {
-    /// As mostly: nothing to allocate.
+    /// The usual case: nothing to allocate.
     One((Key, Mode)),
     Many(Arc<[(Key, Mode)]>),
 }

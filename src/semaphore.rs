@@ -405,7 +405,7 @@ impl Inner {
             }
             window = if is_over() { None } else { windows.next() };
         };
-        // Awaited, or who tries next would find that somebody waits.
+        // Awaited, because the next one to try would otherwise find a waiter.
         let released = first.release().await;
         let found = found?;
         released.map(|()| found)

@@ -36,7 +36,7 @@ pub(crate) async fn of_holders(db: &TestDb, who: Who, tasks: u32) -> Result<u32,
     Ok(connections)
 }
 
-/// Counts the connections of tasks that all wait for one key, which somebody else holds.
+/// Counts the connections of tasks that all wait for one key, which another session holds.
 pub(crate) async fn of_waiters(db: &TestDb, who: Who, tasks: u32) -> Result<u32, BoxDynError> {
     let mut holder = db.admin().await;
     query("SELECT pg_advisory_lock($1)").bind(BUSY).execute(&mut holder).await?;

@@ -99,7 +99,7 @@ async fn charge(State(books): State<Books>, Path(invoice): Path<i64>) -> &'stati
     "charged\n"
 }
 
-/// Somebody who asks. Leaves when dropped: also one that hangs up.
+/// A client that asks. Leaves when dropped: also one that hangs up.
 struct Customer {
     books: Books,
     invoice: i64,

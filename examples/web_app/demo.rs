@@ -182,7 +182,7 @@ impl Demo {
         clients.spawn(pay(server.address, 21));
         self.bank.until_asking(1, &[21]).await?;
 
-        // It holds no other lock: it does not lead, and what it has answered is being let go of.
+        // It holds no other lock: it does not lead, and what it has answered is being released.
         self.until_locks("it has let go of the invoices before", 2, 1).await?;
         let ended: Vec<bool> = sqlx::query_scalar(
             "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)

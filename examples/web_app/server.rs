@@ -20,10 +20,10 @@ use crate::Result;
 use crate::bank::Bank;
 use crate::service::{self, POST, Service};
 
-/// One for the election, and one for each payment under way, or waiting for another.
+/// One for the election, and one for each payment in progress, or waiting for another.
 pub(crate) const CONNECTIONS: u32 = 6;
 
-/// Serves until it is told to end, by SIGTERM or Ctrl-C. Then it ends what is under way, and leaves
+/// Serves until it is told to end, by SIGTERM or Ctrl-C. Then it ends what is in progress, and leaves
 /// nothing behind.
 pub(crate) async fn serve(address: &str) -> Result<()> {
     let name = env::var("NODE").unwrap_or_else(|_| format!("web-{}", process::id()));

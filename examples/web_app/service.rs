@@ -36,7 +36,7 @@ pub(crate) fn router(service: Service) -> Router {
         .with_state(service)
 }
 
-/// Pays an invoice, if it is not paid yet. 409 if somebody else is busy with it for too long.
+/// Pays an invoice, if it is not paid yet. 409 if another request is busy with it for too long.
 ///
 /// If the client goes away, this future is dropped, wherever it is. That leaves nothing behind: neither
 /// the lock nor a place in its queue.
@@ -72,7 +72,7 @@ impl Service {
         }
 
         // This is what needs the lock: it takes long, and no rollback undoes it. If we die behind it,
-        // whoever comes next asks again; the bank charges an invoice once, however often it is asked.
+        // the next request asks again; the bank charges an invoice once, however often it is asked.
         let charged = http::post(self.bank, &format!("/charge/{invoice}")).await?;
         if charged.status != 200 {
             return Ok((StatusCode::BAD_GATEWAY, "the bank refuses\n"));
@@ -112,7 +112,7 @@ impl IntoResponse for Failure {
             Self::Database(error) => matches!(error, sqlx::Error::Io(_)),
             Self::Bank(_) => true,
         };
-        // The client need not know why, but whoever runs this does.
+        // The client need not know why, but the operator does.
         eprintln!("log: {self}");
         if passes {
             let come_back = [(RETRY_AFTER, "1")];

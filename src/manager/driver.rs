@@ -189,7 +189,7 @@ impl Driver {
         self.keeper.is_none()
     }
 
-    /// Takes the steps that are under way, in one statement.
+    /// Takes the steps that are in flight, in one statement.
     async fn step(&mut self) {
         if let Some(loss) = self.keeper.as_ref().and_then(Guard::loss) {
             hand_over(&self.manager, &mut self.answered);
@@ -245,7 +245,7 @@ impl Driver {
             Called::Failed(error, held) => self.sort_out(&place, error, &held),
             Called::Lost(loss) => {
                 end_with_the_runtime().await;
-                // As with a pool's idle connection that was dead: whoever asks for a lock does not hear of
+                // As with a pool's idle connection that was dead: the caller that asks for a lock does not hear of
                 // it, but of one that breaks when it has just been opened.
                 if !is_new && matches!(loss, Loss::Disconnected(_)) {
                     self.ask_again(&loss);
@@ -295,14 +295,14 @@ impl Driver {
         }
     }
 
-    /// Tells who waits for the steps that are under way; without an error they ask again.
+    /// Tells the callers that wait for the steps in flight; without an error they ask again.
     fn fail(&mut self, error: Option<&Error>) {
         for (key, taken) in std::mem::take(&mut self.under_way).steps() {
             self.manager.failed(*key, taken.id, error);
         }
     }
 
-    /// The session broke before the steps that were under way, which are tried on another.
+    /// The session broke before the steps that were in flight, which are tried on another.
     fn ask_again(&mut self, loss: &Loss) {
         self.lose(loss);
         // The others have been called off.
@@ -310,7 +310,7 @@ impl Driver {
         self.fail(None);
     }
 
-    /// The session broke under the steps that were under way.
+    /// The session broke under the steps that were in flight.
     fn broke(&mut self, loss: &Loss) {
         self.lose(loss);
         // The others have been called off.
@@ -346,13 +346,13 @@ fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
     !answers.contains(&Answer::NotHeld)
 }
 
-/// A runtime that goes down fails what is under way on it, and then drops its tasks. Whoever waits for
-/// them asks again elsewhere, and need not hear of that.
+/// A runtime that goes down fails what is in flight on it, and then drops its tasks. The callers that wait
+/// for them ask again elsewhere, and need not hear of that.
 pub(super) async fn end_with_the_runtime() {
     yield_now().await;
 }
 
-/// Somebody may wait for a connection.
+/// A caller may wait for a connection.
 pub(super) fn is_exhausted(pool: &PgPool) -> bool {
     pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections()
 }

@@ -65,13 +65,13 @@ impl Managed {
                         Some(Told::Refused) => return Ok(None),
                         Some(Told::Deadlock) => return Err(Error::deadlock(key)),
                         Some(Told::Failed(error)) => return Err(error.for_key(key)),
-                        // Whoever asked for us has gone down with its runtime: ask again.
+                        // The caller that asked for us has gone down with its runtime: ask again.
                         Some(Told::Released(_) | Told::PassedOn) | None => continue,
                     },
                 },
             };
             if let Some(loss) = place.session.loss() {
-                // Whoever watches it was not in time to say so.
+                // The task that watches it was not in time to say so.
                 self.manager.lost_key(key.id(), &place, &loss);
                 continue;
             }
@@ -150,7 +150,7 @@ impl Managed {
         }
     }
 
-    /// Lets go of everything, however many guards are alive; they are told. From now on this is
+    /// Releases everything, however many guards are alive; they are told. From now on this is
     /// another owner.
     pub(crate) async fn release_all(&mut self, key: &Key) -> Result<()> {
         let another = self.another();
@@ -237,7 +237,7 @@ impl Drop for Waiting<'_> {
         }
         let Managed { manager, owner } = self.managed;
         manager.change(|state, now, effects| {
-            // Whoever tells holds the state, so there is no third way.
+            // The caller that tells holds the state, so there is no third way.
             if !state.table.cancel(self.key, self.id, now, effects)
                 && let Ok(Told::Granted(place)) = self.answer.try_recv()
             {
@@ -249,7 +249,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// A release that is under way.
+/// A release that is in flight.
 pub(crate) struct PendingRelease {
     manager: Arc<Manager>,
     session: Arc<Session>,
@@ -277,7 +277,7 @@ impl PendingRelease {
             Answer::Comes(answer) => match manager.unless_stalled(answer).await {
                 Ok(Told::Released(released)) => released,
                 Ok(Told::PassedOn) => session.confirm(since).await,
-                // Whoever told the server has gone down with its runtime, and the session with it.
+                // The caller that told the server has gone down with its runtime, and the session with it.
                 Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
                 | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
             },

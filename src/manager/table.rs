@@ -1,7 +1,7 @@
 //! Who in this process holds a key, who waits for it, and what the server is to be asked: pure, no I/O.
 //!
 //! The process holds a key at the server once, on one session, which is its *seat*, and passes it on
-//! among its owners, who queue here. A key's entry has one [`Step`] under way at a time, and works
+//! among its owners, who queue here. A key's entry has one [`Step`] in flight at a time, and works
 //! towards what its owners need: the first in the queue gets the key when the server's lock covers him
 //! and nobody who holds it is in his way; when nobody needs the lock any more, it is given up.
 //!
@@ -103,7 +103,7 @@ pub(super) struct Bound {
     pub(super) time: Duration,
 }
 
-/// What the server, or somebody who waits there for us, is to do for a key.
+/// What the server, or a session that waits there for us, is to do for a key.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Step {
     /// Take it if it is free.
@@ -158,7 +158,7 @@ pub(super) enum Want<S> {
 pub(super) enum Left {
     /// The lock is passed on, or others share it.
     Done,
-    /// The server is told. Whoever said farewell hears of it.
+    /// The server is told. The owner that said farewell hears of it.
     Told,
     /// That grant ended with its session.
     Stale,
@@ -187,7 +187,7 @@ struct Entry<S, W> {
     /// even if it gives up.
     closing: bool,
     queue: Queue<W>,
-    /// Another session has it. Boxed, for mostly none does.
+    /// Another session has it. Boxed, because usually none does.
     stand: Option<Box<Stand>>,
     /// Who wants to hear that the key was given up.
     farewells: Vec<W>,
@@ -305,7 +305,7 @@ impl<S: Seat, W> Table<S, W> {
         if !patient && mine.is_none() && entry.is_plainly_busy(mode) {
             return Want::Busy;
         }
-        // Mostly no number is needed: what is free to be passed on is granted at once.
+        // Usually no number is needed: what is free to be passed on is granted at once.
         if entry.queue.is_empty()
             && entry.may_change()
             && entry.admits(owner, mode, self.bound, now)
@@ -376,8 +376,8 @@ impl<S: Seat, W> Table<S, W> {
         cancelled
     }
 
-    /// The step to take for a key on the shared session, if there still is one. From here on it is under
-    /// way.
+    /// The step to take for a key on the shared session, if there still is one. From here on it is in
+    /// flight.
     pub(super) fn take_for_shared(&mut self, key: KeyId) -> Option<Taken> {
         let entry = self.keys.get_mut(&key)?;
         if entry.is_for_shared()? { entry.take() } else { None }
@@ -390,7 +390,7 @@ impl<S: Seat, W> Table<S, W> {
     }
 
     /// The next key in the line, and how long to wait for it: the step is a [`Step::Wait`], which from
-    /// here on is under way.
+    /// here on is in flight.
     pub(super) fn take_wait(&mut self) -> Option<(KeyId, Taken, Duration)> {
         while let Some((_, key)) = self.line.keys.pop_first() {
             let Some(entry) = self.keys.get_mut(&key) else { continue };
@@ -585,7 +585,7 @@ impl<S: Seat, W> Table<S, W> {
     }
 }
 
-/// Lets in who can be let in, and finds the next step. Returns the entry, if somebody still needs it.
+/// Lets in who can be let in, and finds the next step. Returns the entry, if an owner still needs it.
 ///
 /// Every change of an entry ends with this. It has the place in the map, so that the key, which anybody
 /// may have chosen and is hashed for that, is looked up only once.
@@ -605,7 +605,7 @@ fn advance<'t, S: Seat, W>(
     Some(slot.into_mut())
 }
 
-/// Somebody has left. He hears how it went, if the server is told.
+/// An owner has left. It hears how it went, if the server is told.
 fn left<S: Seat, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
     let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
     match (entry, farewell) {
@@ -727,12 +727,12 @@ impl<S: Seat, W> Entry<S, W> {
         self.server.exclusive || mode == Mode::Shared && self.server.shared
     }
 
-    /// No step is under way that cannot be called off.
+    /// No step is in flight that cannot be called off.
     fn may_change(&self) -> bool {
         self.turn.is_none_or(|turn| !turn.taken)
     }
 
-    /// Somebody has it, or will have it first, so asking the server is no use.
+    /// Another owner has it, or will have it first, so asking the server is no use.
     fn is_plainly_busy(&self, mode: Mode) -> bool {
         let waits = self.stand.is_some();
         match mode {
@@ -838,7 +838,7 @@ impl<S: Seat, W> Entry<S, W> {
         self.part(effects, true);
     }
 
-    /// Whoever left need not wait any longer: the server has answered, or the key was passed on.
+    /// The owner that left need not wait any longer: the server has answered, or the key was passed on.
     fn part(&mut self, effects: &mut Vec<Effect<S, W>>, answered: bool) {
         let told = |tell| Effect::Released(tell, answered);
         effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
@@ -854,7 +854,7 @@ impl<S: Seat, W> Entry<S, W> {
 }
 
 impl<W> Waiter<W> {
-    /// Somebody else shares what this one wants for himself.
+    /// Another owner shares what this one wants for itself.
     fn turned_away<S>(self) -> Effect<S, W> {
         if self.patient { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
     }

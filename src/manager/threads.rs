@@ -2,7 +2,7 @@
 //!
 //! The state's lock is shuttle's, which lets another thread run whenever one takes or leaves it. All that is
 //! told is told under that lock, so these are all the points at which threads can meet. The manager, its
-//! table, and what acquires and lets go through them are as they are. Played are those who need a server: the
+//! table, and what acquires and releases through them are as they are. Played are those who need a server: the
 //! driver, who takes the steps on the shared session, and who waits for a key on a session of its own. Whether
 //! another process has a key, is left to chance.
 
@@ -98,7 +98,7 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
             continue;
         }
         if one_in(8) {
-            // What is under way may have been done, and may not.
+            // What is in flight may have been done, and may not.
             place.session.give_up(&Loss::Unresponsive);
             manager.lost(&place, &Loss::Unresponsive);
             let error = Error::broken(&Key::from(0), &Loss::Unresponsive);
@@ -214,7 +214,7 @@ fn one_in(times: u32) -> bool {
     thread_rng().gen_ratio(1, times)
 }
 
-/// Acquires in one of several ways, perhaps wants more, and lets go in one of two.
+/// Acquires in one of several ways, perhaps wants more, and releases in one of two.
 fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
     let key = Key::from(thread_rng().gen_range(0..KEYS));
     let request = |mode| Request::one(&key, mode);
@@ -261,7 +261,7 @@ fn unless_it_passes(acquired: Result<Option<Guard>, Error>) -> Option<Guard> {
     }
 }
 
-/// Polls a future so often, whoever wakes it, and drops it then.
+/// Polls a future so often, whatever wakes it, and drops it then.
 async fn given_up<T>(polls: usize, future: impl Future<Output = T>) -> Option<T> {
     let mut future = Box::pin(future);
     let mut left = polls;

@@ -55,7 +55,7 @@ async fn run(manager: Arc<Manager>, driver: u64) {
 
 /// # Drop
 ///
-/// If it holds a key, that is lost; if it waits for one, whoever wants the key asks again.
+/// If it holds a key, that is lost; if it waits for one, the owners that want the key ask again.
 struct WaitSession {
     manager: Arc<Manager>,
     driver: u64,

@@ -10,10 +10,10 @@ use tokio::process::Command;
 
 use crate::support::{PGLOCK, Running, hold, locks_are, pglock};
 
-/// What somebody else holds where the examples say so.
+/// What another process holds where the examples say so.
 const KEY: &str = "nightly-report";
 
-/// A line that somebody types, and the lines that are printed.
+/// A line that a person types, and the lines that are printed.
 struct Example {
     command: String,
     shown: Vec<String>,
@@ -31,7 +31,7 @@ async fn the_examples_print_what_they_show() {
     for example in &examples {
         let printed = play(&db, example).await;
         let mut shown = example.shown.join("\n");
-        // Since when somebody waits is known from there on.
+        // Since when a waiter waits is known from there on.
         if server.version() < 14 {
             shown = shown.replace("waiting 1s", "waiting");
         }

@@ -53,7 +53,7 @@ async fn the_command_has_its_time_to_end() {
     locks_are(&mut admin, 0, 0).await;
     assert!(is_alive(pid));
     holder.tell("0").await;
-    // That it ended well says nothing: somebody else may have had the lock.
+    // That it ended well says nothing: another process may have had the lock.
     assert_eq!(holder.finish().await.code(), Some(125));
 }
 

@@ -162,7 +162,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, held: usize, waited_for:
     eventually("the locks are what they should be", LIMIT, known).await;
 }
 
-/// Ends the session of whoever holds a lock, as an administrator would.
+/// Ends the session that holds a lock, as an administrator would.
 pub(crate) async fn terminate_holder(admin: &mut PgConnection) {
     let locks = advisory_locks(admin).await;
     let holder = locks.iter().find(|lock| lock.granted).unwrap();

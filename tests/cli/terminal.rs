@@ -1,4 +1,4 @@
-//! A terminal with a shell in it, and somebody who types.
+//! A terminal with a shell in it, and a person who types.
 
 use std::path::PathBuf;
 use std::process::{self, Command};

@@ -197,7 +197,7 @@ impl<'a> Chaos<'a> {
         &mut self.workers[place]
     }
 
-    /// Whether somebody was told of a loss, and somebody was refused by the register.
+    /// Whether a holder was told of a loss, and one was refused by the register.
     async fn losses_were_told(&mut self) -> bool {
         let told = sqlx::query_scalar(
             "SELECT count(DISTINCT kind) = 2 FROM event WHERE kind IN ('lost', 'refused')",

@@ -9,7 +9,7 @@
 //!
 //! A hold of a manager writes nothing through the lock's session. What it writes is fenced: its begin, too,
 //! is refused if the next one has begun. That alone says nothing of the lock, for it is the register that
-//! keeps the order; but whoever is refused was not alone, so he must not be told that he held to the end.
+//! keeps the order; but a holder that is refused was not alone, so it must not be told that it held to the end.
 //! So this proves: between the begin of a hold that was released in order, and the last thing it wrote, no
 //! other hold of the key began, of whichever kind. What goes unnoticed is an overlap in which neither writes
 //! any more, or that is told as a loss.

@@ -165,7 +165,7 @@ enum Trouble {
 }
 
 impl Task {
-    /// Acquires, works and lets go; or meets with a fault, which must be one that passes.
+    /// Acquires, works and releases; or meets with a fault, which must be one that passes.
     async fn go_round(&mut self) {
         let key = i64::try_from(self.dice.below(KEYS.unsigned_abs())).unwrap();
         let (guard, hold) = match self.begin(key).await {
@@ -190,7 +190,7 @@ impl Task {
     async fn begin(&mut self, key: i64) -> Result<Option<(ExclusiveGuard, Hold)>, Trouble> {
         let lock = &mut self.locks[usize::try_from(key).unwrap()];
         if self.dice.one_in(10) {
-            // Another owner; the first one may still be letting go.
+            // Another owner; the first one may still be releasing.
             *lock = lock.clone();
         }
         let patience = Duration::from_millis(self.dice.below(100));
@@ -256,7 +256,7 @@ impl Task {
         Ok(())
     }
 
-    /// Mostly some milliseconds; sometimes longer than a heartbeat.
+    /// Usually some milliseconds; sometimes longer than a heartbeat.
     fn time(&mut self) -> Duration {
         let longest = if self.dice.one_in(20) { 1200 } else { 20 };
         Duration::from_millis(self.dice.below(longest))

@@ -129,7 +129,7 @@ async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
     let leadership = election.campaign().await.unwrap();
     assert!(status.clone().is_leader());
     let mut resigning = Box::pin(leadership.resign());
-    // Mostly, the server has still to answer.
+    // Usually, the server has still to answer.
     let resigned = cancel_after(1, &mut resigning).await;
     assert!(!status.is_leader());
     assert_eq!(status.term(), None);
@@ -416,7 +416,7 @@ async fn an_observer_goes_on_after_an_error() {
     assert_eq!(told.unwrap().name, "node-7");
 }
 
-/// Every way of letting go, each on a pool whose application has a name, or none.
+/// Every way to end a term, each on a pool whose application has a name, or none.
 #[tokio::test]
 async fn the_applications_own_name_is_put_back() {
     let db = TestDb::new().await;
@@ -436,7 +436,7 @@ async fn the_applications_own_name_is_put_back() {
     }
 }
 
-/// Leads, and lets go. Returns the backend that led.
+/// Leads, and ends its term. Returns the backend that led.
 async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConnection) -> i32 {
     let mut election = election(pool);
     if way == "resign" || way == "drop" || way == "second resigns" {

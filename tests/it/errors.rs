@@ -189,7 +189,7 @@ async fn a_deadlock_between_two_keys_hits_exactly_one() {
 
     let theirs = async {
         let waited = sqlx::raw_sql("SELECT pg_advisory_lock(2)").execute(&mut sql).await;
-        // Either way it lets go of what we want.
+        // Either way it releases what we want.
         execute(&mut sql, "SELECT pg_advisory_unlock_all()".to_owned()).await;
         waited
     };

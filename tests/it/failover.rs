@@ -63,8 +63,8 @@ async fn candidate() {
     while let Some(cue) = cues.next_line().await.unwrap() {
         if cue == "campaign" {
             let leadership = election.campaign().await.unwrap();
-            // A process that was killed may let go of its connections before its files. One that lives
-            // lets go of nothing until it is told to.
+            // A process that was killed may close its connections before its files. One that lives
+            // closes nothing until it is told to.
             let elected = Instant::now();
             while witness.try_lock().is_err() {
                 assert!(elected.elapsed() < SOON, "two lead");

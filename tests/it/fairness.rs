@@ -23,7 +23,7 @@ const TASKS: usize = 100;
 /// In which a service that starts opens its sessions, and looks for a pooler.
 const START: Duration = Duration::from_millis(200);
 
-/// Takes the lock and lets go until the time is over. Returns how long each acquire has waited, and
+/// Acquires and releases the lock until the time is over. Returns how long each acquire has waited, and
 /// whether it was one of the start.
 async fn take_turns(mut lock: Lock, time: Duration) -> Vec<(Duration, bool)> {
     let started = Instant::now();

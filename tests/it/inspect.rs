@@ -65,7 +65,7 @@ async fn every_number_is_shown_as_its_key() {
     }
 }
 
-/// Whoever holds and waits, in whatever way, and whom it waits for.
+/// All holders and waiters, in whatever way, and whom they wait for.
 #[tokio::test]
 async fn holders_and_waiters_of_all_programs_are_shown() {
     let db = TestDb::new().await;

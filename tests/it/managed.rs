@@ -22,7 +22,7 @@ pub(crate) fn sessions(_handles: usize, services: usize) -> usize {
 /// Whether what one handle holds is on a session that no other handle uses.
 pub(crate) const ALONE: bool = false;
 
-/// Whether a dropped guard lets go though nobody drives the runtime.
+/// Whether a dropped guard releases its lock though nobody drives the runtime.
 pub(crate) const LETS_GO_UNDRIVEN: bool = false;
 
 #[path = "both/all.rs"]

@@ -37,7 +37,7 @@ async fn a_thousand_locks_are_one_connection() {
     borrow_all(&pool).await;
 }
 
-/// As a dead connection that a pool had idle is no error of whoever takes a lock.
+/// As a dead connection that a pool had idle is no error of the caller that takes a lock.
 #[tokio::test]
 async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     let db = TestDb::new().await;
@@ -120,7 +120,7 @@ async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
     slow.release().await.unwrap();
 }
 
-/// A question that is under way is not yet an answer.
+/// A question that is in flight is not yet an answer.
 #[tokio::test]
 async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
     let server = Server::start();
@@ -490,7 +490,7 @@ async fn dropped_at_every_poll() {
     dropped_at_every_poll_on(1, &db, bounded).await;
 }
 
-/// Somebody in the process has the key, and who waits for him gives up.
+/// Another task of the process has the key, and the waiter gives up.
 #[tokio::test]
 async fn dropped_in_the_process_queue() {
     let db = TestDb::new().await;
@@ -625,7 +625,7 @@ async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
     }
 }
 
-/// Whoever waited in another runtime goes on without the one that is gone.
+/// A waiter in another runtime goes on without the one that is gone.
 #[test]
 fn a_runtime_that_goes_down_leaves_nobody_waiting() {
     let runtime = || {
@@ -640,7 +640,7 @@ fn a_runtime_that_goes_down_leaves_nobody_waiting() {
         let manager = manager.clone();
         async move { drop(acquire_in_the_end(&manager).await) }
     });
-    // The waiter is in the queue mostly; where it is late, it finds the key free.
+    // The waiter is usually in the queue; where it is late, it finds the key free.
     second.block_on(async { sleep(Duration::from_millis(50)).await });
     first.shutdown_timeout(SOON);
     second.block_on(async { timeout(PATIENCE, waiter).await }).unwrap().unwrap();

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use crate::loss::terminate;
 use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn};
 
-/// Takes one key, then when both have got theirs, another on the same session. Lets go of all at the
+/// Takes one key, then when both have got theirs, another on the same session. Releases all at the
 /// end.
 async fn crosswise(pool: &PgPool, first: i64, second: i64, both: &Barrier) -> Result<()> {
     let guard = Lock::new(pool, first).acquire().await?;

@@ -19,7 +19,7 @@ pub(crate) fn sessions(handles: usize, _services: usize) -> usize {
 /// Whether what one handle holds is on a session that no other handle uses.
 pub(crate) const ALONE: bool = true;
 
-/// Whether a dropped guard lets go though nobody drives the runtime.
+/// Whether a dropped guard releases its lock though nobody drives the runtime.
 pub(crate) const LETS_GO_UNDRIVEN: bool = true;
 
 #[path = "both/all.rs"]

@@ -490,7 +490,7 @@ async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_s
             scene.network.cut(Direction::Both);
         });
         contended.unwrap();
-        // Somebody else has held the lock since.
+        // Another session has held the lock since.
         sleeper.resume();
         let said = sleeper.answer().await;
         assert_eq!(found(&said).0, "true", "{cue}");

@@ -100,7 +100,7 @@ mod in_transaction_mode {
                     if round % 2 == 0 { hold(&pool).await } else { hold_shortly(&pool).await };
                 *found.entry(when).or_default() += 1;
                 *total.entry(when).or_default() += 1;
-                // Whoever is told has nothing, on whichever server connection it was.
+                // A caller that is told has nothing, on whichever server connection it was.
                 locks_are(&mut admin, 0, PATIENCE).await;
                 drop(others);
             }

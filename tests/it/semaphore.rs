@@ -1,4 +1,4 @@
-//! Never more permits are out than there are, and whoever waits for one gets it.
+//! Never more permits are out than there are, and each waiter gets one.
 
 use std::collections::BTreeSet;
 use std::env;

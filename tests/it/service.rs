@@ -329,7 +329,7 @@ async fn fresh_pool(db: &TestDb) -> PgPool {
     pool.connect_with(db.options()).await.unwrap()
 }
 
-/// Whoever waits on another runtime needs nobody's help to go on.
+/// A waiter on another runtime needs no help to go on.
 #[test]
 fn a_waiter_outlives_the_runtime_that_acquired_first() {
     for _ in 0..5 {
@@ -478,7 +478,7 @@ async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
         .keepalives_retries(3);
     let guard = Lock::new(&options.on(&db.pool(1).await).unwrap(), 1).acquire().await.unwrap();
     server.pause();
-    // A heartbeat is under way, and the guard is not lost yet.
+    // A heartbeat is in flight, and the guard is not lost yet.
     tokio::time::sleep(beat + beat / 2).await;
     assert!(!guard.is_lost());
     let released = timeout(PATIENCE, guard.release()).await.unwrap();

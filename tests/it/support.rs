@@ -147,8 +147,8 @@ pub(crate) async fn all_are_idle(pool: &PgPool) {
     eventually("all connections are idle", soon() * 20, idle).await;
 }
 
-/// Runs a call until it completes or plainly waits: until the server has known for a while of somebody
-/// who waits for a lock, or of one lock more than the `held` that others hold, which is a queue's.
+/// Runs a call until it completes or plainly waits: until the server has known for a while of a
+/// waiter for a lock, or of one lock more than the `held` that others hold, which is a queue's.
 /// Returns its output if it completed.
 ///
 /// The call is polled when it asks for it, never for the looking.

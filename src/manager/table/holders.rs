@@ -1,4 +1,4 @@
-//! The owners that hold a key: mostly one, who then needs no memory of his own.
+//! The owners that hold a key: usually one, which then needs no memory of its own.
 
 use std::collections::BTreeMap;
 

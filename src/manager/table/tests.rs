@@ -48,7 +48,7 @@ enum Act {
     },
     /// The shared session breaks.
     Break,
-    /// From now on, steps are under way as soon as they come up, or not.
+    /// From now on, steps are in flight as soon as they come up, or not.
     Hurry(bool),
     /// A wait session gives the oldest wait up.
     SliceOver,
@@ -314,7 +314,7 @@ impl World {
         }
     }
 
-    /// Has all steps under way that have come up.
+    /// Sends all steps that have come up.
     fn start(&mut self) {
         while let Some((key, shared)) = self.to_do.pop_front() {
             let taken =
@@ -347,7 +347,7 @@ impl World {
             let wanted = self.waiting.values().any(|(wish, _)| wish.key == *key);
             assert!(wanted || !matches!(taken.step, Step::Wait(_)), "nobody wants {key:?}");
         }
-        // With nothing under way, who could share a lock shares it, unless others have waited for it.
+        // With nothing in flight, who could share a lock shares it, unless others have waited for it.
         let rests =
             self.under_way.is_empty() && self.to_do.is_empty() && self.table.line.keys.is_empty();
         for (wish, _) in self.waiting.values().filter(|_| rests) {
@@ -421,7 +421,7 @@ impl World {
         self.act(Act::Hurry(true));
         for round in 0.. {
             assert!(round < 10_000, "it never ends: {:?} wait", self.waiting.len());
-            // Who shares a lock and wants it alone waits for the others, so all let go.
+            // Who shares a lock and wants it alone waits for the others, so all release it.
             if !self.guards.is_empty() {
                 self.act(Act::Leave { which: 0 });
             } else if !self.under_way.is_empty() {
@@ -576,7 +576,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
     }
 }
 
-/// Whoever gives the lock up hears of it when the server has answered; who leaves it to others need not.
+/// The owner that gives the lock up hears of it when the server has answered; who leaves it to others need not.
 #[test]
 fn the_last_to_leave_is_told() {
     let mut world = shared_by(2);
@@ -665,7 +665,7 @@ fn a_step_follows_what_is_needed() {
     assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
 }
 
-/// While somebody shares a lock, there is nothing to ask for one who wants it alone; nor for one who
+/// While another owner shares a lock, there is nothing to ask for one who wants it alone; nor for one who
 /// wants to share it, once another process was seen waiting.
 #[test]
 fn nothing_is_asked_that_must_be_waited_for() {

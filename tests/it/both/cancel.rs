@@ -171,7 +171,7 @@ async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
 }
 
 /// What sqlx's own `PgAdvisoryLock` fails: after ten cancelled acquires its pool of ten is exhausted
-/// until the holder lets go.
+/// until the holder releases the lock.
 #[tokio::test]
 async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
     let db = TestDb::new().await;
@@ -206,7 +206,7 @@ async fn a_storm_of_dropped_acquires_leaves_nothing() {
 
     let enough = rounds(10_000);
     // A server of its own: the storm is also one of connections, for sqlx closes those that it was
-    // about to lend to somebody who gave up.
+    // about to lend to a caller that gave up.
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;

@@ -18,7 +18,7 @@ fn multi_thread() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// Runtimes that live on, but that nobody enters, on which a guard lets go all the same.
+/// Runtimes that live on, but that nobody enters, on which a dropped guard releases its lock all the same.
 fn left_alone() -> Vec<Runtime> {
     if LETS_GO_UNDRIVEN { vec![current_thread(), multi_thread()] } else { vec![multi_thread()] }
 }

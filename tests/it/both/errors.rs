@@ -107,7 +107,7 @@ mod the_pool {
         nothing_is_left(&mut db.admin().await, &pool).await;
     }
 
-    /// `None` would say that somebody holds the lock, which was never asked for.
+    /// `None` would say that another session holds the lock, which was never asked for.
     #[tokio::test]
     async fn is_exhausted_when_the_callers_time_runs_out() {
         let db = TestDb::new().await;
@@ -234,7 +234,7 @@ mod waiting {
 mod deadlock {
     use super::*;
 
-    /// Upgrades as long as it takes; the one that must give way lets go of what it holds.
+    /// Upgrades as long as it takes; the one that must give way releases what it holds.
     async fn upgrade(mut lock: Lock, shared: SharedGuard) -> (Lock, Result<ExclusiveGuard, Error>) {
         let upgraded = timeout(PATIENCE, lock.acquire()).await.unwrap();
         if upgraded.is_err() {

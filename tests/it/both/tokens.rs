@@ -12,7 +12,7 @@ use crate::support::rounds;
 
 const URL: &str = "PGLOCK_TOKENS_URL";
 
-/// Takes the lock and tells its token, lets go and tells how that went, and so on.
+/// Takes the lock and tells its token, releases it and tells how that went, and so on.
 #[tokio::test]
 #[ignore = "is a role: another test runs it as a process"]
 async fn holder() {

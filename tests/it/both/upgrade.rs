@@ -59,7 +59,7 @@ async fn refused(guard: SharedGuard) -> SharedGuard {
     support::refused(guard.try_upgrade().await.unwrap())
 }
 
-/// The server hands a lock that is free for an instant to whoever waits for it; so if there was such
+/// The server hands a lock that is free for an instant to the first waiter; so if there was such
 /// an instant, the writer has it.
 #[tokio::test]
 async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {

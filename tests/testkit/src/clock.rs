@@ -64,7 +64,7 @@ impl WallClock {
 
     /// Sets the clock so many seconds off, forward or backward.
     pub fn set(&self, seconds: i64) {
-        // In one step, for somebody may be looking.
+        // In one step, because a process may be reading it.
         let new = self.file.with_extension("new");
         fs::write(&new, format!("{seconds:+}\n")).expect("a file can be written");
         fs::rename(&new, &self.file).expect("a file can be renamed");

@@ -57,7 +57,7 @@ pub async fn pool() -> PgPool {
 ///
 /// # Drop
 ///
-/// With `DATABASE_URL`, drops the database, whoever is still connected. On a server of our own
+/// With `DATABASE_URL`, drops the database, even if clients are still connected. On a server of our own
 /// nothing needs to be done: it goes away whole.
 #[derive(Debug)]
 #[must_use = "with `DATABASE_URL` the database is dropped with this"]
@@ -250,7 +250,7 @@ async fn create(server: &PgConnectOptions, template: &str) -> String {
                 conn.close().await.expect("the server says goodbye");
                 return name;
             }
-            // Somebody else's, whose process has our number on another machine.
+            // Another run's, whose process has our number on another machine.
             Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P04") => {}
             Err(error) => panic!("cannot make the test's database: {error}"),
         }

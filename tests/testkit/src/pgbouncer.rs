@@ -87,7 +87,7 @@ impl PgBouncer {
         let account = Account::for_server()?;
         let program = find()?;
         let dir = make_dir(&account)?;
-        // It has nothing to tidy, and ignores SIGQUIT if whoever started us does.
+        // It has nothing to tidy, and ignores SIGQUIT if the process that started us does.
         let watchdog = Watchdog::over(&dir, PID_FILE, "KILL");
         let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
         let mut pooler = Self { account, dir, watchdog, process: None };
@@ -130,7 +130,7 @@ impl Drop for PgBouncer {
     fn drop(&mut self) {
         self.watchdog.release();
         if let Some(mut process) = self.process.take() {
-            // Gone already, unless somebody has killed the watchdog.
+            // Gone already, unless the watchdog was killed.
             drop(process.kill());
             drop(process.wait());
         }

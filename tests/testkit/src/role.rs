@@ -153,7 +153,7 @@ impl Role {
 pub fn say(words: impl Display) {
     // Whatever the test runner has left without an end of line.
     println!("\n{MARK}{words}");
-    // Whoever has stopped listening ends the role anyway.
+    // A parent that has stopped listening ends the role anyway.
     drop(stdout().flush());
 }
 

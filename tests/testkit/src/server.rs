@@ -248,7 +248,7 @@ impl Server {
             server.port = options.port()?;
             tries -= 1;
             match server.set_up(options) {
-                // Somebody was quicker to take the port.
+                // Another process was quicker to take the port.
                 Err(reason) if tries > 0 && reason.contains("Address already in use") => {
                     drop(fs::remove_dir_all(&server.data));
                     drop(fs::remove_file(server.dir.join("log")));
@@ -368,7 +368,7 @@ impl Drop for Server {
         let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
         running.watchdog.release();
         if let Some(mut postmaster) = running.postmaster.take() {
-            // Gone already, unless somebody has killed the watchdog.
+            // Gone already, unless the watchdog was killed.
             drop(postmaster.kill());
             drop(postmaster.wait());
         }
