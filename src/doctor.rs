@@ -183,7 +183,7 @@ fn primary(seen: &Circumstances) -> Finding {
         let finding = Finding::fine("primary", format!("a hot standby, {number}"));
         return finding.but(
             Severity::Broken,
-            "its locks exclude nobody on the primary: connect to the primary",
+            "its locks exclude no session on the primary: connect to the primary",
         );
     }
     Finding::fine("primary", format!("a primary, {number}"))
@@ -256,7 +256,7 @@ async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
         Err(Error::NoExclusion { .. }) => {
             return Ok(vec![direct("a pooler in transaction mode sits in between").but(
                 Severity::Broken,
-                "locks exclude nobody through it: connect directly, or through a pooler in session \
+                "locks exclude no other session through it: connect directly, or through a pooler in session \
                  mode",
             )]);
         }
@@ -515,7 +515,7 @@ mod tests {
         }
     }
 
-    /// A server that lets nobody set them is seldom, so none is started for it.
+    /// A server on which no role may set them is rare, so none is started for it.
     #[test]
     fn a_server_that_gives_up_before_the_holder_breaks_locks() {
         let refused = sqlx::Error::RowNotFound;

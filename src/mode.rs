@@ -4,7 +4,7 @@ use std::fmt;
 
 /// How a lock is held.
 ///
-/// An exclusive lock excludes everybody else; shared locks admit each other and exclude exclusive
+/// An exclusive lock excludes all other holders; shared locks admit each other and exclude exclusive
 /// ones. These are PostgreSQL's own words, and the only two modes that its [advisory locks] have.
 ///
 /// [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
@@ -21,7 +21,7 @@ use std::fmt;
 #[cfg_attr(feature = "serde", derive(serde::Deserialize, serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Mode {
-    /// One holder, nobody else.
+    /// One holder, and no other.
     Exclusive,
     /// Any number of holders, none of them exclusive.
     Shared,

@@ -209,7 +209,7 @@ impl Semaphore {
         }
     }
 
-    /// Acquires a permit if one is free, and nobody waits for it. `None` otherwise.
+    /// Acquires a permit if one is free, and no other task or process waits for it. `None` otherwise.
     ///
     /// # Cancel safety
     ///
@@ -347,7 +347,7 @@ impl Inner {
         error
     }
 
-    /// Takes a permit that is free, if nobody waits for one.
+    /// Takes a permit that is free, if there is no waiter.
     async fn pass(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let request = Request::one(self.layout.queue(), Mode::Shared);
         let mut owner = self.owner.another();
@@ -520,7 +520,7 @@ impl Permit {
         &self.key
     }
 
-    /// Returns the number of the permit, from 0, which nobody else has who holds one.
+    /// Returns the number of the permit, from 0, which no other holder has.
     ///
     /// # Examples
     ///
