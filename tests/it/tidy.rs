@@ -15,6 +15,11 @@ fn read(path: &str) -> String {
 
 /// All Rust files in a directory of the crate and below.
 pub(crate) fn rust_files(dir: &str) -> Vec<PathBuf> {
+    files(dir, "rs")
+}
+
+/// All files with an extension in a directory of the crate and below. There is one at least.
+fn files(dir: &str, extension: &str) -> Vec<PathBuf> {
     let mut dirs = vec![root().join(dir)];
     let mut files = Vec::new();
     while let Some(dir) = dirs.pop() {
@@ -22,12 +27,12 @@ pub(crate) fn rust_files(dir: &str) -> Vec<PathBuf> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 dirs.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
+            } else if path.extension().is_some_and(|found| found == extension) {
                 files.push(path);
             }
         }
     }
-    assert!(!files.is_empty(), "{dir} has no Rust files");
+    assert!(!files.is_empty(), "{dir} has no files of the type {extension}");
     files.sort();
     files
 }
@@ -199,4 +204,88 @@ fn every_file_says_what_it_is_about() {
         let code = fs::read_to_string(&file).unwrap();
         assert!(code.starts_with("//! "), "{}", file.display());
     }
+}
+
+/// Words that hide which task, session or process does something, or stand for a usual term: in flight,
+/// release, usually.
+const AVOIDED: [&str; 9] = [
+    "had enough",
+    "let go",
+    "lets go",
+    "letting go",
+    "mostly",
+    "somebody",
+    "under way",
+    "whoever",
+    "whomever",
+];
+
+#[test]
+fn comments_and_pages_use_the_usual_terms() {
+    let at = |file: &Path, (line, word)| format!("{}:{line}: {word}", file.display());
+    let mut found = Vec::new();
+    for dir in ["src", "tests", "examples", "benches"] {
+        for file in rust_files(dir) {
+            let code = fs::read_to_string(&file).unwrap();
+            found.extend(avoided(&comments(&code)).into_iter().map(|hit| at(&file, hit)));
+        }
+    }
+    let top = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().path());
+    let top = top.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    for file in top.chain(files("src", "md")).chain(files("examples", "md")) {
+        let page = fs::read_to_string(&file).unwrap();
+        found.extend(avoided(&prose(&page)).into_iter().map(|hit| at(&file, hit)));
+    }
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+/// The comments of a source, each with the number of its line.
+fn comments(code: &str) -> Vec<(usize, &str)> {
+    let lines = (1..).zip(code.lines()).filter_map(|(number, line)| {
+        let line = line.trim_start();
+        // The slashes of a URL have no space before them.
+        let start = if line.starts_with("//") { 0 } else { line.find(" //")? };
+        Some((number, line.get(start..)?))
+    });
+    lines.collect()
+}
+
+/// The lines of a page, without those of code.
+fn prose(page: &str) -> Vec<(usize, &str)> {
+    let mut is_code = false;
+    let lines = (1..).zip(page.lines()).filter(|(_, line)| {
+        let is_fence = line.trim_start().starts_with("```");
+        is_code ^= is_fence;
+        !is_code && !is_fence
+    });
+    lines.collect()
+}
+
+/// The avoided words in some lines, which may be broken in between, each with the number of its line.
+fn avoided(lines: &[(usize, &str)]) -> Vec<(usize, &'static str)> {
+    let words: Vec<(usize, String)> = lines
+        .iter()
+        .flat_map(|&(number, line)| {
+            let words = line.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+            words.map(move |word| (number, word.to_lowercase()))
+        })
+        .collect();
+    let hits = AVOIDED.into_iter().flat_map(|avoided| {
+        let parts: Vec<&str> = avoided.split(' ').collect();
+        let is_it = |window: &[(usize, String)]| window.iter().map(|(_, word)| word).eq(&parts);
+        let lines = words.windows(parts.len()).filter(|window| is_it(window));
+        lines.filter_map(|window| Some((window.first()?.0, avoided))).collect::<Vec<_>>()
+    });
+    hits.collect()
+}
+
+#[test]
+fn avoided_words_are_found_in_comments_and_in_pages() {
+    // Not as they are, because this file has none of these comments itself.
+    let code = "#/ It lets\n#/ go.\nlet somebody = \"https:#whoever\"; # Mostly.\n#! whoever_asks";
+    let code = code.replace('#', "//");
+    let found = avoided(&comments(&code));
+    assert_eq!(found, [(1, "lets go"), (3, "mostly"), (4, "whoever")]);
+    let page = "Somebody\n```sh\nmostly\n```\nis under\nway, utmostly.";
+    assert_eq!(avoided(&prose(page)), [(1, "somebody"), (5, "under way")]);
 }
