@@ -94,7 +94,7 @@ pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
             let mut measured = Measured::default();
             loop {
                 let key = zipf.draw(&mut dice);
-                // What is under way at the end does not count.
+                // A cycle that has not ended by then does not count.
                 match timeout_at(end.into(), means.cycle(key)).await {
                     Err(_) => return measured,
                     Ok(_) if Instant::now() < begin => {}

@@ -85,7 +85,7 @@ impl Session {
 
     async fn make_fit(&self, conn: &mut Conn) -> std::result::Result<(), sqlx::Error> {
         self.tidy(conn).await?;
-        // Otherwise what the application writes would end with somebody else's transaction.
+        // Otherwise what the application writes would end with another program's transaction.
         let is_first = !conn.checked;
         if is_first {
             sql::backend::end_transaction(conn.pg()?).await?;

@@ -28,7 +28,7 @@ pub(crate) enum Called {
 }
 
 impl Session {
-    /// Makes calls that never wait. If the future is dropped under way, the session must be given up.
+    /// Makes calls that never wait. If the future is dropped in flight, the session must be given up.
     pub(crate) async fn call(self: &Arc<Self>, calls: &[(KeyId, Call)]) -> Called {
         let mut slot = self.quiet_connection().await;
         let Some(conn) = slot.as_mut() else {

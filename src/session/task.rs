@@ -9,9 +9,9 @@ use tokio::runtime::Handle;
 
 use super::conn::enter;
 
-/// A future that goes on without whoever awaits it.
+/// A future that goes on without the task that awaits it.
 ///
-/// Its first step is taken when it is started. Mostly that writes the statement to the socket, and the
+/// Its first step is taken when it is started. Usually that writes the statement to the socket, and the
 /// server does the rest, even if nobody drives the runtime any more (a current-thread one between two
 /// calls of `block_on`).
 ///
@@ -70,7 +70,7 @@ impl<T: Send + 'static> Future for Task<T> {
         match std::mem::replace(&mut self.state, State::Taken) {
             State::Ready(output) => Poll::Ready(output),
             State::Pending(mut future) => {
-                // Whoever awaits it may do so on another runtime, or on none.
+                // The task that awaits it may do so on another runtime, or on none.
                 let polled = if Handle::try_current().is_ok() {
                     future.as_mut().poll(cx)
                 } else {
