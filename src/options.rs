@@ -47,6 +47,12 @@ impl Heartbeat {
     pub(crate) fn bound(self) -> Duration {
         self.interval + self.timeout
     }
+
+    /// How long the answer may take to a question that is no heartbeat: over a slow link longer than a heartbeat
+    /// that is to be answered before the next one.
+    pub(crate) fn answer_limit(self) -> Duration {
+        self.timeout.max(Duration::from_secs(1))
+    }
 }
 
 /// When the server gives a silent client up.

@@ -219,11 +219,13 @@ impl Owner {
                 }
             }
             Some((session, Join::Released)) => {
-                // Or this handle would find the lock busy that it has just released.
-                if Box::pin(policy.bound(session.ended())).await.is_none() {
-                    return Ok(None);
+                // Or this handle would find the lock busy that it has just released: the task that releases it
+                // is in the queue already.
+                match Box::pin(session.connection_for_acquire(policy.deadline())).await {
+                    Ok(_) | Err(Unavailable::Lost(_)) => None,
+                    Err(Unavailable::TimedOut) => return Ok(None),
+                    Err(reason) => return Err(reason.error(request.key())),
                 }
-                None
             }
             Some((_, Join::Covered | Join::Lost)) | None => None,
         };

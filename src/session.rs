@@ -40,6 +40,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
+use sqlx::postgres::PgConnectOptions;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -91,6 +92,8 @@ pub(crate) struct Session {
     managed_locks: AtomicUsize,
     pool: PgPool,
     server: Arc<Server>,
+    /// How to reach the server, as the pool was told when the session was opened.
+    connect_options: Arc<PgConnectOptions>,
     runtime: Handle,
 }
 
@@ -123,6 +126,7 @@ impl Session {
             managed_locks: AtomicUsize::new(0),
             pool: pool.clone(),
             server: Arc::clone(server),
+            connect_options: pool.connect_options(),
             runtime,
         })
     }
@@ -135,6 +139,13 @@ impl Session {
 
     pub(crate) fn pool(&self) -> &PgPool {
         &self.pool
+    }
+
+    /// How to open another connection to the session's server. The application may have pointed its pool to
+    /// another server since, or given it another password for this one.
+    fn connect_options(&self) -> Arc<PgConnectOptions> {
+        let now = self.pool.connect_options();
+        if self.server.is_at(&now) { now } else { Arc::clone(&self.connect_options) }
     }
 
     pub(crate) fn options(&self) -> &LockOptions {

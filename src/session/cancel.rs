@@ -89,7 +89,9 @@ impl Session {
     async fn cancel(&self) -> Result<(), sqlx::Error> {
         let Some(&backend_pid) = self.backend_pid.get() else { return Ok(()) };
         let mut unknown = Ok(());
-        if let Some(pooled) = self.pool.try_acquire() {
+        if self.server.is_at(&self.pool.connect_options())
+            && let Some(pooled) = self.pool.try_acquire()
+        {
             let mut conn = Conn::new(pooled, self.runtime.clone(), None);
             let cancelling = async { sql::backend::cancel(conn.pg()?, backend_pid).await };
             match timeout(SEND_LIMIT, cancelling).await {
@@ -127,7 +129,7 @@ impl Session {
     async fn connect_beside(&self) -> Result<Beside, sqlx::Error> {
         // Never closed, so never an error.
         let permit = CANCELLING.acquire().await.ok();
-        let conn = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        let conn = PgConnection::connect_with(&self.connect_options()).await?;
         Ok(Beside { conn, _permit: permit })
     }
 }

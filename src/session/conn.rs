@@ -69,6 +69,11 @@ pub(crate) fn enter<T>(runtime: &Handle, f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// The same, unless the thread is inside a runtime already.
+pub(crate) fn enter_unless_inside<T>(runtime: &Handle, f: impl FnOnce() -> T) -> T {
+    if Handle::try_current().is_ok() { f() } else { enter(runtime, f) }
+}
+
 impl fmt::Debug for Conn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Conn").field("lent", &self.lent).finish_non_exhaustive()

@@ -376,7 +376,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
 
 /// Connects the monitor, and has the idle connection of a session polled.
 async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
-    let options = session.pool.connect_options();
+    let options = session.connect_options();
     let connected = monitor.lock().await.connect(&options).await;
     if let Err(error) = connected {
         tracing::debug!(
@@ -393,7 +393,7 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
 /// Asks on another connection whether sessions still hold their locks.
 async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedMonitor) {
     let Some((first, _)) = sessions.first() else { return };
-    let (options, limit) = (first.pool.connect_options(), first.heartbeat.timeout);
+    let (options, limit) = (first.connect_options(), first.heartbeat.answer_limit());
     let asked = Instant::now();
     let before: Vec<_> = sessions
         .iter()

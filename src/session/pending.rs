@@ -101,7 +101,7 @@ impl WaitPolicy {
         }
     }
 
-    pub(super) fn deadline(self) -> Option<Instant> {
+    pub(crate) fn deadline(self) -> Option<Instant> {
         match self {
             Self::Forever | Self::Never => None,
             Self::ForPool(deadline) | Self::Until(deadline) => Some(deadline),
@@ -167,7 +167,7 @@ impl Pending {
         while let Some(idle) = pool.try_acquire() {
             let mut pending = Self::start(pool, server, idle, permit, &runtime, request, options);
             // A connection on which nothing arrives must not use up the time of the others.
-            let limit = policy.answer_limit().min(options.beat().timeout);
+            let limit = policy.answer_limit().min(options.beat().answer_limit());
             let error = match pending.ask(limit).await {
                 Ok(verdict) => return Ok((pending, verdict)),
                 Err(error) if is_answer(&error) => return Err(Box::pin(pending.fail(error)).await),
@@ -515,7 +515,7 @@ impl Pending {
             return *known;
         }
         let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
-        let asking = within(self.options.beat().timeout, async {
+        let asking = within(self.options.beat().answer_limit(), async {
             let pg = conn.ok_or(sqlx::Error::PoolClosed)?.pg()?;
             sql::backend::deadlock_timeout(pg).await
         });
@@ -569,7 +569,7 @@ impl Pending {
         {
             asked = Instant::now();
             let answer = async { sql::backend::heartbeat(conn.pg()?, None).await };
-            within(self.options.beat().timeout, answer).await?;
+            within(self.options.beat().answer_limit(), answer).await?;
         }
         self.session.trust(asked);
         Ok(())

@@ -65,7 +65,7 @@ impl Session {
         let key = request.key();
         let mut slot = self.for_guard(key).await?;
         let asked = Instant::now();
-        let limit = self.heartbeat.timeout;
+        let limit = self.heartbeat.answer_limit();
         let answer = timeout(limit, async {
             let conn = self.tidied(&mut slot).await?;
             sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await

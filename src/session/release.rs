@@ -1,13 +1,14 @@
 //! The release of guards, and the end of a session.
 
 use std::collections::HashSet;
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use sqlx::PgConnection;
 
-use super::conn::Conn;
+use super::conn::{Conn, enter_unless_inside};
 use super::ledger::{Leave, Modes};
 use super::slot::ConnGuard;
 use super::task::Task;
@@ -37,13 +38,14 @@ impl Release {
         match self {
             Self::Done(result) => result,
             Self::Running(key, session, task) => {
-                if !session.borrowed.load(Ordering::Relaxed) {
-                    return task.await;
-                }
+                let mut late = pin!(session.borrowed_for_too_long());
+                // It may be awaited outside of a runtime, where there is no timer.
+                let late =
+                    poll_fn(|cx| enter_unless_inside(&session.runtime, || late.as_mut().poll(cx)));
                 tokio::select! {
                     biased;
                     released = task => released,
-                    () = session.borrowed_for_too_long() => Err(Error::ConnectionBorrowed { key }),
+                    () = late => Err(Error::ConnectionBorrowed { key }),
                 }
             }
             Self::Managed(release) => release.done().await,
@@ -136,7 +138,13 @@ impl Session {
         let put_back = self.settings_to_restore.load(Ordering::Relaxed) && self.ledger().is_last();
         let surplus = self.ledger().surplus(keys);
         for key in surplus.downgrade {
-            if !sql::release::downgrade(conn.pg()?, key).await? {
+            let Unlocked { backend_pid, all } = sql::release::downgrade(conn.pg()?, key).await?;
+            if backend_pid != self.backend_pid() {
+                // Which has the shared lock now.
+                locks.push((key, Modes::only(Mode::Shared)));
+                return Ok(Answer::Elsewhere);
+            }
+            if !all {
                 return Ok(Answer::NotHeld);
             }
         }
@@ -167,7 +175,13 @@ impl Session {
         let excess = self.ledger().withdraw(claimed.iter().copied());
         if excess {
             let keys = claimed.iter().map(|&(key, _)| key);
-            self.give_up_surplus(conn, keys, Protocol::Simple, &mut Vec::new()).await?;
+            let answer =
+                self.give_up_surplus(conn, keys, Protocol::Simple, &mut Vec::new()).await?;
+            if !matches!(answer, Answer::Released) {
+                return Err(sqlx::Error::Protocol(
+                    "the session did not hold what it was granted".into(),
+                ));
+            }
         }
         Ok(())
     }

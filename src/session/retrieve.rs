@@ -17,7 +17,7 @@ impl Session {
         if locks.is_empty() {
             return;
         }
-        let options = self.pool.connect_options();
+        let options = self.connect_options();
         let retrieving = within(DEADLINE, Box::pin(retrieve(&options, backend_pid, locks)));
         let error = match retrieving.await {
             Ok(true) => return,

@@ -28,6 +28,11 @@ pub(crate) struct Server {
 }
 
 impl Server {
+    /// Whether these options lead to this server.
+    pub(super) fn is_at(self: &Arc<Self>, options: &PgConnectOptions) -> bool {
+        Arc::ptr_eq(self, &find(options))
+    }
+
     /// A session has found that another backend answers.
     pub(super) fn disprove(&self) {
         self.proof.disprove();

@@ -140,7 +140,7 @@ impl Session {
     }
 
     /// The same on behalf of an acquire, which also ends when its deadline has passed, or the pool is closed.
-    pub(super) async fn connection_for_acquire(
+    pub(crate) async fn connection_for_acquire(
         self: &Arc<Self>,
         deadline: Option<Instant>,
     ) -> Result<ConnGuard, Unavailable> {
@@ -183,11 +183,5 @@ impl Session {
         let mut conn = self.connection_at_last().await;
         conn.wakeup.skip = true;
         conn
-    }
-
-    /// Waits until the connection of a released session is returned, and its locks with it.
-    pub(crate) async fn ended(&self) {
-        // The task that releases it is in the queue already.
-        drop(self.conn.lock().await);
     }
 }

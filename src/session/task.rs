@@ -7,7 +7,7 @@ use std::task::{Context, Poll, Waker};
 
 use tokio::runtime::Handle;
 
-use super::conn::enter;
+use super::conn::{enter, enter_unless_inside};
 
 /// A future that goes on without the task that awaits it.
 ///
@@ -71,11 +71,7 @@ impl<T: Send + 'static> Future for Task<T> {
             State::Ready(output) => Poll::Ready(output),
             State::Pending(mut future) => {
                 // The task that awaits it may do so on another runtime, or on none.
-                let polled = if Handle::try_current().is_ok() {
-                    future.as_mut().poll(cx)
-                } else {
-                    enter(&self.runtime, || future.as_mut().poll(cx))
-                };
+                let polled = enter_unless_inside(&self.runtime, || future.as_mut().poll(cx));
                 if polled.is_pending() {
                     self.state = State::Pending(future);
                 }

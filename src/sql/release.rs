@@ -138,13 +138,18 @@ pub(crate) async fn unlock_on(
 /// Turns an exclusive lock into a shared one, without a moment in which it is not held.
 ///
 /// The session's own exclusive lock lets it in, ahead of all waiters; `pg_try_…` would not.
-pub(crate) async fn downgrade(conn: &mut PgConnection, key: KeyId) -> Result<bool, sqlx::Error> {
+pub(crate) async fn downgrade(
+    conn: &mut PgConnection,
+    key: KeyId,
+) -> Result<Unlocked, sqlx::Error> {
     let key = Args(key);
     let statement = format!(
-        "SELECT pg_catalog.pg_advisory_lock_shared({key}); SELECT pg_catalog.pg_advisory_unlock({key})"
+        "SELECT pg_catalog.pg_advisory_lock_shared({key}); \
+         SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_advisory_unlock({key})"
     );
     let rows = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn).await?;
-    rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)
+    let row = rows.last().ok_or(sqlx::Error::RowNotFound)?;
+    Ok(Unlocked { backend_pid: row.try_get(0)?, all: row.try_get(1)? })
 }
 
 /// Locks as an unlock takes them.

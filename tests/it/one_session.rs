@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use pglock::{Error, Lock, Result};
-use pglock_testkit::{Server, TestDb, eventually};
+use pglock::{Error, Lock, LockOptions, Result};
+use pglock_testkit::{Proxy, Server, TestDb, eventually};
 use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
 use tokio::sync::Barrier;
 use tokio::time::timeout;
 
 use crate::loss::terminate;
-use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn};
+use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn, without_runtime};
 
 /// Takes one key, then when both have got theirs, another on the same session. Releases all at the
 /// end.
@@ -193,4 +194,80 @@ async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
     apart.release().await.unwrap();
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
+}
+
+/// The release waits for the connection, which the application has borrowed.
+#[tokio::test]
+async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let mut lock = Lock::new(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+    let connection = guard.connection().await.unwrap();
+    assert!(timeout(SOON / 10, lock.release_all()).await.is_err());
+    let acquiring = spawn(async move { lock.acquire().await.map(drop) });
+    tokio::task::yield_now().await;
+    let closing = spawn({
+        let pool = pool.clone();
+        async move { pool.close().await }
+    });
+    let error = timeout(SOON, acquiring).await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
+    drop(connection);
+    timeout(SOON, closing).await.unwrap().unwrap();
+    no_locks(&mut db.admin().await).await;
+}
+
+/// Where there is no timer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_release_that_waits_for_the_connection_may_be_awaited_outside_of_a_runtime() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let other = Lock::new(&guard, 2).acquire().await.unwrap();
+    let connection = guard.connection().await.unwrap();
+    let releasing = std::thread::spawn(move || without_runtime(other.release()));
+    tokio::time::sleep(SOON / 10).await;
+    assert!(!releasing.is_finished());
+    drop(connection);
+    eventually("it is released", SOON, async || releasing.is_finished()).await;
+    releasing.join().unwrap().unwrap();
+    guard.release().await.unwrap();
+    no_locks(&mut db.admin().await).await;
+}
+
+/// A session lives on where it was opened, and so is asked about there.
+#[tokio::test]
+async fn a_pool_that_turns_to_another_server_loses_no_session() {
+    let (db, elsewhere) = (TestDb::new().await, Server::start());
+    let elsewhere = TestDb::on(&elsewhere).await;
+    let pool = db.pool(2).await;
+    let options = LockOptions::new().heartbeat_interval(SOON / 5).on(&pool).unwrap();
+    let guard = Lock::new(&options, 1).acquire().await.unwrap();
+    pool.set_connect_options(elsewhere.options());
+    // While it is borrowed, another connection asks.
+    let mut connection = guard.connection().await.unwrap();
+    assert!(timeout(SOON, guard.lost()).await.is_err());
+    sqlx::query("SELECT 1").execute(&mut *connection).await.unwrap();
+    drop(connection);
+    guard.release().await.unwrap();
+}
+
+/// The heartbeat may be late by its interval; other answers may be, too.
+#[tokio::test]
+async fn a_short_timeout_of_the_heartbeat_is_enough_on_a_slow_link() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let proxy = Proxy::to(server.port()).await;
+    proxy.delay(SOON / 13);
+    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+    let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+    let options = LockOptions::new().heartbeat_timeout(SOON / 10).on(&pool).unwrap();
+    let mut lock = Lock::new(&options, 1);
+    let guard = lock.acquire().await.unwrap();
+    let pid = guard.backend_pid();
+    guard.verify().await.unwrap();
+    guard.release().await.unwrap();
+    let guard = lock.acquire().await.unwrap();
+    assert_eq!(guard.backend_pid(), pid, "the idle connection was closed");
 }

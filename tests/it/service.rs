@@ -1,11 +1,9 @@
 //! Services of several processes that take hot locks, and work on the same pool.
 
 use std::collections::HashSet;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{self, Thread};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Lock, LockManager, LockOptions, Loss};
@@ -17,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{SOON, no_locks, spawn};
+use crate::support::{SOON, no_locks, spawn, without_runtime};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -244,26 +242,6 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     let error = timeout(SOON, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
     timeout(SOON, next).await.unwrap().unwrap().unwrap();
-}
-
-/// Polls a future on a thread that has no runtime.
-fn without_runtime<T>(future: impl Future<Output = T>) -> T {
-    struct Unpark(Thread);
-
-    impl Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut future = pin!(future);
-    loop {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return output;
-        }
-        thread::park();
-    }
 }
 
 /// Where there is no timer: while others share the lock, and when the server is told.

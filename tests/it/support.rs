@@ -1,6 +1,9 @@
 //! What several tests ask of the server and of the pool.
 
 use std::cell::RefCell;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use pglock::{ExclusiveGuard, LockManager, SharedGuard, Upgrade};
@@ -235,4 +238,24 @@ pub(crate) fn impatient_pool(db: &TestDb) -> PgPool {
     let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4);
     // Lazily, for the first connection may take longer on a busy machine.
     pool.connect_lazy_with(db.options())
+}
+
+/// Polls a future on a thread that has no runtime.
+pub(crate) fn without_runtime<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return output;
+        }
+        std::thread::park();
+    }
 }
