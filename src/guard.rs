@@ -433,8 +433,7 @@ impl Guard {
         let joined = match session.join(request) {
             Join::Covered => Some(Self::new(Arc::clone(session), request.clone())),
             Join::Ask => {
-                let (session, options) = (Arc::clone(session), session.options());
-                let joining = Pending::join(session, request, options, WaitPolicy::Never).await;
+                let joining = Pending::join(Arc::clone(session), request, WaitPolicy::Never).await;
                 let pending = joining.map_err(|reason| reason.error(request.key()))?;
                 let (pending, verdict) =
                     pending.ok_or_else(ended)?.try_now(WaitPolicy::Never).await?;

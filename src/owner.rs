@@ -211,7 +211,7 @@ impl Owner {
     ) -> Result<Option<Guard>> {
         let joined = match joined {
             Some((session, Join::Ask)) => {
-                match Box::pin(Pending::join(session, request, &self.options, policy)).await {
+                match Box::pin(Pending::join(session, request, policy)).await {
                     Ok(joined) => joined,
                     // It waited for another wait of the session.
                     Err(Unavailable::TimedOut) => return Ok(None),

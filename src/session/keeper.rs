@@ -332,9 +332,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
     let set = session.long_settings();
     // The clock does not say that a session is lost which has just been released.
     let answer = within(session.heartbeat.bound(), async {
-        let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-        session.tidy(conn).await?;
-        sql::backend::heartbeat(conn.pg()?, set).await
+        sql::backend::heartbeat(slot.tidied().await?, set).await
     });
     let answer = tokio::select! {
         biased;

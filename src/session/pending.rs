@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
-use sqlx::{PgPool, Postgres};
+use sqlx::{PgConnection, PgPool, Postgres};
 use tokio::runtime::Handle;
 use tokio::time::{timeout, timeout_at};
 
@@ -65,7 +65,6 @@ pub(crate) struct Pending {
     claimed: Vec<(KeyId, Mode)>,
     /// What the server is still to grant.
     missing: Vec<(KeyId, Mode)>,
-    options: LockOptions,
     /// The role has a limit on idle sessions, which a holder may be.
     idle_limited: bool,
     stage: Stage,
@@ -132,10 +131,9 @@ impl Pending {
     pub(crate) async fn join(
         session: Arc<Session>,
         request: &Request,
-        options: &LockOptions,
         policy: WaitPolicy,
     ) -> Result<Option<Self>, Unavailable> {
-        let mut pending = Self::new(session, request, options);
+        let mut pending = Self::new(session, request);
         match pending.session.connection_for_acquire(policy.deadline()).await {
             Ok(slot) => {
                 let open = slot.is_some();
@@ -204,24 +202,27 @@ impl Pending {
     ) -> Self {
         let conn = Conn::new(pooled, runtime.clone(), Some(permit));
         let session = Session::open(pool, server, conn, runtime.clone(), options);
-        let mut pending = Self::new(session, request, options);
+        let mut pending = Self::new(session, request);
         // Nothing else knows the session yet.
         pending.slot = pending.session.free_connection();
         pending
     }
 
-    fn new(session: Arc<Session>, request: &Request, options: &LockOptions) -> Self {
+    fn new(session: Arc<Session>, request: &Request) -> Self {
         Self {
             session,
             slot: None,
             request: request.clone(),
             claimed: Vec::new(),
             missing: request.ids().collect(),
-            options: options.clone(),
             idle_limited: false,
             stage: Stage::Idle,
             settled: false,
         }
+    }
+
+    fn pg(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?.pg()
     }
 
     /// Asks the server once: the whole of an acquire of what is free.
@@ -229,7 +230,8 @@ impl Pending {
     /// A transaction that was left open on the pooled connection is ended; a session lock does
     /// not depend on it.
     async fn ask(&mut self, limit: Duration) -> Result<Verdict, sqlx::Error> {
-        let Self { session, slot, request, claimed, missing, options, stage, .. } = self;
+        let Self { session, slot, request, claimed, missing, stage, .. } = self;
+        let options = session.options();
         let Some(conn) = slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
         };
@@ -372,7 +374,7 @@ impl Pending {
             };
             let limit = self.slice(left).await;
             let vigilance = (!session.settings_refused.load(Ordering::Relaxed))
-                .then(|| self.options.vigilance());
+                .then(|| self.session.options().vigilance());
             let asked = Instant::now();
             let slice = Slice { key, mode, limit, vigilance };
             let granted = match self.wait_once(slice, left, plainly).await {
@@ -461,15 +463,14 @@ impl Pending {
             session.restore_settings();
         }
         self.stage = Stage::Waiting(Instant::now() + slice.limit);
-        let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
+        let slot = self.slot.as_mut();
         let waiting = async {
-            let conn = conn.ok_or(sqlx::Error::PoolClosed)?;
             // The application may have had it between two slices.
-            session.tidy(conn).await?;
+            let pg = slot.ok_or(sqlx::Error::PoolClosed)?.tidied().await?;
             if plainly {
-                sql::wait::wait_plainly(conn.pg()?, slice).await
+                sql::wait::wait_plainly(pg, slice).await
             } else {
-                sql::wait::wait(conn.pg()?, slice).await
+                sql::wait::wait(pg, slice).await
             }
         };
         let late = slice.limit + LATE;
@@ -496,7 +497,7 @@ impl Pending {
     /// because their releases wait for the connection.
     async fn slice(&mut self, left: Option<Duration>) -> Duration {
         let deadlock_timeout = self.deadlock_timeout().await;
-        let longest = self.options.slice();
+        let longest = self.session.options().slice();
         let slice = if self.session.ledger().has_more_than(self.claimed.len()) {
             longest.min(JOINED_SLICE)
         } else {
@@ -514,11 +515,8 @@ impl Pending {
         if let Some(known) = server.deadlock_timeout().get() {
             return *known;
         }
-        let conn = self.slot.as_mut().and_then(|slot| slot.as_mut());
-        let asking = within(self.options.beat().answer_limit(), async {
-            let pg = conn.ok_or(sqlx::Error::PoolClosed)?.pg()?;
-            sql::backend::deadlock_timeout(pg).await
-        });
+        let limit = self.session.heartbeat.answer_limit();
+        let asking = within(limit, async { sql::backend::deadlock_timeout(self.pg()?).await });
         // If the connection is broken, the wait will say so.
         let asked = asking.await.ok().flatten().and_then(|asked| u64::try_from(asked).ok());
         let Some(milliseconds) = asked else { return Duration::from_secs(1) };
@@ -536,15 +534,13 @@ impl Pending {
             return Ok(true);
         }
         let pid = self.session.backend_pid();
-        let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else {
-            return Err(sqlx::Error::PoolClosed);
-        };
-        match sql::backend::holdings(conn.pg()?, &[pid]).await {
+        let pg = self.pg()?;
+        match sql::backend::holdings(pg, &[pid]).await {
             Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
             // The role may not ask. Then the server warns of what was not held.
             Err(error) if is_answer(&error) => {
                 let lock = sql::release::each_mode(&[(key, mode)]);
-                sql::release::unlock_all(conn.pg()?, &lock, false).await?;
+                sql::release::unlock_all(pg, &lock, false).await?;
                 Ok(false)
             }
             Err(error) => Err(error),
@@ -564,12 +560,11 @@ impl Pending {
     /// not begun to give us up.
     async fn confirm(&mut self, waiting_since: Instant) -> Result<(), sqlx::Error> {
         let mut asked = waiting_since;
-        if waiting_since.elapsed() > self.options.beat().interval
-            && let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut())
-        {
+        let heartbeat = self.session.heartbeat;
+        if waiting_since.elapsed() > heartbeat.interval {
             asked = Instant::now();
-            let answer = async { sql::backend::heartbeat(conn.pg()?, None).await };
-            within(self.options.beat().answer_limit(), answer).await?;
+            let answer = async { sql::backend::heartbeat(self.pg()?, None).await };
+            within(heartbeat.answer_limit(), answer).await?;
         }
         self.session.trust(asked);
         Ok(())
@@ -577,9 +572,8 @@ impl Pending {
 
     /// Lifts the limit that a role has on idle sessions, for as long as the session holds something.
     async fn lift_idle_timeout(&mut self) -> Result<(), sqlx::Error> {
-        let Some(conn) = self.slot.as_mut().and_then(|slot| slot.as_mut()) else { return Ok(()) };
         self.session.restore_settings();
-        within(DEADLINE, async { sql::settings::lift_idle_timeout(conn.pg()?).await }).await
+        within(DEADLINE, async { sql::settings::lift_idle_timeout(self.pg()?).await }).await
     }
 
     /// Makes a guard's part of what the server granted.
@@ -647,7 +641,7 @@ impl Pending {
         if answered {
             undo.await;
         }
-        if refuses_settings(&error) && self.options.settings_required() {
+        if refuses_settings(&error) && self.session.options().settings_required() {
             return Error::SettingsRejected {
                 key: self.request.key().clone(),
                 source: Arc::new(error),

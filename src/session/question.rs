@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use super::conn::Conn;
 use super::slot::ConnGuard;
 use super::{DEADLINE, Session, silence, within};
 use crate::error::{Error, Loss, Result, is_answer};
@@ -23,10 +22,8 @@ impl Session {
     /// is still held.
     pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<u64> {
         let mut slot = self.for_guard(key).await?;
-        let answer = timeout(DEADLINE, async {
-            let conn = self.tidied(&mut slot).await?;
-            sql::backend::draw_token(conn.pg()?).await
-        });
+        let answer =
+            timeout(DEADLINE, async { sql::backend::draw_token(slot.tidied().await?).await });
         let Ok(answer) = answer.await else { return Err(self.interrupt(key, slot).await) };
         self.sort_out(key, slot, answer).map(i64::cast_unsigned)
     }
@@ -35,10 +32,8 @@ impl Session {
     pub(crate) async fn show_name(self: &Arc<Self>, key: &Key, name: &str) -> Result<()> {
         let mut slot = self.for_guard(key).await?;
         self.restore_settings();
-        let answer = within(DEADLINE, async {
-            let conn = self.tidied(&mut slot).await?;
-            sql::settings::show_name(conn.pg()?, name).await
-        });
+        let answer =
+            within(DEADLINE, async { sql::settings::show_name(slot.tidied().await?, name).await });
         let answer = answer.await;
         self.sort_out(key, slot, answer)
     }
@@ -51,8 +46,7 @@ impl Session {
     ) -> Result<Option<i64>> {
         let mut slot = self.for_guard(key).await?;
         let answer = within(DEADLINE, async {
-            let conn = self.tidied(&mut slot).await?;
-            sql::semaphore::greatest_held(conn.pg()?, numbers).await
+            sql::semaphore::greatest_held(slot.tidied().await?, numbers).await
         });
         let answer = answer.await;
         self.sort_out(key, slot, answer)
@@ -67,8 +61,7 @@ impl Session {
         let asked = Instant::now();
         let limit = self.heartbeat.answer_limit();
         let answer = timeout(limit, async {
-            let conn = self.tidied(&mut slot).await?;
-            sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await
+            sql::backend::holdings(slot.tidied().await?, &[self.backend_pid()]).await
         });
         let loss = match answer.await {
             Ok(Ok((pid, held))) if pid == self.backend_pid() => {
@@ -108,18 +101,9 @@ impl Session {
         Ok(slot)
     }
 
-    async fn tidied<'s>(&self, slot: &'s mut ConnGuard) -> Result<&'s mut Conn, sqlx::Error> {
-        let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-        self.tidy(conn).await?;
-        Ok(conn)
-    }
-
     /// Cancels a statement that has not been answered in time.
     async fn interrupt(self: &Arc<Self>, key: &Key, mut slot: ConnGuard) -> Error {
-        let drained = async {
-            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-            self.drain(conn.pg()?, Duration::ZERO, DEADLINE).await
-        };
+        let drained = async { self.drain(slot.pg()?, Duration::ZERO, DEADLINE).await };
         match drained.await {
             Ok(()) => Error::database(key, silence(DEADLINE)),
             Err(source) => {

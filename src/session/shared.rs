@@ -97,8 +97,7 @@ impl Session {
         }
         let asked = Instant::now();
         let answer = within(self.heartbeat.bound(), async {
-            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
-            sql::backend::heartbeat(conn.pg()?, None).await
+            sql::backend::heartbeat(slot.pg()?, None).await
         });
         let loss = match answer.await {
             Ok(pid) if pid == self.backend_pid() => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use sqlx::PgConnection;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::{sleep, sleep_until};
 
@@ -79,6 +80,18 @@ impl ConnGuard {
 
     pub(super) fn session(&self) -> &Arc<Session> {
         &self.wakeup.session
+    }
+
+    /// The connection, for a statement.
+    pub(super) fn pg(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?.pg()
+    }
+
+    /// The same, without what the application may have left on it.
+    pub(super) async fn tidied(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        let conn = self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+        self.wakeup.session.tidy(conn).await?;
+        conn.pg()
     }
 }
 
