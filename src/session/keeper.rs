@@ -33,6 +33,7 @@ use super::{Session, is_alive, within};
 use crate::error::{Loss, is_answer};
 use crate::key::KeyId;
 use crate::mode::Mode;
+use crate::options::Heartbeat;
 use crate::sql;
 
 /// How long a session is held before its idle connection is polled for closure, unless the heartbeat is
@@ -138,6 +139,8 @@ struct Kept {
     since: Instant,
     /// A question is in flight.
     asking: Arc<AtomicBool>,
+    /// When something may be due. Most sessions have nothing due in most ticks.
+    next_look: Instant,
 }
 
 /// A question that is in flight.
@@ -194,6 +197,7 @@ impl KeeperTask {
                     session,
                     since: Instant::now(),
                     asking: Arc::new(AtomicBool::new(false)),
+                    next_look: Instant::now(),
                 }));
                 mem::take(&mut inbox.awake)
             };
@@ -243,9 +247,18 @@ impl KeeperTask {
             .filter(|(_, monitor)| monitor.try_lock().is_ok_and(|mut monitor| monitor.take_lost()))
             .map(|(&server, _)| server)
             .collect();
-        for kept in mem::take(&mut self.sessions) {
+        for mut kept in mem::take(&mut self.sessions) {
             let Some(session) = kept.session.upgrade() else { continue };
-            if session.server.proof.is_negative() && session.loss().is_none() {
+            let server = Arc::as_ptr(&session.server).addr();
+            let disproven = session.server.proof.is_negative();
+            if now < kept.next_look && !disproven && !unmonitored.contains(&server) {
+                if session.wake.get().is_some() {
+                    servers.insert(server);
+                }
+                self.sessions.push(kept);
+                continue;
+            }
+            if disproven && session.loss().is_none() {
                 match session.free_connection() {
                     Some(mut slot) => {
                         let locks = session.ledger().granted_by_server();
@@ -261,10 +274,16 @@ impl KeeperTask {
             if session.loss().is_some() || session.ledger().has_ended() {
                 continue;
             }
-            let server = Arc::as_ptr(&session.server).addr();
-            let due = unmonitored.contains(&server)
-                || session.last_answered() + session.heartbeat.interval <= now;
-            let grown_up = kept.since + GROWN_UP.min(session.heartbeat.interval) <= now;
+            let Heartbeat { interval, .. } = session.heartbeat;
+            let answered = session.last_answered();
+            let due = unmonitored.contains(&server) || answered + interval <= now;
+            let grown_up_at = kept.since + GROWN_UP.min(interval);
+            let grown_up = grown_up_at <= now;
+            let events = [grown_up_at, answered + interval, answered + session.heartbeat.bound()];
+            let next = events.into_iter().filter(|at| *at > now).min();
+            // A released session is forgotten, and a question that has failed is asked again.
+            let soon = now + interval / 8;
+            kept.next_look = next.map_or(soon, |next| next.min(soon));
             if due || grown_up {
                 servers.insert(server);
                 let monitor = self.monitors.entry(server).or_default();
