@@ -10,13 +10,13 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Loss, Result};
 use crate::holdings::Holding;
 use crate::key::Key;
-use crate::manager::Managed;
+use crate::manager::{Managed, PendingRelease};
 use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::ledger::Join;
 use crate::session::lend::SessionConnection;
-use crate::session::pending::{Pending, WaitPolicy};
+use crate::session::pending::{Granted, Pending, WaitPolicy};
 use crate::session::release::Release;
 use crate::source::sealed::Sealed;
 use crate::sql::release::Protocol;
@@ -437,7 +437,8 @@ impl Guard {
                 let pending = joining.map_err(|reason| reason.error(request.key()))?;
                 let (pending, verdict) =
                     pending.ok_or_else(ended)?.try_now(WaitPolicy::Never).await?;
-                pending.settle(verdict, WaitPolicy::Never).await?
+                let granted = pending.settle(verdict, WaitPolicy::Never).await?;
+                granted.map(|Granted { session, request }| Self::new(session, request))
             }
             Join::Lost | Join::Released => return Err(ended()),
         };
@@ -462,20 +463,38 @@ impl Guard {
     }
 
     /// Starts the release, once. The only path by which a guard is released.
-    fn start_release(&mut self, protocol: Protocol) -> Option<Release> {
+    fn start_release(&mut self, protocol: Protocol) -> Option<Releasing> {
         if self.released {
             return None;
         }
         self.released = true;
         if let Some(managed) = &self.managed {
             let pending = managed.leave(self.key(), self.request.mode(), &self.session);
-            return Some(Release::Managed(pending));
+            return Some(Releasing::ByManager(pending));
         }
         if self.holding.as_ref().is_some_and(|holding| !holding.end()) {
             // The close of the handle has released it.
-            return Some(Release::Done(Err(Error::lost(self.key(), Loss::Released))));
+            let closed = Err(Error::lost(self.key(), Loss::Released));
+            return Some(Releasing::BySession(Release::Done(closed)));
         }
-        Some(Arc::clone(&self.session).release(&self.request, protocol))
+        let release = Arc::clone(&self.session).release(&self.request, protocol);
+        Some(Releasing::BySession(release))
+    }
+}
+
+/// The release of a guard.
+enum Releasing {
+    ByManager(PendingRelease),
+    BySession(Release),
+}
+
+impl Releasing {
+    /// Waits for the server's answer. Dropping this does not stop the release.
+    async fn done(self) -> Result<()> {
+        match self {
+            Self::ByManager(release) => release.done().await,
+            Self::BySession(release) => release.done().await,
+        }
     }
 }
 

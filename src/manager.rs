@@ -24,11 +24,11 @@ use tokio::time::timeout;
 
 use crate::error::{Error, Loss};
 use crate::key::KeyId;
+use crate::mode::Modes;
 use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::session::Session;
 use crate::session::budget::Budget;
-use crate::session::ledger::Modes;
 use crate::source::Source;
 use crate::source::sealed::Sealed;
 use batch::Batch;
@@ -278,8 +278,8 @@ impl Manager {
         let budget = Budget::of(pool);
         // One connection is for the shared session.
         let spare = budget.limit(options.reserve()).saturating_sub(1);
-        let share = pool.options().get_max_connections() / CONNECTIONS_FOR_EACH;
-        let wait_sessions = spare.min(share).clamp(1, MOST_WAIT_SESSIONS);
+        let most = pool.options().get_max_connections() / CONNECTIONS_FOR_EACH;
+        let wait_sessions = spare.min(most).clamp(1, MOST_WAIT_SESSIONS);
         Self {
             pool: pool.clone(),
             options,

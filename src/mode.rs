@@ -35,3 +35,16 @@ impl fmt::Display for Mode {
         })
     }
 }
+
+/// The modes in which the server has granted a key to a session.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Modes {
+    pub(crate) exclusive: bool,
+    pub(crate) shared: bool,
+}
+
+impl Modes {
+    pub(crate) fn only(mode: Mode) -> Self {
+        Self { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared }
+    }
+}

@@ -7,7 +7,6 @@ use std::time::Duration;
 use sqlx::PgPool;
 
 use crate::error::{Error, Result};
-use crate::sql::settings::Vigilance;
 
 /// Settings of a lock, each with a default that suits most.
 ///
@@ -56,8 +55,8 @@ impl Heartbeat {
 }
 
 /// When the server gives a silent client up.
-#[derive(Clone, Copy, Debug)]
-struct Keepalives {
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Keepalives {
     idle: Duration,
     interval: Duration,
     retries: u32,
@@ -72,14 +71,15 @@ impl Keepalives {
         self.interval * self.retries
     }
 
-    fn vigilance(self) -> Vigilance {
-        // Whole seconds, and no more than an hour: checked when the lock was made.
-        let seconds = |duration: Duration| u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
-        Vigilance {
-            idle_s: seconds(self.idle),
-            interval_s: seconds(self.interval),
-            count: self.retries,
-        }
+    /// The idle time and the interval in seconds, and the retries.
+    pub(crate) fn seconds_and_retries(self) -> [u64; 3] {
+        [self.idle.as_secs(), self.interval.as_secs(), self.retries.into()]
+    }
+
+    /// Distinguishes these settings from others.
+    fn mark(self) -> Arc<str> {
+        let [idle, interval, retries] = self.seconds_and_retries();
+        format!("{idle}/{interval}/{retries}").into()
     }
 }
 
@@ -111,7 +111,7 @@ impl LockOptions {
                 timeout: Duration::from_secs(2),
             },
             keepalives,
-            mark: keepalives.vigilance().mark(),
+            mark: keepalives.mark(),
             require_settings: false,
             allow_standby: false,
             reserve_connections: None,
@@ -212,7 +212,7 @@ impl LockOptions {
     }
 
     fn renew_mark(mut self) -> Self {
-        self.mark = self.keepalives.vigilance().mark();
+        self.mark = self.keepalives.mark();
         self
     }
 
@@ -395,8 +395,8 @@ impl LockOptions {
         self.heartbeat
     }
 
-    pub(crate) fn vigilance(&self) -> Vigilance {
-        self.keepalives.vigilance()
+    pub(crate) fn keepalives(&self) -> Keepalives {
+        self.keepalives
     }
 
     /// The mark of the same, written once and not for each acquire.

@@ -19,7 +19,7 @@ use crate::request::Request;
 use crate::session::Session;
 use crate::session::conn::Conn;
 use crate::session::ledger::Join;
-use crate::session::pending::{self, Pending, WaitPolicy};
+use crate::session::pending::{self, Granted, Pending, WaitPolicy};
 use crate::session::servers::PoolServer;
 use crate::session::slot::Unavailable;
 
@@ -235,10 +235,11 @@ impl Owner {
             let Self { pool, server, options, .. } = self;
             Pending::open(pool, server, request, options, policy).await?
         };
-        let held = pending.settle(verdict, policy).await?;
-        Ok(held.map(|held| {
-            self.session = Arc::downgrade(held.session());
-            held.held_by(|session, request| self.holdings.add(session, request))
+        let granted = pending.settle(verdict, policy).await?;
+        Ok(granted.map(|Granted { session, request }| {
+            self.session = Arc::downgrade(&session);
+            Guard::new(session, request)
+                .held_by(|session, request| self.holdings.add(session, request))
         }))
     }
 }

@@ -47,11 +47,12 @@ use tokio::time::timeout;
 
 use crate::error::{Loss, is_answer};
 use crate::key::{Key, KeyId};
+use crate::mode::Modes;
+use crate::options::Keepalives;
 use crate::options::{Heartbeat, LockOptions};
 use crate::request::Request;
-use crate::sql::settings::Vigilance;
 use conn::Conn;
-use ledger::{Join, Ledger, Modes};
+use ledger::{Join, Ledger};
 use servers::Server;
 
 /// How long a statement may take that never waits for a lock. After that the connection is given up.
@@ -217,14 +218,14 @@ impl Session {
     }
 
     /// The settings of a session that is held for longer, if it does not have them.
-    fn long_settings(&self) -> Option<Vigilance> {
+    fn long_settings(&self) -> Option<Keepalives> {
         let none = self.settings_refused.load(Ordering::Relaxed)
             || self.has_long_settings.swap(true, Ordering::Relaxed);
         if none {
             return None;
         }
         self.restore_settings();
-        Some(self.options.vigilance())
+        Some(self.options.keepalives())
     }
 
     /// Has the settings put back at the end that the application would notice.

@@ -2,8 +2,7 @@
 
 use super::table::{Step, Taken};
 use crate::key::KeyId;
-use crate::mode::Mode;
-use crate::session::ledger::Modes;
+use crate::mode::{Mode, Modes};
 use crate::sql::batch::Call;
 
 /// How many steps go into one statement: enough that its cost is spread, and few enough that the first

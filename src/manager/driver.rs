@@ -21,11 +21,10 @@ use super::{Manager, Place, WAIT_SESSION_PAUSE};
 use crate::error::{Error, Loss};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
-use crate::mode::Mode;
+use crate::mode::{Mode, Modes};
 use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::ledger::Modes;
 use crate::session::shared::Called;
 
 /// How long the session is unused before its idle connection is polled for closure again.

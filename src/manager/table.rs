@@ -22,8 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crate::key::KeyId;
-use crate::mode::Mode;
-use crate::session::ledger::Modes;
+use crate::mode::{Mode, Modes};
 use holders::Holders;
 use queue::Queue;
 

@@ -26,13 +26,12 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-use super::ledger::Modes;
 use super::monitor::Monitor;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
 use crate::error::{Loss, is_answer};
 use crate::key::KeyId;
-use crate::mode::Mode;
+use crate::mode::{Mode, Modes};
 use crate::options::Heartbeat;
 use crate::sql;
 

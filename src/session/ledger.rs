@@ -13,7 +13,7 @@ use std::mem;
 
 use crate::error::Loss;
 use crate::key::KeyId;
-use crate::mode::Mode;
+use crate::mode::{Mode, Modes};
 use crate::request::{Need, Request};
 
 /// The guards of one session.
@@ -42,19 +42,6 @@ struct Counts {
     exclusive: usize,
     shared: usize,
     server: Modes,
-}
-
-/// The modes in which the server has granted a key to the session.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(crate) struct Modes {
-    pub(crate) exclusive: bool,
-    pub(crate) shared: bool,
-}
-
-impl Modes {
-    pub(crate) fn only(mode: Mode) -> Self {
-        Self { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared }
-    }
 }
 
 /// What an acquire needs.

@@ -19,7 +19,6 @@ use super::slot::{ConnGuard, Unavailable};
 use super::task::Task;
 use super::{DEADLINE, Session, silence, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer, sqlstate};
-use crate::guard::Guard;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::LockOptions;
@@ -36,6 +35,13 @@ pub(crate) enum Verdict {
     /// Locks exclude nothing on this connection.
     Pooled,
     Standby,
+}
+
+/// What a guard stands for.
+pub(crate) struct Granted {
+    pub(crate) session: Arc<Session>,
+    /// Of several keys of which one was asked for, that one.
+    pub(crate) request: Request,
 }
 
 /// For how long an acquire waits for a busy lock.
@@ -249,7 +255,7 @@ impl Pending {
                 let pg = conn.pg()?;
                 let (need, required) = (request.need, options.settings_required());
                 let wanted: Wanted<'_> = (required || !session.server.refuses_settings())
-                    .then(|| (options.vigilance(), options.mark()));
+                    .then(|| (options.keepalives(), options.mark()));
                 let allow_standby = options.standby_allowed();
                 match sql::lock::try_lock(pg, missing, need, wanted, required, allow_standby).await
                 {
@@ -341,7 +347,7 @@ impl Pending {
         self,
         verdict: Verdict,
         policy: WaitPolicy,
-    ) -> Result<Option<Guard>> {
+    ) -> Result<Option<Granted>> {
         match verdict {
             Verdict::Granted => self.granted(policy).await.map(Some),
             Verdict::Busy => Box::pin(self.wait(policy)).await,
@@ -359,7 +365,7 @@ impl Pending {
     /// time is over.
     ///
     /// Between two slices the session's connection is free for its other handles.
-    async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Guard>> {
+    async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Granted>> {
         let mut plainly = self.session.server.waits_plainly();
         loop {
             let session = Arc::clone(&self.session);
@@ -373,10 +379,10 @@ impl Pending {
                 return self.granted(policy).await.map(Some);
             };
             let limit = self.slice(left).await;
-            let vigilance = (!session.settings_refused.load(Ordering::Relaxed))
-                .then(|| self.session.options().vigilance());
+            let keepalives = (!session.settings_refused.load(Ordering::Relaxed))
+                .then(|| self.session.options().keepalives());
             let asked = Instant::now();
-            let slice = Slice { key, mode, limit, vigilance };
+            let slice = Slice { key, mode, limit, keepalives };
             let granted = match self.wait_once(slice, left, plainly).await {
                 Waiting::Answered(waited) => {
                     if plainly {
@@ -397,7 +403,7 @@ impl Pending {
                         continue;
                     }
                     Some("0A000" | "22023" | "42501" | "42704" | "55P02")
-                        if vigilance.is_some() =>
+                        if keepalives.is_some() =>
                     {
                         self.stage = Stage::Idle;
                         session.settings_refused.store(true, Ordering::Relaxed);
@@ -459,7 +465,7 @@ impl Pending {
     async fn wait_once(&mut self, slice: Slice, left: Option<Duration>, plainly: bool) -> Waiting {
         let session = Arc::clone(&self.session);
         let key = self.request.key().clone();
-        if slice.vigilance.is_some() {
+        if slice.keepalives.is_some() {
             session.restore_settings();
         }
         self.stage = Stage::Waiting(Instant::now() + slice.limit);
@@ -576,8 +582,8 @@ impl Pending {
         within(DEADLINE, async { sql::settings::lift_idle_timeout(self.pg()?).await }).await
     }
 
-    /// Makes a guard's part of what the server granted.
-    async fn granted(mut self, policy: WaitPolicy) -> Result<Guard> {
+    /// Counts what the server has granted.
+    async fn granted(mut self, policy: WaitPolicy) -> Result<Granted> {
         if self.idle_limited
             && let Err(error) = Box::pin(self.lift_idle_timeout()).await
         {
@@ -599,7 +605,7 @@ impl Pending {
         }
         self.settled = true;
         self.session.keep();
-        Ok(Guard::new(Arc::clone(&self.session), self.request.clone()))
+        Ok(Granted { session: Arc::clone(&self.session), request: self.request.clone() })
     }
 
     /// Takes an acquire back that was refused, and what it was granted before.

@@ -25,12 +25,11 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout, timeout_at};
 
-use super::ledger::Modes;
 use super::retrieve::retrieve;
 use super::servers::Server;
 use super::{DEADLINE, within};
 use crate::key::KeyId;
-use crate::mode::Mode;
+use crate::mode::{Mode, Modes};
 use crate::sql;
 
 /// How long acquires wait for the first answer.

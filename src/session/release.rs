@@ -9,14 +9,13 @@ use std::sync::atomic::Ordering;
 use sqlx::PgConnection;
 
 use super::conn::{Conn, enter_unless_inside};
-use super::ledger::{Leave, Modes};
+use super::ledger::Leave;
 use super::slot::ConnGuard;
 use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
-use crate::manager::PendingRelease;
-use crate::mode::Mode;
+use crate::mode::{Mode, Modes};
 use crate::request::Request;
 use crate::sql;
 use crate::sql::release::{Protocol, Unlocked};
@@ -26,8 +25,6 @@ use crate::sql::release::{Protocol, Unlocked};
 pub(crate) enum Release {
     Done(Result<()>),
     Running(Key, Arc<Session>, Task<Result<()>>),
-    /// A manager does it.
-    Managed(PendingRelease),
 }
 
 impl Release {
@@ -48,7 +45,6 @@ impl Release {
                     () = late => Err(Error::ConnectionBorrowed { key }),
                 }
             }
-            Self::Managed(release) => release.done().await,
         }
     }
 }

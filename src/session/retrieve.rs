@@ -3,9 +3,9 @@
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 
-use super::ledger::Modes;
 use super::{DEADLINE, Session, within};
 use crate::key::KeyId;
+use crate::mode::Modes;
 use crate::sql;
 
 /// How many server connections are looked through at most.

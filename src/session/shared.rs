@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::ledger::Modes;
 use super::slot::Unavailable;
 use super::task::Task;
 use super::{Session, within};
@@ -12,7 +11,7 @@ use sqlx::Connection;
 
 use crate::error::{Loss, is_answer, is_not_prepared};
 use crate::key::KeyId;
-use crate::mode::Mode;
+use crate::mode::{Mode, Modes};
 use crate::sql;
 use crate::sql::batch::{self, Call};
 

@@ -4,11 +4,11 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use super::fetch;
-use super::settings::Vigilance;
 use super::units::milliseconds;
 use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
+use crate::options::Keepalives;
 
 /// Whether a transaction is open: inside one, time stands still while statements go on. Outside, and in a
 /// message of one statement, both are the time of that.
@@ -19,12 +19,12 @@ pub(super) const TIME_STANDS_STILL: &str =
 /// longer, if asked to.
 pub(crate) async fn heartbeat(
     conn: &mut PgConnection,
-    set: Option<Vigilance>,
+    set: Option<Keepalives>,
 ) -> Result<i32, sqlx::Error> {
-    let Some(vigilance) = set else {
+    let Some(keepalives) = set else {
         return fetch(conn, "SELECT pg_catalog.pg_backend_pid()").await?.try_get(0);
     };
-    let settings = vigilance.settings(conn.server_version_num());
+    let settings = keepalives.settings(conn.server_version_num());
     fetch(conn, format!("SELECT pg_catalog.pg_backend_pid(), {settings}true")).await?.try_get(0)
 }
 

@@ -4,9 +4,9 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use super::place::LOCKS;
-use super::settings::Vigilance;
 use super::{fetch, units};
 use crate::error::is_answer;
+use crate::options::Keepalives;
 
 /// What the server answered, or why it did not.
 pub(crate) type Seen<T> = Result<T, String>;
@@ -199,8 +199,8 @@ async fn ask<T>(
 /// Applies the settings that each acquire applies.
 pub(crate) async fn look_after(
     conn: &mut PgConnection,
-    vigilance: Vigilance,
+    keepalives: Keepalives,
 ) -> Result<(), sqlx::Error> {
-    let settings = vigilance.settings(conn.server_version_num());
+    let settings = keepalives.settings(conn.server_version_num());
     fetch(conn, format!("SELECT {settings}true")).await.map(drop)
 }

@@ -4,11 +4,11 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 
 use super::backend::{TIME_STANDS_STILL, end_transaction};
-use super::settings::Vigilance;
 use super::{bind, calls, fetch, pair};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
+use crate::options::Keepalives;
 use crate::request::Need;
 
 /// The answer to [`try_lock`].
@@ -20,13 +20,13 @@ pub(crate) struct Tried {
     pub(crate) count: Option<usize>,
     /// The role has a limit on idle sessions.
     pub(crate) idle_limited: bool,
-    /// The session goes without the settings of [`Vigilance`].
+    /// The session goes without the settings of [`Keepalives`].
     pub(crate) refused: bool,
 }
 
 /// The settings that a session should have, and the mark by which they are recognized. Without any, the
 /// server rejected them.
-pub(crate) type Wanted<'o> = Option<(Vigilance, &'o str)>;
+pub(crate) type Wanted<'o> = Option<(Keepalives, &'o str)>;
 
 /// The mark of a session on which the server rejected the settings.
 const REFUSED: &str = "none";
@@ -106,7 +106,7 @@ async fn try_one_lock(
             concat!(
                 "SELECT pg_catalog.pg_backend_pid(), pg_catalog.now(), \
                  pg_catalog.statement_timestamp(), \
-                 pg_catalog.current_setting('pglock.vigilance', true), pg_catalog.",
+                 pg_catalog.current_setting('pglock.keepalives', true), pg_catalog.",
                 $call
             )
         };
@@ -164,7 +164,7 @@ async fn try_with_settings(
     allow_standby: bool,
 ) -> Result<Tried, sqlx::Error> {
     let (settings, mark) = match wanted {
-        Some((vigilance, mark)) => (vigilance.keepalives(), mark),
+        Some((keepalives, mark)) => (keepalives.keepalives(), mark),
         None => (String::new(), REFUSED),
     };
     let count = locks.len();
@@ -184,7 +184,7 @@ async fn try_with_settings(
         "SELECT pg_catalog.pg_backend_pid(), {TIME_STANDS_STILL}, {IDLE_LIMIT}, {settings}\
          CASE WHEN NOT pg_catalog.pg_is_in_recovery() \
            AND coalesce({IDLE_LIMIT}, '0') OPERATOR(pg_catalog.=) '0' \
-         THEN pg_catalog.set_config('pglock.vigilance', '{mark}', false) END, \
+         THEN pg_catalog.set_config('pglock.keepalives', '{mark}', false) END, \
          CASE WHEN NOT {standby} THEN ({tries})::bigint END AS count"
     );
     let row = fetch(conn, statement).await?;

@@ -6,8 +6,7 @@ use super::settings::put_back_all;
 use super::{Args, bind, calls, fetch, pair};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
-use crate::mode::Mode;
-use crate::session::ledger::Modes;
+use crate::mode::{Mode, Modes};
 
 /// How an unlock is sent.
 #[derive(Clone, Copy, Debug)]

@@ -1,40 +1,23 @@
 //! Settings of the session: those that stay on the pooled connection, and those that are put back.
 
-use std::sync::Arc;
-
 use sqlx::PgConnection;
 
 use super::fetch;
-
-/// When the server gives a silent client up: [`LockOptions::keepalives_interval`].
-///
-/// [`LockOptions::keepalives_interval`]: crate::LockOptions::keepalives_interval
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Vigilance {
-    pub(crate) idle_s: u32,
-    pub(crate) interval_s: u32,
-    pub(crate) count: u32,
-}
+use crate::options::Keepalives;
 
 /// How often the server looks whether the client of a running statement is still connected.
 const CHECK_INTERVAL_MS: u32 = 1000;
 
-impl Vigilance {
-    /// Distinguishes these settings from others.
-    pub(crate) fn mark(self) -> Arc<str> {
-        let Self { idle_s, interval_s, count } = self;
-        format!("{idle_s}/{interval_s}/{count}").into()
-    }
-
+impl Keepalives {
     /// Columns that set what an application can't notice, each followed by a comma. These settings
     /// stay on the pooled connection: the operating system of the client answers the probes, also
     /// while the application does not read.
     pub(super) fn keepalives(self) -> String {
-        let Self { idle_s, interval_s, count } = self;
+        let [idle, interval, retries] = self.seconds_and_retries();
         format!(
-            "pg_catalog.set_config('tcp_keepalives_idle', '{idle_s}', false), \
-             pg_catalog.set_config('tcp_keepalives_interval', '{interval_s}', false), \
-             pg_catalog.set_config('tcp_keepalives_count', '{count}', false), "
+            "pg_catalog.set_config('tcp_keepalives_idle', '{idle}', false), \
+             pg_catalog.set_config('tcp_keepalives_interval', '{interval}', false), \
+             pg_catalog.set_config('tcp_keepalives_count', '{retries}', false), "
         )
     }
 
@@ -44,8 +27,8 @@ impl Vigilance {
     /// This also ends a connection whose client does not read for so long, so it is only set while no
     /// application uses the connection.
     pub(super) fn user_timeout(self) -> String {
-        let Self { idle_s, interval_s, count } = self;
-        let milliseconds = 1000 * (idle_s + interval_s * count);
+        let [idle, interval, retries] = self.seconds_and_retries();
+        let milliseconds = 1000 * (idle + interval * retries);
         change(Changed::TcpUserTimeout, &format!("'{milliseconds}'")) + ", "
     }
 
@@ -118,7 +101,7 @@ pub(super) fn put_back_all() -> String {
     let idle_limit = Changed::IdleSessionTimeout.name();
     format!(
         "CASE WHEN pg_catalog.current_setting('pglock.{idle_limit}', true) OPERATOR(pg_catalog.<>) '' \
-         THEN pg_catalog.set_config('pglock.vigilance', '', false) END, {}",
+         THEN pg_catalog.set_config('pglock.keepalives', '', false) END, {}",
         Changed::ALL.map(put_back_one).join(", ")
     )
 }

@@ -6,9 +6,9 @@ use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use super::milliseconds;
 use super::quiet::quietly;
-use super::settings::Vigilance;
 use crate::key::KeyId;
 use crate::mode::Mode;
+use crate::options::Keepalives;
 
 /// One wait in the server's queue.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ pub(crate) struct Slice {
     /// that, because a deadlock would look like a timeout otherwise.
     pub(crate) limit: Duration,
     /// Set for as long as the session holds the lock, unless the server rejects it.
-    pub(crate) vigilance: Option<Vigilance>,
+    pub(crate) keepalives: Option<Keepalives>,
 }
 
 /// The answer to a wait.
@@ -119,8 +119,8 @@ fn settings(conn: &PgConnection, slice: Slice) -> String {
         .iter()
         .map(|(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)"))
         .collect();
-    let vigilance = slice.vigilance.map_or_else(String::new, Vigilance::user_timeout);
-    format!("SELECT {vigilance}{}", local.join(", "))
+    let keepalives = slice.keepalives.map_or_else(String::new, Keepalives::user_timeout);
+    format!("SELECT {keepalives}{}", local.join(", "))
 }
 
 /// Calls the function that waits, with the key in `text`.

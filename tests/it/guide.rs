@@ -134,7 +134,7 @@ async fn the_table_of_settings_has_the_defaults() {
     let guard = Lock::new(&db.pool(2).await, 42).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
     // Over a unix socket the server shows nothing of them, so ask for what the crate has noted.
-    let noted = run(&mut conn, "SELECT current_setting('pglock.vigilance')").await;
+    let noted = run(&mut conn, "SELECT current_setting('pglock.keepalives')").await;
     let noted = noted.first().unwrap().get::<&str, _>(0);
     assert_eq!(noted, format!("{idle}/{interval}/{count}"));
     if conn.server_version_num() >= Some(140_000) {

@@ -289,3 +289,40 @@ fn avoided_words_are_found_in_comments_and_in_pages() {
     let page = "Somebody\n```sh\nmostly\n```\nis under\nway, utmostly.";
     assert_eq!(avoided(&prose(page)), [(1, "somebody"), (5, "under way")]);
 }
+
+/// The modules of the library, from the bottom to the top. A line imports nothing from the lines below it; in a
+/// line, the modules know each other.
+const LAYERS: &[&[&str]] = &[
+    &["key", "mode", "options", "error", "request", "interop", "serialize"],
+    &["sql"],
+    &["session"],
+    &["holdings", "owner", "source", "manager", "guard"],
+    &["lock", "multi", "semaphore", "election", "transaction", "inspect", "doctor"],
+];
+
+#[test]
+fn imports_go_downwards() {
+    let layer = |module: &str| LAYERS.iter().position(|layer| layer.contains(&module));
+    let mut upward = Vec::new();
+    for path in rust_files("src") {
+        let file = path.strip_prefix(root().join("src")).unwrap().to_str().unwrap();
+        let module = file.split(['/', '.']).next().unwrap();
+        if ["bin", "lib", "guide"].contains(&module) {
+            continue;
+        }
+        let own = layer(module);
+        assert!(own.is_some(), "{file} is in no layer");
+        let text = fs::read_to_string(&path).unwrap();
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        for line in code {
+            for path in line.split("crate::").skip(1) {
+                let end = path.find(|c: char| !c.is_alphanumeric() && c != '_');
+                let imported = path.split_at(end.unwrap_or(path.len())).0;
+                if layer(imported) > own {
+                    upward.push(format!("{file}: {}", line.trim()));
+                }
+            }
+        }
+    }
+    assert!(upward.is_empty(), "{upward:#?}");
+}
