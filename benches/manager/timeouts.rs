@@ -6,7 +6,7 @@ use pglock::{Lock, LockManager};
 use pglock_testkit::TestDb;
 use sqlx::error::BoxDynError;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::sleep;
 
 const BUSY: i64 = -1;
 
@@ -22,7 +22,8 @@ pub(crate) async fn timeouts(db: &TestDb, waiters: u32) -> Result<Timeouts, BoxD
     let _held = Lock::new(&holder, BUSY).acquire().await?;
     let manager = LockManager::new(&db.pool(3).await);
     // Long enough for all of them to stand in the queue.
-    let deadline = Instant::now() + Duration::from_secs(3) + waiters * Duration::from_micros(50);
+    let time = Duration::from_secs(3) + waiters * Duration::from_micros(50);
+    let deadline = Instant::now() + time;
 
     let mut waiting = JoinSet::new();
     for _ in 0..waiters {
@@ -34,9 +35,10 @@ pub(crate) async fn timeouts(db: &TestDb, waiters: u32) -> Result<Timeouts, BoxD
         });
     }
     let mut other = Lock::new(&manager, 0);
-    let others = tokio::spawn(async move {
+    let mut others = JoinSet::new();
+    others.spawn(async move {
         let mut longest = Duration::ZERO;
-        sleep_until((deadline - Duration::from_millis(500)).into()).await;
+        sleep(time.saturating_sub(Duration::from_millis(500))).await;
         while deadline.elapsed() < Duration::from_secs(1) {
             let started = Instant::now();
             drop(other.acquire().await?);
@@ -49,5 +51,9 @@ pub(crate) async fn timeouts(db: &TestDb, waiters: u32) -> Result<Timeouts, BoxD
     while let Some(heard) = waiting.join_next().await {
         latest = latest.max(heard??);
     }
-    Ok(Timeouts { latest, other_key: others.await?? })
+    let mut other_key = Duration::ZERO;
+    while let Some(longest) = others.join_next().await {
+        other_key = longest??;
+    }
+    Ok(Timeouts { latest, other_key })
 }

@@ -11,7 +11,11 @@
 mod support;
 
 #[path = "../../tests/history/dice.rs"]
-#[expect(dead_code, reason = "a part of it is enough here")]
+#[expect(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "a part of it is enough here, and is the tests' own"
+)]
 mod dice;
 mod process;
 mod way;

@@ -293,11 +293,11 @@ fn avoided_words_are_found_in_comments_and_in_pages() {
 /// The modules of the library, from the bottom to the top. A line imports nothing from the lines below it; in a
 /// line, the modules know each other.
 const LAYERS: &[&[&str]] = &[
-    &["key", "mode", "options", "error", "request", "interop", "serialize"],
+    &["key", "mode", "options", "error", "request", "interop"],
     &["sql"],
     &["session"],
     &["holdings", "owner", "source", "manager", "guard"],
-    &["lock", "multi", "semaphore", "election", "transaction", "inspect", "doctor"],
+    &["lock", "multi", "semaphore", "election", "transaction", "inspect", "doctor", "serialize"],
 ];
 
 #[test]
@@ -313,8 +313,8 @@ fn imports_go_downwards() {
         let own = layer(module);
         assert!(own.is_some(), "{file} is in no layer");
         let text = fs::read_to_string(&path).unwrap();
-        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-        for line in code {
+        let text = text.replace("#[cfg(doc)]\n", "// For a link in the documentation: ");
+        for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
             for path in line.split("crate::").skip(1) {
                 let end = path.find(|c: char| !c.is_alphanumeric() && c != '_');
                 let imported = path.split_at(end.unwrap_or(path.len())).0;
