@@ -242,7 +242,7 @@ impl Session {
     /// session. If the connection is in use, it is closed when it is returned.
     fn lose(&self, loss: &Loss) {
         if matches!(loss, Loss::NoExclusion) {
-            self.server.disprove();
+            self.server.proof.disprove();
         }
         // The first one counts.
         self.connection_error.set(loss.clone()).ok();

@@ -591,7 +591,7 @@ impl Pending {
         }
         let Session { server, pool, .. } = &*self.session;
         if !server.proof.is_positive()
-            && !Box::pin(server.proof.allows(server, pool, policy.deadline())).await
+            && !Box::pin(server.proof.allows(pool, policy.deadline())).await
         {
             if let Some(slot) = self.slot.as_mut() {
                 Box::pin(self.session.give_up_pooled(slot, Vec::new())).await;

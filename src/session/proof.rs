@@ -15,18 +15,17 @@
 //! it.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection, PgPool};
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
-use tokio::time::{sleep, timeout, timeout_at};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{timeout, timeout_at};
 
 use super::retrieve::retrieve;
-use super::servers::Server;
 use super::{DEADLINE, within};
 use crate::key::KeyId;
 use crate::mode::{Mode, Modes};
@@ -55,124 +54,89 @@ const ROUNDS: usize = 6;
 /// What is known of a server.
 #[derive(Debug, Default)]
 pub(super) struct Proof {
-    state: AtomicU8,
-    /// What changes with the state.
+    state: watch::Sender<State>,
     attempt: Mutex<Attempt>,
-    changed: Notify,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+enum State {
+    #[default]
+    Unknown,
+    Proven,
+    Disproven(Instant),
 }
 
 #[derive(Debug, Default)]
 struct Attempt {
-    running: bool,
     /// When the first acquire began to wait.
     since: Option<Instant>,
-    disproven: Option<Instant>,
+    /// Ends with an answer, or with its runtime; then the next acquire starts another.
+    task: Option<JoinHandle<()>>,
 }
-
-const UNKNOWN: u8 = 0;
-const PROVEN: u8 = 1;
-const DISPROVEN: u8 = 2;
 
 impl Proof {
     /// Whether it is known that locks exclude other sessions.
     pub(super) fn is_positive(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == PROVEN
+        matches!(*self.state.borrow(), State::Proven)
     }
 
     /// Whether it is known that locks exclude nothing.
     pub(super) fn is_negative(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == DISPROVEN
+        matches!(*self.state.borrow(), State::Disproven(_))
     }
 
     /// A session has found that another backend answers.
     pub(super) fn disprove(&self) {
-        self.set(DISPROVEN);
-    }
-
-    fn set(&self, state: u8) {
-        let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-        attempt.disproven = (state == DISPROVEN).then(Instant::now);
-        self.state.store(state, Ordering::Relaxed);
-        drop(attempt);
-        self.changed.notify_waiters();
+        self.state.send_modify(|state| *state = State::Disproven(Instant::now()));
     }
 
     /// Returns whether a lock may be granted. Starts the proof if there is none, and waits for it, but not
     /// beyond the caller's deadline.
-    pub(super) async fn allows(
-        &self,
-        server: &Arc<Server>,
-        pool: &PgPool,
-        deadline: Option<Instant>,
-    ) -> bool {
-        if self.state.load(Ordering::Relaxed) == PROVEN {
+    pub(super) async fn allows(&self, pool: &PgPool, deadline: Option<Instant>) -> bool {
+        if self.is_positive() {
             return true;
         }
-        let wait_until = self.start(server, pool);
+        let wait_until = self.start(pool);
         let wait_until = deadline.map_or(wait_until, |deadline| deadline.min(wait_until));
-        let mut known = self.state.load(Ordering::Relaxed);
-        while known == UNKNOWN && Instant::now() < wait_until {
-            let changed = self.changed.notified();
-            known = self.state.load(Ordering::Relaxed);
-            if known == UNKNOWN && timeout_at(wait_until.into(), changed).await.is_err() {
-                break;
-            }
-            known = self.state.load(Ordering::Relaxed);
-        }
-        known != DISPROVEN
+        let mut state = self.state.subscribe();
+        let known = state.wait_for(|state| !matches!(state, State::Unknown));
+        drop(timeout_at(wait_until.into(), known).await);
+        !self.is_negative()
     }
 
-    /// Starts an attempt unless one is running. Returns until when to wait for it.
-    fn start(&self, server: &Arc<Server>, pool: &PgPool) -> Instant {
-        let now = Instant::now();
+    /// Starts an attempt if the answer is unknown and none is running. Returns until when to wait for it.
+    fn start(&self, pool: &PgPool) -> Instant {
         let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-        if attempt.disproven.is_some_and(|at| at.elapsed() < NEGATIVE) {
-            return now;
+        let ask_again = self.state.send_if_modified(|state| {
+            let is_over = matches!(state, State::Disproven(at) if at.elapsed() >= NEGATIVE);
+            if is_over {
+                *state = State::Unknown;
+            }
+            is_over
+        });
+        if ask_again {
+            // One that still runs began before the negative answer, and ends without a positive one.
+            *attempt = Attempt::default();
         }
-        if attempt.disproven.take().is_some() {
-            self.state.store(UNKNOWN, Ordering::Relaxed);
-            attempt.since = None;
+        let begun = self.state.subscribe();
+        if matches!(*begun.borrow(), State::Unknown)
+            && attempt.task.as_ref().is_none_or(JoinHandle::is_finished)
+        {
+            let proving = prove(self.state.clone(), begun.clone(), pool.clone());
+            attempt.task = Some(Handle::current().spawn(proving));
         }
-        let since = *attempt.since.get_or_insert(now);
-        if !attempt.running {
-            attempt.running = true;
-            let running = Running(Arc::downgrade(server));
-            // Detach: it ends with an answer, or with the runtime.
-            drop(Handle::current().spawn(prove(running, pool.clone())));
-        }
-        since + WAIT
+        *attempt.since.get_or_insert_with(Instant::now) + WAIT
     }
 }
 
-/// An attempt that is running.
-///
-/// # Drop
-///
-/// Lets the next acquire start another: the runtime may be shut down before there is an answer.
-struct Running(Weak<Server>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(server) = self.0.upgrade() {
-            let mut attempt = server.proof.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-            attempt.running = false;
-        }
-    }
-}
-
-async fn prove(running: Running, pool: PgPool) {
+async fn prove(state: watch::Sender<State>, mut begun: watch::Receiver<State>, pool: PgPool) {
     let options = pool.connect_options();
-    // The pool must not be kept open, nor the server be asked when nothing uses it.
+    // The pool must not be kept open.
     drop(pool);
     let mut pause = PAUSE;
     loop {
-        let answer = timeout(ATTEMPT, Box::pin(excludes(&options))).await;
-        let Some(server) = running.0.upgrade() else { return };
-        match answer {
-            Ok(Ok(excludes)) => {
-                server.proof.set(if excludes { PROVEN } else { DISPROVEN });
-                return;
-            }
+        match timeout(ATTEMPT, Box::pin(excludes(&options))).await {
+            Ok(Ok(excludes)) => return answer(&state, &begun, excludes),
             Ok(Err(error)) => tracing::debug!(
                 error = &error as &dyn std::error::Error,
                 "cannot prove yet that locks exclude other sessions; trying again"
@@ -182,13 +146,24 @@ async fn prove(running: Running, pool: PgPool) {
             ),
         }
         // A release or a heartbeat may have found out meanwhile.
-        if server.proof.is_negative() {
+        if timeout(pause, begun.changed()).await.is_ok() {
             return;
         }
-        drop(server);
-        sleep(pause).await;
         pause = LONGEST_PAUSE.min(2 * pause);
     }
+}
+
+/// Sets the answer of an attempt. A positive one only counts if nothing was found out since it began.
+fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes: bool) {
+    state.send_if_modified(|state| {
+        let counts = !excludes
+            || (matches!(state, State::Unknown)
+                && begun.has_changed().is_ok_and(|changed| !changed));
+        if counts {
+            *state = if excludes { State::Proven } else { State::Disproven(Instant::now()) };
+        }
+        counts
+    });
 }
 
 /// Asks whether what one session has locked is refused to another.
@@ -237,4 +212,77 @@ async fn ask(
         retrieve(options, holding, &lock).await?;
     }
     Ok(excludes)
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::postgres::PgPoolOptions;
+    use tokio::task::Id;
+
+    use super::*;
+
+    fn make_expire(proof: &Proof) {
+        let then = Instant::now().checked_sub(NEGATIVE).unwrap();
+        proof.state.send_modify(|state| *state = State::Disproven(then));
+    }
+
+    fn task(proof: &Proof) -> Option<Id> {
+        proof.attempt.lock().unwrap().task.as_ref().map(JoinHandle::id)
+    }
+
+    /// A pool of a server that never answers.
+    fn no_server() -> PgPool {
+        let options = PgConnectOptions::new().host("127.0.0.1").port(1);
+        PgPoolOptions::new().connect_lazy_with(options)
+    }
+
+    #[test]
+    fn an_attempt_that_began_before_a_disproof_proves_nothing() {
+        let proof = Proof::default();
+        let begun = proof.state.subscribe();
+        proof.disprove();
+        answer(&proof.state, &begun, true);
+        assert!(proof.is_negative());
+
+        proof.state.send_modify(|state| *state = State::Unknown);
+        answer(&proof.state, &begun, true);
+        assert!(!proof.is_positive());
+        answer(&proof.state, &proof.state.subscribe(), true);
+        assert!(proof.is_positive());
+    }
+
+    #[test]
+    fn a_negative_answer_always_counts() {
+        let proof = Proof::default();
+        let begun = proof.state.subscribe();
+        answer(&proof.state, &begun, true);
+        answer(&proof.state, &begun, false);
+        assert!(proof.is_negative());
+    }
+
+    #[tokio::test]
+    async fn after_a_disproof_is_over_another_attempt_starts() {
+        let (proof, pool) = (Proof::default(), no_server());
+        assert!(proof.allows(&pool, None).await);
+        let first = task(&proof);
+        assert!(proof.allows(&pool, None).await);
+        assert_eq!(task(&proof), first);
+
+        proof.disprove();
+        assert!(!proof.allows(&pool, None).await);
+        assert_eq!(task(&proof), first);
+
+        make_expire(&proof);
+        assert!(proof.allows(&pool, None).await);
+        assert_ne!(task(&proof), first);
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_pauses_ends_with_a_disproof() {
+        let (proof, pool) = (Proof::default(), no_server());
+        assert!(proof.allows(&pool, None).await);
+        let first = proof.attempt.lock().unwrap().task.take().unwrap();
+        proof.disprove();
+        timeout(PAUSE / 2, first).await.unwrap().unwrap();
+    }
 }

@@ -33,11 +33,6 @@ impl Server {
         Arc::ptr_eq(self, &find(options))
     }
 
-    /// A session has found that another backend answers.
-    pub(super) fn disprove(&self) {
-        self.proof.disprove();
-    }
-
     /// Whether the server has rejected the settings lately. It is asked again now and then.
     pub(super) fn refuses_settings(&self) -> bool {
         self.has_refused.load(Ordering::Relaxed)
