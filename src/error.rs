@@ -353,31 +353,26 @@ impl Error {
     /// ```
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Cancelled { .. }
-            | Self::ConnectionBorrowed { .. }
-            | Self::Deadlock { .. }
-            | Self::Disconnected { .. }
-            | Self::Lost { .. }
-            | Self::OutOfLocks { .. }
-            | Self::PoolTimedOut { .. } => true,
-            Self::Connect { source, .. }
-            | Self::Database { source, .. }
-            | Self::Inspect { source, .. } => {
-                // Connection exceptions, insufficient resources, and a server that starts or stops:
-                // https://www.postgresql.org/docs/current/errcodes-appendix.html
-                let passes = |code: String| ["08", "53", "57P"].iter().any(|c| code.starts_with(c));
-                matches!(**source, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)
-                    || sqlstate(source).is_some_and(passes)
-            }
-            Self::InvalidArgument { .. }
-            | Self::LeaderFailed { .. }
-            | Self::NoExclusion { .. }
-            | Self::PoolClosed { .. }
-            | Self::SettingsRejected { .. }
-            | Self::SharedSession { .. }
-            | Self::Standby { .. } => false,
-        }
+        let (Self::Connect { source, .. }
+        | Self::Database { source, .. }
+        | Self::Inspect { source, .. }) = self
+        else {
+            return matches!(
+                self,
+                Self::Cancelled { .. }
+                    | Self::ConnectionBorrowed { .. }
+                    | Self::Deadlock { .. }
+                    | Self::Disconnected { .. }
+                    | Self::Lost { .. }
+                    | Self::OutOfLocks { .. }
+                    | Self::PoolTimedOut { .. }
+            );
+        };
+        // Connection exceptions, insufficient resources, and a server that starts or stops:
+        // https://www.postgresql.org/docs/current/errcodes-appendix.html
+        let passes = |code: String| ["08", "53", "57P"].iter().any(|c| code.starts_with(c));
+        matches!(**source, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)
+            || sqlstate(source).is_some_and(passes)
     }
 
     /// The same error for another key that was asked for in the same statement, or on the same session.
@@ -409,29 +404,21 @@ impl Error {
 
     /// The session was lost before it answered an acquire.
     pub(crate) fn broken(key: &Key, loss: &Loss) -> Self {
-        let key = key.clone();
-        match loss {
-            Loss::NoExclusion => Self::NoExclusion { key },
-            Loss::Disconnected(_)
-            | Loss::NotHeld
-            | Loss::Released
-            | Loss::RuntimeShutdown
-            | Loss::Unresponsive => {
-                let source = io::Error::new(io::ErrorKind::ConnectionAborted, loss.clone());
+        match Self::lost(key, loss.clone()) {
+            Self::Lost { key, reason } => {
+                let source = io::Error::new(io::ErrorKind::ConnectionAborted, reason);
                 Self::Disconnected { key, source: Arc::new(sqlx::Error::Io(source)) }
             }
+            no_exclusion => no_exclusion,
         }
     }
 
     pub(crate) fn lost(key: &Key, reason: Loss) -> Self {
         let key = key.clone();
-        match reason {
-            Loss::NoExclusion => Self::NoExclusion { key },
-            Loss::Disconnected(_)
-            | Loss::NotHeld
-            | Loss::Released
-            | Loss::RuntimeShutdown
-            | Loss::Unresponsive => Self::Lost { key, reason },
+        if matches!(reason, Loss::NoExclusion) {
+            Self::NoExclusion { key }
+        } else {
+            Self::Lost { key, reason }
         }
     }
 
