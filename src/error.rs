@@ -404,13 +404,11 @@ impl Error {
 
     /// The session was lost before it answered an acquire.
     pub(crate) fn broken(key: &Key, loss: &Loss) -> Self {
-        match Self::lost(key, loss.clone()) {
-            Self::Lost { key, reason } => {
-                let source = io::Error::new(io::ErrorKind::ConnectionAborted, reason);
-                Self::Disconnected { key, source: Arc::new(sqlx::Error::Io(source)) }
-            }
-            no_exclusion => no_exclusion,
+        if matches!(loss, Loss::NoExclusion) {
+            return Self::lost(key, loss.clone());
         }
+        let source = io::Error::new(io::ErrorKind::ConnectionAborted, loss.clone());
+        Self::Disconnected { key: key.clone(), source: Arc::new(sqlx::Error::Io(source)) }
     }
 
     pub(crate) fn lost(key: &Key, reason: Loss) -> Self {

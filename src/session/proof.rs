@@ -122,7 +122,7 @@ impl Proof {
         if matches!(*begun.borrow(), State::Unknown)
             && attempt.task.as_ref().is_none_or(JoinHandle::is_finished)
         {
-            let proving = prove(self.state.clone(), begun.clone(), pool.clone());
+            let proving = prove(self.state.clone(), begun, pool.clone());
             attempt.task = Some(Handle::current().spawn(proving));
         }
         *attempt.since.get_or_insert_with(Instant::now) + WAIT
