@@ -313,9 +313,9 @@ fn dead_holder(
         return finding.but(
             Severity::Broken,
             format!(
-                "a holder that is cut off may be given up after {silent} s, and another let in, \
-                 while it still believes: raise tcp_keepalives_interval and tcp_keepalives_count, \
-                 or lower the heartbeat"
+                "the server may release the lock of an unreachable holder after {silent} s, \
+                 before the holder detects the loss; raise tcp_keepalives_interval and \
+                 tcp_keepalives_count, or lower the heartbeat"
             ),
         );
     }

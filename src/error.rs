@@ -389,7 +389,7 @@ impl Error {
         Self::Deadlock { key: key.clone(), source: Arc::new(source) }
     }
 
-    /// The pool's connections were taken; locks had so many of them, if it was their share that was used up.
+    /// The pool's connections were in use. `locks` is the number that locks had, if their share was used up.
     pub(crate) fn pool_timed_out(key: &Key, locks: Option<u32>) -> Self {
         Self::PoolTimedOut { key: key.clone(), locks, permits: None }
     }

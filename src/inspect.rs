@@ -1,4 +1,4 @@
-//! Who holds and who waits for the advisory locks of a database, and a way to end a session.
+//! The holders and waiters of a database's advisory locks, and a way to end a session.
 //!
 //! It asks the server, so it shows the locks of all programs, whatever they are written in: those of this
 //! crate, of migration tools, of a person at `psql`. It shows those of one database, that of the
@@ -26,9 +26,9 @@
 //!
 //! # Names
 //!
-//! The server knows numbers. A name was hashed, and can't be had back; but who knows the names can hash
-//! them again, and that is what [`name_keys`] does. The name of an election's leader is known, for it
-//! shows on the server: [`LockInfo::leader`].
+//! The server stores only numbers. A name was hashed, and can't be recovered from its hash. A program that
+//! has the names can hash them again: [`name_keys`] does that. The name of an election's leader is shown on
+//! the server: [`LockInfo::leader`].
 //!
 //! # Since when
 //!
@@ -73,7 +73,7 @@ use crate::sql::doctor::ENDS_ALL;
 use crate::sql::election::Holder;
 use crate::sql::inspect::{self as sql, LockRow};
 
-/// Returns who holds and who waits for the advisory locks of this database.
+/// Returns the holders and the waiters of the advisory locks of this database.
 ///
 /// Ordered by key; the holders of each before its waiters, and those by how long they wait.
 ///
@@ -104,7 +104,7 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
     Ok(rows.into_iter().map(LockInfo::from).collect())
 }
 
-/// Returns who holds and who waits for one lock of this database.
+/// Returns the holders and the waiters of one lock of this database.
 ///
 /// Ordered as by [`locks`]. The permits of a semaphore have keys of their own, which [`name_keys`]
 /// recognizes.
@@ -338,7 +338,7 @@ impl From<LockRow> for LockInfo {
 pub struct Session {
     /// The process id of its backend.
     pub backend_pid: i32,
-    /// When it was started: its age. Together with the process id, this is what tells it from others.
+    /// When it was started. Together with the process id, this identifies the session.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub started_at: Option<SystemTime>,
     /// The role that it was started by.

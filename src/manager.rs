@@ -239,7 +239,7 @@ struct Place {
     shared: bool,
 }
 
-/// How a caller is told how it went.
+/// Sends a caller the result.
 type Tell = oneshot::Sender<Told>;
 
 /// How it went.
@@ -454,7 +454,7 @@ impl Manager {
         self.change(|state, now, effects| state.table.taken(key, id, (place, yes), now, effects))
     }
 
-    /// Many steps were taken, and the state is asked for once, as all who are told will want it.
+    /// Many steps were taken. The state is locked once for all of them, because the notified callers will want it.
     fn all_taken(self: &Arc<Self>, place: &Place, steps: impl Iterator<Item = (KeyId, u64, bool)>) {
         self.change(|state, now, effects| {
             for (key, id, yes) in steps {
@@ -463,7 +463,7 @@ impl Manager {
         });
     }
 
-    /// A step failed. Tells who waited for it; without an error they ask again.
+    /// A step failed. Notifies the waiters for it; without an error they ask again.
     fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Error>) {
         let waiters = self.change(|state, _, _| state.table.failed(key, id));
         fail(waiters.into_iter().flatten(), error);
@@ -510,7 +510,7 @@ impl Manager {
         })
     }
 
-    /// Lets the driver end if nobody needs anything. Returns whether it may.
+    /// Lets the driver end if no owner needs it. Returns whether it may end.
     fn retire(&self, driver: u64) -> bool {
         let mut state = self.state();
         let is_over = state.table.is_empty();
@@ -558,10 +558,10 @@ impl Manager {
         }
     }
 
-    /// Does what follows from a change. A caller is told before another can see the change.
+    /// Applies the effects of a change. A caller is notified before another can see the change.
     fn settle(self: &Arc<Self>, state: &mut State, mut effects: Vec<Effect<Place, Tell>>) {
         for effect in effects.drain(..) {
-            // Who has gone meanwhile, looks himself whether he was told.
+            // A failed send is ignored: a waiter that is being dropped checks for an answer itself.
             match effect {
                 Effect::Granted(tell, place) => drop(tell.send(Told::Granted(place))),
                 Effect::Refused(tell) => drop(tell.send(Told::Refused)),

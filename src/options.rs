@@ -63,10 +63,10 @@ pub(crate) struct Keepalives {
 }
 
 impl Keepalives {
-    /// How long a client is silent at least before it is given up.
+    /// How long a client is silent at least before the server closes its connection.
     ///
-    /// A client whose connection is lent says nothing of its own accord, so it may have been idle
-    /// already: only the probes count.
+    /// A client whose connection is borrowed sends no heartbeats, so it may have been idle already: only
+    /// the probes count.
     fn bound(self) -> Duration {
         self.interval * self.retries
     }

@@ -1,4 +1,4 @@
-//! An owner: who acquires, on the session of what it holds already, or on a new one.
+//! An owner: acquires locks, on the session that holds its other locks, or on a new one.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -134,7 +134,7 @@ impl Owner {
         &self.pool
     }
 
-    /// A connection of the pool, for a question that no session of ours has to answer.
+    /// A connection of the pool, to run a query that needs no session of a lock.
     pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
         let pooled = pending::lend(&self.pool, key, WaitPolicy::Forever, Instant::now()).await?;
         Ok(Conn::new(pooled, Handle::current(), None))

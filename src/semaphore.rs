@@ -19,7 +19,7 @@ use crate::session::budget::Budget;
 use crate::source::Source;
 use layout::{Layout, MAX_PERMITS};
 
-/// A semaphore: up to so many hold a permit at a time, in all processes together.
+/// A counting semaphore: a fixed number of permits, shared by all processes.
 ///
 /// Each permit is an advisory lock of its own, so a permit goes back when its holder dies, as a lock
 /// does; and each has a number, its [`slot`](Permit::slot), so that a semaphore is also a pool of
@@ -361,7 +361,7 @@ impl Inner {
         }
     }
 
-    /// Takes a permit, or waits for one. For the first who waits in this process.
+    /// Takes a permit, or waits for one. Called only by the first waiter of this process.
     async fn wait(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         loop {
             // Boxed, or the future of an acquire would be a large one.

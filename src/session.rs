@@ -55,7 +55,7 @@ use conn::Conn;
 use ledger::{Join, Ledger};
 use servers::Server;
 
-/// How long a statement may take that never waits for a lock. After that the connection is given up.
+/// How long a statement may take that never waits for a lock. After that the session is lost.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// One connection, and the guards that depend on it.
@@ -304,7 +304,7 @@ pub(crate) async fn within_task<T>(
     }
 }
 
-/// The server has not answered for so long.
+/// The error of a server that did not answer within the limit.
 fn silence(limit: Duration) -> sqlx::Error {
     let message = format!("the server did not answer within {limit:?}");
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message))

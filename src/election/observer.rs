@@ -1,4 +1,4 @@
-//! Who leads, for all who want to know.
+//! Observes which candidate leads.
 
 use std::fmt;
 use std::future::poll_fn;

@@ -21,7 +21,7 @@ pub(super) struct Batch {
 pub(super) enum Answer {
     /// As asked, or not.
     Taken(bool),
-    /// It did not hold what it should have given up.
+    /// It did not hold what it should have released.
     NotHeld,
 }
 

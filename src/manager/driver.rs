@@ -30,14 +30,15 @@ use crate::session::shared::Called;
 /// How long the session is unused before its idle connection is polled for closure again.
 const QUIET: Duration = Duration::from_millis(20);
 
-/// If so many got an answer at once, those who are ready to run may say first what they want next. Else a
-/// runtime that is busy, which looks only every 61 tasks whether the server has answered, would have the
-/// driver ask for 61 at a time, at the cost of one statement each time, and be busier for it.
+/// If at least this number of callers got an answer at once, the tasks that are ready run before the next
+/// statement is sent, so that their requests join it. Otherwise, in a busy runtime, which polls for the server's
+/// answer only every 61 tasks, the driver would send 61 requests at a time, at the cost of one statement each
+/// time, and make the runtime busier.
 ///
 /// Not for fewer: that costs more than it gains.
 const CROWD: usize = 16;
 
-/// So many answers are handed to the table before others may look at it.
+/// The number of answers that are handed to the table while its lock is held.
 const AT_ONCE: usize = 64;
 
 /// How often an unused session checks whether the pool is exhausted, and then returns its connection.
@@ -83,7 +84,7 @@ struct Driver {
     /// Keeps the session open.
     keeper: Option<Guard>,
     under_way: Batch,
-    /// What the table has not been told yet.
+    /// The answers that the table has not received yet.
     answered: Option<Answered>,
     /// Neither the shared session nor a wait session is open for the keys in the line.
     is_stuck: bool,
@@ -180,7 +181,7 @@ impl Driver {
     fn let_go(&mut self) -> bool {
         let needed = self.manager.needs_shared();
         if !needed {
-            // Detach: nobody waits for it.
+            // Detach: no task waits for it.
             drop(self.keeper.take());
             let mut state = self.manager.state();
             self.manager.staff_line(&mut state);
@@ -256,7 +257,7 @@ impl Driver {
         self.under_way = Batch::default();
     }
 
-    /// Opens the session, for the sake of the first key.
+    /// Opens the session, because the first key needs it.
     async fn open(&mut self) -> Result<Option<Guard>, Error> {
         let Some((key, _)) = self.under_way.steps().first() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::from_id(*key))).await

@@ -124,10 +124,10 @@ impl Managed {
         }
     }
 
-    /// A guard goes.
+    /// Releases a guard.
     pub(crate) fn leave(&self, key: &Key, mode: Mode, session: &Arc<Session>) -> PendingRelease {
         let (tell, told) = oneshot::channel();
-        // Of whichever kind: places are told apart by their sessions.
+        // Of either kind, because places are compared by their sessions.
         let place = Place { session: Arc::clone(session), shared: true };
         let left = self.manager.change(|state, now, effects| {
             let guard = (self.owner.id, mode);
@@ -150,7 +150,7 @@ impl Managed {
         }
     }
 
-    /// Releases everything, however many guards are alive; they are told. From now on this is
+    /// Releases everything, however many guards are alive; they are notified. From now on this is
     /// another owner.
     pub(crate) async fn release_all(&mut self, key: &Key) -> Result<()> {
         let another = self.another();
@@ -204,7 +204,7 @@ enum Wish<'m> {
 ///
 /// # Drop
 ///
-/// Leaves the queue; what was granted all the same is given up.
+/// Leaves the queue; a lock that was granted meanwhile is released.
 struct Waiting<'m> {
     managed: &'m Managed,
     key: KeyId,
@@ -237,7 +237,7 @@ impl Drop for Waiting<'_> {
         }
         let Managed { manager, owner } = self.managed;
         manager.change(|state, now, effects| {
-            // The caller that tells holds the state, so there is no third way.
+            // Answers are sent with the state locked, so it still waits or has its answer.
             if !state.table.cancel(self.key, self.id, now, effects)
                 && let Ok(Told::Granted(place)) = self.answer.try_recv()
             {

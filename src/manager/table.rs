@@ -1,18 +1,18 @@
-//! Who in this process holds a key, who waits for it, and what the server is to be asked: pure, no I/O.
+//! The holders and the waiters of a key in this process, and the next step on the server: pure, no I/O.
 //!
 //! The process holds a key at the server once, on one session, which is its *seat*, and passes it on
-//! among its owners, who queue here. A key's entry has one [`Step`] in flight at a time, and works
-//! towards what its owners need: the first in the queue gets the key when the server's lock covers him
-//! and nobody who holds it is in his way; when nobody needs the lock any more, it is given up.
+//! among its owners, which queue here. A key's entry has one [`Step`] in flight at a time, and works
+//! towards what its owners need: the first waiter gets the key when the server's lock covers its mode
+//! and no holder conflicts with it; when no owner needs the lock any more, it is released.
 //!
-//! So that other processes get their turn, a lock is passed on only so often, and for so long: see
-//! [`Bound`]. Then it goes back to the server, behind all who wait there.
+//! So that other processes get their turn, the number of local hand-offs and the time for them are limited:
+//! see [`Bound`]. Then the lock is released, and the process queues behind the waiters on the server.
 //!
-//! A key that another session has stands in a *line* for a wait session, which waits in the server's queue for
-//! one key at a time, and meanwhile is tried again and again on the shared session.
+//! A key that another session holds stands in a *line* for a wait session, which waits in the server's queue
+//! for one key at a time. Meanwhile the shared session retries the key.
 //!
-//! Every operation takes time that is at most logarithmic in the number of keys and waiters, apart from those
-//! that tell many: each of them costs as much.
+//! Every operation takes time that is at most logarithmic in the number of keys and waiters. An operation that
+//! notifies several waiters takes that time for each of them.
 
 mod holders;
 mod queue;
@@ -38,7 +38,7 @@ const LAST_SLICE: Duration = Duration::from_mins(1);
 /// How long at most while other keys wait for their turn.
 const CROWDED_SLICE: Duration = Duration::from_secs(1);
 
-/// Tells owners apart: each handle is one.
+/// Identifies an owner: each handle is one.
 pub(super) type OwnerId = u64;
 
 /// A session on which the server can grant a key.
@@ -47,24 +47,24 @@ pub(super) trait Seat: Clone + PartialEq {
     fn is_shared(&self) -> bool;
 }
 
-/// The keys of a process: `S` is where they are held, `W` tells a waiter how it went.
+/// The keys of a process: `S` is where they are held, `W` notifies a waiter of the result.
 #[derive(Debug)]
 pub(super) struct Table<S, W> {
     // Invariant: every entry has a holder, a waiter, a step, or something that the server has granted.
-    // Boxed, for a map has room for a third more than it holds.
+    // Boxed, because a map has room for a third more than it holds.
     keys: HashMap<KeyId, Box<Entry<S, W>>>,
     bound: Bound,
     line: Line,
 }
 
-/// The keys that wait for a wait session: those whose turn is a [`Step::Wait`] that nobody has taken.
+/// The keys that wait for a wait session: those whose turn is a [`Step::Wait`] that is not taken yet.
 #[derive(Debug, Default)]
 struct Line {
     /// By their places.
     keys: BTreeMap<u64, KeyId>,
     /// When each is to be tried again.
     retries: BTreeSet<(Instant, KeyId)>,
-    /// Tells waiters, steps and places apart.
+    /// The last number given to a waiter, a step or a place.
     numbers: u64,
 }
 
@@ -85,7 +85,7 @@ impl Line {
     }
 }
 
-/// What is known of a key that another session has.
+/// What is known of a key that another session holds.
 #[derive(Clone, Copy, Debug)]
 struct Stand {
     place: u64,
@@ -95,7 +95,7 @@ struct Stand {
     slice: Duration,
 }
 
-/// How often, and for how long, a lock is passed on inside the process before others get their turn.
+/// How often, and for how long, a lock is handed off inside the process before other processes get their turn.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bound {
     pub(super) count: u32,
@@ -111,7 +111,7 @@ pub(super) enum Step {
     Wait(Mode),
     /// Look whether another session waits for it.
     Look,
-    /// Take it exclusively beside the shared lock, if nobody else shares it.
+    /// Take it exclusively in addition to the shared lock, if no other session shares it.
     Upgrade,
     /// Keep only the shared lock.
     Downgrade,
@@ -128,9 +128,9 @@ pub(super) enum Effect<S, W> {
     Granted(W, S),
     /// It is busy, and the request does not wait.
     Refused(W),
-    /// It would wait for one who waits for it.
+    /// It would wait for an owner that waits for it.
     Deadlock(W),
-    /// The key was given up, as the server has answered; or it was passed on, and nobody was asked.
+    /// The key was released: `true` if the server has answered, `false` if the key was handed off without asking it.
     Released(W, bool),
     /// There is a step to take on the shared session, with [`Table::take_for_shared`].
     Start(KeyId),
@@ -138,11 +138,11 @@ pub(super) enum Effect<S, W> {
     StartApart(KeyId),
     /// A key has entered the line, see [`Table::take_wait`].
     Line,
-    /// Nobody needs the wait for this key any more.
+    /// No owner needs the wait for this key any more.
     Abandon(KeyId),
 }
 
-/// What came of a wish.
+/// The result of [`Table::want`].
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Want<S> {
     Granted(S),
@@ -152,12 +152,12 @@ pub(super) enum Want<S> {
     Queued(i64),
 }
 
-/// What came of a departure.
+/// The result of [`Table::leave`] and [`Table::close`].
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Left {
     /// The lock is passed on, or others share it.
     Done,
-    /// The server is told. The owner that said farewell hears of it.
+    /// The server is asked to release it. The owner that passed a farewell is notified of the result.
     Told,
     /// That grant ended with its session.
     Stale,
@@ -182,13 +182,13 @@ struct Entry<S, W> {
     /// When the server granted the lock, and how often it was passed on since.
     since: Instant,
     handed: u32,
-    /// Another session was seen waiting, so nobody is let in until those who share the lock are through,
-    /// even if it gives up.
+    /// Another session was seen waiting, so no owner is admitted until those that share the lock have released
+    /// it, even if that session stops waiting.
     closing: bool,
     queue: Queue<W>,
-    /// Another session has it. Boxed, because usually none does.
+    /// Another session holds it. Boxed, because usually none does.
     stand: Option<Box<Stand>>,
-    /// Who wants to hear that the key was given up.
+    /// The owners to notify when the key has been released.
     farewells: Vec<W>,
 }
 
@@ -269,7 +269,7 @@ impl<S: Seat, W> Table<S, W> {
         }
     }
 
-    /// An owner wants a key. If he has to wait, `tell` makes what he is told by.
+    /// An owner wants a key. If it has to wait, `tell` makes the value that notifies it.
     pub(super) fn want(
         &mut self,
         key: KeyId,
@@ -286,7 +286,7 @@ impl<S: Seat, W> Table<S, W> {
         let entry = slot.get_mut();
         let mine = entry.holders.get(owner);
         if let (Some(mine), Some(seat)) = (mine, &entry.seat) {
-            // Stacking: an exclusive guard covers all that the same owner wants.
+            // Re-entrant: an exclusive guard covers all that the same owner wants.
             if mode == Mode::Shared || mine.is_exclusive() {
                 let seat = seat.clone();
                 entry.holders.count(owner, mode);
@@ -295,7 +295,7 @@ impl<S: Seat, W> Table<S, W> {
             if !patient && entry.holders.len() > 1 {
                 return Want::Busy;
             }
-            // Two who share the lock would wait for each other for ever.
+            // Two owners that share the lock would wait for each other for ever.
             let by_another = |first: &Waiter<W>| first.owner != owner && entry.upgrades(first);
             if entry.queue.front().is_some_and(by_another) {
                 return if patient { Want::Deadlock } else { Want::Busy };
@@ -304,7 +304,7 @@ impl<S: Seat, W> Table<S, W> {
         if !patient && mine.is_none() && entry.is_plainly_busy(mode) {
             return Want::Busy;
         }
-        // Usually no number is needed: what is free to be passed on is granted at once.
+        // Usually no number is needed: a lock that can be handed off is granted at once.
         if entry.queue.is_empty()
             && entry.may_change()
             && entry.admits(owner, mode, self.bound, now)
@@ -323,7 +323,7 @@ impl<S: Seat, W> Table<S, W> {
         Want::Queued(id)
     }
 
-    /// A guard goes that was granted on this seat.
+    /// A guard that was granted on this seat is released.
     pub(super) fn leave(
         &mut self,
         key: KeyId,
@@ -342,7 +342,7 @@ impl<S: Seat, W> Table<S, W> {
         left(entry, farewell)
     }
 
-    /// All guards of an owner go.
+    /// All guards of an owner are released.
     pub(super) fn close(
         &mut self,
         key: KeyId,
@@ -479,7 +479,7 @@ impl<S: Seat, W> Table<S, W> {
         true
     }
 
-    /// A step failed. Returns who waited for it, unless it was called off before.
+    /// A step failed. Returns the waiters for it, unless it was called off before.
     pub(super) fn failed(&mut self, key: KeyId, id: u64) -> Option<Vec<W>> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return None };
         let entry = slot.get_mut();
@@ -494,7 +494,7 @@ impl<S: Seat, W> Table<S, W> {
         Some(waiters)
     }
 
-    /// After a step of which nobody knew how far it came: this is what the server has granted.
+    /// After a step with an unknown result: this is what the server has granted.
     pub(super) fn corrected(
         &mut self,
         key: KeyId,
@@ -518,8 +518,8 @@ impl<S: Seat, W> Table<S, W> {
         advance(slot, self.bound, &mut self.line, now, effects);
     }
 
-    /// A session was lost, and with it all that was held there. Returns who wanted to hear that a key
-    /// of it was given up; those who wait for one ask again.
+    /// A session was lost, and with it all that was held there. Returns the owners to notify of a release of
+    /// its keys; the waiters for those keys ask again.
     pub(super) fn lost(
         &mut self,
         seat: &S,
@@ -557,7 +557,7 @@ impl<S: Seat, W> Table<S, W> {
         farewells
     }
 
-    /// Takes out all who wait.
+    /// Takes out all waiters.
     pub(super) fn dismiss_all(&mut self, now: Instant, effects: &mut Vec<Effect<S, W>>) -> Vec<W> {
         let awaited = self.keys.iter().filter(|(_, entry)| !entry.queue.is_empty());
         let keys: Vec<KeyId> = awaited.map(|(key, _)| *key).collect();
@@ -570,8 +570,8 @@ impl<S: Seat, W> Table<S, W> {
         waiters
     }
 
-    /// Forgets everything, because all sessions were lost. Returns them, and who wanted to hear that a key was
-    /// given up; those who wait ask again.
+    /// Forgets everything, because all sessions were lost. Returns the sessions, and the owners to notify of a
+    /// release; the waiters ask again.
     pub(super) fn clear(&mut self) -> (Vec<S>, Vec<W>) {
         self.line.keys.clear();
         self.line.retries.clear();
@@ -584,7 +584,7 @@ impl<S: Seat, W> Table<S, W> {
     }
 }
 
-/// Lets in who can be let in, and finds the next step. Returns the entry, if an owner still needs it.
+/// Admits the waiters that can be admitted, and finds the next step. Returns the entry, if it is still in use.
 ///
 /// Every change of an entry ends with this. It has the place in the map, so that the key, which anybody
 /// may have chosen and is hashed for that, is looked up only once.
@@ -604,7 +604,7 @@ fn advance<'t, S: Seat, W>(
     Some(slot.into_mut())
 }
 
-/// An owner has left. It hears how it went, if the server is told.
+/// An owner has left. It is notified of the result, if the server is asked to release the lock.
 fn left<S: Seat, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
     let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
     match (entry, farewell) {
@@ -632,7 +632,7 @@ impl<S: Seat, W> Entry<S, W> {
         }
     }
 
-    /// Lets in who can be let in, and finds the next step.
+    /// Admits the waiters that can be admitted, and finds the next step.
     fn advance(
         &mut self,
         key: KeyId,
@@ -666,7 +666,7 @@ impl<S: Seat, W> Entry<S, W> {
             self.stand = None;
             return;
         };
-        // To take what was found busy a moment ago, is to wait for it.
+        // Taking a key that was found busy a moment ago means waiting for it.
         let same = |turn: &Turn| {
             turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
         };
@@ -703,7 +703,7 @@ impl<S: Seat, W> Entry<S, W> {
         effects.push(Effect::Line);
     }
 
-    /// Nobody is to take a wait for it, or to try it again.
+    /// Takes the key out of the line: no wait session takes it, and it is not retried.
     fn leave_line(&self, key: KeyId, line: &mut Line) {
         if let Some(stand) = &self.stand {
             line.leave(key, stand);
@@ -731,7 +731,7 @@ impl<S: Seat, W> Entry<S, W> {
         self.turn.is_none_or(|turn| !turn.taken)
     }
 
-    /// Another owner has it, or will have it first, so asking the server is no use.
+    /// Another owner holds the key, or will get it first, so there is no use in asking the server.
     fn is_plainly_busy(&self, mode: Mode) -> bool {
         let waits = self.stand.is_some();
         match mode {
@@ -745,12 +745,12 @@ impl<S: Seat, W> Entry<S, W> {
         }
     }
 
-    /// Whether an owner can be let in as things are.
+    /// Whether an owner can be admitted in the current state.
     fn admits(&self, owner: OwnerId, mode: Mode, bound: Bound, now: Instant) -> bool {
         if !self.covers(mode) {
             return false;
         }
-        // Who holds it already waits for nobody else's turn.
+        // An owner that holds the lock already does not wait for another turn.
         if self.holders.get(owner).is_some() {
             return self.holders.len() == 1;
         }
@@ -761,9 +761,9 @@ impl<S: Seat, W> Entry<S, W> {
         free && !self.closing && !self.is_due(bound, now)
     }
 
-    /// Others are to get their turn.
+    /// Whether it is another process's turn.
     fn is_due(&self, bound: Bound, now: Instant) -> bool {
-        // The first one is who it was taken for.
+        // The first admission is the one that the lock was taken for.
         self.handed > 0
             && (self.handed >= bound.count
                 || now.saturating_duration_since(self.since) >= bound.time)
@@ -776,7 +776,7 @@ impl<S: Seat, W> Entry<S, W> {
         self.holders.count(owner, mode);
     }
 
-    /// Whether a waiter holds the lock already, and wants it for itself.
+    /// Whether a waiter holds the lock already, and wants to upgrade it to exclusive.
     fn upgrades(&self, waiter: &Waiter<W>) -> bool {
         waiter.mode == Mode::Exclusive && self.holders.get(waiter.owner).is_some()
     }
@@ -788,7 +788,7 @@ impl<S: Seat, W> Entry<S, W> {
         }
     }
 
-    /// What works towards what is needed.
+    /// The next step towards what the owners need.
     fn next_step(&self) -> Option<Step> {
         let first = self.queue.front();
         let held = self.server.exclusive || self.server.shared;
@@ -810,7 +810,7 @@ impl<S: Seat, W> Entry<S, W> {
         match first {
             None => held.then_some(Step::Unlock),
             Some(first) if !held => Some(Step::Lock(first.mode)),
-            // Its own session can only be given back.
+            // A lock on a wait session can only be released with that session.
             Some(_) if self.seat.as_ref().is_some_and(|seat| !seat.is_shared()) => {
                 Some(Step::Unlock)
             }
@@ -837,7 +837,7 @@ impl<S: Seat, W> Entry<S, W> {
         self.part(effects, true);
     }
 
-    /// The owner that left need not wait any longer: the server has answered, or the key was passed on.
+    /// The owner that left need not wait any longer: the server has answered, or the key was handed off.
     fn part(&mut self, effects: &mut Vec<Effect<S, W>>, answered: bool) {
         let told = |tell| Effect::Released(tell, answered);
         effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
@@ -853,7 +853,7 @@ impl<S: Seat, W> Entry<S, W> {
 }
 
 impl<W> Waiter<W> {
-    /// Another owner shares what this one wants for itself.
+    /// Another session shares the lock that this waiter wants exclusively.
     fn turned_away<S>(self) -> Effect<S, W> {
         if self.patient { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
     }

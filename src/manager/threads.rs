@@ -1,10 +1,10 @@
 //! Threads that meet at a manager's state, in orders that a model checker chooses.
 //!
-//! The state's lock is shuttle's, which lets another thread run whenever one takes or leaves it. All that is
-//! told is told under that lock, so these are all the points at which threads can meet. The manager, its
-//! table, and what acquires and releases through them are as they are. Played are those who need a server: the
-//! driver, who takes the steps on the shared session, and who waits for a key on a session of its own. Whether
-//! another process has a key, is left to chance.
+//! The state's lock is shuttle's, which lets another thread run whenever a thread takes or releases it. Every
+//! notification is sent under that lock, so these are all the points at which threads can meet. The manager, its
+//! table, and the code that acquires and releases through them are the real ones. The parts that need a server
+//! are simulated: the driver, which takes the steps on the shared session, and the wait sessions, which wait for
+//! one key each. Whether another process holds a key is random.
 
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
@@ -37,8 +37,8 @@ const ROUNDS: usize = 3;
 
 #[test]
 fn nobody_is_let_in_beside_another_or_left_waiting() {
-    // There must be one, but nothing runs on it. It never ends, for the drivers that are started there would
-    // end with it, and the manager's lock is none outside of shuttle.
+    // A runtime is required, but nothing runs on it. It is never dropped, because the drivers that are started
+    // there would be dropped with it, and the manager's lock does not work outside of shuttle.
     let runtime = ManuallyDrop::new(Builder::new_current_thread().enable_all().build().unwrap());
     let _entered = runtime.enter();
     let nowhere = PgConnectOptions::new_without_pgpass().socket("/nonexistent");
@@ -49,7 +49,8 @@ fn nobody_is_let_in_beside_another_or_left_waiting() {
     Runner::new(RandomScheduler::new(ORDERS), config).run(move || meet(&pool));
 }
 
-/// Three threads with two owners, and the one who takes the steps. Who waits for ever is found by shuttle.
+/// Three threads with two owners, and one thread that takes the steps. Shuttle detects a thread that waits for
+/// ever.
 fn meet(pool: &PgPool) {
     let manager = Arc::new(Manager::new(pool, LockOptions::new()));
     let over = Arc::new(AtomicBool::new(false));
@@ -68,11 +69,11 @@ fn meet(pool: &PgPool) {
     }
     over.store(true, Ordering::Relaxed);
     driver.join().unwrap();
-    assert!(manager.state().apart.is_empty(), "somebody who has gone is remembered");
+    assert!(manager.state().apart.is_empty(), "an ended wait session is still listed");
 }
 
-/// Takes the steps, as [`driver`](super::driver) does, whenever a driver is started, until everything is over
-/// and given up.
+/// Takes the steps, as [`driver`](super::driver) does, whenever a driver is started, until the threads have
+/// ended and everything is released.
 fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
     let mut place = open(manager, true);
     loop {
@@ -98,7 +99,7 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
             continue;
         }
         if one_in(8) {
-            // What is in flight may have been done, and may not.
+            // The server may or may not have done what is in flight.
             place.session.give_up(&Loss::Unresponsive);
             manager.lost(&place, &Loss::Unresponsive);
             let error = Error::broken(&Key::from(0), &Loss::Unresponsive);
@@ -115,7 +116,7 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
             let yes = match taken.step {
                 // Another process shares the lock, or waits for it.
                 Step::Look | Step::Upgrade => one_in(2),
-                // It has it.
+                // Another process holds it.
                 Step::Lock(_) | Step::Renew(_) => !one_in(4),
                 Step::Downgrade | Step::Unlock => true,
                 Step::Wait(_) => unreachable!("the shared session never waits"),
@@ -155,7 +156,7 @@ pub(super) mod wait_session {
         assert!(!slice.is_zero());
         thread::yield_now();
         if orders.is_closed() {
-            // Nobody wants it any more.
+            // No owner wants it any more.
             return;
         }
         if one_in(8) {
@@ -214,7 +215,7 @@ fn one_in(times: u32) -> bool {
     thread_rng().gen_ratio(1, times)
 }
 
-/// Acquires in one of several ways, perhaps wants more, and releases in one of two.
+/// Acquires in one of several ways, perhaps acquires more, and releases in one of two ways.
 fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
     let key = Key::from(thread_rng().gen_range(0..KEYS));
     let request = |mode| Request::one(&key, mode);
@@ -252,7 +253,7 @@ fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
     }
 }
 
-/// A deadlock and a loss are no lock.
+/// Returns no lock for a deadlock or a loss.
 fn unless_it_passes(acquired: Result<Option<Guard>, Error>) -> Option<Guard> {
     match acquired {
         Ok(held) => held,
@@ -261,7 +262,7 @@ fn unless_it_passes(acquired: Result<Option<Guard>, Error>) -> Option<Guard> {
     }
 }
 
-/// Polls a future so often, whatever wakes it, and drops it then.
+/// Polls a future a given number of times, regardless of wake-ups, and then drops it.
 async fn given_up<T>(polls: usize, future: impl Future<Output = T>) -> Option<T> {
     let mut future = Box::pin(future);
     let mut left = polls;
@@ -279,7 +280,7 @@ async fn given_up<T>(polls: usize, future: impl Future<Output = T>) -> Option<T>
     polled.await
 }
 
-/// Who is inside. Not a place to meet: its lock is an ordinary one.
+/// The owners that hold each key. Its lock is an ordinary one, so threads do not switch there.
 #[derive(Default)]
 struct Inside(Mutex<Vec<Hold>>);
 

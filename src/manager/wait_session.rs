@@ -105,7 +105,7 @@ impl WaitSession {
         }
     }
 
-    /// Waits for one key, and holds it until it is given up.
+    /// Waits for one key, and holds it until it is released.
     async fn serve(&mut self, wait: Wait, keeper: &Guard) {
         let Wait { key, taken, slice, mut orders } = wait;
         let Step::Wait(mode) = taken.step else { return };
@@ -113,7 +113,7 @@ impl WaitSession {
         let request = request(key, mode);
         let acquired = tokio::select! {
             biased;
-            // There are no orders before it holds: nobody wants the key any more.
+            // There are no orders before it holds the key, so the channel is closed: no owner wants the key any more.
             _ = orders.recv() => return,
             loss = keeper.lost() => {
                 end_with_the_runtime().await;
@@ -133,7 +133,7 @@ impl WaitSession {
         let place = Place { session: Arc::clone(held.session()), shared: false };
         let mut holds = vec![held];
         if !manager.taken(key, taken.id, &place, true) {
-            // Nobody wants it any more.
+            // No owner wants it any more.
             return;
         }
         self.busy = Some(Busy { key, wait: taken.id, place: Some(place.clone()) });
@@ -203,7 +203,7 @@ fn request(key: KeyId, mode: Mode) -> Request {
     Request::one(&Key::from_id(key), mode)
 }
 
-/// Holds a key, and takes the steps for it. Returns the number of the step by which it is to be given up.
+/// Holds a key, and takes the steps for it. Returns the number of the step that is to release it.
 async fn hold(
     manager: &Arc<Manager>,
     key: KeyId,

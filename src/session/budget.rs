@@ -72,9 +72,9 @@ impl Budget {
         budget
     }
 
-    /// How many connections locks can have at once if they leave so many to queries.
+    /// How many connections locks can have at once if they leave `reserve` to queries.
     ///
-    /// By default that is a third of the pool, rounded up. One can always be had.
+    /// By default `reserve` is a third of the pool, rounded up. Locks can always have one connection.
     pub(crate) fn limit(&self, reserve: Option<u32>) -> u32 {
         self.max_connections - self.reserved(reserve)
     }

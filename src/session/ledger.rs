@@ -197,9 +197,9 @@ impl Ledger {
         excess
     }
 
-    /// Returns what the server holds of these keys beyond what is needed, and counts it as given up.
+    /// Returns what the server holds of these keys beyond what is needed, and counts it as released.
     ///
-    /// For the owner of the connection; if the server then does not do it, the session is lost.
+    /// Called by the owner of the connection; if the server then does not release it, the session is lost.
     pub(crate) fn surplus(&mut self, keys: impl Iterator<Item = KeyId>) -> Surplus {
         let mut surplus = Surplus::default();
         for key in keys {
@@ -242,7 +242,7 @@ impl Ledger {
         self.is_pinned() || self.keys.values().any(|counts| counts.exclusive + counts.shared > 0)
     }
 
-    /// Whether there are guards beside so many shares of an acquire in flight.
+    /// Whether there are guards in addition to the `claimed` shares of an acquire in flight.
     pub(crate) fn has_more_than(&self, claimed: usize) -> bool {
         let shares = self.keys.values().map(|counts| counts.exclusive + counts.shared);
         self.is_pinned() || shares.sum::<usize>() > claimed

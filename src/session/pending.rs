@@ -58,9 +58,9 @@ pub(crate) enum WaitPolicy {
 ///
 /// # Drop
 ///
-/// Takes the acquire back on a task. A statement that tries is let finish; one that waits is
-/// cancelled from another connection. Then what was granted all the same is given up. If any of that
-/// fails, the connection is closed.
+/// Undoes the acquire on a task. A statement that only tries is allowed to finish; one that waits is
+/// cancelled from another connection. Then any lock that was granted meanwhile is released. If any of
+/// that fails, the connection is closed.
 #[derive(Debug)]
 pub(crate) struct Pending {
     session: Arc<Session>,
@@ -154,7 +154,7 @@ impl Pending {
     /// An acquire on a session of its own, and the answer to its first try.
     ///
     /// Where the pool has idle connections, they are taken as they are, without sqlx's ping: the try
-    /// will tell whether a connection is alive, and a dead one is replaced. (The pool's `before_acquire`
+    /// shows whether a connection is alive, and a dead one is replaced. (The pool's `before_acquire`
     /// hook goes with the ping.) Only then the pool is asked properly, which may wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
@@ -351,7 +351,7 @@ impl Pending {
         match verdict {
             Verdict::Granted => self.granted(policy).await.map(Some),
             Verdict::Busy => Box::pin(self.wait(policy)).await,
-            // The drop of `self` gives up what may have been granted.
+            // The drop of `self` releases what may have been granted.
             Verdict::Pooled => Err(Error::NoExclusion { key: self.request.key().clone() }),
             Verdict::Standby => {
                 let key = self.request.key().clone();
@@ -700,7 +700,7 @@ struct Abandoned {
 }
 
 impl Abandoned {
-    /// Has the server stop what it is doing for the acquire, and gives up what it has granted.
+    /// Has the server stop what it is doing for the acquire, and releases what it has granted.
     async fn clean_up(self, slot: Option<ConnGuard>) {
         let Self { session, key, mode, claimed, missing, stage } = self;
         let mut slot = match slot {

@@ -83,7 +83,7 @@ impl Session {
         Release::Running(key, session, task)
     }
 
-    /// Gives up what no guard needs any more, and returns the connection to the pool if nothing needs it.
+    /// Releases what no guard needs any more, and returns the connection to the pool if nothing needs it.
     ///
     /// The pool gets it only when the server has confirmed that every lock was held and is free now.
     async fn unlock(self: Arc<Self>, request: &Request, protocol: Protocol) -> Result<(), Loss> {
@@ -122,7 +122,7 @@ impl Session {
         Err(self.fail(slot, loss))
     }
 
-    /// Gives up what the server holds of these keys beyond what the guards need.
+    /// Releases what the server holds of these keys beyond what the guards need.
     async fn give_up_surplus(
         &self,
         conn: &mut Conn,
@@ -159,7 +159,7 @@ impl Session {
         Ok(if all { Answer::Released } else { Answer::NotHeld })
     }
 
-    /// Undoes an acquire that was in flight: gives up what was granted of `missing` although no answer
+    /// Undoes an acquire that was in flight: releases what was granted of `missing` although no answer
     /// came, and the shares that were counted.
     pub(super) async fn undo(
         &self,
@@ -182,7 +182,7 @@ impl Session {
         Ok(())
     }
 
-    /// Gives up what the server holds of these locks, none of which it should.
+    /// Releases what the server holds of these locks, none of which it should hold.
     pub(super) async fn give_up_unknown(
         &self,
         pg: &mut PgConnection,
@@ -240,8 +240,8 @@ impl Session {
         }
     }
 
-    /// Loses a session whose statements reach other backends than its own, and gives up what it has locked:
-    /// the pooler would keep it.
+    /// Loses a session whose statements reach other backends than its own, and releases what it has locked,
+    /// because the pooler would keep it.
     pub(super) async fn give_up_pooled(
         &self,
         slot: &mut ConnGuard,

@@ -20,7 +20,7 @@ pub(crate) struct Server {
     pub(super) proof: Proof,
     /// When it rejected the settings by which it detects a dead client.
     refused_settings: Mutex<Option<Instant>>,
-    /// The same, for a quick look.
+    /// Whether it is set, readable without the mutex.
     has_refused: AtomicBool,
     /// The role may not wait in plpgsql.
     waits_plainly: AtomicBool,

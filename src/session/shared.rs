@@ -27,7 +27,7 @@ pub(crate) enum Called {
 }
 
 impl Session {
-    /// Makes calls that never wait. If the future is dropped in flight, the session must be given up.
+    /// Makes calls that never wait. If the future is dropped in flight, the session must be closed.
     pub(crate) async fn call(self: &Arc<Self>, calls: &[(KeyId, Call)]) -> Called {
         let mut slot = self.quiet_connection().await;
         let Some(conn) = slot.as_mut() else {
@@ -76,8 +76,8 @@ impl Session {
         Called::Lost(loss)
     }
 
-    /// Makes sure that the session has answered a question that was asked after `since`, and so lived then. Of
-    /// those who ask at once, one asks for all.
+    /// Makes sure that the session has answered a statement that was sent after `since`, and so lived then.
+    /// Concurrent callers share one statement.
     pub(crate) fn confirm(self: &Arc<Self>, since: Instant) -> Task<Result<(), Loss>> {
         let session = Arc::clone(self);
         // It may be awaited outside of a runtime.
@@ -113,7 +113,7 @@ impl Session {
         Err(loss)
     }
 
-    /// Counts what calls have locked and unlocked, for who is told of a loss.
+    /// Counts what calls have locked and unlocked, for the report of a loss.
     fn count(&self, calls: &[(KeyId, Call)], answers: &[bool]) {
         let mut locks = self.managed_locks.load(Ordering::Relaxed);
         for ((_, call), yes) in calls.iter().zip(answers) {

@@ -190,8 +190,7 @@ impl Session {
         Arc::clone(&self.conn).try_lock_owned().ok().map(|slot| ConnGuard::new(slot, self))
     }
 
-    /// The connection, for a caller that uses it so often that it would cost too much to wake the keeper
-    /// each time.
+    /// The connection, without waking the keeper: for a caller that uses it too often for that.
     pub(super) async fn quiet_connection(self: &Arc<Self>) -> ConnGuard {
         let mut conn = self.connection_at_last().await;
         conn.wakeup.skip = true;

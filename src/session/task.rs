@@ -1,4 +1,4 @@
-//! Work that is finished even if nobody waits for it any more.
+//! Work that is finished even if no task waits for it any more.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -12,7 +12,7 @@ use super::conn::{enter, enter_unless_inside};
 /// A future that goes on without the task that awaits it.
 ///
 /// Its first step is taken when it is started. Usually that writes the statement to the socket, and the
-/// server does the rest, even if nobody drives the runtime any more (a current-thread one between two
+/// server does the rest, even if the runtime is no longer driven (a current-thread one between two
 /// calls of `block_on`).
 ///
 /// A step that [`start`](Self::start) takes may not poll a timer: where the runtime is gone, a timer
@@ -96,7 +96,7 @@ pub(crate) async fn later<F: Future + Unpin>(mut future: F) -> Result<F::Output,
 impl<T: Send + 'static> Drop for Task<T> {
     fn drop(&mut self) {
         if let State::Pending(future) = std::mem::replace(&mut self.state, State::Taken) {
-            // Detach: nobody is left to wait for it.
+            // Detach: no task is left to wait for it.
             drop(self.runtime.spawn(future));
         }
     }

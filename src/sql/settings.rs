@@ -24,7 +24,7 @@ impl Keepalives {
     /// Columns that set how long the server retransmits to a client that still owes it an
     /// acknowledgement, each followed by a comma.
     ///
-    /// This also ends a connection whose client does not read for so long, so it is only set while no
+    /// This also ends a connection whose client does not read for that time, so it is only set while no
     /// application uses the connection.
     pub(super) fn user_timeout(self) -> String {
         let [idle, interval, retries] = self.seconds_and_retries();

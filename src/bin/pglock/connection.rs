@@ -38,7 +38,7 @@ impl Database {
         connected.map_err(|error| Failure::Connect { error, server: self.server() })
     }
 
-    /// Returns a pool, after a first connection that tells whether the server can be reached, within the limit if
+    /// Returns a pool, after a first connection that checks whether the server can be reached, within the limit if
     /// that is shorter than the connect timeout.
     pub(crate) async fn pool(&self, limit: Option<Duration>) -> Result<PgPool, Failure> {
         let limit = [limit, self.connect_timeout].into_iter().flatten().min();

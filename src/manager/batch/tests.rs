@@ -18,7 +18,7 @@ struct Played {
     /// Others hold it, so that nothing is granted that they exclude.
     busy: bool,
     waited_for: bool,
-    /// Says that it did not hold what it is to give up.
+    /// Answers that it did not hold what it is asked to release.
     lies: bool,
 }
 
@@ -30,7 +30,7 @@ impl Played {
                 !self.busy
             }
             Call::Unlock(mode) => {
-                assert!(*self.of(mode), "{self:?} gives up what it has not");
+                assert!(*self.of(mode), "{self:?} releases what it does not hold");
                 *self.of(mode) = self.lies;
                 !self.lies
             }

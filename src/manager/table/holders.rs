@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::OwnerId;
 use crate::mode::Mode;
 
-/// Who holds a key, and how many guards of it each owner has.
+/// The owners that hold a key, and how many guards of it each owner has.
 #[derive(Debug, Default)]
 pub(super) enum Holders {
     #[default]
@@ -90,7 +90,7 @@ impl Holders {
         }
     }
 
-    /// Forgets all guards of an owner. Returns whether he had any.
+    /// Forgets all guards of an owner. Returns whether the owner had any.
     pub(super) fn remove(&mut self, owner: OwnerId) -> bool {
         if self.get(owner).is_none() {
             return false;
@@ -145,7 +145,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens, they are what a plain map of counts says.
+        /// After any operations, the holders equal a plain map of counts.
         #[test]
         fn are_a_map_of_counts(
             steps in prop::collection::vec((0_u64..4, any::<bool>(), 0_u8..5), 0..60),

@@ -1,4 +1,4 @@
-//! Those who wait for a key, in order.
+//! The waiters for a key, in order.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,9 +8,9 @@ use crate::mode::Mode;
 /// Waiters of one key. Every operation takes logarithmic time.
 #[derive(Debug)]
 pub(super) struct Queue<W> {
-    /// By the place in the queue: those who go before all others have negative places.
+    /// By the place in the queue: waiters that go before all others have negative places.
     waiters: BTreeMap<i64, Waiter<W>>,
-    /// The places of those who do not wait for a busy lock.
+    /// The places of the waiters that do not wait for a busy lock.
     impatient: BTreeSet<i64>,
     exclusive: usize,
 }
@@ -58,7 +58,7 @@ impl<W> Queue<W> {
         Some(waiter)
     }
 
-    /// Takes out one who does not wait for a busy lock.
+    /// Takes out a waiter that does not wait for a busy lock.
     pub(super) fn pop_impatient(&mut self) -> Option<Waiter<W>> {
         let &place = self.impatient.first()?;
         self.remove(place)

@@ -1,4 +1,4 @@
-//! The table against a server that is played here, through random histories.
+//! The table against a simulated server, through random histories.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -41,16 +41,16 @@ enum Act {
     },
     /// The server answers the oldest step.
     Answer,
-    /// Another process takes or gives up a key.
+    /// Another process takes or releases a key.
     Others {
         key: i64,
         mode: Option<Mode>,
     },
     /// The shared session breaks.
     Break,
-    /// From now on, steps are in flight as soon as they come up, or not.
+    /// From now on, whether each step is in flight as soon as it comes up.
     Hurry(bool),
-    /// A wait session gives the oldest wait up.
+    /// A wait session stops the oldest wait.
     SliceOver,
     /// The keys in the line that are due are tried again.
     Retry,
@@ -92,7 +92,7 @@ struct World {
     /// The shared session of now.
     session: u32,
     guards: Vec<Guard>,
-    /// Who waits: what he wants, and the number that the table gave him.
+    /// The waiters: what each wants, and the number that the table gave it.
     waiting: HashMap<u64, (Guard, i64)>,
     wishes: u64,
     /// What each session has been granted.
@@ -134,7 +134,7 @@ impl World {
         match act {
             Act::Want { owner, key, mode, patient } => {
                 let key = KeyId::BigInt(key);
-                // One owner has one wish at a time.
+                // An owner waits for one key at a time.
                 if self.waiting.values().any(|(wish, _)| wish.key == key && wish.owner == owner) {
                     return;
                 }
@@ -284,7 +284,7 @@ impl World {
                 self.server.insert((key, session), held);
             }
             if !self.table.taken(key, taken.id, (&session, yes), self.now, effects) {
-                // It was called off: nobody may hold on to it.
+                // It was called off: the session must not keep it.
                 assert!(matches!(taken.step, Step::Wait(_)), "{taken:?}");
                 self.server.remove(&(key, session));
             }
@@ -345,9 +345,9 @@ impl World {
     fn check(&self) {
         for (key, taken, _) in &self.under_way {
             let wanted = self.waiting.values().any(|(wish, _)| wish.key == *key);
-            assert!(wanted || !matches!(taken.step, Step::Wait(_)), "nobody wants {key:?}");
+            assert!(wanted || !matches!(taken.step, Step::Wait(_)), "no waiter wants {key:?}");
         }
-        // With nothing in flight, who could share a lock shares it, unless others have waited for it.
+        // With nothing in flight, a waiter that could share a lock shares it, unless others have waited for it.
         let rests =
             self.under_way.is_empty() && self.to_do.is_empty() && self.table.line.keys.is_empty();
         for (wish, _) in self.waiting.values().filter(|_| rests) {
@@ -415,13 +415,13 @@ impl World {
         assert_eq!((line.keys.len(), line.retries.len()), (awaited.len(), awaited.len()));
     }
 
-    /// Lets everything come to its end: all wishes are granted, nothing is left.
+    /// Runs until everything has ended: all waiters are granted their keys, and nothing is left.
     fn finish(&mut self) {
         self.others.clear();
         self.act(Act::Hurry(true));
         for round in 0.. {
             assert!(round < 10_000, "it never ends: {:?} wait", self.waiting.len());
-            // Who shares a lock and wants it alone waits for the others, so all release it.
+            // An owner that shares a lock and wants it exclusively waits for the others, so all release it.
             if !self.guards.is_empty() {
                 self.act(Act::Leave { which: 0 });
             } else if !self.under_way.is_empty() {
@@ -430,7 +430,7 @@ impl World {
                 break;
             }
         }
-        assert!(self.waiting.is_empty(), "somebody waits for ever: {:?}", self.waiting);
+        assert!(self.waiting.is_empty(), "a waiter waits for ever: {:?}", self.waiting);
         assert!(self.server.is_empty(), "something is held: {:?}", self.server);
         assert!(self.table.is_empty(), "something is left: {:?}", self.table);
     }
@@ -453,7 +453,7 @@ proptest! {
     }
 }
 
-/// A key that is passed on goes back to the server after so many owners.
+/// A key that is handed off goes back to the server after the maximum number of owners.
 #[test]
 fn others_get_their_turn() {
     let mut world = World::new();
@@ -489,7 +489,7 @@ fn shared_by(owners: u64) -> World {
     world
 }
 
-/// Who shares a lock and tries to have it alone gets it only if nobody else shares it.
+/// An owner that shares a lock and tries to upgrade it gets it only if no other owner shares it.
 #[test]
 fn an_upgrade_is_tried_by_who_is_alone() {
     for sharers in [1, 2] {
@@ -506,7 +506,7 @@ fn an_upgrade_is_tried_by_who_is_alone() {
     }
 }
 
-/// A request that does not wait is refused at once where asking the server is no use, and only there.
+/// A request that does not wait is refused at once where there is no use in asking the server, and only there.
 #[test]
 fn who_only_tries_hears_at_once_of_who_is_before_him() {
     use Mode::{Exclusive, Shared};
@@ -548,18 +548,18 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
         world
     };
     let cases = [
-        ("nobody", World::new(), ASKED, ASKED),
-        ("one who wants to share it", wanted(Shared), BUSY, ASKED),
-        ("one who wants it alone", wanted(Exclusive), BUSY, BUSY),
-        ("one who shares it", held(Shared), BUSY, GRANTED),
-        ("one who has it", held(Exclusive), BUSY, BUSY),
-        ("one who waits at the server to share it", awaited(Shared), BUSY, BUSY),
-        ("one who waits at the server to have it", awaited(Exclusive), BUSY, BUSY),
-        ("those who share it while others wait", closing(), BUSY, BUSY),
-        ("the server, that is told of the last of those", closed(), ASKED, ASKED),
+        ("no owner", World::new(), ASKED, ASKED),
+        ("a waiter for a shared lock", wanted(Shared), BUSY, ASKED),
+        ("a waiter for an exclusive lock", wanted(Exclusive), BUSY, BUSY),
+        ("a shared holder", held(Shared), BUSY, GRANTED),
+        ("an exclusive holder", held(Exclusive), BUSY, BUSY),
+        ("a waiter on the server for a shared lock", awaited(Shared), BUSY, BUSY),
+        ("a waiter on the server for an exclusive lock", awaited(Exclusive), BUSY, BUSY),
+        ("shared holders while others wait", closing(), BUSY, BUSY),
+        ("the release of the last of those", closed(), ASKED, ASKED),
     ];
     for (who, world, exclusive, shared) in cases {
-        // A wish of one mode must not be in the way of the other.
+        // A request in one mode must not block the other.
         let modes = if shared == GRANTED { [Exclusive, Shared] } else { [Shared, Exclusive] };
         let mut table = world.table;
         for mode in modes {
@@ -576,7 +576,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
     }
 }
 
-/// The owner that gives the lock up hears of it when the server has answered; who leaves it to others need not.
+/// The last owner to release the lock is notified when the server has answered; the others need not wait.
 #[test]
 fn the_last_to_leave_is_told() {
     let mut world = shared_by(2);
@@ -595,7 +595,7 @@ fn the_last_to_leave_is_told() {
     assert_eq!(effects, [Effect::Released(7, true)]);
 }
 
-/// An answer counts for its own step, when that was taken, and once.
+/// An answer counts only for its own step, only after that was taken, and only once.
 #[test]
 fn answers_to_other_steps_do_not_count() {
     let mut world = World::new();
@@ -612,7 +612,7 @@ fn answers_to_other_steps_do_not_count() {
     assert!(!counts(&mut world.table, id));
 }
 
-/// After a step of which nobody knew how far it came, the table goes on from what the server has granted.
+/// After a step with an unknown result, the table goes on from what the server has granted.
 #[test]
 fn what_the_server_has_granted_is_believed() {
     for granted in [true, false] {
@@ -634,7 +634,7 @@ fn what_the_server_has_granted_is_believed() {
     }
 }
 
-/// Only two who share a lock and both want it alone would wait for each other for ever.
+/// Only two owners that share a lock and both want it exclusively would wait for each other for ever.
 #[test]
 fn an_upgrade_goes_before_who_holds_nothing() {
     let mut world = World::new();
@@ -665,8 +665,8 @@ fn a_step_follows_what_is_needed() {
     assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
 }
 
-/// While another owner shares a lock, there is nothing to ask for one who wants it alone; nor for one who
-/// wants to share it, once another process was seen waiting.
+/// While another owner shares a lock, there is nothing to ask the server for an exclusive waiter; nor for a
+/// shared waiter, once another process was seen waiting.
 #[test]
 fn nothing_is_asked_that_must_be_waited_for() {
     let mut world = shared_by(1);
@@ -683,7 +683,7 @@ fn nothing_is_asked_that_must_be_waited_for() {
     assert_eq!(world.waiting.len(), 1);
 }
 
-/// Of the requests for a lock that is busy, only those that wait stay queued.
+/// Of the requests for a busy lock, only those that wait stay queued.
 #[test]
 fn who_only_tries_is_refused_when_the_server_says_so() {
     let mut world = World::new();
@@ -697,7 +697,7 @@ fn who_only_tries_is_refused_when_the_server_says_so() {
     assert_eq!(steps, [Step::Wait(Mode::Shared)]);
 }
 
-/// A session that was opened to wait for one key goes with it.
+/// A session that was opened to wait for one key ends with it.
 #[test]
 fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     let mut world = World::new();
@@ -708,7 +708,7 @@ fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     world.act(Act::Answer);
     assert!(world.guards.iter().all(|guard| !guard.seat.is_shared()));
     world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, patient: true });
-    // Others are to get their turn.
+    // It is another process's turn.
     world.act(Act::Later);
     world.act(Act::Leave { which: 0 });
     let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
