@@ -55,7 +55,7 @@ use conn::Conn;
 use ledger::{Join, Ledger};
 use servers::Server;
 
-/// How long a statement may take that never waits for a lock. After that the session is lost.
+/// How long a statement may take that never waits for a lock. After that the connection is closed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// One connection, and the guards that depend on it.

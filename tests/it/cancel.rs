@@ -187,7 +187,7 @@ async fn acquiring_a_permit_when_none_is_free() {
     }
 }
 
-/// One who waits in the process, behind another who goes on.
+/// A waiter in the process, behind another waiter that goes on.
 #[tokio::test]
 async fn waiting_for_a_permit_behind_others() {
     let db = TestDb::new().await;

@@ -188,7 +188,7 @@ async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
         let mut conn = pool.acquire().await.unwrap();
         drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
         drop(conn);
-        // At once, for the acquire itself ends a transaction that is older than two milliseconds.
+        // At once, because the acquire itself ends a transaction that is older than two milliseconds.
         let idle = async {
             while pool.num_idle() == 0 {
                 tokio::task::yield_now().await;

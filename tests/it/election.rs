@@ -57,7 +57,7 @@ async fn one_leads_and_the_others_wait_for_their_turn() {
     next.verify().await.unwrap();
     next.resign().await.unwrap();
 
-    let tried = other.try_campaign().await.unwrap().expect("nobody leads");
+    let tried = other.try_campaign().await.unwrap().expect("no candidate leads");
     drop(tried);
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
@@ -177,7 +177,7 @@ async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
     again.resign().await.unwrap();
 }
 
-/// The heartbeat's bound is up, and nobody has looked meanwhile: no task could run.
+/// The heartbeat's bound has passed, and no task has checked the session, because none could run.
 #[tokio::test]
 async fn a_status_says_no_by_the_clock_alone() {
     let db = TestDb::new().await;
@@ -328,7 +328,7 @@ async fn an_observer_tells_each_change_once() {
     let second = Some(("ada".to_owned(), Some(leadership.term())));
     assert_ne!(first, second);
     assert_eq!(next().await, second);
-    // The same leader, but another term; nobody has looked in between.
+    // The same leader, but another term; the observer has not looked in between.
     leadership.resign().await.unwrap();
     let leadership = ada.campaign().await.unwrap();
     assert_eq!(next().await, Some(("ada".to_owned(), Some(leadership.term()))));
@@ -523,7 +523,7 @@ async fn a_name_is_put_back_on_a_connection_that_the_application_has_used() {
 
 /// Runs `call` on a fresh candidate and drops it after every number of polls until it completes, with
 /// a cold and with a warm pool; after each nothing may be left but what `held` says others hold.
-/// Repeats that until it was dropped at so many points in all.
+/// Repeats that until it was dropped at `points` points in all.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
 async fn dropped_at_every_poll(
     points: usize,
@@ -616,7 +616,7 @@ async fn looking_dropped_at_every_poll() {
     dropped_at_every_poll(2, 1, &db, changed).await;
 }
 
-/// Candidates that give up at random points keep nobody from being elected.
+/// Candidates that stop at random points do not keep the others from being elected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn never_two_lead_while_others_give_up_at_random() {
     let db = TestDb::new().await;

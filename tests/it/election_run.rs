@@ -419,7 +419,7 @@ async fn a_leader_that_fails_pauses_and_reports_its_error() {
         sleep(Duration::from_millis(200)).await;
         assert!(matches!(&error, Error::LeaderFailed { .. }));
         // It pauses, so another candidate is elected.
-        let other = election(&pool).try_campaign().await.unwrap().expect("nobody leads");
+        let other = election(&pool).try_campaign().await.unwrap().expect("no candidate leads");
         sleep(Duration::from_secs(2)).await;
         // It waits for the other, so it does not fail any more.
         assert!(matches!(status.state(), LeaderState::Waiting), "{:?}", status.state());

@@ -36,7 +36,7 @@ pub(crate) fn is_told_well(error: &Error, advice: &str) {
     }
 }
 
-/// Waits until so many sessions hold a lock, and so many wait for one; returns the waiters.
+/// Waits until the server shows these numbers of holders and waiters; returns the waiters.
 pub(crate) async fn becomes(admin: &mut PgConnection, holders: usize, waiters: usize) -> Vec<i32> {
     let started = Instant::now();
     loop {
@@ -69,19 +69,19 @@ pub(crate) async fn execute(conn: &mut PgConnection, statement: String) {
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.unwrap();
 }
 
-/// A pool that connects when it must, and for so long tries a server that is not there.
+/// A pool that connects lazily, and tries to reach an absent server for `acquire_timeout`.
 pub(crate) fn lazy(options: PgConnectOptions, acquire_timeout: Duration) -> PgPool {
     let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(acquire_timeout);
     pool.connect_lazy_with(options)
 }
 
-/// A pool of one connection, with so much patience of its own.
+/// A pool of one connection, with the given timeout of its own.
 pub(crate) async fn one_connection(db: &TestDb, acquire_timeout: Duration) -> PgPool {
     let options = PgPoolOptions::new().max_connections(1).acquire_timeout(acquire_timeout);
     options.connect_with(db.options()).await.unwrap()
 }
 
-/// The message tells the pool's timeout from the lock's.
+/// The message distinguishes the pool's timeout from the lock's.
 pub(crate) fn is_exhausted(error: &Error) {
     assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
     is_told_well(error, "waiting for a connection of the pool, not for the lock");
@@ -95,8 +95,8 @@ pub(crate) fn is_deadlock(error: &Error) {
     assert!(error.is_transient());
 }
 
-/// Something else unlocked it: the guard finds out when it is released, and the connection, of which
-/// nobody knows what else was done to it, is closed.
+/// Something else unlocked it: the guard detects that when it is released. The connection is closed,
+/// because its state is unknown.
 #[tokio::test]
 async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
     let db = TestDb::new().await;
@@ -149,7 +149,7 @@ async fn a_pool_is_exhausted_by_guards_too() {
     works(&mut lock).await;
 }
 
-/// What a shared guard holds is not given up with the wait for more.
+/// When the wait for an upgrade is cancelled, the shared guard keeps its lock.
 #[tokio::test]
 async fn a_wait_is_cancelled_without_harm_to_a_guard_of_the_same_handle() {
     let db = TestDb::new().await;

@@ -53,7 +53,7 @@ impl Drop for Witness {
 #[tokio::test]
 #[ignore = "is a role: another test runs it as a process"]
 async fn candidate() {
-    // Without a database it is nobody's role.
+    // Without a database, no test runs it as a role.
     let Ok(url) = env::var(URL) else { return };
     let witness = File::open(env::var(WITNESS).unwrap()).unwrap();
     let options = PgConnectOptions::from_str(&url).unwrap();
@@ -64,7 +64,7 @@ async fn candidate() {
         if cue == "campaign" {
             let leadership = election.campaign().await.unwrap();
             // A process that was killed may close its connections before its files. One that lives
-            // closes nothing until it is told to.
+            // closes nothing until the test asks it to.
             let elected = Instant::now();
             while witness.try_lock().is_err() {
                 assert!(elected.elapsed() < SOON, "two lead");
@@ -255,7 +255,7 @@ async fn a_hundred_candidates_are_quiet_while_nothing_happens() {
     let messages = hundred.messages(mark);
     println!("{HUNDRED} candidates: {messages} messages in {QUIET} s");
     assert!(messages > 0, "the log does not show what is sent");
-    // The leader's heartbeats: who waits sends a statement a minute.
+    // The leader's heartbeats: a waiting candidate sends a statement a minute.
     assert!(messages < 4 * QUIET, "{messages} messages in {QUIET} s");
     hundred.candidates.shutdown().await;
 }

@@ -37,10 +37,10 @@ async fn take_turns(mut lock: Lock, time: Duration) -> Vec<(Duration, bool)> {
     waits
 }
 
-/// What a process does: is told for how many milliseconds, and says how many holds it had, and the median,
+/// What a process does: reads how many milliseconds to run, and prints how many holds it had, and the median,
 /// the longest, and the longest after the start of its waits in microseconds.
 async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
-    // Without a database it is nobody's role.
+    // Without a database, no test runs it as a role.
     let Ok(url) = env::var(URL) else { return };
     let options = PgConnectOptions::from_str(&url).unwrap();
     let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();

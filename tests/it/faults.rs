@@ -1,4 +1,4 @@
-//! The table of faults in the guide: what the holder is told, and when the lock is free for others.
+//! The table of faults in the guide: what is reported to the holder, and when the lock is free for others.
 //!
 //! A test here is a row that no other file has. Another service waits for the lock before the fault,
 //! and gets it after; then nothing is left, on the server or in the pool.
@@ -61,7 +61,7 @@ impl Next {
         self.waiting.try_join_next().is_none()
     }
 
-    /// Waits until it had the lock, and returns when that was. Then nobody has it.
+    /// Waits until it had the lock, and returns when that was. Then no session holds it.
     async fn had_it(mut self, limit: Duration, db: &TestDb) -> Duration {
         let granted = timeout(limit, self.waiting.join_next()).await.unwrap().unwrap().unwrap();
         no_locks(&mut db.admin().await).await;
@@ -70,13 +70,13 @@ impl Next {
     }
 }
 
-/// Checks that the holder is told of no loss for a time.
+/// Checks that no loss is reported to the holder for a time.
 async fn keeps(guard: &ExclusiveGuard, time: Duration) {
     let told = timeout(time, guard.lost()).await;
     assert!(told.is_err(), "lost: {told:?}");
 }
 
-/// Holds lock 1 as it is told, and says how that is.
+/// Holds lock 1 on command, and reports its state.
 #[tokio::test]
 #[ignore = "is a role: the tests below run it as a process"]
 async fn service() {
@@ -362,11 +362,11 @@ async fn the_server_has_no_connection_left() {
     let late = PgPoolOptions::new().acquire_timeout(SECOND / 2).connect_lazy_with(db.options());
     let error = Lock::new(&late, 1).acquire().await.unwrap_err();
     assert!(matches!(error, Error::Connect { .. }) && error.is_transient(), "{error:?}");
-    // Who holds and who waits is connected already.
+    // The holder and the waiter are connected already.
     keeps(&guard, BOUND * 2).await;
     assert!(next.still_waits());
 
-    // But nobody can ask about a connection that is lent, if the pool has no other.
+    // But the heartbeat of a borrowed connection needs another connection, and the pool has none.
     let connection = guard.connection().await.unwrap();
     let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
     assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
@@ -445,7 +445,7 @@ async fn the_clock_of_the_server_is_set() {
     borrow_all(&pool).await;
 }
 
-/// A wait that is given up leaves the queue all the same, at the latest with its slice.
+/// A wait that is cancelled leaves the queue all the same, at the latest at the end of its slice.
 #[tokio::test]
 async fn the_clock_of_the_server_is_set_while_another_waits() {
     let Some(clock) = WallClock::new() else { return };
@@ -473,7 +473,7 @@ async fn the_clock_of_the_server_is_set_while_another_waits() {
     borrow_all(&pool).await;
 }
 
-/// Nobody is left to look at the session, so it is given up at once.
+/// No task is left to check the session, so it is lost at once.
 #[test]
 fn the_runtime_is_shut_down() {
     let watcher = Runtime::new().unwrap();

@@ -104,7 +104,7 @@ async fn the_queries_for_psql_find_what_they_say() {
     assert!(settings.len() >= 4);
     assert!(settings.iter().all(|row| row.get::<&str, _>("context") == "user"));
 
-    // Last, for it takes the lock away.
+    // Last, because it takes the lock away.
     let ended = run(&mut psql, has(&operations, "pg_terminate_backend")).await;
     let [ended] = ended.as_slice() else { panic!("{} rows", ended.len()) };
     assert_eq!((ended.get("pid"), ended.get("ended")), (holder.backend_pid(), true));

@@ -1,4 +1,4 @@
-//! What is told of a loss, and how a session of its own is kept from it.
+//! How a loss is reported, and how a session of its own is kept from it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon};
 
-/// Gives up after a second; the server after three.
+/// The holder times out after a second; the server after three.
 pub(crate) fn impatient() -> LockOptions {
     let second = soon();
     LockOptions::new()
@@ -22,7 +22,7 @@ pub(crate) fn impatient() -> LockOptions {
         .keepalives_retries(2)
 }
 
-/// Is not asked in the time that a test takes.
+/// No heartbeat is due in the time that a test takes.
 pub(crate) fn patient() -> LockOptions {
     let second = Duration::from_secs(1);
     LockOptions::new()

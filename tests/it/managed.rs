@@ -14,7 +14,7 @@ pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into
     Lock::new(&LockManager::new(&options.on(pool).unwrap()), key)
 }
 
-/// How many sessions so many handles of so many services have on one key.
+/// How many sessions this number of handles of this number of services use for one key.
 pub(crate) fn sessions(_handles: usize, services: usize) -> usize {
     services
 }
@@ -22,7 +22,7 @@ pub(crate) fn sessions(_handles: usize, services: usize) -> usize {
 /// Whether what one handle holds is on a session that no other handle uses.
 pub(crate) const ALONE: bool = false;
 
-/// Whether a dropped guard releases its lock though nobody drives the runtime.
+/// Whether a dropped guard releases its lock even if the runtime is not driven.
 pub(crate) const LETS_GO_UNDRIVEN: bool = false;
 
 #[path = "both/all.rs"]

@@ -48,14 +48,14 @@ async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     guard.release().await.unwrap();
 
     sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
-    // Nothing on this runtime runs meanwhile, and so nobody hears of it.
+    // Nothing on this runtime runs meanwhile, so no task detects it.
     std::thread::sleep(Duration::from_millis(200));
     let guard = lock.acquire().await.unwrap();
     assert_ne!(guard.backend_pid(), pid);
     guard.release().await.unwrap();
 }
 
-/// A database that lies about the unlocks of the keys in `trap.lie`, after so many seconds.
+/// A database that lies about the unlocks of the keys in `trap.lie`, after the `seconds` given there.
 async fn with_a_trap() -> (TestDb, PgPool) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
@@ -73,7 +73,7 @@ async fn with_a_trap() -> (TestDb, PgPool) {
     (db, pool)
 }
 
-/// Then nobody knows what the session holds.
+/// Then it is unknown what the session holds.
 #[tokio::test]
 async fn an_unlock_answered_false_is_a_loss_of_all() {
     let (db, pool) = with_a_trap().await;
@@ -224,7 +224,7 @@ struct Inside(Arc<AtomicUsize>);
 
 impl Inside {
     async fn alone(&self) {
-        assert_eq!(self.0.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+        assert_eq!(self.0.fetch_add(1, Ordering::SeqCst), 0, "another holder is inside");
         tokio::task::yield_now().await;
         assert_eq!(self.0.fetch_sub(1, Ordering::SeqCst), 1);
     }
@@ -392,7 +392,7 @@ async fn a_full_lock_table_fails_some_and_loses_none() {
     }
     assert!(failed > 0);
     assert!(guards.iter().all(|guard| !guard.is_lost()));
-    // While the table is full, nobody can ask what is in it.
+    // While the table is full, no session can query it.
     for guard in guards {
         guard.release().await.unwrap();
     }
@@ -652,7 +652,7 @@ fn a_runtime_that_goes_down_leaves_nobody_waiting() {
     });
 }
 
-/// Nothing of a manager that nobody uses goes on: with the last handle, the pool is gone.
+/// An unused manager leaves nothing running: the pool is dropped with the last handle.
 #[tokio::test]
 async fn an_unused_manager_keeps_no_pool_alive() {
     let db = TestDb::new().await;
@@ -663,7 +663,7 @@ async fn an_unused_manager_keeps_no_pool_alive() {
         let pool = db.pool(3).await;
         let manager = LockManager::new(&pool);
         let mut lock = Lock::new(&manager, 1);
-        // Given up while it waits, and granted after a wait that outlives the shared session.
+        // A wait that times out, and one that is granted after the shared session has ended.
         assert!(lock.try_acquire_for(SOON / 10).await.unwrap().is_none());
         let mut waits = Box::pin(lock.acquire());
         timeout(SOON * 2, &mut waits).await.unwrap_err();

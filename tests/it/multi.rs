@@ -156,7 +156,7 @@ async fn many_keys_that_are_refused_at_the_last_are_given_up_in_time() {
     let mut locks = MultiLock::new(&pool, 0..4000);
     let started = Instant::now();
     assert!(locks.try_acquire().await.unwrap().is_none());
-    report(format_args!("refused and given up after {:?}", started.elapsed()));
+    report(format_args!("refused and released after {:?}", started.elapsed()));
     becomes(&mut admin, &[(3999, true)]).await;
     held.release().await.unwrap();
     no_locks(&mut admin).await;
@@ -339,7 +339,7 @@ async fn a_loss_is_told_whichever_key_it_is_of() {
     }
 }
 
-/// Who is inside each key: -1 a writer, else so many readers.
+/// The holders of each key: -1 for a writer, otherwise the number of readers.
 #[derive(Debug, Default)]
 struct Inside([AtomicI32; 6]);
 
@@ -349,7 +349,7 @@ impl Inside {
         match mode {
             Mode::Exclusive => {
                 let found = inside.swap(-1, Ordering::SeqCst);
-                assert_eq!(found, 0, "a writer finds somebody with key {key}");
+                assert_eq!(found, 0, "a writer finds another holder of key {key}");
             }
             Mode::Shared => {
                 let found = inside.fetch_add(1, Ordering::SeqCst);

@@ -11,7 +11,7 @@ pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into
     Lock::new(&options.on(pool).unwrap(), key)
 }
 
-/// How many sessions so many handles of so many services have on one key.
+/// How many sessions this number of handles of this number of services use for one key.
 pub(crate) fn sessions(handles: usize, _services: usize) -> usize {
     handles
 }
@@ -19,7 +19,7 @@ pub(crate) fn sessions(handles: usize, _services: usize) -> usize {
 /// Whether what one handle holds is on a session that no other handle uses.
 pub(crate) const ALONE: bool = true;
 
-/// Whether a dropped guard releases its lock though nobody drives the runtime.
+/// Whether a dropped guard releases its lock even if the runtime is not driven.
 pub(crate) const LETS_GO_UNDRIVEN: bool = true;
 
 #[path = "both/all.rs"]

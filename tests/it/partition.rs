@@ -67,7 +67,7 @@ fn options() -> LockOptions {
         .wait_slice(SECOND * 2)
 }
 
-/// Holds and waits as it is told, and says when it learns of a loss.
+/// Holds and waits on command, and reports when it detects a loss.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: the tests below run it as a process on the far side"]
 async fn far_side() {
@@ -106,7 +106,7 @@ async fn hold(mut lock: Lock, kind: String) {
             let mut lent = guard.connection().await.unwrap();
             let query = sqlx::query("SELECT pg_sleep(60)").execute(&mut *lent);
             tokio::select! {
-                ended = query => assert!(ended.is_err(), "nobody sleeps that long"),
+                ended = query => assert!(ended.is_err(), "the query sleeps for longer"),
                 () = told => {}
             }
         }
@@ -385,7 +385,7 @@ async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
     }
 }
 
-/// Stands still as it is told, while it holds, and says what it finds when it goes on.
+/// Is stopped while it holds, and reports what it finds when it goes on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: the tests below run it as a process that is stopped"]
 async fn sleeper() {
@@ -447,8 +447,8 @@ fn found(said: &str) -> (&str, Duration) {
     (found, Duration::from_nanos(at.parse().unwrap()))
 }
 
-/// Its kernel still answers for a process that is stopped, so the server lets nobody in before it goes
-/// on; and then it knows at once.
+/// The kernel still answers for a stopped process, so the server admits no other session before the
+/// process goes on; and then the process detects the loss at once.
 #[tokio::test]
 async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
     let db = TestDb::new().await;

@@ -82,7 +82,7 @@ mod in_transaction_mode {
         is_found(guard.release().await).map_or("release", |()| "nothing was wrong")
     }
 
-    /// Meets poolers with so many other clients; prints when they were found out.
+    /// Uses poolers with this number of other clients; prints at which step they were detected.
     #[expect(clippy::print_stdout, reason = "a measurement is to be read")]
     async fn meet(clients: usize) -> BTreeMap<&'static str, usize> {
         let server = Server::start();
@@ -100,7 +100,7 @@ mod in_transaction_mode {
                     if round % 2 == 0 { hold(&pool).await } else { hold_shortly(&pool).await };
                 *found.entry(when).or_default() += 1;
                 *total.entry(when).or_default() += 1;
-                // A caller that is told has nothing, on whichever server connection it was.
+                // A caller that got the error holds nothing, on any server connection.
                 locks_are(&mut admin, 0, PATIENCE).await;
                 drop(others);
             }
@@ -206,7 +206,7 @@ mod in_transaction_mode {
     }
 }
 
-/// So that nobody looks for it before the lock.
+/// So that no check detects the pooler before the lock.
 mod that_turns_from_session_to_transaction_mode {
     use super::*;
 
@@ -373,7 +373,7 @@ mod in_session_mode {
             let shared = waited.unwrap();
             shared.verify().await.unwrap();
 
-            // A loss is told.
+            // A loss is reported.
             let pid = shared.backend_pid();
             execute(&mut admin, &format!("SELECT pg_terminate_backend({pid})")).await;
             let lost = timeout(PATIENCE, shared.lost()).await.unwrap();

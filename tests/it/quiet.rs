@@ -166,7 +166,7 @@ async fn a_wait_holds_no_snapshot_for_longer_than_a_slice() {
         let started = Instant::now();
         let mut snapshots: Vec<(String, Instant, Instant)> = Vec::new();
         while started.elapsed() < SLICE * 4 {
-            // Uses up a transaction id, so that a new snapshot is told from an old one.
+            // Uses up a transaction id, so that a new snapshot differs from an old one.
             let found: Option<String> = sqlx::query_scalar(
                 "SELECT min(backend_xmin::text) FROM pg_stat_activity
                  WHERE wait_event = 'advisory' AND datname = current_database()
@@ -193,8 +193,8 @@ async fn a_wait_holds_no_snapshot_for_longer_than_a_slice() {
     assert!(oldest < LONGEST, "a snapshot is held for {oldest:?}");
 }
 
-/// Subscribers that take nothing. While there is one subscriber only, `tracing` remembers of a place in the
-/// code that nobody listens to it, if it is first reached on another thread; of several it asks each.
+/// Subscribers that record nothing. While there is only one subscriber, `tracing` disables a callsite that is
+/// first reached on another thread, and caches that; with several subscribers it asks each of them.
 static BYSTANDERS: LazyLock<[Dispatch; 2]> =
     LazyLock::new(|| std::array::from_fn(|_| Dispatch::new(Registry::default())));
 

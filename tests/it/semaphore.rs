@@ -24,13 +24,13 @@ const SEED: &str = "PGLOCK_SEMAPHORE_SEED";
 /// How many permits there are where several processes share them.
 const PERMITS: usize = 3;
 
-/// A pool on the database of a role. Without, it is nobody's role.
+/// A pool on the database of a role. `None` if no test runs it as a role.
 fn role_pool(max_connections: u32) -> Option<PgPool> {
     let options = PgConnectOptions::from_str(&env::var(URL).ok()?).unwrap();
     Some(PgPoolOptions::new().max_connections(max_connections).connect_lazy_with(options))
 }
 
-/// Waits until the server has so many sessions that wait for a lock.
+/// Waits until `count` sessions wait for a lock on the server.
 async fn waiters_are(admin: &mut PgConnection, count: usize) {
     let started = Instant::now();
     loop {
@@ -43,8 +43,8 @@ async fn waiters_are(admin: &mut PgConnection, count: usize) {
     }
 }
 
-/// Waits until there are so many locks, all exclusive: the permits that are out, and the first place in
-/// the queue of those who wait.
+/// Waits until there are `count` locks, all exclusive: the permits that are held, and the first place in
+/// the queue of the waiters.
 async fn first_waits(admin: &mut PgConnection, count: usize) {
     let started = Instant::now();
     loop {
@@ -58,9 +58,9 @@ async fn first_waits(admin: &mut PgConnection, count: usize) {
     }
 }
 
-/// Uses what a permit stands for: a row that nobody else may have locked.
+/// Uses what a permit stands for: a row that no other session may have locked.
 ///
-/// A witness that knows nothing of advisory locks: when a session ends, the server gives up its row
+/// This check does not depend on advisory locks: when a session ends, the server releases its row
 /// locks first.
 async fn use_seat(permit: &Permit, state: &mut u64) {
     let mut conn = permit.connection().await.unwrap();
@@ -96,14 +96,14 @@ async fn work(semaphore: Semaphore, seed: u64, stop: Arc<AtomicBool>) -> usize {
                 }
             }
             Ok(None) => {}
-            // So little patience that it may run out before the pool has lent a connection.
+            // The timeout is so short that it may pass before the pool returns a connection.
             Err(error) => assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}"),
         }
     }
     had
 }
 
-/// Works until it is told to stop, then tells how many permits it had.
+/// Works until the test stops it, then reports how many permits it had.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: another test runs it as a process"]
 async fn worker() {
@@ -428,7 +428,7 @@ async fn who_tries_does_not_overtake_who_waits() {
         let tries = async {
             let mut tried = 0;
             while !waiting.is_finished() {
-                assert!(other.try_acquire().await.unwrap().is_none(), "overtook who waits");
+                assert!(other.try_acquire().await.unwrap().is_none(), "overtook a waiter");
                 tried += 1;
             }
             assert!(tried > 0);
@@ -467,7 +467,7 @@ async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
     borrow_all(&pool).await;
 }
 
-/// What a wait needed is given up before it is over.
+/// A wait releases what it needed before it ends.
 #[tokio::test]
 async fn who_tries_gets_what_is_free_after_a_wait() {
     let db = TestDb::new().await;
@@ -483,7 +483,7 @@ async fn who_tries_gets_what_is_free_after_a_wait() {
         two.release().await.unwrap();
         let third = timeout(SOON * 10, waiting).await.unwrap().unwrap();
         let tried = semaphore.try_acquire().await.unwrap();
-        assert!(tried.is_some(), "round {round}: nobody waits any more");
+        assert!(tried.is_some(), "round {round}: no task waits any more");
         drop((third, tried));
         no_locks(&mut admin).await;
     }
@@ -674,7 +674,7 @@ async fn a_bounded_wait_ends_in_time() {
         locks_are(&mut admin, 1, SOON).await;
     }
 
-    // Where the pool has no connection, that is told, and in time too.
+    // Where the pool has no connection, an error says so, also in time.
     let mut rest = Vec::new();
     for _ in 1..pool.options().get_max_connections() {
         rest.push(pool.acquire().await.unwrap());
@@ -685,7 +685,7 @@ async fn a_bounded_wait_ends_in_time() {
         assert!(matches!(error, Error::PoolTimedOut { .. }) && error.is_transient(), "{error:?}");
         assert!(started.elapsed() < patience + SOON * 2, "{:?}", started.elapsed());
     }
-    // Unless the time was spent behind another who waits.
+    // Unless the time was spent behind another waiter.
     let (first, second) = join!(
         semaphore.try_acquire_for(PATIENCE),
         semaphore.try_acquire_for(PATIENCE + Duration::from_millis(1)),
@@ -763,7 +763,7 @@ async fn release(waiting: tokio::task::JoinHandle<Permit>) {
 async fn who_waits_goes_on_after_a_restart_of_the_server() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
-    // Over TCP the pool tries again while nobody listens.
+    // Over TCP the pool retries while no server listens.
     let options = server.tcp_options().database(db.name());
     let connect = || PgPoolOptions::new().max_connections(3).connect_with(options.clone());
     let (pool, elsewhere) = (connect().await.unwrap(), connect().await.unwrap());

@@ -122,7 +122,7 @@ async fn waits_on(wait_sessions: usize, locks: u32) {
     eventually("as many connections as there should be wait", PATIENCE, waiting).await;
     let size = other.size();
     assert!(size <= u32::try_from(wait_sessions).unwrap() + 2, "{size} connections");
-    // Those that are in nobody's queue get theirs too.
+    // Waiters whose key no session waits for on the server get theirs too.
     for guard in held {
         guard.release().await.unwrap();
     }
@@ -244,7 +244,8 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     timeout(SOON, next).await.unwrap().unwrap().unwrap();
 }
 
-/// Where there is no timer: while others share the lock, and when the server is told.
+/// Outside of a runtime there is no timer. The first release leaves the lock to the other owner, and the last
+/// one asks the server.
 #[test]
 fn a_release_may_be_awaited_outside_of_a_runtime() {
     let runtime = runtime();
@@ -335,7 +336,7 @@ fn a_waiter_outlives_the_runtime_that_acquired_first() {
     }
 }
 
-/// A current-thread runtime that nobody drives any more is not waited for.
+/// Other runtimes do not wait for a current-thread runtime that is no longer driven.
 #[test]
 fn a_runtime_that_is_not_driven_is_replaced() {
     let beat = Duration::from_millis(500);
@@ -380,7 +381,7 @@ fn a_runtime_that_is_not_driven_is_replaced() {
     second.block_on(async { drop(db.admin().await) });
 }
 
-/// So many that a cost for each that grows with their number would be felt.
+/// With this number of waiters, a cost per waiter that grows with their number would be noticed.
 #[tokio::test]
 async fn many_give_up_together() {
     const WAITERS: usize = 10_000;

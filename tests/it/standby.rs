@@ -118,7 +118,7 @@ async fn a_promotion_ends_no_session_and_takes_no_lock() {
     ours.verify().await.unwrap();
     assert!(!ours.is_lost());
     assert!(lock.try_acquire().await.unwrap().is_none());
-    // Two hold the key, one on either server. Only what they write tells them apart.
+    // Two sessions hold the key, one on each server. Only their writes distinguish them.
     theirs.verify().await.unwrap();
     assert!(ours.fencing_token().await.unwrap() > 0);
 

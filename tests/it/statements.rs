@@ -158,7 +158,7 @@ async fn a_downgrade_and_an_upgrade_cost_one_statement_or_none() {
     let writing = upgraded(reading.try_upgrade().await.unwrap());
     also_writing.release().await.unwrap();
     assert_eq!(statements(&server, mark), Vec::<String>::new());
-    // It is held in both modes by now, and given up in one statement.
+    // It is held in both modes by now, and released in one statement.
     writing.release().await.unwrap();
     assert_eq!(statements(&server, mark).len(), 1);
 }

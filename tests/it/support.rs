@@ -170,7 +170,7 @@ pub(crate) async fn unless_it_waits<T>(
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // Whose patience is short gives up in this time.
+        // A call with a short timeout times out meanwhile.
         tokio::time::sleep(Duration::from_millis(200)).await;
     });
     tokio::select! {
@@ -180,8 +180,8 @@ pub(crate) async fn unless_it_waits<T>(
     }
 }
 
-/// Sweeps until calls were dropped at so many points in all. On a busy machine an answer is often there
-/// before it is looked for, and a call completes at its first poll.
+/// Sweeps until calls were dropped at `points` points in all. On a busy machine an answer is often there
+/// before the call reads it, and a call completes at its first poll.
 pub(crate) async fn dropped_at(points: usize, mut sweep: impl AsyncFnMut() -> usize) {
     let mut dropped = 0;
     for _ in 0..100 {
@@ -236,7 +236,7 @@ async fn acquire(pool: &PgPool) -> PoolConnection<Postgres> {
 /// A pool that soon says so when the server is gone: for half a minute it would go on connecting.
 pub(crate) fn impatient_pool(db: &TestDb) -> PgPool {
     let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4);
-    // Lazily, for the first connection may take longer on a busy machine.
+    // Lazily, because the first connection may take longer on a busy machine.
     pool.connect_lazy_with(db.options())
 }
 

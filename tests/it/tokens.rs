@@ -39,7 +39,7 @@ async fn lose(guard: &ExclusiveGuard, admin: &mut PgConnection) {
     timeout(SOON * 10, guard.lost()).await.unwrap();
 }
 
-/// A database with an invoice that nobody has paid yet.
+/// A database with an invoice that is not paid yet.
 async fn invoice() -> TestDb {
     let db = TestDb::new().await;
     let schema = "CREATE TABLE invoice (id int, paid bool, token int8);
@@ -57,7 +57,7 @@ async fn a_guarded_write_refuses_who_has_lost_the_lock() {
     let (stale, old) = hold(&pool).await;
     assert_eq!(write(GUARDED, old, &mut conn).await, Ok(1));
     lose(&stale, &mut db.admin().await).await;
-    // Nobody else was here yet.
+    // No other holder has written yet.
     assert_eq!(write(GUARDED, old, &mut conn).await, Ok(1));
 
     let (guard, new) = hold(&pool).await;

@@ -55,15 +55,15 @@ impl Entry {
     }
 }
 
-/// Subscribers that hear nothing, for as long as the process lives.
+/// Subscribers that record nothing, for as long as the process lives.
 ///
-/// What is first told while there is one subscriber only, on a thread that is not his, is told to nobody
-/// from then on: `tracing` asks that thread's subscriber, who is none, and remembers the answer. Of two
-/// and more it asks them all.
+/// While there is only one subscriber, a callsite that is first reached on a thread without it is disabled
+/// from then on: `tracing` asks only that thread's subscriber, which is the empty one, and caches the answer.
+/// With two or more subscribers it asks all of them.
 static BYSTANDERS: LazyLock<[Dispatch; 2]> =
     LazyLock::new(|| std::array::from_fn(|_| Dispatch::new(Registry::default())));
 
-/// All that was told on this thread: a current-thread runtime runs its tasks there too.
+/// All that was logged on this thread: a current-thread runtime runs its tasks there too.
 struct Told {
     entries: Arc<Mutex<Vec<Entry>>>,
     _capturing: DefaultGuard,
@@ -145,7 +145,7 @@ async fn has_waiter(admin: &mut PgConnection) {
             sleep(Duration::from_millis(2)).await;
         }
     };
-    assert!(timeout(PATIENCE, waiting).await.is_ok(), "nobody waits");
+    assert!(timeout(PATIENCE, waiting).await.is_ok(), "no session waits");
 }
 
 /// One span for each acquire, that says how it ended; stacked ones too.
@@ -276,7 +276,7 @@ async fn an_acquire_never_polled_has_no_span() {
     assert!(told.acquires().is_empty());
 }
 
-/// The release is told from the task that makes it, whether or not anybody waits for it.
+/// The release is logged by the task that makes it, whether or not a caller awaits it.
 #[tokio::test]
 async fn a_release_is_a_trace_event() {
     let db = TestDb::new().await;
@@ -288,7 +288,7 @@ async fn a_release_is_a_trace_event() {
     let pid = guard.backend_pid().to_string();
     guard.release().await.unwrap();
     drop(lock.acquire().await.unwrap());
-    eventually("both releases are told", PATIENCE, || async {
+    eventually("both releases are logged", PATIENCE, || async {
         told.events(Level::TRACE).len() == 2
     })
     .await;
@@ -300,7 +300,7 @@ async fn a_release_is_a_trace_event() {
     told.nothing_loud();
 }
 
-/// An acquire that was dropped tells what its task does about it.
+/// An acquire that was dropped logs what its task does about it.
 #[tokio::test]
 async fn an_abandoned_wait_is_a_debug_event() {
     let db = TestDb::new().await;
@@ -314,7 +314,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
         _ = lock.acquire() => panic!("the lock is held"),
         () = has_waiter(&mut admin) => {}
     }
-    eventually("the abandonment is told", PATIENCE, || async {
+    eventually("the abandonment is logged", PATIENCE, || async {
         !told.events(Level::DEBUG).is_empty()
     })
     .await;
@@ -326,7 +326,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
     told.nothing_loud();
 }
 
-/// A connection that the pool must not have back is the one thing that nobody else reports.
+/// That a connection must not return to the pool is reported in no other way.
 #[tokio::test]
 async fn a_connection_that_is_closed_instead_is_a_warning() {
     let db = TestDb::new().await;
@@ -431,7 +431,7 @@ async fn the_normal_path_is_silent() {
     assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.events(Level::DEBUG));
 }
 
-/// What the application does on the lock's connection is told as ever.
+/// What the application does on the lock's connection is logged as usual.
 #[tokio::test]
 async fn the_applications_own_statements_are_not_silenced() {
     let db = TestDb::new().await;

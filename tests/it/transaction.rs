@@ -336,7 +336,7 @@ async fn a_slice_ends_the_snapshot_of_a_wait_and_a_dropped_wait() {
         let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
         let started = Instant::now();
         loop {
-            // A transaction that writes, for the next snapshot to differ.
+            // A transaction that writes, so that the next snapshot differs.
             execute(&mut watcher, "CREATE TABLE t (); DROP TABLE t").await;
             let now = ask(&mut admin, &format!("coalesce(({xmin})::text, '')")).await;
             if now.parse::<u32>().is_ok_and(|now| now > first) {
