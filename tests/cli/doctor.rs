@@ -88,7 +88,7 @@ async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
     }
 }
 
-/// A role may have to work without the catalog's views. What can't be told is not taken for fine.
+/// A role may have to work without the catalog's views. What can't be determined is not reported as fine.
 #[tokio::test]
 async fn a_role_that_may_not_read_the_catalog_is_examined_all_the_same() {
     let server = Server::start();

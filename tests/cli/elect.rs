@@ -133,7 +133,7 @@ async fn a_restart_of_the_server_is_survived() {
     let mut leader = Running::start(pglock(&db, &args));
     leader.says("led").await;
     server.stop(Shutdown::Fast);
-    // There is nobody to be elected by for a while.
+    // For a while there is no server to elect a leader.
     tokio::time::sleep(Duration::from_secs(2)).await;
     server.restart();
     leader.says("led").await;

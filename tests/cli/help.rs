@@ -19,7 +19,7 @@ fn help_answers_without_a_manual() {
     for word in ["completions", "DATABASE_URL", "name:42", "125"].iter().chain(&COMMANDS) {
         assert!(all.contains(word), "{word}: {all}");
     }
-    // How a command is replaced by another is nobody's business.
+    // How a command is replaced by another is an internal detail.
     assert!(!all.contains("become"), "{all}");
     for (command, word) in [
         ("run", "PGLOCK_TOKEN"),

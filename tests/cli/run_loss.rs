@@ -5,7 +5,7 @@ use pglock_testkit::TestDb;
 
 use crate::support::{Running, is_alive, is_gone, locks_are, pglock, run, terminate_holder};
 
-/// Says its process id, goes on in spite of SIGTERM, and ends when it is told to.
+/// Prints its process id, goes on in spite of SIGTERM, and ends with the exit code that it reads.
 const STUBBORN: &str =
     "trap 'echo told' TERM; echo $$; while :; do read line && exit \"$line\"; done";
 

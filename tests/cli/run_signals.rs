@@ -37,7 +37,7 @@ async fn signals_are_passed_on_to_the_command_once() {
 async fn a_signal_that_the_command_dies_of_is_told_by_the_exit_code() {
     let db = TestDb::new().await;
     let args = ["run", "key", "--", "sh", "-c", "echo ready; exec sleep 1000"];
-    // By SIGINT it ends itself, for a shell looks at that.
+    // On SIGINT it kills itself with that signal, because a shell checks for that.
     for (signal, expected) in [
         (Signal::SIGTERM, (Some(128 + 15), None)),
         (Signal::SIGQUIT, (Some(128 + 3), None)),

@@ -151,7 +151,7 @@ pub(crate) async fn is_gone(pid: i32) {
     eventually("the command is gone", LIMIT, || async { !is_alive(pid) }).await;
 }
 
-/// Waits until so many advisory locks are held, and so many waited for.
+/// Waits until the server shows these numbers of advisory locks, held and waited for.
 pub(crate) async fn locks_are(admin: &mut PgConnection, held: usize, waited_for: usize) {
     let admin = Mutex::new(admin);
     let known = async || {

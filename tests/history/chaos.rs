@@ -99,11 +99,11 @@ impl<'a> Chaos<'a> {
         chaos
     }
 
-    /// Lets faults happen for some time, and until each has been dealt and losses have been told.
+    /// Lets faults happen for some time, and until each has been dealt and losses have been reported.
     /// Returns how often each struck.
     ///
-    /// The last fifth of the time is quiet: a restart would take away what was left behind, and a kill
-    /// whom it is in the way of.
+    /// The last fifth of the time is quiet, because a restart would remove what was left behind, and a kill
+    /// would remove a worker that it blocks.
     pub(crate) async fn rage(mut self, duration: Duration) -> BTreeMap<Fault, usize> {
         let started = Instant::now();
         let mut dealt = 0;
@@ -113,7 +113,7 @@ impl<'a> Chaos<'a> {
         {
             sleep(Duration::from_millis(self.dice.below(300))).await;
             for worker in &mut self.workers {
-                // Before it may be killed, and nobody knows any more.
+                // Before it may be killed, which would hide that.
                 assert!(!worker.role.has_ended(), "worker {} ended by itself", worker.number);
                 worker.resume_if(|until| until < Instant::now());
             }
@@ -197,7 +197,7 @@ impl<'a> Chaos<'a> {
         &mut self.workers[place]
     }
 
-    /// Whether a holder was told of a loss, and one was refused by the register.
+    /// Whether a loss was reported to a holder, and a holder was refused by the register.
     async fn losses_were_told(&mut self) -> bool {
         let told = sqlx::query_scalar(
             "SELECT count(DISTINCT kind) = 2 FROM event WHERE kind IN ('lost', 'refused')",

@@ -8,11 +8,11 @@
 //! order in which the register saw them, whatever session they came through.
 //!
 //! A hold of a manager writes nothing through the lock's session. What it writes is fenced: its begin, too,
-//! is refused if the next one has begun. That alone says nothing of the lock, for it is the register that
-//! keeps the order; but a holder that is refused was not alone, so it must not be told that it held to the end.
+//! is refused if the next one has begun. That alone proves nothing about the lock, because the register keeps
+//! the order; but a holder that is refused was not alone, so its release must not succeed.
 //! So this proves: between the begin of a hold that was released in order, and the last thing it wrote, no
-//! other hold of the key began, of whichever kind. What goes unnoticed is an overlap in which neither writes
-//! any more, or that is told as a loss.
+//! other hold of the key began, of whichever kind. What goes undetected is an overlap in which neither writes
+//! any more, or that is reported as a loss.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -22,7 +22,7 @@ use std::fmt;
 pub(crate) struct Row {
     /// Drawn from a sequence inside the insert.
     pub(crate) id: i64,
-    /// When that was, for the reader: the rules don't trust clocks.
+    /// When that was, only for the reader: the rules don't trust clocks.
     pub(crate) at: String,
     pub(crate) key: i64,
     /// The fencing token, by which a hold is known.
@@ -62,7 +62,7 @@ pub(crate) enum Rule {
     Fenced,
     /// Tokens grow from begin to begin.
     Growing,
-    /// Who was refused has lost the lock, and is told so.
+    /// A holder that was refused has lost the lock, and its release reports that.
     Kept,
     /// What is written through the lock's session comes before the end.
     NotEnded,
@@ -147,7 +147,7 @@ impl Checker {
             Kind::Guarded => broken([(Rule::Fenced, !succeeded)]),
             Kind::Refused => broken([(Rule::RefusedWithReason, succeeded)]),
             Kind::Released => broken([(Rule::Kept, !was_refused)]),
-            // It may be told late, and says nothing about the lock.
+            // It may be reported late, and proves nothing about the lock.
             Kind::Lost => Vec::new(),
             Kind::Begin | Kind::End | Kind::Write => {
                 let ended = hold.ended;

@@ -83,7 +83,7 @@ pub(crate) async fn stop(mut workers: Vec<&mut Role>) {
 #[tokio::test]
 #[ignore = "is a role: the history runs it as a process"]
 async fn works() {
-    // Without a database it is nobody's role.
+    // Without a database, no test runs it as a role.
     let Ok(url) = env::var(URL) else { return };
     let number = |name| env::var(name).unwrap().parse().unwrap();
     let mut dice = Dice::new(number(SEED));
@@ -138,12 +138,12 @@ fn options_of_a_lock() -> LockOptions {
     options.keepalives_idle(second).keepalives_interval(second).keepalives_retries(2)
 }
 
-/// One who wants locks, one at a time.
+/// A task that acquires locks, one at a time.
 #[derive(Debug)]
 struct Task {
     pool: PgPool,
     locks: Vec<Lock>,
-    /// So that no lock's session is lent.
+    /// So that no lock's session is borrowed.
     has_manager: bool,
     worker: i32,
     dice: Dice,
@@ -233,7 +233,7 @@ impl Task {
                 }
                 3 => guard.while_held(sleep(self.time())).await?,
                 _ => {
-                    // Lent for so long that the heartbeat has to ask elsewhere.
+                    // Borrowed for longer than the heartbeat's interval, so that the heartbeat uses another connection.
                     let mut conn = guard.connection().await?;
                     sleep(self.time()).await;
                     hold.write(NOTE, Kind::Write, &mut conn).await?;

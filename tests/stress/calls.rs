@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use crate::dice::Dice;
 use crate::world::locked;
 
-/// How much longer than its bound a call may take until the run is given up: then it does not even hear
-/// its own timer.
+/// How much longer than its bound a call may take until the run fails: then not even the call's own timer
+/// wakes it.
 const STUCK: Duration = Duration::from_secs(20);
 
 /// Where a call is interrupted, which drops its future.

@@ -17,7 +17,7 @@ use crate::table::Table;
 
 /// The keys are the numbers below this.
 pub(crate) const KEYS: u64 = 4;
-/// After so many failures a run ends early.
+/// After this number of failures a run ends early.
 const ENOUGH: usize = 20;
 
 /// Whether faults strike.

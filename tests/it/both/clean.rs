@@ -44,7 +44,7 @@ async fn a_session_killed_while_it_holds_is_a_loss_and_is_replaced() {
 
 #[tokio::test]
 async fn the_pool_gets_its_settings_back_unchanged() {
-    // Those by which the server notices a dead client stay: nobody else notices them.
+    // The settings by which the server detects a dead client stay, because nothing else depends on them.
     // Exact, and from the function behind the view, because both may be out of the role's reach.
     const SETTINGS: &str = "SELECT pg_catalog.concat(name, '=', setting) \
          FROM pg_catalog.pg_show_all_settings() \

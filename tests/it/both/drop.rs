@@ -18,7 +18,7 @@ fn multi_thread() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// Runtimes that live on, but that nobody enters, on which a dropped guard releases its lock all the same.
+/// Runtimes that live on, but that no thread enters, on which a dropped guard releases its lock all the same.
 fn left_alone() -> Vec<Runtime> {
     if LETS_GO_UNDRIVEN { vec![current_thread(), multi_thread()] } else { vec![multi_thread()] }
 }
@@ -255,7 +255,7 @@ async fn a_drop_then_a_try_on_the_same_handle_succeeds() {
     let pool = db.pool(5).await;
     let mut lock = new_lock(&pool, "nightly-report");
     for _ in 0..rounds(100) {
-        let guard = lock.try_acquire().await.unwrap().expect("nobody else wants it");
+        let guard = lock.try_acquire().await.unwrap().expect("no other task wants it");
         drop(guard);
     }
     all_are_idle(&pool).await;

@@ -116,9 +116,9 @@ mod the_pool {
         let taken = pool.acquire().await.unwrap();
 
         let asked = timeout(PATIENCE, lock.try_acquire_for(MOMENT)).await;
-        is_exhausted(&asked.expect("the caller's patience counts").unwrap_err());
+        is_exhausted(&asked.expect("the caller's timeout counts").unwrap_err());
         let asked = timeout(PATIENCE, lock.try_acquire_shared_for(MOMENT)).await;
-        is_exhausted(&asked.expect("the caller's patience counts").unwrap_err());
+        is_exhausted(&asked.expect("the caller's timeout counts").unwrap_err());
         drop(taken);
         works(&mut lock).await;
         nothing_is_left(&mut db.admin().await, &pool).await;

@@ -39,7 +39,7 @@ impl Scene {
         Self { one: db.pool(10).await, two: db.pool(10).await, admin: db.admin().await, db }
     }
 
-    /// Waits until so many sessions hold a lock, and so many wait for one.
+    /// Waits until the server shows these numbers of holders and waiters.
     async fn becomes(&mut self, holders: usize, waiters: usize) {
         let mut locks = Vec::new();
         let met = async {
@@ -103,7 +103,7 @@ async fn an_acquire_never_polled_holds_nothing() {
 async fn an_expired_wait_for_a_busy_lock_holds_nothing() {
     let mut scene = Scene::new().await;
     let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
-    // Each with a pool of its own, for there is no time to wait for a connection.
+    // Each with a pool of its own, because there is no time to wait for a connection.
     let mut other = new_lock(&scene.two, 10);
     assert!(other.try_acquire_for(Duration::ZERO).await.unwrap().is_none());
     let mut other = new_lock(&scene.db.pool(1).await, 10);
@@ -212,7 +212,7 @@ async fn ten_workers_exclude_each_other_and_all_finish() {
         workers.spawn(async move {
             for _ in 0..3 {
                 let guard = lock.acquire().await.unwrap();
-                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "somebody else is inside");
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "another holder is inside");
                 // Time for others to come in, if they could.
                 sleep(Duration::from_millis(2)).await;
                 inside.fetch_sub(1, Ordering::SeqCst);

@@ -172,7 +172,7 @@ async fn every_number_is_a_key() {
     }
     locks_are(&mut admin, 0, PATIENCE).await;
 
-    // What an abandoned try was granted is found by its number, and given up.
+    // A lock that was granted to an abandoned try is found by its number, and released.
     for key in &keys {
         let mut lock = new_lock(&ours, key);
         // A server that is quick answers within one poll; then it is an ordinary guard.

@@ -354,7 +354,7 @@ async fn verify_asks_the_server() {
     shared.verify().await.unwrap();
     guard.release().await.unwrap();
     shared.verify().await.unwrap();
-    // Nobody may have noticed it yet.
+    // The loss may not have been detected yet.
     terminate(&mut admin, shared.backend_pid()).await;
     no_locks(&mut admin).await;
     assert!(matches!(shared.verify().await, Err(Error::Lost { .. })));

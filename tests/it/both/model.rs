@@ -32,13 +32,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// One step of a program that uses locks. Numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
 enum Step {
-    /// Acquires through a handle, without patience or with a little.
+    /// Acquires through a handle, without waiting or with a short timeout.
     Acquire {
         handle: usize,
         mode: Mode,
         patient: bool,
     },
-    /// Acquires in the knowledge that nobody is in the way, and so may wait without a limit.
+    /// Acquires if the model says that the lock is free, and so may wait without a limit.
     AcquireIfFree {
         handle: usize,
         mode: Mode,
@@ -327,7 +327,7 @@ impl Run {
         self.part_handles();
     }
 
-    /// A guard that is no more, for the model neither.
+    /// Takes a guard out of the world and of the model.
     fn take_hold(&mut self, guard: usize) -> Option<Hold> {
         let index = guard.checked_rem(self.holds.len())?;
         let hold = self.holds.swap_remove(index);
@@ -350,8 +350,8 @@ impl Run {
         self.closed.push(handle);
     }
 
-    /// A session that nobody needs any more ends, sooner or later; then its handles part. Here they
-    /// do so at once.
+    /// A session that no guard needs any more ends, sooner or later; then its handles become separate owners.
+    /// Here they do so at once.
     fn part_handles(&mut self) {
         let mut seen = Vec::new();
         for (owner, id, _, lock) in &mut self.handles {
@@ -501,7 +501,7 @@ impl Run {
         strongest
     }
 
-    /// Where each owner has a session, he has one, and shares it with nobody.
+    /// Where each owner has a session of its own, it has exactly one, and no other owner shares it.
     fn each_has_a_session(&self) {
         let mut sessions = BTreeMap::new();
         for hold in self.holds.iter().filter(|hold| !self.closed.contains(&hold.handle)) {

@@ -12,11 +12,11 @@ use crate::support::rounds;
 
 const URL: &str = "PGLOCK_TOKENS_URL";
 
-/// Takes the lock and tells its token, releases it and tells how that went, and so on.
+/// Acquires the lock and reports its token, releases it and reports the result, and so on.
 #[tokio::test]
 #[ignore = "is a role: another test runs it as a process"]
 async fn holder() {
-    // Without a database it is nobody's role.
+    // Without a database, no test runs it as a role.
     let Ok(url) = env::var(URL) else { return };
     let options = PgConnectOptions::from_str(&url).unwrap();
     let pool = PgPoolOptions::new().max_connections(3).connect_lazy_with(options);

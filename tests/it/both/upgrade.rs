@@ -24,7 +24,7 @@ fn held(mode: &str) -> Vec<(String, bool)> {
     vec![(mode.to_owned(), true)]
 }
 
-/// Waits until there are so many rows, one of a backend that waits and is not known, and returns that backend.
+/// Waits until there are `count` rows, one of a backend that waits and is not known, and returns that backend.
 async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
     let started = Instant::now();
     loop {
@@ -154,7 +154,7 @@ async fn a_downgrade_of_a_lost_lock_is_lost() {
     assert!(matches!(guard.downgrade().await, Err(Error::Lost { .. })));
     no_locks(&mut admin).await;
 
-    // Nobody has noticed it yet.
+    // The loss is not detected yet.
     let guard = lock.acquire().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
     no_locks(&mut admin).await;
@@ -209,7 +209,7 @@ async fn an_upgrade_is_refused_while_another_reads() {
     borrow_all(&pool).await;
 }
 
-/// Since version 17 the server lets who holds a lock go ahead of those who wait for it to go.
+/// Since version 17 the server lets a holder go ahead of the waiters that wait for that holder.
 #[tokio::test]
 async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
     let db = TestDb::new().await;
@@ -303,7 +303,7 @@ async fn an_upgrade_on_a_lost_session_is_an_error_and_no_lock_elsewhere() {
     assert!(matches!(lost, Error::Lost { .. }), "{lost:?}");
     no_locks(&mut admin).await;
 
-    // Nobody has noticed it yet.
+    // The loss is not detected yet.
     for _ in 0..rounds(20) {
         let guard = lock.acquire_shared().await.unwrap();
         terminate(&mut admin, guard.backend_pid()).await;

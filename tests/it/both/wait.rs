@@ -180,7 +180,7 @@ async fn patience_too_long_to_count_is_for_ever() {
     guard.unwrap().unwrap().release().await.unwrap();
 }
 
-/// The server's timeout can strike after the grant; then the lock is kept or given up, never both
+/// The server's timeout can strike after the grant; then the lock is kept or released, never both
 /// and never neither.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_grant_that_races_with_the_timeout_is_never_lost() {
@@ -213,7 +213,7 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
                 };
                 granted += 1;
                 assert!(!inside.swap(true, Ordering::SeqCst), "two exclusive holders");
-                // About as long as the others have patience.
+                // About as long as the timeout of the others.
                 let hold =
                     Duration::from_micros(u64::from((task * 500 + round) % 20) * 200 + 8_000);
                 tokio::time::sleep(hold).await;

@@ -11,8 +11,8 @@ use nix::time::{ClockId, clock_gettime};
 /// Where Debian and others keep libfaketime.
 const LIBRARIES: [&str; 3] = ["/usr/lib", "/usr/lib64", "/usr/local/lib"];
 
-/// The time since some moment, by a clock that all processes of this machine share, and that nobody
-/// can set.
+/// The time since some moment, by a clock that all processes of this machine share, and that can't be
+/// set.
 pub fn monotonic() -> Duration {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("this machine has a clock");
     Duration::from(now)
@@ -62,7 +62,7 @@ impl WallClock {
         ]
     }
 
-    /// Sets the clock so many seconds off, forward or backward.
+    /// Sets the clock off by a number of seconds, forward or backward.
     pub fn set(&self, seconds: i64) {
         // In one step, because a process may be reading it.
         let new = self.file.with_extension("new");

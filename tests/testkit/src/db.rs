@@ -67,7 +67,7 @@ pub struct TestDb {
     options: PgConnectOptions,
     admin: PgConnectOptions,
     environment: &'static Environment,
-    /// Where the server's socket is, for a PgBouncer.
+    /// Where the server's socket is, which a PgBouncer uses.
     socket: Option<(PathBuf, u16)>,
     /// What `options` go through.
     _proxy: Option<Proxy>,
@@ -161,7 +161,7 @@ impl TestDb {
         &self.name
     }
 
-    /// A pool on the database that has room for so many locks at once. A third of its connections, rounded
+    /// A pool on the database that has room for `locks` locks at once. A third of its connections, rounded
     /// up, is left to queries, unless it has only one.
     pub async fn pool(&self, locks: u32) -> PgPool {
         let others = if locks > 1 { locks.div_ceil(2) } else { 0 };

@@ -325,7 +325,7 @@ impl Environment {
         self.name == PLAIN.name
     }
 
-    /// Whether a pool can have so many connections here.
+    /// Whether a pool can have `count` connections here.
     pub fn has_connections(&self, count: u32) -> bool {
         count <= self.max_connections
     }
@@ -415,7 +415,7 @@ impl Environment {
     }
 }
 
-/// Returns a runtime that lives as long as the process, for what must not depend on a test's.
+/// Returns a runtime that lives as long as the process, for work that must not depend on a test's runtime.
 pub(crate) fn background() -> &'static Runtime {
     static BACKGROUND: OnceLock<Runtime> = OnceLock::new();
 

@@ -18,8 +18,8 @@ const BLOCK: [u8; 2] = [10, 213];
 /// A network of its own, the far side, with one link to us.
 ///
 /// A [`Role`](crate::Role) that is started under [`far_side`](Self::far_side) reaches a server that
-/// listens on [`address`](Self::address), until the link is cut. Then packets vanish, and nobody is
-/// told. Only Linux has this, and only root may do it.
+/// listens on [`address`](Self::address), until the link is cut. Then packets vanish, and neither side is
+/// notified. Only Linux has this, and only root may do it.
 ///
 /// # Drop
 ///
@@ -93,7 +93,7 @@ impl Network {
         ip(&["-netns", name, "addr", "add", &format!("{far}/30"), "dev", "near"])?;
         ip(&["-netns", name, "link", "set", "near", "up"])?;
         ip(&["-netns", name, "link", "set", "lo", "up"])?;
-        // Below IP, so that no sender is told that its packet was dropped.
+        // Below IP, so that no sender is notified that its packet was dropped.
         network.nft(
             "add table netdev cut; \
              add chain netdev cut to { type filter hook ingress device near priority 0; }; \
@@ -112,7 +112,7 @@ impl Network {
         ["ip", "netns", "exec", &self.name]
     }
 
-    /// Drops all packets of a direction from now on. Neither side is told.
+    /// Drops all packets of a direction from now on. Neither side is notified.
     pub fn cut(&self, direction: Direction) {
         let chains: &[_] = match direction {
             Direction::Both => &["to", "from"],
@@ -174,7 +174,7 @@ fn remove_leftovers() {
     }
 }
 
-/// Two addresses that nobody on this machine has: ours, and the far side's.
+/// Two addresses that are unused on this machine: ours, and the far side's.
 fn free_addresses(number: u32) -> Result<(Ipv4Addr, Ipv4Addr), String> {
     // Starts at a place of our own, so that processes seldom meet.
     let start = process::id().wrapping_mul(101).wrapping_add(number);

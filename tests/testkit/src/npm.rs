@@ -16,7 +16,7 @@ use sha2::{Digest, Sha512};
 
 use crate::account::run;
 
-/// What is fetched when nobody asked for a version.
+/// The version that is fetched by default.
 const DEFAULT: &str = "17";
 
 /// The packages, with the SHA-512 that each must have.

@@ -28,8 +28,8 @@ const PID_FILE: &str = "pgbouncer.pid";
 
 /// A PgBouncer in front of a server, started by us and gone with us.
 ///
-/// Each has an address of its own, which nobody has met before. It is reached through a unix socket,
-/// and lets everyone in to every database as `postgres`.
+/// Each has an address of its own, which was not used before. It is reached through a unix socket,
+/// and lets every client in to every database as `postgres`.
 ///
 /// # Drop
 ///

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 pub(crate) struct Process {
     pub(crate) pid: u32,
     parent: u32,
-    /// As `ps` prints it: `T` is stopped, `Z` has ended and nobody asked yet.
+    /// As `ps` prints it: `T` is stopped, `Z` has ended and its parent has not waited for it yet.
     state: char,
 }
 

@@ -24,8 +24,8 @@ const MARK: &str = "» ";
 
 /// A process of its own, that plays one ignored test of the program that starts it.
 ///
-/// The role is told what to do on its standard input, a line each, and answers on its standard
-/// output. What it says on its standard error shows.
+/// The role reads commands on its standard input, a line each, and answers on its standard output. Its
+/// standard error is inherited.
 ///
 /// # Drop
 ///
@@ -157,11 +157,11 @@ pub fn say(words: impl Display) {
     drop(stdout().flush());
 }
 
-/// What the role is told, from inside it: see [`cues`].
+/// The commands for the role, inside it: see [`cues`].
 #[derive(Debug)]
 pub struct Cues(UnboundedReceiver<io::Result<String>>);
 
-/// What the role is told, from inside it. Ends when nobody is left to tell.
+/// The commands for the role, inside it. Ends when standard input is closed.
 ///
 /// Read on a thread of its own: tokio's runtime, at its end, would wait for its own reader of standard
 /// input, and a role that panics would not end.
@@ -178,7 +178,7 @@ pub fn cues() -> Cues {
 }
 
 impl Cues {
-    /// The next cue. `None` when nobody is left to tell.
+    /// The next cue. `None` when standard input is closed.
     ///
     /// # Errors
     ///
