@@ -50,9 +50,9 @@ pub(crate) async fn compete<C: Contestant + Send>(
     Ok(())
 }
 
-/// Prints one figure of everybody's samples: the one that the fraction `q` of them does not exceed.
+/// Prints one figure of each contestant's samples: the one that the fraction `q` of them does not exceed.
 ///
-/// The first contestant's is 1.00. A missed target is told, and no failure: the machine may be busy.
+/// The first contestant's is 1.00. A missed target is reported, but is no failure: the machine may be busy.
 pub(crate) fn print_table<C>(figure: &str, q: f64, contests: &[Contest<C>]) {
     let one = contests.first().map_or(f64::NAN, |first| quantile(&first.samples, q));
     println!("\n{figure:<44}{:>10}{:>12}   target", "ratio", "µs");

@@ -69,7 +69,7 @@ async fn warm_pool(db: &TestDb) -> Result<PgPool, BoxDynError> {
 enum Cycle {
     ByHand(PgPool),
     Pglock(Lock),
-    /// The least that it takes to ask a server, and to tell it.
+    /// The minimum: one round trip to acquire and one to release.
     RoundTrips(PgConnection),
     Sqlx(PgPool, PgAdvisoryLock),
 }

@@ -1,10 +1,10 @@
 //! A busy lock that goes from one process to another, which waits for it.
 //!
-//! Each way to lock has two processes, copies of this program, that hold the lock in turns. They are
-//! told on their standard input what to do, and answer on their standard output. The holder is told
-//! to release only when the server says that the other one is in the queue. Measured is the time from
-//! just before the release, in the one process, until the acquire has returned, in the other, by the
-//! clock that both have in common. Meanwhile this process sleeps.
+//! Each way to lock has two processes, copies of this program, that hold the lock in turns. They read
+//! commands on their standard input, and answer on their standard output. The holder gets the command
+//! to release only when the server shows that the other one is in the queue. The benchmark measures the
+//! time from just before the release, in the one process, until the acquire has returned, in the other, by
+//! the clock that both have in common. Meanwhile this process sleeps.
 //!
 //! One way waits as pglock does, in a statement that ends its own wait, but by hand: the difference to the
 //! plain one is what that statement costs, and the rest is what pglock does.
@@ -34,7 +34,7 @@ const KEY_OF_SQL: i64 = 2;
 const KEY_OF_MANAGER: i64 = 3;
 const KEY_OF_SLICES: i64 = 4;
 
-/// A wait for [`KEY_OF_SLICES`] that ends after 5 s without an error in the server's log, and tells whether it did.
+/// A wait for [`KEY_OF_SLICES`] that ends after 5 s without an error in the server's log, and reports whether it did.
 const SLICE: &str = "SET LOCAL statement_timeout = 0; \
     DO $$ BEGIN \
       PERFORM set_config('bench.granted', pg_backend_pid()::text, true); \
@@ -178,7 +178,7 @@ impl Party {
     }
 }
 
-/// Is one of the two processes: does what it is told.
+/// Runs as one of the two processes: executes the commands.
 async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
     let mut way = match key {
         KEY_OF_SQL | KEY_OF_SLICES => Way::by_hand(PgConnection::connect(&url).await?).await?,

@@ -40,7 +40,7 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
     sleep(time).await;
     let idled = Usage::now()?;
 
-    // One to spare: who has none can't be listened to.
+    // One to spare, because listening to the sessions takes another connection.
     let pool = db.pool(locks + 1).await;
     let mut guards = Vec::new();
     for key in 0..locks {

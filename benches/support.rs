@@ -12,7 +12,7 @@ use tokio::runtime::Builder;
 /// How many threads the runtime has.
 const WORKERS: usize = 2;
 
-/// Runs `bench` for about as long as it is told, the way that applications run: as a task.
+/// Runs `bench` for about the time that it is given, the way that applications run: as a task.
 ///
 /// That is 20 s under `cargo bench`, and one second with `PGLOCK_BENCH_QUICK=1`, under `cargo test`
 /// and under `cargo bench -- --test`, where all that matters is that nothing fails.

@@ -19,10 +19,10 @@ const NAME: &str = "pglock bench";
 /// The key that all wait for.
 const BUSY: i64 = -1;
 
-/// Who can hold, for the picture and the table; a manager does it the same way, however it releases.
+/// The ways that can hold, shown in the picture and the table; a manager holds the same way, however it releases.
 pub(crate) const HOLDERS: [Who; 5] = [Who::Sqlx, Who::ByHand, Who::Lock, Who::Floor, Who::Manager];
 
-/// Who can wait.
+/// The ways that can wait.
 pub(crate) const WAITERS: [Who; 4] = [Who::Sqlx, Who::ByHand, Who::Lock, Who::Manager];
 
 /// Counts the connections of tasks that hold a key each, from a pool that is as large as it needs to be.
@@ -90,7 +90,7 @@ impl Scene {
                 started.fetch_add(1, Ordering::Relaxed);
                 task.hold(&held, &over).await
             });
-            // Not all at once: the server lets only so many wait for it to answer.
+            // Not all at once, because the server limits how many connections wait to be accepted.
             sleep(Duration::from_millis(2)).await;
         }
         Ok(scene)

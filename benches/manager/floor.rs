@@ -3,7 +3,7 @@
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
 
-/// A lock or an unlock, and who waits for the answer.
+/// A lock or an unlock, and the sender of its answer.
 type Call = (i64, bool, oneshot::Sender<bool>);
 
 #[derive(Clone)]

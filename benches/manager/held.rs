@@ -8,7 +8,7 @@ use pglock_testkit::{TestDb, eventually};
 use sqlx::error::BoxDynError;
 use tokio::task::JoinSet;
 
-/// What so many locks that are held at once cost.
+/// What locks cost that are held at the same time.
 pub(crate) struct Held {
     pub(crate) bytes_each: f64,
     pub(crate) connections: usize,
@@ -35,7 +35,7 @@ pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
         guards.push(acquired??);
     }
     let bytes_each = (resident()? - before) / f64::from(i32::try_from(locks)?);
-    // To listen to the session takes a second one, for a moment.
+    // Listening to the session takes a second connection for a moment.
     let in_use = || pool.size() as usize - pool.num_idle();
     let limit = Duration::from_secs(10);
     eventually("one connection is in use", limit, async || in_use() == 1).await;

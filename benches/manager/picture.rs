@@ -106,7 +106,7 @@ fn panel<B: DrawingBackend<ErrorType: 'static>>(
     Ok(())
 }
 
-/// The colours are told apart by those who can't see some, and lines that cover each other by their
+/// The colours can be distinguished by colour-blind readers, and lines that cover each other by their
 /// widths.
 fn style(who: Who) -> ShapeStyle {
     let (colour, width) = match who {

@@ -31,7 +31,7 @@ pub(crate) struct Turns {
     pub(crate) time: Duration,
 }
 
-/// Runs so many tasks in each of these ways to lock, and adds to each line how many cycles they did in a
+/// Runs `tasks` tasks in each of these ways to lock, and adds to each line how many cycles they did in a
 /// second: the median of several turns. The ways take turns, so that whatever else the machine does meets
 /// them all.
 pub(crate) async fn compare(
@@ -54,7 +54,7 @@ pub(crate) async fn compare(
     Ok(())
 }
 
-/// Runs tasks for so long, and returns how many cycles they did in a second.
+/// Runs tasks for the given time, and returns how many cycles they did in a second.
 async fn cycles(
     db: &TestDb,
     who: Who,
@@ -89,6 +89,6 @@ async fn cycles(
         done??;
     }
     means.close().await;
-    #[expect(clippy::cast_precision_loss, reason = "there are not so many")]
+    #[expect(clippy::cast_precision_loss, reason = "there are few enough")]
     Ok((after - before) as f64 / took.as_secs_f64())
 }

@@ -16,7 +16,7 @@ pub(crate) struct Timeouts {
     pub(crate) other_key: Duration,
 }
 
-/// Has so many tasks wait for a key that another session holds, until one moment.
+/// Has `waiters` tasks wait for a key that another session holds, with the same deadline.
 pub(crate) async fn timeouts(db: &TestDb, waiters: u32) -> Result<Timeouts, BoxDynError> {
     let holder = db.pool(1).await;
     let _held = Lock::new(&holder, BUSY).acquire().await?;

@@ -56,7 +56,7 @@ pub(crate) struct Means {
 }
 
 impl Means {
-    /// With at most so many connections, of which none is open yet.
+    /// With at most `connections` connections, of which none is open yet.
     pub(crate) fn new(
         who: Who,
         options: PgConnectOptions,
@@ -135,7 +135,7 @@ impl Task {
     pub(crate) async fn hold(self, held: &Semaphore, over: &Semaphore) -> Result<(), BoxDynError> {
         let until_over = async {
             held.add_permits(1);
-            // Nobody adds a permit, so this is the end.
+            // No task adds a permit, so this returns when `over` is closed.
             over.acquire().await.err();
         };
         match self {

@@ -149,7 +149,7 @@ impl Measured {
         self.errors += other.errors;
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
+    #[expect(clippy::cast_precision_loss, reason = "the counts are small enough")]
     pub(crate) fn cycles(&self) -> f64 {
         self.waits.len() as f64
     }
@@ -203,7 +203,7 @@ struct Zipf {
 
 impl Zipf {
     fn new(keys: u64) -> Self {
-        #[expect(clippy::cast_precision_loss, reason = "there are not so many")]
+        #[expect(clippy::cast_precision_loss, reason = "there are few enough")]
         let shares = (1..=keys).map(|key| 1.0 / key as f64);
         let sums = shares.scan(0.0, |sum, share| {
             *sum += share;
