@@ -89,7 +89,7 @@ async fn transfer(pool: &PgPool, from: i64, to: i64, amount: i64) -> Result<bool
     // On the session that holds both locks: if it breaks, the locks and the transaction go together.
     let mut connection = guard.connection().await?;
     let mut transaction = connection.begin().await?;
-    // Read, think, write: nobody else does so with these two accounts.
+    // Read, think, write: no other session does so with these two accounts.
     let has = balance(&mut transaction, from).await?;
     let other_has = balance(&mut transaction, to).await?;
     let enough = has >= amount;

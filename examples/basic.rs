@@ -22,11 +22,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         println!("we hold {}, by way of backend {}", guard.key(), guard.backend_pid());
 
         assert!(elsewhere.try_acquire().await?.is_none());
-        println!("nobody else can have it now");
+        println!("no other owner can acquire it now");
     } // Here the guard is dropped, and the lock with it: also on `?`, also in a panic.
 
     let guard = elsewhere.acquire().await?;
-    println!("somebody else holds it, by way of backend {}", guard.backend_pid());
+    println!("the other owner holds it, by way of backend {}", guard.backend_pid());
 
     // Dropping would do. Releasing also waits for the server, which says whether the lock was held
     // to the end.

@@ -65,7 +65,7 @@ async fn change(pool: &PgPool, workers: i32) -> Result<()> {
     };
 
     // On the session that holds the lock: if it breaks, the lock and what was not committed go
-    // together, so nobody is in while half of it is done.
+    // together, so no other holder is admitted while half of it is done.
     let mut connection = guard.connection().await?;
     let mut transaction = connection.begin().await?;
     for (name, value) in [("workers", workers), ("connections", 2 * workers)] {

@@ -4,10 +4,10 @@
 //! clock may be behind, a run may take longer than a minute, and any node may be down. (If a run that
 //! is left out does no harm, see `scheduled_job`, which is simpler.)
 //!
-//! The lock alone can't do it: it says that nobody else runs the job *now*, and not that the run of
-//! this minute was done a moment ago, by a node whose clock is ahead. So the last tick is written down
-//! in a row, by the session that holds the lock. The row says what is due, and the lock that nobody
-//! else is at it.
+//! The lock alone can't do it: it ensures that no other node runs the job *now*, but it does not show whether
+//! the run of this minute was done a moment ago, by a node whose clock is ahead. So the last tick is written down
+//! in a row, by the session that holds the lock. The row shows what is due, and the lock ensures that only
+//! one node runs it.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -95,7 +95,7 @@ impl Node {
         Ok(())
     }
 
-    /// Runs the job for each tick that nobody has run yet, oldest first.
+    /// Runs the job for each tick that no node has run yet, oldest first.
     async fn run_what_is_due(&self, woken_for: u32, guard: ExclusiveGuard) -> Result<()> {
         let mut runs = 0;
         while let Some(tick) = self.next_due(&guard).await? {
@@ -113,10 +113,10 @@ impl Node {
     /// Takes the next tick that is due, if there is one.
     ///
     /// It is written down before the job is run: a node that dies in the middle leaves that run half
-    /// done, and nobody does it again. Write it down after the job, and the next node does it again
+    /// done, and no node does it again. Write it down after the job, and the next node does it again
     /// from the beginning. If the job itself is a transaction, do both in that, and it is done once.
     async fn next_due(&self, guard: &ExclusiveGuard) -> Result<Option<i32>> {
-        // On the session that holds the lock: who has lost it can't take a tick from another.
+        // On the session that holds the lock: a node that has lost it can't take a tick from another.
         Ok(sqlx::query_scalar(
             "UPDATE cron SET last_tick = last_tick + 1 WHERE job = 'billing' AND last_tick < $1
              RETURNING last_tick",

@@ -65,7 +65,7 @@ async fn main() -> Result<()> {
     for (term, leader) in &acts {
         assert_eq!(leaders.entry(term).or_insert(leader), &leader, "two led: {acts:?}");
     }
-    assert!(leaders.len() > LOSSES, "nobody took over: {acts:?}");
+    assert!(leaders.len() > LOSSES, "no candidate took over: {acts:?}");
     println!("{} acts in {} terms, one leader in each", acts.len(), leaders.len());
     Ok(())
 }
@@ -74,7 +74,7 @@ async fn candidate(name: &str, pool: PgPool, mut stopped: watch::Receiver<bool>)
     let mut election = Election::new(&pool, "scheduler").candidate(name);
     let stop = async move { drop(stopped.wait_for(|stop| *stop).await) };
     // Campaigns, leads, and campaigns again, until it is stopped.
-    // Boxed, for the futures of sqlx are large.
+    // Boxed, because the futures of sqlx are large.
     match election.run(stop, |leadership| Box::pin(lead(name, leadership))).await {
         // Its connection was broken, and it noticed before the loss was reported.
         Err(pglock::Error::LeaderFailed { source, .. }) => println!("{name} has failed: {source}"),

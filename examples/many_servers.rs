@@ -36,18 +36,18 @@ async fn main() -> Result<()> {
     let moves = |key: &String| name_of_home(key, two) != name_of_home(key, three);
     let key = (0..KEYS).map(invoice).find(moves).ok_or("no key moves")?;
 
-    let first = try_acquire(&key, &[two]).await?.ok_or("somebody holds it")?;
+    let first = try_acquire(&key, &[two]).await?.ok_or("it is held")?;
     let both = try_acquire(&key, &[two, three]).await?;
     assert!(both.is_none(), "who takes both places finds the old one taken");
-    // Who takes only the new place is let in. So nobody may, as long as others take only the old one.
+    // A process that takes only the new place is admitted. So no process may, while others take only the old one.
     assert!(try_acquire(&key, &[three]).await?.is_some());
     release(first).await?;
 
-    let second = try_acquire(&key, &[two, three]).await?.ok_or("somebody holds it")?;
+    let second = try_acquire(&key, &[two, three]).await?.ok_or("it is held")?;
     assert!(try_acquire(&key, &[two]).await?.is_none(), "who knows only the old place waits");
     assert!(try_acquire(&key, &[three]).await?.is_none(), "and so does who knows only the new one");
     release(second).await?;
-    println!("while {key} moves, both its places are locked, and nobody else is let in");
+    println!("while {key} moves, both its places are locked, and no other process is admitted");
     Ok(())
 }
 

@@ -50,7 +50,7 @@ async fn main() -> Result<()> {
 async fn start(machine: &str, pool: PgPool) -> Result<(usize, u64)> {
     let mut lock = Lock::new(&pool, "migrate");
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(30)).await? else {
-        return Err("somebody migrates for very long: start again later".into());
+        return Err("another machine has been migrating for 30 s: start again later".into());
     };
 
     // On the session that holds the lock: if it breaks, nothing goes on without the lock. Only

@@ -65,7 +65,7 @@ async fn write(mut lock: Lock, cache: Arc<Cache>) -> pglock::Result<()> {
         sleep(Duration::from_millis(40)).await;
         // However many readers come, they queue behind a writer that waits.
         let guard = lock.acquire().await?;
-        assert_eq!(cache.readers.load(Ordering::SeqCst), 0, "somebody reads");
+        assert_eq!(cache.readers.load(Ordering::SeqCst), 0, "a reader is active");
 
         cache.index.store(version, Ordering::SeqCst);
         sleep(Duration::from_millis(50)).await;

@@ -1,7 +1,7 @@
-//! Show a report to many, but to nobody while it is being made.
+//! Show a report to many viewers, but to none of them while it is being made.
 //!
-//! You want this when making takes long and half of it must not be seen, and when those who look would
-//! rather be told "in a moment" than wait.
+//! You want this when making takes long and half of it must not be seen, and when viewers would rather get
+//! the answer "in a moment" than wait.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -22,8 +22,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let (one, two) = tokio::join!(view("ada", &office), view("bob", &home));
     assert!(one? && two?);
 
-    // While it is made, nobody looks, and nobody else makes it.
-    let Some(making) = start(&machine).await? else { return Err("nobody is looking".into()) };
+    // While it is made, no viewer sees it, and no other machine makes it.
+    let Some(making) = start(&machine).await? else { return Err("no viewer is looking".into()) };
     assert!(!view("ada", &office).await?);
     assert!(start(&home).await?.is_none());
     sleep(Duration::from_millis(200)).await;
@@ -52,7 +52,7 @@ async fn view(who: &str, pool: &PgPool) -> pglock::Result<bool> {
     Ok(true)
 }
 
-/// Starts to make the report, if nobody looks at it or makes it. It is made while the guard lives.
+/// Starts to make the report, if no viewer looks at it and no machine makes it. It is made while the guard lives.
 async fn start(pool: &PgPool) -> pglock::Result<Option<ExclusiveGuard>> {
     let guard = Lock::new(pool, "report:sales").try_acquire().await?;
     match &guard {

@@ -46,14 +46,14 @@ async fn main() -> Result<()> {
 
 /// Does its jobs, each with whichever licence is free, or becomes so first. Returns how many.
 async fn machine(number: usize, pool: PgPool, users: Users) -> Result<usize> {
-    // Everybody must say the same number: who does not is told so.
+    // Every process must pass the same number: another number is an error.
     let licences = Semaphore::new(&pool, "licences", LICENCES.len())?;
     for job in 1..=JOBS {
         let permit = licences.acquire().await?;
         let licence =
             LICENCES.get(permit.slot()).ok_or("there are no more licences than permits")?;
         let users = users.get(permit.slot()).ok_or("each licence is counted")?;
-        assert_eq!(users.fetch_add(1, Ordering::SeqCst), 0, "somebody else uses {licence}");
+        assert_eq!(users.fetch_add(1, Ordering::SeqCst), 0, "another job uses {licence}");
 
         println!("machine {number}: job {job} with licence {licence}");
         sleep(Duration::from_millis(100)).await;

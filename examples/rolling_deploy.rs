@@ -47,7 +47,7 @@ async fn main() -> Result<()> {
     .await?;
 
     wait_until(&pool, "SELECT count(*) > 0 FROM piece WHERE done IS NULL").await?;
-    println!("v1 is told to shut down, in the middle of a piece");
+    println!("v1 is shut down, in the middle of a piece");
     shut_down_old.send(true)?;
     wait_until(&pool, "SELECT count(*) >= 3 FROM piece WHERE version = 'v2'").await?;
     shut_down_new.send(true)?;
@@ -76,13 +76,13 @@ async fn main() -> Result<()> {
          - max(done) FILTER (WHERE version = 'v1'))::float8 FROM piece",
     )
     .await?;
-    println!("nobody was at work for {:.0} ms", gap * 1000.0);
+    println!("no instance was at work for {:.0} ms", gap * 1000.0);
     // A few milliseconds; more only where the machine has no time for it.
     assert!(gap < 1.0);
     Ok(())
 }
 
-/// One instance of the service: waits for its turn, works until it is told to shut down, and resigns.
+/// One instance of the service: waits for its turn, works until it is shut down, and resigns.
 async fn serve(version: &str, pool: PgPool, mut told: watch::Receiver<bool>) -> Result<()> {
     let mut election = Election::new(&pool, "outbox").candidate(version);
     let leadership = tokio::select! {
@@ -99,7 +99,7 @@ async fn serve(version: &str, pool: PgPool, mut told: watch::Receiver<bool>) -> 
         }
         Ok::<_, Box<dyn Error + Send + Sync>>(())
     };
-    // Boxed, for the futures of sqlx are large.
+    // Boxed, because the futures of sqlx are large.
     leadership.while_held(Box::pin(work)).await??;
     println!("{version} has done its last piece, and resigns");
     leadership.resign().await?;

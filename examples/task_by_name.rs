@@ -1,7 +1,7 @@
 //! Run each task on one machine only, whichever gets to it first.
 //!
 //! You want this when every machine sees the same list of tasks, and their names are all you have to
-//! tell them apart: files in a folder, accounts to bill. There is no queue, and none is needed.
+//! distinguish them: files in a folder, accounts to bill. There is no queue, and none is needed.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -43,7 +43,7 @@ async fn main() -> Result<()> {
 
 async fn machine(name: &str, pool: PgPool) -> Result<()> {
     for task in TASKS {
-        // The name is the key: nobody needs to agree on numbers.
+        // The name is the key: the machines need not agree on numbers.
         let mut lock = Lock::new(&pool, task);
         let Some(guard) = lock.try_acquire().await? else { continue };
         let mut connection = guard.connection().await?;

@@ -1,4 +1,4 @@
-//! Wait for a lock, but only for so long.
+//! Wait for a lock with a timeout.
 //!
 //! You want this when a caller waits for you in turn: a request with a deadline, a user at a button.
 

@@ -32,7 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn send_queued(machine: &str, pool: &PgPool) -> pglock::Result<bool> {
     let mut lock = Lock::new(pool, "send-queued-mail");
     let Some(guard) = lock.try_acquire().await? else {
-        println!("{machine}: somebody else is sending, nothing to do");
+        println!("{machine}: another machine is sending, nothing to do");
         return Ok(false);
     };
 

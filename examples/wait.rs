@@ -23,11 +23,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let (released, acquired) = tokio::join!(
         async {
             sleep(Duration::from_millis(500)).await;
-            println!("they let go");
+            println!("they release the lock");
             guard.release().await
         },
-        // The server keeps the queue: nobody polls, and we go on as soon as they release it. To stop
-        // waiting, drop the future: it leaves nothing behind.
+        // The server keeps the queue: there is no polling, and we go on as soon as they release it. To
+        // stop waiting, drop the future: it leaves nothing behind.
         ours.acquire(),
     );
     released?;

@@ -44,9 +44,9 @@ async fn work(number: usize, mut lock: Lock, inside: Arc<AtomicUsize>) -> pglock
     sleep(Duration::from_millis(50)).await;
 
     let guard = lock.acquire().await?;
-    assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "somebody else is in here");
+    assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "another worker is in here");
     println!("worker {number} appends");
     sleep(Duration::from_millis(100)).await;
-    assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "somebody else came in");
+    assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "another worker came in");
     guard.release().await
 }

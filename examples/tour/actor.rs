@@ -17,7 +17,7 @@ use crate::timeline::{Looks, Span};
 /// How long an actor may take for a cue, before the tour gives up.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A copy of this program, run as another process, that does what it is told.
+/// A copy of this program, run as another process, that executes commands.
 ///
 /// It is killed when dropped. Should the director itself be killed, its standard input ends, and so
 /// does it.
@@ -61,7 +61,7 @@ impl Actor {
         Ok(actor)
     }
 
-    /// Tells it what to do, and does not wait for it to be done.
+    /// Sends it a command, and does not wait until that is done.
     pub(crate) async fn cue(&mut self, cue: &str) -> Result<()> {
         self.to.write_all(format!("{cue}\n").as_bytes()).await?;
         cue.clone_into(&mut self.cue);
@@ -82,7 +82,7 @@ impl Actor {
         Ok(reply)
     }
 
-    /// Tells it what to do, and waits until that is done.
+    /// Sends it a command, and waits until that is done.
     pub(crate) async fn does(&mut self, cue: &str) -> Result<Reply> {
         self.cue(cue).await?;
         self.reply().await

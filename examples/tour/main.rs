@@ -1,7 +1,7 @@
 //! The whole library as a short play: four processes, one PostgreSQL, one lock.
 //!
 //! `cargo run --example tour` needs nothing set up. The processes are copies of this program, started
-//! by it; what they are told to do is what your services would do on their own. Everything the tour
+//! by it; the commands that they get are what your services would do on their own. Everything the tour
 //! says is checked: if a claim does not hold, it says so and exits with 1.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a tour talks")]
@@ -108,7 +108,7 @@ impl Stage {
         println!(
             "There is a number in the database. Each of the four adds 1 to it, {TIMES} times:"
         );
-        println!("read it, think for a moment, write it back. Nobody looks out for the others.\n");
+        println!("read it, think for a moment, write it back. No lock protects it.\n");
 
         let number = self.count(four, "add").await?;
         timeline::draw(&seen(four), None);
@@ -155,7 +155,7 @@ impl Stage {
         for actor in four.iter_mut() {
             let Reply { words, .. } = actor.reply().await?;
             for turn in words.split(' ') {
-                let (from, to) = turn.split_once('-').ok_or("a turn is told as from-to")?;
+                let (from, to) = turn.split_once('-').ok_or("a turn is reported as from-to")?;
                 let what = if how == "add" { Looks::Works } else { Looks::Holds };
                 actor.spans.push(Span { from: from.parse()?, to: to.parse()?, what });
             }
@@ -258,9 +258,9 @@ impl Stage {
         let (first, again) = (took(outer.took()), took(inner.took()));
         println!("  Ada acquires                {first:>8}   1 guard");
         println!("  Ada acquires again          {again:>8}   2 guards, 1 lock on the server");
-        println!("  Ada lets go of one guard               1 guard");
+        println!("  Ada drops one guard                    1 guard");
         println!("  Bob tries                              no: it is still hers");
-        println!("  Ada lets go of the other               0 guards");
+        println!("  Ada drops the other                    0 guards");
         println!("  Bob tries again                        yes");
         Ok(())
     }
@@ -299,7 +299,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Waits until so many sessions queue for the lock.
+    /// Waits until `waiters` sessions queue for the lock.
     async fn until_waiting(&self, waiters: usize) -> Result<()> {
         let asked = Instant::now();
         let mut connection = self.pool.acquire().await?;
@@ -308,7 +308,7 @@ impl Stage {
             if locks.iter().filter(|lock| !lock.granted).count() == waiters {
                 return Ok(());
             }
-            ensure!(asked.elapsed().as_secs() < 5, "nobody waits, but {waiters} should: {locks:?}");
+            ensure!(asked.elapsed().as_secs() < 5, "{waiters} sessions should wait: {locks:?}");
             sleep(Duration::from_millis(2)).await;
         }
     }

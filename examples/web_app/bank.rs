@@ -1,4 +1,4 @@
-//! The bank: what a payment needs that is not in the database; and a witness to who asks, and when.
+//! The bank: the part of a payment that is outside the database. It also records the requests, to check them.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -63,7 +63,7 @@ impl Bank {
         self.address
     }
 
-    /// Lets all customers wait, or those who wait go on.
+    /// Makes all requests wait, or lets the waiting requests go on.
     pub(crate) fn is_busy(&self, busy: bool) {
         self.books.send_modify(|book| book.busy = busy);
     }
@@ -72,7 +72,7 @@ impl Bank {
         self.books.borrow().account(invoice)
     }
 
-    /// Waits until so many ask, for all these invoices together.
+    /// Waits until `count` requests are waiting, for all these invoices together.
     pub(crate) async fn until_asking(&self, count: usize, invoices: &[i64]) -> Result<()> {
         let mut book = self.books.subscribe();
         let asking = |book: &Book| {

@@ -95,7 +95,7 @@ impl Demo {
             let answer = next(&mut clients).await?;
             ensure!(answer.status == 409, "not 409: {} {}", answer.status, answer.body);
         }
-        println!("7 times 409 Conflict: somebody else was busy with it for all of 2 s");
+        println!("7 times 409 Conflict: another request was busy with it for all of 2 s");
         self.bank.is_busy(false);
         let paid = next(&mut clients).await?;
         ensure!(paid.status == 200 && paid.body == "paid\n", "{} {}", paid.status, paid.body);
@@ -154,7 +154,7 @@ impl Demo {
         let leader = http::get(full.address, "/leader").await?;
         ensure!(leader.status == 503, "who leads, without asking: {}", leader.body);
         println!(
-            "a sixth: 503 Service Unavailable, Retry-After: 1; nobody was busy with invoice 16"
+            "a sixth: 503 Service Unavailable, Retry-After: 1; no request was busy with invoice 16"
         );
 
         // The other server has connections, and nothing of the refused client is in its way.
@@ -183,7 +183,7 @@ impl Demo {
         self.bank.until_asking(1, &[21]).await?;
 
         // It holds no other lock: it does not lead, and what it has answered is being released.
-        self.until_locks("it has let go of the invoices before", 2, 1).await?;
+        self.until_locks("it has released the invoices before", 2, 1).await?;
         let ended: Vec<bool> = sqlx::query_scalar(
             "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)
              WHERE locktype = 'advisory' AND granted AND application_name = $1",
@@ -219,16 +219,16 @@ impl Demo {
         waits.shutdown().await;
         self.until_locks("the second has left the queue", 2, 1).await?;
         served.shutdown().await;
-        self.until_locks("the first has let go", 1, 1).await?;
+        self.until_locks("the first has released it", 1, 1).await?;
         self.bank.until_asking(0, &[31]).await?;
         self.bank.is_busy(false);
-        ensure!(self.bank.account(31).answered == 0, "it was charged for nobody");
+        ensure!(self.bank.account(31).answered == 0, "it was charged without a client");
         println!("neither has left anything behind: no lock, no place in the queue");
         Ok(())
     }
 
     async fn the_leader_is_shut_down(&self, leader: Process, other: &Process) -> Result<()> {
-        title("The leader is told to end, in the middle of a payment");
+        title("The leader gets SIGTERM, in the middle of a payment");
         self.invoices(&[41]).await?;
         self.until_reminded(41, leader.name).await?;
         self.bank.is_busy(true);
@@ -247,7 +247,7 @@ impl Demo {
             ensure!(told.elapsed() < PATIENCE, "{} still lets clients in", leader.name);
             sleep(Duration::from_millis(5)).await;
         }
-        println!("{} lets nobody else in", leader.name);
+        println!("{} accepts no more clients", leader.name);
 
         self.bank.is_busy(false);
         let paid = next(&mut clients).await?;
@@ -265,7 +265,7 @@ impl Demo {
     }
 
     async fn the_last_is_shut_down(&self, last: Process) -> Result<()> {
-        title("The other is told to end as well");
+        title("The other gets SIGTERM as well");
         let name = last.name;
         last.terminate().await?;
         last.ended().await?;
@@ -282,7 +282,7 @@ impl Demo {
         Ok(())
     }
 
-    /// Checks that the bank was asked once, that nobody else asked meanwhile, and that we know of it.
+    /// Checks that the bank was asked once, that there was no other request meanwhile, and that we know of it.
     fn was_charged_once(&self, invoice: i64) -> Result<()> {
         let account = self.bank.account(invoice);
         ensure!(account.most_asking == 1, "{} asked for {invoice} at once", account.most_asking);
@@ -290,8 +290,8 @@ impl Demo {
         Ok(())
     }
 
-    /// Waits until so many locks are held, and so many waited for. The leader holds one, and the other
-    /// candidate waits for it.
+    /// Waits until the server shows these numbers of locks, held and waited for. The leader holds one, and the
+    /// other candidate waits for it.
     async fn until_locks(&self, what: &str, held: usize, awaited: usize) -> Result<()> {
         let asked = Instant::now();
         let mut connection = self.pool.acquire().await?;
@@ -351,7 +351,7 @@ async fn pay(server: SocketAddr, invoice: i64) -> Result<Answer> {
 /// The answer that comes next.
 async fn next(clients: &mut JoinSet<Result<Answer>>) -> Result<Answer> {
     let answer = timeout(PATIENCE, clients.join_next()).await.map_err(|_| "no answer comes")?;
-    answer.ok_or("nobody has asked")??
+    answer.ok_or("no client has asked")??
 }
 
 fn title(title: &str) {

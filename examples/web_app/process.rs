@@ -20,7 +20,7 @@ pub(crate) struct Process {
     pub(crate) name: &'static str,
     pub(crate) address: SocketAddr,
     child: Child,
-    /// Kept open, for it to write to.
+    /// Kept open, so that it can write there.
     _output: Lines<BufReader<ChildStdout>>,
 }
 
@@ -58,11 +58,11 @@ impl Process {
         Ok((leader.to_owned(), body.contains("leads: true")))
     }
 
-    /// Tells it to end, as Kubernetes and systemd do.
+    /// Sends it SIGTERM, as Kubernetes and systemd do.
     pub(crate) async fn terminate(&self) -> Result<()> {
         let pid = self.child.id().ok_or("it has ended already")?.to_string();
         let killed = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status().await?;
-        ensure!(killed.success(), "{} can't be told to end: {killed}", self.name);
+        ensure!(killed.success(), "{} can't be sent SIGTERM: {killed}", self.name);
         Ok(())
     }
 

@@ -23,8 +23,7 @@ use crate::service::{self, POST, Service};
 /// One for the election, and one for each payment in progress, or waiting for another.
 pub(crate) const CONNECTIONS: u32 = 6;
 
-/// Serves until it is told to end, by SIGTERM or Ctrl-C. Then it ends what is in progress, and leaves
-/// nothing behind.
+/// Serves until SIGTERM or Ctrl-C. Then it ends what is in progress, and leaves nothing behind.
 pub(crate) async fn serve(address: &str) -> Result<()> {
     let name = env::var("NODE").unwrap_or_else(|_| format!("web-{}", process::id()));
     let options = PgConnectOptions::from_str(&env::var("DATABASE_URL")?)?.application_name(&name);
@@ -61,7 +60,7 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
             end.send_replace(true);
             io::Result::Ok(())
         },
-        // Accepts nobody else, and ends when all have their answer.
+        // Accepts no more clients, and ends when all requests are answered.
         async {
             let serving = axum::serve(listener, router);
             serving.with_graceful_shutdown(told(ending.clone())).await
@@ -81,7 +80,7 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
 
 /// Ready when it is time to end.
 async fn told(mut ending: watch::Receiver<bool>) {
-    // An error says that nobody is left to tell us, which comes to the same.
+    // An error means that the sender was dropped, which means the same.
     drop(ending.wait_for(|ending| *ending).await);
 }
 

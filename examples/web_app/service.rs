@@ -48,7 +48,7 @@ async fn pay(
     let options = LockOptions::new().reserve_connections(0);
     let mut lock = Lock::new(&options.on(&service.pool)?, format!("invoice-{invoice}"));
     let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
-        return Ok((StatusCode::CONFLICT, "somebody else is busy with this invoice\n"));
+        return Ok((StatusCode::CONFLICT, "another request is busy with this invoice\n"));
     };
     // If the lock is lost, the payment is stopped there, before anybody else can begin one.
     guard.while_held(Box::pin(service.pay(invoice, &guard))).await?
@@ -78,7 +78,7 @@ impl Service {
             return Ok((StatusCode::BAD_GATEWAY, "the bank refuses\n"));
         }
 
-        // On the session that holds the lock: it can't be written by one who has lost it.
+        // On the session that holds the lock: a request that has lost the lock can't write it.
         sqlx::query("UPDATE invoice SET paid = true WHERE id = $1")
             .bind(invoice)
             .execute(&mut *guard.connection().await?)
