@@ -284,7 +284,8 @@ async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
     Ok(vec![direct("no pooler in transaction mode was found"), token])
 }
 
-/// When the server gives up a holder whose host vanishes, and whether that holder has by then.
+/// When the server closes the session of a holder whose host vanishes, and whether that holder has detected the
+/// loss by then.
 fn dead_holder(
     seen: &Circumstances,
     options: &LockOptions,

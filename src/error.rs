@@ -194,7 +194,7 @@ pub enum Error {
         /// How many of the pool's connections locks had, if it was their share of the pool that was
         /// used up ([`LockOptions::reserve_connections`](crate::LockOptions::reserve_connections)).
         locks: Option<u32>,
-        /// How many permits the [`Semaphore`](crate::Semaphore) has, if the pool can't lend a connection
+        /// How many permits the [`Semaphore`](crate::Semaphore) has, if the pool can't provide a connection
         /// for each of them.
         permits: Option<usize>,
     },
@@ -483,7 +483,7 @@ pub(crate) fn is_not_prepared(error: &sqlx::Error) -> bool {
     sqlstate(error).is_some_and(|code| code == "26000" || code == "42P05")
 }
 
-/// Whether the server answered a statement, and lives to hear the next.
+/// Whether the server answered a statement, and the session can run the next one.
 ///
 /// Not if it ended the session: shutdown, crash, terminated, idle for too long.
 pub(crate) fn is_answer(error: &sqlx::Error) -> bool {

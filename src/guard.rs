@@ -255,7 +255,7 @@ impl Guard {
                 reason = self.lost() => Err(reason),
                 output = future => Ok(output),
             }
-            // Here it is dropped, before the caller hears of the loss.
+            // Here it is dropped, before the caller is notified of the loss.
         };
         let ended = ended.and_then(|output| self.loss().map_or(Ok(output), Err));
         ended.map_err(|reason| Error::lost(self.key(), reason))
@@ -320,7 +320,7 @@ impl Guard {
             return Ok(token);
         }
         let drawn = self.session.draw_token(self.key()).await?;
-        // Of two who draw at once, the first one's counts for both.
+        // Of two concurrent calls, the token of the first one counts for both.
         Ok(*self.token.get_or_init(|| drawn))
     }
 

@@ -194,10 +194,10 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 /// Ends a session at the server, and with it all that it holds and waits for.
 ///
 /// The session is ended only if it still is the one that was shown, by process id and by the time at
-/// which it was started, which the statement compares. Returns whether it was told to end. `false` if it
-/// is gone, or if our role can't see when it was started.
+/// which it was started, which the statement compares. Returns whether the server was asked to end it. `false`
+/// if it has ended, or if our role can't see when it was started.
 ///
-/// Its holder learns of the loss: a guard of this crate at once. What it was doing may still go on
+/// Its holder is notified of the loss: a guard of this crate at once. The holder's work may still go on
 /// outside the database for a moment, so the next holder of the lock should be
 /// [fenced](crate::Guard::fencing_token).
 ///

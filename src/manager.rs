@@ -37,7 +37,7 @@ use table::{Bound, Effect, OwnerId, Seat, Table, Taken};
 #[cfg(test)]
 use threads::wait_session;
 
-/// A lock is passed on inside the process this often, and for this long, before others get their turn.
+/// A lock is handed off inside the process this often, and for this long, before other processes get their turn.
 const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 
 /// How many wait sessions a manager has at most, and how many connections of the pool it takes for each after
@@ -103,7 +103,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// # Sent to the server
 ///
 /// One prepared statement for up to 1,000 keys that are acquired or released at once; nothing for a
-/// lock that is passed on in the process, unless its release is awaited.
+/// lock that is handed off in the process, unless its release is awaited.
 ///
 /// # Examples
 ///
@@ -183,11 +183,11 @@ struct State {
     to_do: VecDeque<KeyId>,
     /// The keys that wait sessions wait for, or hold.
     apart: HashMap<KeyId, Apart>,
-    /// Who takes the steps.
+    /// The driver, which takes the steps.
     driver: Option<Driving>,
     /// The number of drivers so far.
     drivers: u64,
-    /// What [`effects`](Self::effects) gives out, so that it need not be allocated each time.
+    /// The list that [`effects`](Self::effects) returns, so that it need not be allocated each time.
     spare: Vec<Effect<Place, Tell>>,
 }
 

@@ -27,7 +27,7 @@ pub struct LockOptions {
     wait_slice: Option<Duration>,
     heartbeat: Heartbeat,
     keepalives: Keepalives,
-    /// What tells these settings from others on the server.
+    /// Identifies these settings on the server.
     mark: Arc<str>,
     require_settings: bool,
     allow_standby: bool,

@@ -23,7 +23,7 @@ use crate::session::pending::{self, Granted, Pending, WaitPolicy};
 use crate::session::servers::PoolServer;
 use crate::session::slot::Unavailable;
 
-/// What every kind of handle is made of: it stacks what it acquires on one session.
+/// The part that all kinds of handles have in common: it acquires locks re-entrantly on one session.
 #[derive(Clone, Debug)]
 #[expect(unnameable_types, reason = "the sealed trait of `Source` names it")]
 pub struct Owner {
@@ -219,7 +219,7 @@ impl Owner {
                 }
             }
             Some((session, Join::Released)) => {
-                // Or this handle would find the lock busy that it has just released: the task that releases it
+                // Otherwise this handle could find a lock busy that it has just released: the task that releases it
                 // is in the queue already.
                 match Box::pin(session.connection_for_acquire(policy.deadline())).await {
                     Ok(_) | Err(Unavailable::Lost(_)) => None,

@@ -335,7 +335,7 @@ impl Inner {
         error
     }
 
-    /// Says it if the pool can never lend a connection for each permit.
+    /// Adds the number of permits to the error if the pool can never provide a connection for each of them.
     fn explain(&self, mut error: Error) -> Error {
         let limit = Budget::of(self.owner.pool()).limit(self.owner.options.reserve());
         let is_short = usize::try_from(limit).is_ok_and(|limit| limit < self.permits);

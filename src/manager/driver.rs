@@ -245,8 +245,8 @@ impl Driver {
             Called::Failed(error, held) => self.sort_out(&place, error, &held),
             Called::Lost(loss) => {
                 end_with_the_runtime().await;
-                // As with a pool's idle connection that was dead: the caller that asks for a lock does not hear of
-                // it, but of one that breaks when it has just been opened.
+                // As with a pool's idle connection that was dead: the caller of an acquire gets no error for it, but
+                // gets one if a session breaks that has just been opened.
                 if !is_new && matches!(loss, Loss::Disconnected(_)) {
                     self.ask_again(&loss);
                 } else {
@@ -346,8 +346,8 @@ fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
     !answers.contains(&Answer::NotHeld)
 }
 
-/// A runtime that goes down fails what is in flight on it, and then drops its tasks. The callers that wait
-/// for them ask again elsewhere, and need not hear of that.
+/// A runtime that is shut down fails what is in flight on it, and then drops its tasks. The callers that wait
+/// for them retry elsewhere, and get no error for that.
 pub(super) async fn end_with_the_runtime() {
     yield_now().await;
 }

@@ -18,7 +18,7 @@ use crate::request::Request;
 use crate::session::Session;
 use crate::session::pending::WaitPolicy;
 
-/// An owner whose locks a manager takes, and each of his guards.
+/// An owner whose locks a manager takes, and each of its guards.
 #[derive(Clone)]
 pub(crate) struct Managed {
     manager: Arc<Manager>,

@@ -155,7 +155,7 @@ pub(super) enum Want<S> {
 /// The result of [`Table::leave`] and [`Table::close`].
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Left {
-    /// The lock is passed on, or others share it.
+    /// The lock is handed off, or other owners share it.
     Done,
     /// The server is asked to release it. The owner that passed a farewell is notified of the result.
     Told,
@@ -179,7 +179,7 @@ struct Entry<S, W> {
     /// `Some` while the server has granted something.
     seat: Option<S>,
     turn: Option<Turn>,
-    /// When the server granted the lock, and how often it was passed on since.
+    /// When the server granted the lock, and how often it was handed off since.
     since: Instant,
     handed: u32,
     /// Another session was seen waiting, so no owner is admitted until those that share the lock have released
@@ -359,7 +359,7 @@ impl<S: Seat, W> Table<S, W> {
         left(entry, Some(farewell))
     }
 
-    /// A waiter gives up. Returns whether it still waited.
+    /// A waiter stops waiting. Returns whether it still waited.
     pub(super) fn cancel(
         &mut self,
         key: KeyId,
@@ -586,8 +586,8 @@ impl<S: Seat, W> Table<S, W> {
 
 /// Admits the waiters that can be admitted, and finds the next step. Returns the entry, if it is still in use.
 ///
-/// Every change of an entry ends with this. It has the place in the map, so that the key, which anybody
-/// may have chosen and is hashed for that, is looked up only once.
+/// Every change of an entry ends with this. It takes the place in the map, so that the key is hashed and looked
+/// up only once. (The hash is slow, because a key may be chosen by an attacker.)
 fn advance<'t, S: Seat, W>(
     mut slot: OccupiedEntry<'t, KeyId, Box<Entry<S, W>>>,
     bound: Bound,

@@ -1,6 +1,6 @@
 //! A wait session: waits in the server's queue for keys that other sessions hold, one at a time.
 //!
-//! It takes the next key in the line, waits for it, holds it while the process passes it on, gives it up, and
+//! It takes the next key in the line, waits for it, holds it while the process hands it off, releases it, and
 //! takes the next one. It ends when there was nothing to wait for during [`IDLE`], and with its connection.
 
 use std::sync::Arc;
@@ -42,7 +42,7 @@ async fn run(manager: Arc<Manager>, driver: u64) {
         }
         Ok(None) => false,
         Err(error) => {
-            // The keys are still tried on the shared session, which says so if it can't be opened either.
+            // The keys are still tried on the shared session, which reports an error if it can't be opened either.
             tracing::debug!(
                 error = &error as &dyn std::error::Error,
                 "no connection to wait for busy keys on; they are tried again and again"

@@ -90,8 +90,8 @@ impl Budget {
         reserve.min(self.max_connections.saturating_sub(1))
     }
 
-    /// Waits until locks may have one more connection, behind all that asked before: for no longer than
-    /// the caller waits, or than the pool lets anybody wait.
+    /// Waits until locks may have one more connection, behind all earlier callers: for no longer than the caller
+    /// waits, or than the pool's timeout.
     pub(crate) async fn permit(
         self: &Arc<Self>,
         key: &Key,

@@ -65,7 +65,7 @@ impl Session {
         let mut cancelled = Ok(());
         loop {
             match timeout(pause, &mut answered).await {
-                // Or the interrupted statement's own failure: an answer like any other.
+                // An error may be the interrupted statement's own failure: an answer like any other.
                 Ok(Ok(()) | Err(sqlx::Error::Database(_))) => {
                     return if self.ledger().has_guards() { Ok(()) } else { cancelled };
                 }

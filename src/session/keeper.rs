@@ -375,7 +375,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         }
         Err(error) => {
             let loss = Loss::broken(error);
-            // A release that waits for the connection says so.
+            // A release that waits for the connection returns this error.
             session.connection_error.set(loss.clone()).ok();
             drop(slot.take());
             if session.ledger().has_guards() {

@@ -2,7 +2,7 @@
 //!
 //! The ledger knows what the guards need and what the server has granted. When a guard is acquired: is it
 //! covered? When a guard is released: does the server hold more than is needed? The owner of the
-//! connection asks for the surplus at the moment at which it gives it up, so it does not matter in which
+//! connection asks for the surplus at the moment at which it releases it, so it does not matter in which
 //! order concurrent releases get the connection.
 //!
 //! An acquire that is in flight counts a share for each key as soon as it is covered or granted, so

@@ -1,4 +1,4 @@
-//! The keeper's own connection to a server, by which it learns about sessions that it can't ask.
+//! The keeper's own connection to a server, on which it queries the state of sessions that it can't ask.
 //!
 //! It serves two purposes. It answers questions about sessions whose connection is in use, all of them in
 //! one statement. And it is the only way to notice that an idle connection is closed: sqlx reads from an

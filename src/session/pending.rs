@@ -560,10 +560,10 @@ impl Pending {
         Error::NoExclusion { key: self.request.key().clone() }
     }
 
-    /// Makes sure that the server still hears us, after a wait in which nothing was sent to it.
+    /// Makes sure that the server still receives from us, after a wait in which nothing was sent to it.
     ///
-    /// The grant says that we hear the server. Only an answer says that the server hears us, and has
-    /// not begun to give us up.
+    /// The grant proves only that we receive from the server. An answer proves that the server receives from us,
+    /// and is not about to close the connection.
     async fn confirm(&mut self, waiting_since: Instant) -> Result<(), sqlx::Error> {
         let mut asked = waiting_since;
         let heartbeat = self.session.heartbeat;
@@ -753,8 +753,8 @@ fn needs_another_try(error: &sqlx::Error, settings_required: bool) -> bool {
     sqlstate(error).as_deref() == Some("25P02") || (refuses_settings(error) && !settings_required)
 }
 
-/// Asks the pool for a connection, for no longer than the caller waits, or the pool lets anybody wait that has
-/// waited since then.
+/// Asks the pool for a connection, for no longer than the caller waits, and for no longer than the pool's
+/// timeout, counted from `since`.
 ///
 /// A caller that only tries does not wait for the lock, but for the pool like any query.
 pub(crate) async fn lend(

@@ -12,7 +12,7 @@ use crate::sql;
 const MOST: usize = 100;
 
 impl Session {
-    /// Gives locks up on a backend that the pooler has lent to one of our connections before.
+    /// Releases locks on a backend that the pooler had assigned to one of our connections before.
     pub(super) async fn retrieve(&self, backend_pid: i32, locks: &[(KeyId, Modes)]) {
         if locks.is_empty() {
             return;
@@ -32,10 +32,10 @@ impl Session {
     }
 }
 
-/// Gives locks up on this backend. Returns whether it was found.
+/// Releases locks on this backend. Returns whether it was found.
 ///
-/// Inside a transaction, a connection keeps the server connection that the pooler has lent it. So the next
-/// one is lent another, until it is the right one.
+/// Inside a transaction, a connection keeps the server connection that the pooler has assigned to it. So the
+/// next one is assigned another, until it is the right one.
 pub(super) async fn retrieve(
     options: &PgConnectOptions,
     backend_pid: i32,

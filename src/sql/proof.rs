@@ -7,7 +7,7 @@ pub(crate) async fn lock(conn: &mut PgConnection, key: i64) -> Result<(i32, bool
     call(conn, "", "pg_try_advisory_lock", key).await
 }
 
-/// The same inside a transaction that is left open. A pooler can't lend its server connection to another
+/// The same inside a transaction that is left open. A pooler can't assign its server connection to another
 /// client meanwhile.
 pub(crate) async fn lock_in_transaction(
     conn: &mut PgConnection,
