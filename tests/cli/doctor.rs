@@ -1,4 +1,4 @@
-//! `pglock doctor`: what it finds, and what a script learns.
+//! `pglock doctor`: what it finds, and what it returns to a script.
 
 use pglock_testkit::{PgBouncer, Server, ServerOptions, TestDb};
 use sqlx::AssertSqlSafe;

@@ -42,7 +42,7 @@ impl Terminal {
         let mut start = terminal.tmux(&["-f", "/dev/null", "new-session", "-d"]);
         start.args(["-x", "120", "-y", "50", SHELL]);
         start.env("PATH", format!("{programs}:{path}")).env("DATABASE_URL", db.url());
-        // It runs that command in the user's shell, which may be one that turns everybody away.
+        // It runs that command in the user's shell, which may be one that rejects every login.
         start.env("SHELL", "/bin/sh").env_remove("PROMPT_COMMAND");
         assert!(start.status().unwrap().success());
         terminal.shows("shell>").await;

@@ -27,7 +27,7 @@ pub(crate) enum Fault {
     EndWaiter,
     /// A worker is killed, and another takes its place.
     Kill,
-    /// A worker stands still for longer than it may believe that it holds.
+    /// A worker is stopped for longer than its heartbeat's interval and timeout.
     PauseLong,
     /// A worker stands still for a moment.
     PauseShort,
@@ -146,7 +146,7 @@ impl<'a> Chaos<'a> {
         self.deck.swap_remove(place)
     }
 
-    /// Returns whether there was anybody to strike.
+    /// Returns whether there was a worker to strike.
     async fn strike(&mut self, fault: Fault) -> bool {
         match fault {
             Fault::Crash => {

@@ -68,7 +68,7 @@ async fn a_history_full_of_faults_breaks_no_rule() {
     ));
     let violations = check(&history);
     assert!(violations.is_empty(), "{}", story(&history, &violations));
-    // Else it means nothing.
+    // Otherwise it proves nothing.
     assert!(holds > 5 * usize::try_from(seconds).unwrap(), "too few holds");
     assert!(losses > 0 && refused > 0, "too few losses");
 }

@@ -21,7 +21,7 @@ use crate::checker::Kind;
 use crate::dice::Dice;
 use crate::support::borrow_all;
 
-/// After how long without an answer a worker gives up. The server does so after two seconds.
+/// After how long without an answer a worker times out. The server does so after two seconds.
 pub(crate) const GIVES_UP: Duration = Duration::from_secs(1);
 
 pub(crate) const KEYS: i64 = 4;
@@ -165,7 +165,7 @@ enum Trouble {
 }
 
 impl Task {
-    /// Acquires, works and releases; or meets with a fault, which must be one that passes.
+    /// Acquires, works and releases; or runs into a fault, which must be a transient one.
     async fn go_round(&mut self) {
         let key = i64::try_from(self.dice.below(KEYS.unsigned_abs())).unwrap();
         let (guard, hold) = match self.begin(key).await {
@@ -208,7 +208,7 @@ impl Task {
         if !self.has_manager {
             hold.write(BEGIN, Kind::Begin, &mut *guard.connection().await?).await?;
         } else if !hold.row(GUARDED, Kind::Begin, &self.pool).await? {
-            // The next one has begun already, so this one was lost. It says so when it is released.
+            // The next one has begun already, so this one was lost. Its release reports that.
             hold.note(Kind::Refused, &self.pool).await?;
         }
         Ok(Some((guard, hold)))

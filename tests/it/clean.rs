@@ -1,4 +1,4 @@
-//! A connection that a guard has lent is put in order, and the lock stays.
+//! A connection that was borrowed from a guard is tidied, and the lock stays.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
     assert_eq!(borrow_all(&pool).await, [pid]);
 }
 
-/// Leaves the lent connection in the middle of something; then everything must still be right.
+/// Leaves the borrowed connection in the middle of something; then everything must still be right.
 async fn lock_survives(leave: impl AsyncFnOnce(&mut PgConnection)) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;

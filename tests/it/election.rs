@@ -1,4 +1,4 @@
-//! One of many candidates leads, and everybody can see who.
+//! One of many candidates leads, and every process can see which.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -288,7 +288,7 @@ async fn another_programs_lock_is_a_leader_without_a_term() {
     let others = pool_of(db.options().application_name("their program"), 1).await;
     let mut lock = Lock::new(&others, "billing");
 
-    // Who shares the lock keeps others from leading, and does not lead.
+    // A session that shares the lock keeps candidates from leading, and does not lead.
     let shared = lock.acquire_shared().await.unwrap();
     assert_eq!(election.leader().await.unwrap(), None);
     shared.release().await.unwrap();
@@ -381,7 +381,7 @@ async fn an_observer_that_is_dropped_leaves_the_pool_its_connection() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// Who reports each error and goes on asks no more often than without errors.
+/// An observer that reports each error and goes on asks no more often than without errors.
 #[tokio::test]
 async fn an_observer_pauses_after_an_error() {
     let pool = TestDb::new().await.pool(1).await;
@@ -622,7 +622,7 @@ async fn never_two_lead_while_others_give_up_at_random() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = pool_of(db.options().application_name("invoices"), 6).await;
-    // Only ever taken by one who finds it free.
+    // Only ever taken by a candidate that finds it free.
     sqlx::raw_sql("CREATE TABLE post AS SELECT NULL::int8 AS term").execute(&pool).await.unwrap();
     let mut tasks = JoinSet::new();
     for seed in 0..5_u64 {

@@ -64,7 +64,7 @@ async fn all_lead_in_turn_until_they_are_stopped() {
     while each.iter().any(|&turns| turns < TURNS) {
         let candidate = timeout(SOON * 30, turns.recv()).await.unwrap().unwrap();
         *each.get_mut(candidate).unwrap() += 1;
-        // Who resigns queues behind the others.
+        // A candidate that resigns queues behind the others.
         let (least, most) = (each.iter().min().unwrap(), each.iter().max().unwrap());
         assert!(most - least <= 1, "{each:?}");
     }

@@ -54,7 +54,7 @@ pub(crate) async fn becomes(admin: &mut PgConnection, holders: usize, waiters: u
     }
 }
 
-/// Checks that nothing is held or waited for, and that the pool can lend all its connections.
+/// Checks that nothing is held or waited for, and that all connections of the pool can be acquired.
 pub(crate) async fn nothing_is_left(admin: &mut PgConnection, pool: &PgPool) {
     becomes(admin, 0, 0).await;
     borrow_all(pool).await;
@@ -197,7 +197,7 @@ async fn a_deadlock_between_two_keys_hits_exactly_one() {
         becomes(&mut admin, 3, 1).await;
         let ours = timeout(PATIENCE, lock.acquire()).await.unwrap();
         if ours.is_err() {
-            // Gives way: the other key first, which only this session knows of.
+            // Gives way: the other key first, which only this session uses.
             let mut other = shared.connection().await.unwrap();
             execute(&mut other, "SELECT pg_advisory_unlock(2)".to_owned()).await;
         }

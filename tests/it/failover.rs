@@ -20,7 +20,7 @@ const URL: &str = "PGLOCK_FAILOVER_URL";
 const NAME: &str = "PGLOCK_FAILOVER_NAME";
 const WITNESS: &str = "PGLOCK_FAILOVER_WITNESS";
 
-/// A file that is locked by who leads: a witness that knows nothing of the server.
+/// A file that the leader locks: a check that does not depend on the server.
 ///
 /// # Drop
 ///

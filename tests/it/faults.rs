@@ -20,7 +20,7 @@ use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which the impatient holder gives up.
+/// After which the impatient holder times out.
 const BOUND: Duration = SECOND;
 
 /// Longer than anything here takes, unless it hangs.
@@ -293,7 +293,7 @@ async fn the_link_stands_still() {
     borrow_all(&pool).await;
 }
 
-/// Has a limit of the database end a transaction that is open on the lent connection.
+/// Has a limit of the database end a transaction that is open on the borrowed connection.
 async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;

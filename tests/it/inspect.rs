@@ -366,7 +366,7 @@ async fn a_role_sees_and_ends_what_it_may() {
     });
     locks_are(&mut admin, 2, PATIENCE).await;
 
-    // Keys, modes, processes and users are for everybody.
+    // Keys, modes, processes and users are visible to every role.
     let mut onlooker = db.options().username("onlooker").connect().await.unwrap();
     let locks = inspect::locks(&mut onlooker).await.unwrap();
     let [held, waiting] = locks.as_slice() else { panic!("{locks:#?}") };

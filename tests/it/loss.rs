@@ -230,7 +230,7 @@ async fn options_under_which_the_server_would_give_up_first_are_refused() {
         "{said}"
     );
 
-    // A lent connection may have been idle when the link is cut, so only the probes count; with a
+    // A borrowed connection may have been idle when the link is cut, so only the probes count; with a
     // second to spare.
     let tight = LockOptions::new().heartbeat_interval(second).heartbeat_timeout(second);
     for (idle, interval, count, good) in [(9, 1, 2, false), (1, 1, 3, true), (1, 3, 1, true)] {
@@ -243,7 +243,7 @@ async fn options_under_which_the_server_would_give_up_first_are_refused() {
     }
 }
 
-/// The release waits for the connection that was lent, which is being tidied, and breaks.
+/// The release waits for the connection that was borrowed, which is being tidied, and breaks.
 #[tokio::test]
 async fn a_session_that_breaks_while_its_release_waits_is_no_success() {
     let db = TestDb::new().await;

@@ -134,7 +134,7 @@ async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
     let manager = LockManager::new(&options.on(&db.pool(2).await).unwrap());
     let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     let answered = Instant::now();
-    // It gives up after 3 s, which the statement does only after 4.5.
+    // It times out after 3 s, which the statement does only after 4.5.
     sleep_until((answered + SOON * 3 / 2).into()).await;
     server.pause();
     let mut other = Lock::new(&manager, 2);
@@ -490,7 +490,7 @@ async fn dropped_at_every_poll() {
     dropped_at_every_poll_on(1, &db, bounded).await;
 }
 
-/// Another task of the process has the key, and the waiter gives up.
+/// Another task of the process holds the key, and the waiter times out.
 #[tokio::test]
 async fn dropped_in_the_process_queue() {
     let db = TestDb::new().await;
@@ -625,7 +625,7 @@ async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
     }
 }
 
-/// A waiter in another runtime goes on without the one that is gone.
+/// A waiter in another runtime goes on without the runtime that has ended.
 #[test]
 fn a_runtime_that_goes_down_leaves_nobody_waiting() {
     let runtime = || {

@@ -367,7 +367,7 @@ impl Inside {
     }
 }
 
-/// Everybody wants several of a few keys, each in an order and in modes of his own.
+/// Every task wants several of a few keys, each in an order and in modes of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_random_rounds_without_a_deadlock() {
     const ROUNDS: usize = 10_000;

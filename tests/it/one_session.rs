@@ -18,7 +18,7 @@ async fn crosswise(pool: &PgPool, first: i64, second: i64, both: &Barrier) -> Re
     let guard = Lock::new(pool, first).acquire().await?;
     both.wait().await;
     let taken = Lock::new(&guard, second).acquire().await;
-    // Who must give way still has what he had.
+    // The side that must give way still has what it had.
     guard.verify().await?;
     guard.release().await?;
     taken?.release().await
@@ -51,7 +51,7 @@ async fn a_circle_of_locks_on_one_session_each_is_a_deadlock_for_exactly_one() {
     borrow_all(&pool).await;
 }
 
-/// The reason for all this: the server can't know that two sessions belong together.
+/// The reason for all this: the server can't detect that two sessions belong together.
 #[tokio::test]
 async fn a_circle_of_locks_on_sessions_of_their_own_is_told_to_nobody() {
     const WHILE: Duration = Duration::from_secs(3);

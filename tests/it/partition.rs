@@ -1,4 +1,4 @@
-//! The holder gives up before the server lets anybody else in: links that are cut, processes that stop.
+//! The holder times out before the server admits another session: links that are cut, processes that stop.
 //!
 //! The far side is a process in a network of its own, behind a link that is cut; the near side is the
 //! test, which already waits for the same locks when that happens. Both read one clock.
@@ -24,7 +24,7 @@ use crate::support::{borrow_all, locks_are, no_locks};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which a holder gives up: the heartbeat's interval and deadline.
+/// After which a holder times out: the heartbeat's interval and deadline.
 const HOLDER: Duration = SECOND;
 
 /// After which the server gives a silent session up, if it is busy or waits: the keepalives, then the
@@ -44,9 +44,9 @@ enum Kind {
     Idle,
     /// Leads an election.
     Leading,
-    /// Holds, and its connection is lent.
+    /// Holds, and its connection is borrowed.
     Lent,
-    /// Holds, and its connection is lent and runs a long query.
+    /// Holds, and its connection is borrowed and runs a long query.
     Busy,
     /// Holds, and its process is killed as well.
     Killed,
@@ -124,7 +124,7 @@ async fn lead(mut election: Election) {
     say(format!("{key} lost {}", monotonic().as_nanos()));
 }
 
-/// Waits for longer than the server takes to give the session up.
+/// Waits for longer than the server takes to end the session.
 async fn wait(mut lock: Lock) {
     let waited = lock.try_acquire_for(SERVER + SECOND).await;
     let (key, now) = (lock.key(), monotonic().as_nanos());
@@ -187,7 +187,7 @@ impl Scene {
 #[derive(Clone, Copy, Debug)]
 struct Run {
     kind: Kind,
-    /// When the far side gave up, if it lived to say so.
+    /// When the far side timed out, if it lived to report that.
     lost: Option<Duration>,
     /// When the near side was let in.
     granted: Duration,
@@ -283,7 +283,7 @@ async fn outcomes(far: &mut Role, keys: &[(Kind, i64)]) -> BTreeMap<i64, Duratio
         let (key, what) = (words.next().unwrap().parse().unwrap(), words.next().unwrap());
         let at = Duration::from_nanos(words.next().unwrap().parse().unwrap());
         match what {
-            // Granted to a waiter that is cut off: it may believe that for as long as a holder.
+            // Granted to a waiter that is cut off: it may trust that for as long as a holder.
             "holds" => drop(held.insert(key, at)),
             "lost" => {
                 let since = held.get(&key).copied().unwrap_or(at);

@@ -119,7 +119,7 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
             for key in (1..=WAITS).filter(|key| key % WAITERS == waiter) {
                 let time = Duration::from_millis(u64::from(5 + key % 40));
                 let mut lock = Lock::new(&pool, i64::from(key));
-                // On a busy machine the time may be over before the pool has lent a connection.
+                // On a busy machine the time may be over before the pool has returned a connection.
                 match lock.try_acquire_for(time).await {
                     Ok(granted) => assert!(granted.is_none()),
                     Err(error) => assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}"),

@@ -75,7 +75,7 @@ async fn use_seat(permit: &Permit, state: &mut u64) {
     }
 }
 
-/// Takes permits in every way, and gives up at random moments. Returns how many it had.
+/// Takes permits in every way, and stops waiting at random moments. Returns how many it had.
 async fn work(semaphore: Semaphore, seed: u64, stop: Arc<AtomicBool>) -> usize {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut had = 0;
@@ -348,7 +348,7 @@ async fn all_waiters_learn_at_once_that_the_pool_has_no_connection() {
         .await
         .unwrap();
     let semaphore = Semaphore::new(&pool, "seats", WAITERS).unwrap();
-    // As many as the pool lends to locks.
+    // As many as the pool leaves to locks.
     let held = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
     let started = Instant::now();
     let mut waiters = JoinSet::new();

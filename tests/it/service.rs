@@ -161,7 +161,7 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
     }
 }
 
-/// All who are queued for a session hear of it when one has waited in vain, not one after another.
+/// When no connection comes free in time, all queued waiters fail at once, not one after another.
 #[tokio::test]
 async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
     let db = TestDb::new().await;

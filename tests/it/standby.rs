@@ -75,7 +75,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     let guard = lock.acquire().await.unwrap();
     guard.verify().await.unwrap();
     assert!(other.try_acquire().await.unwrap().is_none());
-    // The primary knows nothing of it.
+    // It does not exist on the primary.
     Lock::new(&there, KEY).try_acquire().await.unwrap().unwrap().release().await.unwrap();
 
     let error = guard.fencing_token().await.unwrap_err();

@@ -37,7 +37,7 @@ async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
     let pool = db.pool(1).await;
     let mut lock = Lock::new(&pool, "nightly-report");
 
-    // On a fresh connection, and on one that the pool has lent before.
+    // On a fresh connection, and on one that was used before.
     for round in ["fresh", "used"] {
         let mark = server.log_len();
         let guard = lock.acquire().await.unwrap();

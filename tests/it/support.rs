@@ -108,7 +108,7 @@ pub(crate) fn watched() -> Duration {
     INTERVAL + Environment::current().limit(WATCHED.saturating_sub(INTERVAL))
 }
 
-/// Waits until the server knows of exactly `count` advisory locks, held or waited for.
+/// Waits until the server shows exactly `count` advisory locks, held or waited for.
 pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
     let started = Instant::now();
     loop {
@@ -121,7 +121,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Dur
     }
 }
 
-/// Waits until the server knows of no advisory lock and no waiter.
+/// Waits until the server shows no advisory lock and no waiter.
 pub(crate) async fn no_locks(admin: &mut PgConnection) {
     locks_are(admin, 0, soon()).await;
 }
@@ -199,7 +199,7 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut borrowed = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
-        // The pool lends all its connections within a second; a manager keeps one for another second.
+        // The pool returns all its connections within a second; a manager keeps one for another second.
         let mut conn = tokio::time::timeout(soon() * 2, acquire(pool)).await.unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         // Exact, because other functions may be in front of these in the search path. The view `pg_locks`

@@ -96,7 +96,7 @@ impl Told {
         self.all().into_iter().filter(is_meant).collect()
     }
 
-    /// Fails if anybody, sqlx included, said something that an operator would see.
+    /// Fails if any crate, sqlx included, logged something that an operator would see.
     fn nothing_loud(&self) {
         let loud = |entry: &Entry| *entry.metadata.level() <= Level::INFO;
         let loud: Vec<Entry> = self.all().into_iter().filter(loud).collect();
@@ -148,7 +148,7 @@ async fn has_waiter(admin: &mut PgConnection) {
     assert!(timeout(PATIENCE, waiting).await.is_ok(), "no session waits");
 }
 
-/// One span for each acquire, that says how it ended; stacked ones too.
+/// One span for each acquire, with its result; for re-entrant ones too.
 #[tokio::test]
 async fn every_acquire_has_a_span() {
     let db = TestDb::new().await;

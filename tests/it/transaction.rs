@@ -603,7 +603,7 @@ mod isolation {
         (db, pool)
     }
 
-    /// Waits in a transaction for a holder, who updates before he commits.
+    /// Waits in a transaction for a holder, which updates before it commits.
     async fn wait_for_an_update(db: &TestDb, pool: &PgPool, begin: &'static str) -> Tx {
         let mut admin = db.admin().await;
         let mut holder = pool.begin().await.unwrap();

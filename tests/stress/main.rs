@@ -127,7 +127,7 @@ async fn nothing_is_left(db: &TestDb, pool: &PgPool) {
     let idle = async || pool.num_idle() == usize::try_from(pool.size()).unwrap();
     eventually("the pool has all its connections back, idle", settled(), idle).await;
 
-    // A lost slot of the pool is not seen in its counts, but in how many it still lends.
+    // A lost slot of the pool does not show in its counts, but in how many connections can still be acquired.
     let mut borrowed = Vec::new();
     for _ in 0..CONNECTIONS {
         let mut connection = timeout(settled(), pool.acquire()).await.expect("a slot").unwrap();

@@ -1,4 +1,4 @@
-//! The table of guards that believe to hold a lock, in which a second holder shows.
+//! The table of guards that report holding a lock, in which a second holder is detected.
 //!
 //! A guard enters after its grant, and leaves before its release. So two guards that exclude each other and
 //! are in the table at the same time are two holders, unless one of them was lost.
@@ -127,7 +127,7 @@ impl Table {
                 && state.stands(&hold.guard)
         };
         let other = state.holds.values().find(conflicts);
-        // The new guard is asked last: it may have been lost meanwhile, and the lock passed on.
+        // The new guard is asked last: it may have been lost meanwhile, and the lock granted to another.
         let violation = other.filter(|_| state.stands(&guard)).map(|other| {
             format!(
                 "two holders: {owner:?} with {locks:?}, {:?} with {:?}{}",

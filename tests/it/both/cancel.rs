@@ -158,7 +158,7 @@ async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
 
-    // Or it is granted, and then the guard holds alone.
+    // Otherwise it is granted, and then the guard holds alone.
     let mine = lock.acquire_shared().await.unwrap();
     let theirs = lock.clone().acquire_shared().await.unwrap();
     let mut upgrade = Box::pin(lock.acquire());
@@ -206,7 +206,7 @@ async fn a_storm_of_dropped_acquires_leaves_nothing() {
 
     let enough = rounds(10_000);
     // A server of its own: the storm is also one of connections, for sqlx closes those that it was
-    // about to lend to a caller that gave up.
+    // about to return to a caller that timed out.
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;

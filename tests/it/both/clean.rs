@@ -1,4 +1,4 @@
-//! A connection goes back to the pool only when it holds nothing and is as it was lent.
+//! A connection goes back to the pool only when it holds nothing and is in its original state.
 
 use std::time::Duration;
 

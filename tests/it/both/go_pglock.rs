@@ -136,7 +136,7 @@ async fn a_handle_is_reusable() {
     }
 }
 
-/// A stacked lock is free after as many releases as acquires, and not before.
+/// A re-entrant lock is free after as many releases as acquires, and not before.
 #[tokio::test]
 async fn stacking_needs_as_many_releases() {
     let mut scene = Scene::new().await;
@@ -153,7 +153,7 @@ async fn stacking_needs_as_many_releases() {
     scene.becomes(0, 0).await;
 }
 
-/// There is no release too many: each guard gives up its own share, and no other's.
+/// There is no release too many: each guard releases its own share, and no other's.
 #[tokio::test]
 async fn a_release_takes_nothing_from_the_other_guards() {
     let scene = Scene::new().await;
@@ -265,7 +265,7 @@ async fn different_ids_are_independent() {
     eleven.release().await.unwrap();
 }
 
-/// One task can hold several locks, and gives up each by itself.
+/// One task can hold several locks, and releases each by itself.
 #[tokio::test]
 async fn locks_held_by_one_task_add_up() {
     let mut scene = Scene::new().await;

@@ -1,4 +1,4 @@
-//! A lost lock is reported, and the holder gives up first.
+//! A lost lock is reported, and the holder times out before the server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -312,7 +312,7 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     assert!(matches!(error, Error::SettingsRejected { .. }), "{error:?}");
 }
 
-/// Or a server that was short of memory once would not be asked again to notice a dead holder.
+/// Otherwise a server that was short of memory once would not be asked again to detect a dead holder.
 #[tokio::test]
 async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
     let db = TestDb::new().await;

@@ -367,7 +367,7 @@ impl Run {
         }
     }
 
-    /// A guard learns that its owner was closed, and of no other loss.
+    /// A guard reports that its owner was closed, and no other loss.
     fn is_told_right<T: std::fmt::Debug>(
         &self,
         handle: HandleId,
@@ -550,11 +550,11 @@ fn patience(granted: bool) -> Duration {
     if granted { PATIENCE } else { Duration::from_millis(50) }
 }
 
-/// So little that it may run out before the pool has lent a connection.
+/// So short that it may pass before the pool has returned a connection.
 fn unless_out_of_patience(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
     match answer {
         Err(Error::PoolTimedOut { .. }) if hasty => None,
-        // Who shares a lock through a manager and wants it alone does not wait for other processes.
+        // An owner that shares a lock through a manager and upgrades it does not wait for other processes.
         Err(Error::Deadlock { .. }) if hasty && !ALONE => None,
         answer => answer.unwrap(),
     }

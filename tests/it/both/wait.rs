@@ -273,7 +273,7 @@ async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
     server.resume();
     let error = got.unwrap_err();
     assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
-    // It was silent for longer than a holder believes it.
+    // It was silent for longer than a holder trusts it.
     assert!(held.is_lost());
     locks_are(&mut db.admin().await, 0, soon() * 5).await;
     borrow_all(&pool).await;

@@ -8,7 +8,7 @@ use std::{env, io};
 
 use nix::unistd::{Uid, User, getegid, geteuid};
 
-/// Who may stand in for root, which `initdb` and `postgres` refuse.
+/// The accounts that may stand in for root, which `initdb` and `postgres` refuse.
 const STAND_INS: [&str; 3] = ["postgres", "nobody", "daemon"];
 
 #[derive(Clone, Copy, Debug)]

@@ -250,7 +250,7 @@ mod tests {
             machine
         }
 
-        /// Readable by everyone, as the server may run under another account.
+        /// Readable by every account, because the server may run under another one.
         fn dir(&self, path: &str) -> PathBuf {
             let dir = self.root.join(path);
             fs::create_dir_all(&dir).unwrap();

@@ -176,7 +176,7 @@ fn remove_leftovers() {
 
 /// Two addresses that are unused on this machine: ours, and the far side's.
 fn free_addresses(number: u32) -> Result<(Ipv4Addr, Ipv4Addr), String> {
-    // Starts at a place of our own, so that processes seldom meet.
+    // Starts at a place of our own, so that processes seldom collide.
     let start = process::id().wrapping_mul(101).wrapping_add(number);
     for step in 0..100_u32 {
         let index = start.wrapping_add(step.wrapping_mul(37)) % (1 << 14);

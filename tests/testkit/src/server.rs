@@ -24,7 +24,7 @@ use crate::watchdog::Watchdog;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[expect(clippy::exhaustive_enums, reason = "PostgreSQL has exactly three ways to shut down")]
 pub enum Shutdown {
-    /// Disconnects everyone and closes down in order (SIGINT).
+    /// Disconnects all clients and shuts down in order (SIGINT).
     Fast,
     /// Drops everything at once, as before a crash recovery (SIGQUIT).
     Immediate,
