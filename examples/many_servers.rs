@@ -81,7 +81,7 @@ fn mix(mut bits: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// Locks a key at its home in each of the lists, all or none, in one order for everybody.
+/// Locks a key at its home in each of the lists, all or none, in one order for all processes.
 async fn try_acquire(key: &str, lists: &[&[Server]]) -> Result<Option<Vec<ExclusiveGuard>>> {
     let mut places: Vec<&Server> = lists.iter().filter_map(|servers| home(key, servers)).collect();
     places.sort_by_key(|server| server.name);

@@ -1,7 +1,7 @@
 //! Migrate a database once, though all machines start at the same time.
 //!
-//! You want this when everything must be in place before anybody serves: the schema, and data that a
-//! program has to fill in. Who comes first does it all; the others wait, and find it done.
+//! You want this when everything must be in place before any machine serves: the schema, and data that a
+//! program has to fill in. The first machine does it all; the others wait, and find it done.
 //!
 //! sqlx's migrator takes a lock of its own, waits for it without end, and leaves it on the pooled
 //! connection when a migration fails. To run it under this lock instead:

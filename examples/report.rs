@@ -31,7 +31,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("the report is made");
     assert!(view("ada", &office).await?);
 
-    // Who makes it can't get between those who look, either: it comes back later.
+    // The machine that makes it can't get between the viewers, either: it comes back later.
     let mut lock = Lock::new(&home, "report:sales");
     let looking = lock.acquire_shared().await?;
     assert!(start(&machine).await?.is_none());

@@ -1,4 +1,4 @@
-//! Who had the lock when, drawn in text: a row for each process, a column for each instant.
+//! Which process held the lock when, drawn in text: a row for each process, a column for each instant.
 
 use crate::actor::Actor;
 use crate::took;

@@ -29,7 +29,7 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
     let options = PgConnectOptions::from_str(&env::var("DATABASE_URL")?)?.application_name(&name);
     let pool = PgPoolOptions::new()
         .max_connections(CONNECTIONS)
-        // Who gets no connection in this time is answered 503.
+        // A request that gets no connection in this time is answered 503.
         .acquire_timeout(Duration::from_secs(2))
         .connect_with(options)
         .await?;

@@ -50,7 +50,7 @@ async fn pay(
     let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
         return Ok((StatusCode::CONFLICT, "another request is busy with this invoice\n"));
     };
-    // If the lock is lost, the payment is stopped there, before anybody else can begin one.
+    // If the lock is lost, the payment is stopped there, before another request can begin one.
     guard.while_held(Box::pin(service.pay(invoice, &guard))).await?
 }
 
