@@ -1,4 +1,4 @@
-//! A lock that its handle holds already, acquired once more: a stacked acquire.
+//! A lock that its handle holds already, acquired once more: a re-entrant acquire.
 
 mod contest;
 mod support;
@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use contest::{Contest, Contestant};
 
 const KEY: i64 = 42;
-/// How many stacked acquires make a turn; of those that ask the server, how many.
+/// How many re-entrant acquires make a turn; of those that ask the server, how many.
 const TIMES: u32 = 10_000;
 const TIMES_ON_SERVER: u32 = 10;
 
@@ -44,7 +44,7 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
 /// Acquires what it holds once more, and releases it.
 enum Stack {
     ByHand(PgConnection),
-    /// Can't stack. It is free, and has no server.
+    /// Not re-entrant. It is free, and has no server.
     Mutex(Mutex<()>),
     Pglock(Lock),
 }

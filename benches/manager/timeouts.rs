@@ -10,7 +10,7 @@ use tokio::time::sleep;
 
 const BUSY: i64 = -1;
 
-/// How late the last of them hears, and how long another key takes at most meanwhile.
+/// How late the last of them returns, and how long another key takes at most meanwhile.
 pub(crate) struct Timeouts {
     pub(crate) latest: Duration,
     pub(crate) other_key: Duration,

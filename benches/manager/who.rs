@@ -131,7 +131,7 @@ impl Task {
         Ok(())
     }
 
-    /// Acquires, says so, and holds until `over` is closed.
+    /// Acquires, adds a permit to `held`, and holds until `over` is closed.
     pub(crate) async fn hold(self, held: &Semaphore, over: &Semaphore) -> Result<(), BoxDynError> {
         let until_over = async {
             held.add_permits(1);
