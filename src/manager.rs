@@ -242,7 +242,7 @@ struct Place {
 /// Sends a caller the result.
 type Tell = oneshot::Sender<Told>;
 
-/// How it went.
+/// The result that a caller gets.
 enum Told {
     Granted(Place),
     Refused,
@@ -300,7 +300,7 @@ impl Manager {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the table, and does what follows from it.
+    /// Changes the table, and applies the effects.
     fn change<T>(
         self: &Arc<Self>,
         change: impl FnOnce(&mut State, Instant, &mut Vec<Effect<Place, Tell>>) -> T,
@@ -463,7 +463,7 @@ impl Manager {
         });
     }
 
-    /// A step failed. Notifies the waiters for it; without an error they ask again.
+    /// A step failed. Notifies the waiters for it; without an error they retry.
     fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Error>) {
         let waiters = self.change(|state, _, _| state.table.failed(key, id));
         fail(waiters.into_iter().flatten(), error);
@@ -488,7 +488,7 @@ impl Manager {
         tell_lost(farewells, loss);
     }
 
-    /// A key was lost with its session, which has not said so yet.
+    /// A key was lost with its session, which has not reported that yet.
     fn lost_key(self: &Arc<Self>, key: KeyId, place: &Place, loss: &Loss) {
         let farewells =
             self.change(|state, now, effects| state.table.lost_key(key, place, now, effects));
@@ -576,7 +576,7 @@ impl Manager {
                     if let Some(taken) = state.table.take_apart(key)
                         && let Some(apart) = state.apart.get(&key)
                     {
-                        // If it has just gone, it says itself that the session is lost.
+                        // If it has just ended, it reports itself that the session is lost.
                         apart.orders.send(taken).ok();
                     }
                 }

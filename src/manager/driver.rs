@@ -44,7 +44,7 @@ const AT_ONCE: usize = 64;
 /// How often an unused session checks whether the pool is exhausted, and then returns its connection.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// After so long without a key, the connection goes back to the pool.
+/// After this time without a key, the connection goes back to the pool.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// Takes the steps until there is nothing left to do, or another driver has taken over.
@@ -141,7 +141,7 @@ impl Driver {
             let time = match quiet_since {
                 None => QUIET,
                 Some(_) if manager.needs_shared() => IDLE,
-                // It may be wanted for something else.
+                // The connection may be needed elsewhere.
                 Some(_) => LOOK,
             };
             let retry = session.as_ref().and_then(|_| manager.state().table.next_retry());
@@ -177,7 +177,7 @@ impl Driver {
         }
     }
 
-    /// Gives the connection back if nothing is held on it. Returns whether it did.
+    /// Returns the connection to the pool if nothing is held on it. Returns whether it did.
     fn let_go(&mut self) -> bool {
         let needed = self.manager.needs_shared();
         if !needed {
@@ -295,7 +295,7 @@ impl Driver {
         }
     }
 
-    /// Tells the callers that wait for the steps in flight; without an error they ask again.
+    /// Notifies the callers that wait for the steps in flight; without an error they retry.
     fn fail(&mut self, error: Option<&Error>) {
         for (key, taken) in std::mem::take(&mut self.under_way).steps() {
             self.manager.failed(*key, taken.id, error);
@@ -324,7 +324,7 @@ impl Driver {
         Key::from_id(first.map_or(KeyId::BigInt(0), |(key, _)| *key))
     }
 
-    /// Tells the guards on the session.
+    /// Reports the loss to the guards on the session.
     fn lose(&mut self, loss: &Loss) {
         let Some(keeper) = self.keeper.take() else { return };
         let session = Arc::clone(keeper.session());
@@ -333,7 +333,7 @@ impl Driver {
     }
 }
 
-/// Tells the table what was taken. Returns whether the session held all that it should have.
+/// Hands the answers to the table. Returns whether the session held all that it should have held.
 fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
     let Some(Answered { place, batch, answers }) = answered.take() else { return true };
     for (steps, answers) in batch.steps().chunks(AT_ONCE).zip(answers.chunks(AT_ONCE)) {

@@ -55,7 +55,7 @@ impl Managed {
             let place = match waiting {
                 Wish::Granted(place) => place,
                 Wish::Waits(mut waiting) => match self.wait(&mut waiting.answer, policy).await {
-                    // It was not the lock that was busy.
+                    // The time was spent waiting for a connection, not for the lock.
                     None if waiting.is_unasked() => {
                         return Err(Error::pool_timed_out(key, None));
                     }
@@ -65,13 +65,13 @@ impl Managed {
                         Some(Told::Refused) => return Ok(None),
                         Some(Told::Deadlock) => return Err(Error::deadlock(key)),
                         Some(Told::Failed(error)) => return Err(error.for_key(key)),
-                        // The caller that asked for us has gone down with its runtime: ask again.
+                        // The driver ended with its runtime: retry.
                         Some(Told::Released(_) | Told::PassedOn) | None => continue,
                     },
                 },
             };
             if let Some(loss) = place.session.loss() {
-                // The task that watches it was not in time to say so.
+                // The task that monitors it has not reported that yet.
                 self.manager.lost_key(key.id(), &place, &loss);
                 continue;
             }
@@ -96,7 +96,7 @@ impl Managed {
             tell
         };
         let manager = &self.manager;
-        // First, for without a runtime this panics.
+        // First, because without a runtime this panics.
         let runtime = Handle::current();
         let mut state = manager.state();
         if manager.pool.is_closed() && !state.table.holds(key.id(), self.owner.id) {
@@ -215,7 +215,7 @@ struct Waiting<'m> {
 }
 
 impl Waiting<'_> {
-    /// Whether the server was not asked yet, for want of a connection.
+    /// Whether the server was not asked yet, because there was no connection.
     fn is_unasked(&self) -> bool {
         let manager = &self.managed.manager;
         let state = manager.state();
@@ -277,7 +277,7 @@ impl PendingRelease {
             Answer::Comes(answer) => match manager.unless_stalled(answer).await {
                 Ok(Told::Released(released)) => released,
                 Ok(Told::PassedOn) => session.confirm(since).await,
-                // The caller that told the server has gone down with its runtime, and the session with it.
+                // The driver ended with its runtime, and the session with it.
                 Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
                 | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
             },

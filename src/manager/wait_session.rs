@@ -23,7 +23,7 @@ use crate::session::Session;
 use crate::session::shared::Called;
 use crate::sql::batch::Call;
 
-/// After so long without a key, the connection goes back to the pool.
+/// After this time without a key, the connection goes back to the pool.
 const IDLE: Duration = Duration::from_millis(100);
 
 /// Starts to wait for keys on behalf of a driver, until there are none.
@@ -55,7 +55,7 @@ async fn run(manager: Arc<Manager>, driver: u64) {
 
 /// # Drop
 ///
-/// If it holds a key, that is lost; if it waits for one, the owners that want the key ask again.
+/// If it holds a key, that is lost; if it waits for one, the owners that want the key retry.
 struct WaitSession {
     manager: Arc<Manager>,
     driver: u64,
@@ -162,7 +162,7 @@ impl WaitSession {
 
     /// The key was not granted in time, and stands in the line again.
     fn slice_over(&self, key: KeyId, wait: u64) {
-        // On whichever session: it was not granted.
+        // The session does not matter, because the key was not granted.
         self.manager.done_apart(key, wait, |state, now, effects| {
             state.table.not_granted(key, wait, now, effects);
             Vec::new()
@@ -250,7 +250,7 @@ async fn take(key: KeyId, holds: &mut Vec<Guard>, step: Step) -> Result<bool, Lo
         },
         Step::Look => match held.session().call(&[(key, Call::IsWaitedFor)]).await {
             Called::Answers(answers) => Ok(answers.contains(&true)),
-            // Then others get their turn.
+            // Then it is another session's turn.
             Called::Failed(..) => Ok(true),
             Called::Lost(loss) => Err(loss),
         },

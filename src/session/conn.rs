@@ -37,7 +37,7 @@ impl Conn {
         Self { pooled: Some(pooled), runtime, _permit: permit, lent: false, checked: false }
     }
 
-    /// The connection, for a statement.
+    /// The connection, to run a statement on.
     pub(crate) fn pg(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
         self.pooled.as_deref_mut().ok_or(sqlx::Error::PoolClosed)
     }

@@ -113,7 +113,7 @@ impl Session {
         Err(loss)
     }
 
-    /// Counts what calls have locked and unlocked, for the report of a loss.
+    /// Counts what calls have locked and unlocked, because the report of a loss includes the number.
     fn count(&self, calls: &[(KeyId, Call)], answers: &[bool]) {
         let mut locks = self.managed_locks.load(Ordering::Relaxed);
         for ((_, call), yes) in calls.iter().zip(answers) {

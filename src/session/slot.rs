@@ -82,7 +82,7 @@ impl ConnGuard {
         &self.wakeup.session
     }
 
-    /// The connection, for a statement.
+    /// The connection, to run a statement on.
     pub(super) fn pg(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
         self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?.pg()
     }
