@@ -417,7 +417,9 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
             (session.uses.load(Ordering::Relaxed), session.ledger().granted_by_server())
         })
         .collect();
-    let pids: Vec<_> = sessions.iter().map(|(session, _)| session.backend_pid()).collect();
+    // A manager's session holds nothing of the ledger, and may hold a hundred thousand locks.
+    let holders = sessions.iter().zip(&before).filter(|(_, (_, granted))| !granted.is_empty());
+    let pids: Vec<_> = holders.map(|((session, _), _)| session.backend_pid()).collect();
     let answer = async {
         let mut monitor = monitor.lock().await;
         monitor.connect(&options).await?;
