@@ -49,7 +49,7 @@ impl Session {
     /// A cancel names a process, and not a statement. It can't strike a later one: the server has
     /// signalled the process before it answers the cancel, and the process drops a cancel that finds
     /// it idle. A cancel without an answer may still be on its way, so the connection must not be used for
-    /// as long; unless guards depend on it, for which a cancelled statement is not a loss.
+    /// as long; unless guards, or calls in flight, depend on it too.
     pub(super) async fn drain(
         &self,
         conn: &mut PgConnection,
@@ -67,7 +67,7 @@ impl Session {
             match timeout(pause, &mut answered).await {
                 // An error may be the interrupted statement's own failure: an answer like any other.
                 Ok(Ok(()) | Err(sqlx::Error::Database(_))) => {
-                    return if self.ledger().has_guards() { Ok(()) } else { cancelled };
+                    return if self.ledger().is_last() { cancelled } else { Ok(()) };
                 }
                 Ok(Err(error)) => return Err(error),
                 Err(_) if started.elapsed() > limit => return Err(silence(limit)),

@@ -257,7 +257,7 @@ impl Ledger {
         self.keys.get(&key).is_some_and(|counts| counts.exclusive + counts.shared > 0)
     }
 
-    /// Whether a release that is in flight is the last statement that the session needs.
+    /// Whether the call in flight that asks is the last one that needs the session.
     pub(crate) fn is_last(&self) -> bool {
         !self.has_guards() && self.in_flight == 1
     }

@@ -271,3 +271,27 @@ async fn a_short_timeout_of_the_heartbeat_is_enough_on_a_slow_link() {
     let guard = lock.acquire().await.unwrap();
     assert_eq!(guard.backend_pid(), pid, "the idle connection was closed");
 }
+
+/// The wait is cancelled on an idle connection of the pool, which is dead, and then on another. The release, which waits
+/// for that, has no part in it.
+#[tokio::test]
+async fn a_release_behind_a_wait_that_is_hard_to_cancel_is_no_loss() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let (pool, elsewhere) = (db.pool(2).await, db.pool(1).await);
+    let held = Lock::new(&elsewhere, 2).acquire().await.unwrap();
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut idle = pool.acquire().await.unwrap();
+    let dead: i32 =
+        sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *idle).await.unwrap();
+    drop(idle);
+    let mut other = Lock::new(&guard, 2);
+    let waiting = spawn(async move { other.acquire().await.map(drop) });
+    locks_are(&mut admin, 3, SOON).await;
+    terminate(&mut admin, dead).await;
+    waiting.abort();
+    assert!(waiting.await.unwrap_err().is_cancelled());
+    guard.release().await.unwrap();
+    locks_are(&mut admin, 1, SOON).await;
+    held.release().await.unwrap();
+}

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _, stdout};
+use std::iter;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -142,8 +143,9 @@ impl World {
             _ => false,
         };
         if !expected {
-            let cause = std::error::Error::source(error).map(ToString::to_string);
-            self.fail(format!("{verb} of backend {backend:?}: {error}: {cause:?}"));
+            let causes = iter::successors(std::error::Error::source(error), |cause| cause.source());
+            let causes: String = causes.map(|cause| format!(": {cause}")).collect();
+            self.fail(format!("{verb} of backend {backend:?}: {error}{causes}"));
         }
     }
 
