@@ -2,9 +2,14 @@
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
+#[path = "quantile.rs"]
+mod quantile;
+
 use std::time::{Duration, Instant};
 
 use sqlx::error::BoxDynError;
+
+use quantile::quantile;
 
 pub(crate) trait Contestant {
     /// Measures one operation, or the mean of a few.
@@ -64,18 +69,4 @@ pub(crate) fn print_table<C>(figure: &str, q: f64, contests: &[Contest<C>]) {
         });
         println!("{name:<44}{ratio:>10.2}{micros:>12.2}{target}");
     }
-}
-
-/// In microseconds.
-fn quantile(samples: &[Duration], q: f64) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_unstable();
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_precision_loss,
-        clippy::cast_sign_loss,
-        reason = "a fraction of a length is a length"
-    )]
-    let index = (q * sorted.len().saturating_sub(1) as f64) as usize;
-    sorted.get(index).map_or(f64::NAN, |sample| sample.as_secs_f64() * 1e6)
 }

@@ -18,6 +18,8 @@ mod support;
 )]
 mod dice;
 mod process;
+#[path = "../quantile.rs"]
+mod quantile;
 mod way;
 
 use std::env;
@@ -100,7 +102,7 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
                 sqlx::raw_sql(AssertSqlSafe(leave)).execute(&mut admin).await?;
             }
         }
-        print(service, &mut measured, time * turns);
+        print(service, &measured, time * turns);
     }
     Ok(())
 }
@@ -140,7 +142,7 @@ async fn run(
 }
 
 /// The first one is the one that the others are compared with.
-fn print(service: Service, measured: &mut [(Way, Measured)], time: Duration) {
+fn print(service: Service, measured: &[(Way, Measured)], time: Duration) {
     let Service { processes, tasks, keys, pool, round_trip } = service;
     println!(
         "\n{processes} processes of {tasks} tasks and a pool of {pool}, {keys} keys, round trip {round_trip:?}"

@@ -14,6 +14,7 @@ use tokio::time::{sleep, sleep_until, timeout_at};
 
 use crate::VARIABLE;
 use crate::dice::Dice;
+use crate::quantile::quantile;
 use crate::way::{Means, Way};
 
 /// How long all processes run before the measurement begins.
@@ -36,10 +37,10 @@ pub(crate) struct Process {
 /// What was measured.
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
-    /// How long each cycle waited for its lock, in microseconds.
-    waits: Vec<u64>,
+    /// How long each cycle waited for its lock, until it had it.
+    waits: Vec<Duration>,
     /// How long the other queries took, in microseconds.
-    queries: Vec<u64>,
+    queries: Vec<Duration>,
     pub(crate) errors: u64,
 }
 
@@ -98,7 +99,7 @@ pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
                 match timeout_at(end.into(), means.cycle(key)).await {
                     Err(_) => return measured,
                     Ok(_) if Instant::now() < begin => {}
-                    Ok(Ok(waited)) => measured.waits.push(micros(waited)),
+                    Ok(Ok(waited)) => measured.waits.push(waited),
                     Ok(Err(error)) => {
                         measured.errors += 1;
                         if measured.errors == 1 {
@@ -126,7 +127,7 @@ async fn ask(pool: PgPool, begin: Instant, end: Instant) -> Measured {
         let started = Instant::now();
         match timeout_at(end.into(), query("SELECT 1").execute(&pool)).await {
             Err(_) => return measured,
-            Ok(Ok(_)) => measured.queries.push(micros(started.elapsed())),
+            Ok(Ok(_)) => measured.queries.push(started.elapsed()),
             Ok(Err(_)) => measured.errors += 1,
         }
         sleep(QUERY_INTERVAL).await;
@@ -136,10 +137,6 @@ async fn ask(pool: PgPool, begin: Instant, end: Instant) -> Measured {
 #[expect(clippy::print_stderr, reason = "the first error says why there are more")]
 fn report(error: &dyn std::error::Error) {
     eprintln!("{error}");
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Measured {
@@ -155,44 +152,32 @@ impl Measured {
     }
 
     /// In milliseconds.
-    pub(crate) fn wait(&mut self, q: f64) -> f64 {
-        quantile(&mut self.waits, q)
+    pub(crate) fn wait(&self, q: f64) -> f64 {
+        quantile(&self.waits, q) / 1000.0
     }
 
     /// In milliseconds.
-    pub(crate) fn query(&mut self, q: f64) -> f64 {
-        quantile(&mut self.queries, q)
+    pub(crate) fn query(&self, q: f64) -> f64 {
+        quantile(&self.queries, q) / 1000.0
     }
 
     #[expect(clippy::print_stdout, reason = "the parent reads it")]
     fn write(&self) {
-        let numbers = |numbers: &[u64]| -> String {
-            numbers.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")
+        let micros = |times: &[Duration]| -> String {
+            times.iter().map(|time| time.as_micros().to_string()).collect::<Vec<_>>().join(" ")
         };
-        println!("{}\n{}\n{}", numbers(&self.waits), numbers(&self.queries), self.errors);
+        println!("{}\n{}\n{}", micros(&self.waits), micros(&self.queries), self.errors);
     }
 
     fn parse(written: &str) -> Result<Self, BoxDynError> {
-        let mut lines = written.lines();
-        let mut numbers = || -> Result<Vec<u64>, BoxDynError> {
-            let line = lines.next().ok_or("a line is missing")?;
-            Ok(line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
+        let lines: Vec<_> = written.lines().collect();
+        let [waits, queries, errors] = lines[..] else { return Err("not three lines".into()) };
+        let times = |micros: &str| -> Result<Vec<Duration>, BoxDynError> {
+            let micros = micros.split_whitespace().map(str::parse);
+            Ok(micros.map(|micros| micros.map(Duration::from_micros)).collect::<Result<_, _>>()?)
         };
-        Ok(Self { waits: numbers()?, queries: numbers()?, errors: numbers()?.iter().sum() })
+        Ok(Self { waits: times(waits)?, queries: times(queries)?, errors: errors.parse()? })
     }
-}
-
-fn quantile(samples: &mut [u64], q: f64) -> f64 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_precision_loss,
-        clippy::cast_sign_loss,
-        reason = "a fraction of a length is a length"
-    )]
-    let index = (q * samples.len().saturating_sub(1) as f64) as usize;
-    samples.sort_unstable();
-    #[expect(clippy::cast_precision_loss, reason = "times are short")]
-    samples.get(index).map_or(f64::NAN, |&micros| micros as f64 / 1000.0)
 }
 
 /// Draws keys: the n-th as often as 1/n.

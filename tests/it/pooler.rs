@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pglock::{Error, Lock, LockOptions, Loss, Result, transaction};
+use pglock::{Error, Lock, LockManager, LockOptions, Loss, Result, transaction};
 use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection, PgPool, Row};
@@ -335,6 +335,32 @@ mod that_turns_from_session_to_transaction_mode {
 
 mod in_session_mode {
     use super::*;
+
+    /// With as many server connections as the pool has, the monitor gets none while a session waits, and nothing
+    /// answers for that session. It holds nothing, so there is nothing to lose.
+    #[tokio::test]
+    async fn a_manager_waits_longer_than_the_heartbeat_without_a_monitor() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let settings = [("pool_mode", "session"), ("default_pool_size", "2")];
+        let pooler = PgBouncer::start(&server, &settings);
+        let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+        let beat = Duration::from_secs(1);
+        let options = LockOptions::new().reserve_connections(0).heartbeat_interval(beat);
+        let options = options.heartbeat_timeout(beat).on(&pool).unwrap();
+        let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
+
+        let manager = LockManager::new(&options);
+        // Both sessions are open.
+        let other = Lock::new(&manager, "another").acquire().await.unwrap();
+        let mut lock = Lock::new(&manager, KEY);
+        let waiting = timeout(4 * beat, lock.acquire()).await;
+        assert!(waiting.is_err(), "the wait has ended: {waiting:?}");
+        assert!(!other.is_lost());
+        held.release().await.unwrap();
+        timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap().release().await.unwrap();
+        other.release().await.unwrap();
+    }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn all_works() {
