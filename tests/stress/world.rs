@@ -144,8 +144,9 @@ impl World {
         };
         if !expected {
             let causes = iter::successors(std::error::Error::source(error), |cause| cause.source());
-            let causes: String = causes.map(|cause| format!(": {cause}")).collect();
-            self.fail(format!("{verb} of backend {backend:?}: {error}{causes}"));
+            let mut failure = format!("{verb} of backend {backend:?}: {error}");
+            causes.for_each(|cause| write!(failure, ": {cause}").unwrap());
+            self.fail(failure);
         }
     }
 
