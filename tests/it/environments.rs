@@ -79,7 +79,7 @@ async fn every_exception_is_of_a_test_that_exists() {
     }
 }
 
-/// Runs the tests in an environment. Returns how many passed, or what they printed.
+/// Runs the tests in an environment. Returns how many passed, or what was printed of failures.
 async fn run(row: &Environment, filters: &[&str]) -> Result<usize, String> {
     let path = Output::new(row.name);
     let output = File::create(&path.0).unwrap();
@@ -89,6 +89,7 @@ async fn run(row: &Environment, filters: &[&str]) -> Result<usize, String> {
         command.args(["--skip", test]);
     }
     command.env(VARIABLE, row.name).env("PROPTEST_CASES", row.rounds(64).to_string());
+    command.env("RUST_BACKTRACE", "0");
     command.stdin(Stdio::null()).stdout(output.try_clone().unwrap()).stderr(output);
     let mut process = command.kill_on_drop(true).spawn().unwrap();
     let ended = timeout(LIMIT, process.wait()).await.map(Result::unwrap);
@@ -100,9 +101,15 @@ async fn run(row: &Environment, filters: &[&str]) -> Result<usize, String> {
             0 => Err(format!("no test was run:\n{printed}")),
             passed => Ok(passed),
         },
-        Ok(_) => Err(printed),
+        Ok(_) => Err(failures(&printed).to_owned()),
         Err(_) => Err(format!("{printed}\nnot finished within {LIMIT:?}")),
     }
+}
+
+/// What the test runner says of the tests that failed, without the lines of those that passed; or all of it, if a
+/// process ended before that.
+fn failures(printed: &str) -> &str {
+    printed.find("\nfailures:\n").map_or(printed, |begin| &printed[begin..])
 }
 
 /// How many tests passed, according to the last line of the test runner.

@@ -21,9 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 fn soon() -> Duration {
     Environment::current().limit(Duration::from_secs(3))
 }
-/// A wait that is meant to run out.
+/// A wait that is meant to run out, but not before the pool has lent a connection.
 fn moment() -> Duration {
-    Environment::current().limit(Duration::from_millis(100))
+    Environment::current().limit(Duration::from_secs(1))
 }
 
 struct Scene {
