@@ -47,4 +47,9 @@ impl Modes {
     pub(crate) fn only(mode: Mode) -> Self {
         Self { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared }
     }
+
+    pub(crate) fn iter(self) -> impl Iterator<Item = Mode> {
+        let exclusive = self.exclusive.then_some(Mode::Exclusive);
+        exclusive.into_iter().chain(self.shared.then_some(Mode::Shared))
+    }
 }

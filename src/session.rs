@@ -47,7 +47,7 @@ use tokio::time::timeout;
 
 use crate::error::{Loss, is_answer};
 use crate::key::{Key, KeyId};
-use crate::mode::Modes;
+use crate::mode::Mode;
 use crate::options::{Heartbeat, Keepalives, LockOptions};
 use crate::request::Request;
 use conn::Conn;
@@ -87,7 +87,7 @@ pub(crate) struct Session {
     /// The server rejects those settings.
     settings_refused: AtomicBool,
     /// What a session had locked that was lost behind a pooler while its connection was in use.
-    left_behind: Mutex<Vec<(KeyId, Modes)>>,
+    left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
     managed_locks: AtomicUsize,
     pool: PgPool,
@@ -275,7 +275,7 @@ impl Session {
         }
     }
 
-    fn left_behind(&self) -> MutexGuard<'_, Vec<(KeyId, Modes)>> {
+    fn left_behind(&self) -> MutexGuard<'_, Vec<(KeyId, Mode)>> {
         self.left_behind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

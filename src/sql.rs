@@ -38,6 +38,7 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, SqlSafeStr};
 
 use crate::key::KeyId;
+use crate::mode::Mode;
 
 /// Sends a statement by the simple protocol, and returns its only row.
 async fn fetch(
@@ -86,10 +87,44 @@ macro_rules! pair {
 }
 use pair;
 
-/// Keys with a number each that says what to call, as a table `calls (k, call)` in their order.
-fn calls(calls: impl Iterator<Item = (KeyId, u8)> + Clone) -> String {
-    let keys: Vec<_> = calls.clone().map(|(key, _)| packed(key).to_string()).collect();
-    let numbers: Vec<_> = calls.map(|(_, call)| call.to_string()).collect();
+/// Calls a function on the lock of a row of [`calls`].
+macro_rules! call {
+    ($function:literal) => {
+        concat!(
+            "CASE WHEN call OPERATOR(pg_catalog.=) 0 THEN pg_catalog.",
+            $function,
+            "(k) WHEN call OPERATOR(pg_catalog.=) 1 THEN pg_catalog.",
+            $function,
+            "_shared(k) WHEN call OPERATOR(pg_catalog.=) 2 THEN pg_catalog.",
+            $function,
+            "(",
+            pair!(),
+            ") ELSE pg_catalog.",
+            $function,
+            "_shared(",
+            pair!(),
+            ") END"
+        )
+    };
+}
+use call;
+
+/// What a function for a mode has in its name.
+fn suffix(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Exclusive => "",
+        Mode::Shared => "_shared",
+    }
+}
+
+/// Locks as a table `calls (k, call, n)`, in their order. The number in `call` says which variant of a function it
+/// takes.
+fn calls(locks: &[(KeyId, Mode)]) -> String {
+    let keys: Vec<_> = locks.iter().map(|(key, _)| packed(*key).to_string()).collect();
+    let call = |&(key, mode): &(KeyId, Mode)| {
+        2 * u8::from(matches!(key, KeyId::IntPair(..))) + u8::from(mode == Mode::Shared)
+    };
+    let numbers: Vec<_> = locks.iter().map(|lock| call(lock).to_string()).collect();
     format!(
         "ROWS FROM (pg_catalog.unnest('{{{}}}'::bigint[]), pg_catalog.unnest('{{{}}}'::smallint[])) \
          WITH ORDINALITY AS calls (k, call, n)",

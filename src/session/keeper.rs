@@ -31,7 +31,7 @@ use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
 use crate::error::{Loss, is_answer};
 use crate::key::KeyId;
-use crate::mode::{Mode, Modes};
+use crate::mode::Mode;
 use crate::options::Heartbeat;
 use crate::sql;
 
@@ -443,9 +443,10 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
         let held = held.remove(&session.backend_pid()).unwrap_or_default();
         // A release may have begun before the question, and reached the server before the answer. It takes
         // what it releases out of the ledger first.
-        let granted = in_both(&granted, &session.ledger().granted_by_server());
+        let now = session.ledger().granted_by_server();
+        let holds_all = granted.iter().all(|lock| held.contains(lock) || !now.contains(lock));
         match &answer {
-            Ok(_) if holds(&held, &granted) => session.trust(asked),
+            Ok(_) if holds_all => session.trust(asked),
             // It may have been released meanwhile, unless its connection is still in the same use.
             Ok(_) if session.uses.load(Ordering::Relaxed) == uses => {
                 session.give_up(&Loss::NotHeld);
@@ -455,23 +456,4 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
             Ok(_) | Err(_) => {}
         }
     }
-}
-
-/// What was granted before, and is still counted.
-fn in_both(before: &[(KeyId, Modes)], now: &[(KeyId, Modes)]) -> Vec<(KeyId, Modes)> {
-    let now: HashMap<_, _> = now.iter().copied().collect();
-    let still = before.iter().filter_map(|&(key, before)| {
-        let now = now.get(&key)?;
-        let exclusive = before.exclusive && now.exclusive;
-        Some((key, Modes { exclusive, shared: before.shared && now.shared }))
-    });
-    still.collect()
-}
-
-/// Whether all that was granted is held.
-pub(super) fn holds(held: &HashSet<(KeyId, Mode)>, granted: &[(KeyId, Modes)]) -> bool {
-    granted.iter().all(|&(key, modes)| {
-        (!modes.exclusive || held.contains(&(key, Mode::Exclusive)))
-            && (!modes.shared || held.contains(&(key, Mode::Shared)))
-    })
 }

@@ -9,7 +9,6 @@
 //! nothing else can release the key before the acquire has all of them.
 
 use std::collections::BTreeMap;
-use std::mem;
 
 use crate::error::Loss;
 use crate::key::KeyId;
@@ -73,8 +72,8 @@ pub(crate) enum Leave {
 pub(crate) struct Surplus {
     /// Take these keys shared, then give their exclusive locks up: only shared guards are left.
     pub(crate) downgrade: Vec<KeyId>,
-    /// Give these keys up, in these modes.
-    pub(crate) unlock: Vec<(KeyId, Modes)>,
+    /// Give these up.
+    pub(crate) unlock: Vec<(KeyId, Mode)>,
 }
 
 /// What the server holds of a key beyond what is needed.
@@ -212,7 +211,7 @@ impl Ledger {
                 Some(Excess::Modes(modes)) => {
                     counts.server.exclusive &= !modes.exclusive;
                     counts.server.shared &= !modes.shared;
-                    surplus.unlock.push((key, modes));
+                    surplus.unlock.extend(modes.iter().map(|mode| (key, mode)));
                 }
                 // Another release got the connection first, and did the work of both.
                 None => {}
@@ -249,8 +248,12 @@ impl Ledger {
     }
 
     /// What the server has granted.
-    pub(crate) fn granted_by_server(&self) -> Vec<(KeyId, Modes)> {
-        self.keys.iter().map(|(key, counts)| (*key, counts.server)).collect()
+    pub(crate) fn granted_by_server(&self) -> Vec<(KeyId, Mode)> {
+        let granted = |(key, counts): (&KeyId, &Counts)| {
+            let key = *key;
+            counts.server.iter().map(move |mode| (key, mode))
+        };
+        self.keys.iter().flat_map(granted).collect()
     }
 
     pub(crate) fn has_guard(&self, key: KeyId) -> bool {
@@ -263,11 +266,13 @@ impl Ledger {
     }
 
     /// Ends the session for all its guards. Returns what the server had granted it.
-    pub(crate) fn lose(&mut self, loss: Loss) -> Vec<(KeyId, Modes)> {
+    pub(crate) fn lose(&mut self, loss: Loss) -> Vec<(KeyId, Mode)> {
         if self.ended.is_none() {
             self.ended = Some(Ended::Lost(loss));
         }
-        mem::take(&mut self.keys).into_iter().map(|(key, counts)| (key, counts.server)).collect()
+        let granted = self.granted_by_server();
+        self.keys.clear();
+        granted
     }
 
     pub(crate) fn loss(&self) -> Option<Loss> {

@@ -1,5 +1,6 @@
 //! The session's own connection, borrowed by the application.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
@@ -9,7 +10,6 @@ use std::sync::atomic::Ordering;
 use sqlx::PgConnection;
 
 use super::conn::Conn;
-use super::keeper;
 use super::slot::ConnGuard;
 use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
@@ -116,8 +116,10 @@ impl Session {
             self.tidy(conn).await?;
             match sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await {
                 Ok((_, held)) => {
-                    let held = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
-                    Ok(keeper::holds(&held, &self.ledger().granted_by_server()))
+                    let held: HashSet<_> =
+                        held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
+                    let granted = self.ledger().granted_by_server();
+                    Ok(granted.iter().all(|lock| held.contains(lock)))
                 }
                 // The role may not ask.
                 Err(error) if is_answer(&error) => Ok(true),

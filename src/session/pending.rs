@@ -291,8 +291,7 @@ impl Pending {
         };
         let Tried { backend_pid, count, idle_limited, refused } = tried;
         if *session.backend_pid.get_or_init(|| backend_pid) != backend_pid {
-            let locks = sql::release::each_mode(missing);
-            Box::pin(session.retrieve(backend_pid, &locks)).await;
+            Box::pin(session.retrieve(backend_pid, missing)).await;
             return Ok(Verdict::Pooled);
         }
         session.trust(asked);
@@ -545,8 +544,7 @@ impl Pending {
             Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
             // The role may not ask. Then the server warns of what was not held.
             Err(error) if is_answer(&error) => {
-                let lock = sql::release::each_mode(&[(key, mode)]);
-                sql::release::unlock_all(pg, &lock, false).await?;
+                sql::release::unlock_all(pg, &[(key, mode)], false).await?;
                 Ok(false)
             }
             Err(error) => Err(error),
@@ -555,8 +553,7 @@ impl Pending {
 
     /// Another backend has answered.
     async fn found_pooler(self, backend_pid: i32) -> Error {
-        let locks = sql::release::each_mode(&self.missing);
-        self.session.retrieve(backend_pid, &locks).await;
+        self.session.retrieve(backend_pid, &self.missing).await;
         Error::NoExclusion { key: self.request.key().clone() }
     }
 

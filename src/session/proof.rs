@@ -27,8 +27,9 @@ use tokio::time::{timeout, timeout_at};
 
 use super::retrieve::retrieve;
 use super::{DEADLINE, within};
+use crate::error::sqlstate;
 use crate::key::KeyId;
-use crate::mode::{Mode, Modes};
+use crate::mode::Mode;
 use crate::sql;
 
 /// How long acquires wait for the first answer.
@@ -166,6 +167,9 @@ fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes
     });
 }
 
+/// The SQLSTATE of what is not allowed at this point of a connection.
+const PROTOCOL_VIOLATION: &str = "08P01";
+
 /// Asks whether what one session has locked is refused to another.
 async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let started = Instant::now();
@@ -195,7 +199,14 @@ async fn ask(
     key: i64,
 ) -> Result<bool, sqlx::Error> {
     let (holding, locked) = sql::proof::lock(holder, key).await?;
-    let (asked, granted) = sql::proof::lock_in_transaction(other, key).await?;
+    let (asked, granted) = match sql::proof::lock_in_transaction(other, key).await {
+        // A pooler that assigns a server connection to each statement allows no transaction.
+        Err(error) if sqlstate(&error).as_deref() == Some(PROTOCOL_VIOLATION) => {
+            sql::proof::unlock(holder, key).await.ok();
+            return Ok(false);
+        }
+        answer => answer?,
+    };
     let (unlocking, unlocked) = sql::proof::unlock(holder, key).await?;
     let excludes = locked && !granted && holding != asked && holding == unlocking && unlocked;
     // The backend may be another client's, and would keep what it was granted.
@@ -208,8 +219,7 @@ async fn ask(
     }
     sql::proof::end_transaction(other).await?;
     if left && holding != asked {
-        let lock = [(KeyId::BigInt(key), Modes::only(Mode::Exclusive))];
-        retrieve(options, holding, &lock).await?;
+        retrieve(options, holding, &[(KeyId::BigInt(key), Mode::Exclusive)]).await?;
     }
     Ok(excludes)
 }

@@ -15,7 +15,7 @@ use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
-use crate::mode::{Mode, Modes};
+use crate::mode::Mode;
 use crate::request::Request;
 use crate::sql;
 use crate::sql::release::{Protocol, Unlocked};
@@ -128,16 +128,16 @@ impl Session {
         conn: &mut Conn,
         keys: impl Iterator<Item = KeyId>,
         protocol: Protocol,
-        locks: &mut Vec<(KeyId, Modes)>,
+        locks: &mut Vec<(KeyId, Mode)>,
     ) -> Result<Answer, sqlx::Error> {
         self.tidy(conn).await?;
         let put_back = self.settings_to_restore.load(Ordering::Relaxed) && self.ledger().is_last();
         let surplus = self.ledger().surplus(keys);
         for key in surplus.downgrade {
-            let Unlocked { backend_pid, all } = sql::release::downgrade(conn.pg()?, key).await?;
+            let Unlocked { backend_pid, all } = self.downgrade(conn.pg()?, key).await?;
             if backend_pid != self.backend_pid() {
                 // Which has the shared lock now.
-                locks.push((key, Modes::only(Mode::Shared)));
+                locks.push((key, Mode::Shared));
                 return Ok(Answer::Elsewhere);
             }
             if !all {
@@ -148,8 +148,12 @@ impl Session {
         if locks.is_empty() && !put_back {
             return Ok(Answer::Released);
         }
-        let Unlocked { backend_pid, all } =
-            sql::release::unlock(conn.pg()?, locks, protocol, put_back).await?;
+        let answer = sql::release::unlock(conn.pg()?, locks, protocol, put_back).await;
+        if is_failed_statement(&answer) {
+            self.give_up_unknown(conn.pg()?, locks).await?;
+            return Ok(Answer::Released);
+        }
+        let Unlocked { backend_pid, all } = answer?;
         if backend_pid != self.backend_pid() {
             return Ok(Answer::Elsewhere);
         }
@@ -157,6 +161,22 @@ impl Session {
             self.settings_to_restore.store(false, Ordering::Relaxed);
         }
         Ok(if all { Answer::Released } else { Answer::NotHeld })
+    }
+
+    /// Leaves a key with a shared lock where the server has granted an exclusive one.
+    async fn downgrade(&self, pg: &mut PgConnection, key: KeyId) -> Result<Unlocked, sqlx::Error> {
+        let answer = sql::release::downgrade(pg, key).await;
+        if !is_failed_statement(&answer) {
+            return answer;
+        }
+        let pid = self.backend_pid();
+        let (_, held) = sql::backend::holdings(pg, &[pid]).await?;
+        let holds = |mode| held.contains(&(pid, key, mode));
+        match (holds(Mode::Exclusive), holds(Mode::Shared)) {
+            (true, false) => sql::release::downgrade(pg, key).await,
+            (true, true) => sql::release::unlock_all(pg, &[(key, Mode::Exclusive)], false).await,
+            (false, all) => Ok(Unlocked { backend_pid: pid, all }),
+        }
     }
 
     /// Undoes an acquire that was in flight: releases what was granted of `missing` although no answer
@@ -200,7 +220,7 @@ impl Session {
             Err(error) => return Err(error),
         };
         if !held.is_empty() {
-            sql::release::unlock_all(pg, &sql::release::each_mode(&held), false).await?;
+            sql::release::unlock_all(pg, &held, false).await?;
         }
         Ok(())
     }
@@ -236,11 +256,7 @@ impl Session {
 
     /// Loses a session whose statements reach other backends than its own, and releases what it has locked,
     /// because the pooler would keep it.
-    pub(super) async fn give_up_pooled(
-        &self,
-        slot: &mut ConnGuard,
-        mut locks: Vec<(KeyId, Modes)>,
-    ) {
+    pub(super) async fn give_up_pooled(&self, slot: &mut ConnGuard, mut locks: Vec<(KeyId, Mode)>) {
         locks.extend(self.ledger().granted_by_server());
         // First, because it may take long to retrieve them.
         self.give_up(&Loss::NoExclusion);
@@ -248,4 +264,10 @@ impl Session {
         drop(slot.take());
         self.retrieve(self.backend_pid(), &locks).await;
     }
+}
+
+/// Whether a release was cancelled, or failed in another way that leaves the session alive: the server may have
+/// released some of the locks, and what the session holds can be asked for.
+fn is_failed_statement<T>(answer: &Result<T, sqlx::Error>) -> bool {
+    answer.as_ref().err().is_some_and(is_answer)
 }

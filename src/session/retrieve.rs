@@ -5,7 +5,7 @@ use sqlx::{Connection, PgConnection};
 
 use super::{DEADLINE, Session, within};
 use crate::key::KeyId;
-use crate::mode::Modes;
+use crate::mode::Mode;
 use crate::sql;
 
 /// How many server connections are looked through at most.
@@ -13,7 +13,7 @@ const MOST: usize = 100;
 
 impl Session {
     /// Releases locks on a backend that the pooler had assigned to one of our connections before.
-    pub(super) async fn retrieve(&self, backend_pid: i32, locks: &[(KeyId, Modes)]) {
+    pub(super) async fn retrieve(&self, backend_pid: i32, locks: &[(KeyId, Mode)]) {
         if locks.is_empty() {
             return;
         }
@@ -39,7 +39,7 @@ impl Session {
 pub(super) async fn retrieve(
     options: &PgConnectOptions,
     backend_pid: i32,
-    locks: &[(KeyId, Modes)],
+    locks: &[(KeyId, Mode)],
 ) -> Result<bool, sqlx::Error> {
     let mut pinned = Vec::new();
     let mut found = false;

@@ -11,7 +11,7 @@ use sqlx::Connection;
 
 use crate::error::{Loss, is_answer, is_not_prepared};
 use crate::key::KeyId;
-use crate::mode::{Mode, Modes};
+use crate::mode::Mode;
 use crate::sql;
 use crate::sql::batch::{self, Call};
 
@@ -135,12 +135,10 @@ impl Session {
 }
 
 /// What calls may have locked.
-fn tried(calls: &[(KeyId, Call)]) -> Vec<(KeyId, Modes)> {
-    let modes = |call| match call {
-        Call::TryLock(mode) => {
-            Some(Modes { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared })
-        }
+fn tried(calls: &[(KeyId, Call)]) -> Vec<(KeyId, Mode)> {
+    let tried = |&(key, call)| match call {
+        Call::TryLock(mode) => Some((key, mode)),
         Call::Unlock(_) | Call::LockShared | Call::IsWaitedFor => None,
     };
-    calls.iter().filter_map(|&(key, call)| Some((key, modes(call)?))).collect()
+    calls.iter().filter_map(tried).collect()
 }

@@ -2,7 +2,7 @@
 
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-use super::bind;
+use super::{bind, packed, pair, suffix};
 use crate::key::KeyId;
 use crate::mode::Mode;
 
@@ -19,14 +19,13 @@ pub(crate) enum Call {
 
 impl Call {
     /// The function that answers it, if a single call is enough.
-    fn function(self) -> Option<&'static str> {
-        match self {
-            Self::TryLock(Mode::Exclusive) => Some("pg_catalog.pg_try_advisory_lock"),
-            Self::TryLock(Mode::Shared) => Some("pg_catalog.pg_try_advisory_lock_shared"),
-            Self::Unlock(Mode::Exclusive) => Some("pg_catalog.pg_advisory_unlock"),
-            Self::Unlock(Mode::Shared) => Some("pg_catalog.pg_advisory_unlock_shared"),
-            Self::LockShared | Self::IsWaitedFor => None,
-        }
+    fn function(self) -> Option<String> {
+        let (name, mode) = match self {
+            Self::TryLock(mode) => ("pg_try_advisory_lock", mode),
+            Self::Unlock(mode) => ("pg_advisory_unlock", mode),
+            Self::LockShared | Self::IsWaitedFor => return None,
+        };
+        Some(format!("pg_catalog.{name}{}", suffix(mode)))
     }
 
     /// Its number in [`call_all`]; one more for a pair of integers.
@@ -76,8 +75,9 @@ pub(crate) async fn call_all(
                 $number,
                 " THEN pg_catalog.",
                 $function,
-                "((k OPERATOR(pg_catalog.>>) 32)::integer, \
-                 ((k OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.>>) 32)::integer)"
+                "(",
+                pair!(),
+                ")"
             )
         };
     }
@@ -101,14 +101,10 @@ pub(crate) async fn call_all(
             )
         };
     }
-    let number = |key| match key {
-        KeyId::BigInt(number) => number,
-        KeyId::IntPair(first, second) => i64::from(first) << 32 | i64::from(second.cast_unsigned()),
-    };
     if let &[(key, call)] = calls
         && let Some(function) = call.function()
     {
-        return call_one(conn, key, function).await;
+        return call_one(conn, key, &function).await;
     }
     let statement = if calls.iter().any(|(_, call)| *call == Call::IsWaitedFor) {
         // As in `place`, for a key that is a column.
@@ -125,7 +121,7 @@ pub(crate) async fn call_all(
     } else {
         statement!("")
     };
-    let keys: Vec<i64> = calls.iter().map(|&(key, _)| number(key)).collect();
+    let keys: Vec<i64> = calls.iter().map(|&(key, _)| packed(key)).collect();
     let numbers: Vec<i16> = calls.iter().map(|&(key, call)| call.number(key)).collect();
     let row = sqlx::query(statement).bind(keys).bind(numbers).fetch_one(conn).await?;
     let answers: &str = row.try_get(1)?;

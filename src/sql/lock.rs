@@ -4,7 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 
 use super::backend::{TIME_STANDS_STILL, end_transaction};
-use super::{bind, calls, fetch, pair};
+use super::{bind, call, calls, fetch, pair};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -78,7 +78,7 @@ pub(crate) async fn try_lock(
         };
         let set = try_with_settings(conn, &[], need, wanted, allow_standby).await?;
         if set.count.is_none() {
-            super::release::unlock_all(conn, &super::release::each_mode(locks), false).await?;
+            super::release::unlock_all(conn, locks, false).await?;
         }
         let count = set.count.and(granted.count);
         Ok(Tried { backend_pid: granted.backend_pid, count, ..set })
@@ -141,16 +141,7 @@ fn microseconds(row: &PgRow, column: usize) -> Result<i64, sqlx::Error> {
 /// The role's limit on idle sessions. Unknown before PostgreSQL 14.
 const IDLE_LIMIT: &str = "pg_catalog.current_setting('idle_session_timeout', true)";
 
-/// Tries the lock of a row of [`calls`].
-const TRY: &str = concat!(
-    "CASE WHEN call OPERATOR(pg_catalog.=) 0 THEN pg_catalog.pg_try_advisory_lock(k) \
-     WHEN call OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_try_advisory_lock_shared(k) \
-     WHEN call OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_try_advisory_lock(",
-    pair!(),
-    ") ELSE pg_catalog.pg_try_advisory_lock_shared(",
-    pair!(),
-    ") END"
-);
+const TRY: &str = call!("pg_try_advisory_lock");
 
 /// The whole of [`try_lock`], on a session that may not have the mark.
 ///
@@ -171,7 +162,7 @@ async fn try_with_settings(
     let tries = if locks.is_empty() {
         count.to_string()
     } else {
-        let calls = calls(locks.iter().map(|&(key, mode)| (key, number(key, mode))));
+        let calls = calls(locks);
         let not = if need == Need::All { "NOT " } else { "" };
         format!(
             "coalesce((SELECT n OPERATOR(pg_catalog.-) 1 FROM {calls} WHERE {not}{TRY} LIMIT 1), {count})"
@@ -201,8 +192,4 @@ async fn try_with_settings(
         Box::pin(try_with_settings(conn, &[], need, wanted, allow_standby)).await?;
     }
     Ok(answer)
-}
-
-fn number(key: KeyId, mode: Mode) -> u8 {
-    u8::from(mode == Mode::Shared) + 2 * u8::from(matches!(key, KeyId::IntPair(..)))
 }

@@ -3,10 +3,10 @@
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
 use super::settings::put_back_all;
-use super::{Args, bind, calls, fetch, pair};
+use super::{Args, bind, call, calls, fetch, pair, suffix};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
-use crate::mode::{Mode, Modes};
+use crate::mode::Mode;
 
 /// How an unlock is sent.
 #[derive(Clone, Copy, Debug)]
@@ -28,38 +28,37 @@ pub(crate) struct Unlocked {
 
 /// Gives locks up, and puts settings back if told to.
 ///
-/// One lock in one mode, as most are, by the protocol that was asked for; all else in one message.
+/// One lock, as most are, by the protocol that was asked for; all else in one message.
 pub(crate) async fn unlock(
     conn: &mut PgConnection,
-    locks: &[(KeyId, Modes)],
+    locks: &[(KeyId, Mode)],
     protocol: Protocol,
     put_back: bool,
 ) -> Result<Unlocked, sqlx::Error> {
-    if let (&[(key, modes)], Protocol::Extended, false) = (locks, protocol, put_back)
-        && let Some(unlocked) = unlock_one(conn, key, modes).await?
+    if let (&[(key, mode)], Protocol::Extended, false) = (locks, protocol, put_back)
+        && let Some(unlocked) = unlock_one(conn, key, mode).await?
     {
         return Ok(unlocked);
     }
     unlock_all(conn, locks, put_back).await
 }
 
-/// Gives one lock up in one mode. `None` if it takes another statement.
+/// Gives one lock up. `None` if what was prepared is gone.
 async fn unlock_one(
     conn: &mut PgConnection,
     key: KeyId,
-    Modes { exclusive, shared }: Modes,
+    mode: Mode,
 ) -> Result<Option<Unlocked>, sqlx::Error> {
     macro_rules! statement {
         ($call:literal) => {
             concat!("SELECT pg_catalog.", $call, ", pg_catalog.pg_backend_pid()")
         };
     }
-    let statement = match (key, exclusive, shared) {
-        (KeyId::BigInt(_), true, false) => statement!("pg_advisory_unlock($1)"),
-        (KeyId::BigInt(_), false, true) => statement!("pg_advisory_unlock_shared($1)"),
-        (KeyId::IntPair(..), true, false) => statement!("pg_advisory_unlock($1, $2)"),
-        (KeyId::IntPair(..), false, true) => statement!("pg_advisory_unlock_shared($1, $2)"),
-        (_, true, true) | (_, false, false) => return Ok(None),
+    let statement = match (key, mode) {
+        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_advisory_unlock($1)"),
+        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_advisory_unlock_shared($1)"),
+        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_advisory_unlock($1, $2)"),
+        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_advisory_unlock_shared($1, $2)"),
     };
     match bind(statement, key).fetch_one(&mut *conn).await {
         Ok(row) => Ok(Some(Unlocked { backend_pid: row.try_get(1)?, all: row.try_get(0)? })),
@@ -72,45 +71,27 @@ async fn unlock_one(
     }
 }
 
-/// Gives up the lock of a row of [`calls`].
-const UNLOCK: &str = concat!(
-    "CASE WHEN call OPERATOR(pg_catalog.=) 0 THEN pg_catalog.pg_advisory_unlock(k) \
-     WHEN call OPERATOR(pg_catalog.=) 1 THEN pg_catalog.pg_advisory_unlock_shared(k) \
-     WHEN call OPERATOR(pg_catalog.=) 2 THEN pg_catalog.pg_advisory_unlock(",
-    pair!(),
-    ") ELSE pg_catalog.pg_advisory_unlock_shared(",
-    pair!(),
-    ") END"
-);
+const UNLOCK: &str = call!("pg_advisory_unlock");
 
 /// An expression that gives locks up, and is true if the session held all of them.
-fn unlocks(locks: &[(KeyId, Modes)]) -> String {
-    // Shorter to plan, and what most releases are.
+fn unlocks(locks: &[(KeyId, Mode)]) -> String {
     match *locks {
-        [(key, Modes { exclusive: true, shared: false })] => {
-            return format!("pg_catalog.pg_advisory_unlock({})", Args(key));
+        [] => "true".to_owned(),
+        // Shorter to plan, and what most releases are.
+        [(key, mode)] => {
+            format!("pg_catalog.pg_advisory_unlock{}({})", suffix(mode), Args(key))
         }
-        [(key, Modes { exclusive: false, shared: true })] => {
-            return format!("pg_catalog.pg_advisory_unlock_shared({})", Args(key));
-        }
-        _ => {}
+        _ => format!("(SELECT pg_catalog.bool_and({UNLOCK}) FROM {})", calls(locks)),
     }
-    let number = |key| 2 * u8::from(matches!(key, KeyId::IntPair(..)));
-    let unlocks = locks.iter().flat_map(|&(key, modes)| {
-        let exclusive = modes.exclusive.then_some((key, number(key)));
-        let shared = modes.shared.then_some((key, number(key) + 1));
-        exclusive.into_iter().chain(shared)
-    });
-    format!("coalesce((SELECT pg_catalog.bool_and({UNLOCK}) FROM {}), true)", calls(unlocks))
 }
 
 /// Gives locks up, all in one message, and puts settings back if told to.
 pub(crate) async fn unlock_all(
     conn: &mut PgConnection,
-    locks: &[(KeyId, Modes)],
+    locks: &[(KeyId, Mode)],
     put_back: bool,
 ) -> Result<Unlocked, sqlx::Error> {
-    let unlocks = if locks.is_empty() { "true".to_owned() } else { unlocks(locks) };
+    let unlocks = unlocks(locks);
     // A statement of its own, so that the locks are free before it is planned.
     let put_back = if put_back { format!("; SELECT {}", put_back_all()) } else { String::new() };
     let statement = format!("SELECT pg_catalog.pg_backend_pid(), {unlocks}{put_back}");
@@ -123,7 +104,7 @@ pub(crate) async fn unlock_all(
 pub(crate) async fn unlock_on(
     conn: &mut PgConnection,
     backend_pid: i32,
-    locks: &[(KeyId, Modes)],
+    locks: &[(KeyId, Mode)],
 ) -> Result<bool, sqlx::Error> {
     let unlocks = unlocks(locks);
     let statement = format!(
@@ -149,9 +130,4 @@ pub(crate) async fn downgrade(
     let rows = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn).await?;
     let row = rows.last().ok_or(sqlx::Error::RowNotFound)?;
     Ok(Unlocked { backend_pid: row.try_get(0)?, all: row.try_get(1)? })
-}
-
-/// Locks as an unlock takes them.
-pub(crate) fn each_mode(locks: &[(KeyId, Mode)]) -> Vec<(KeyId, Modes)> {
-    locks.iter().map(|&(key, mode)| (key, Modes::only(mode))).collect()
 }

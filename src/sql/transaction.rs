@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use super::quiet::quietly;
-use super::{Args, fetch, units};
+use super::{Args, fetch, suffix, units};
 use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -27,13 +27,10 @@ pub(crate) async fn try_lock(
     key: KeyId,
     mode: Mode,
 ) -> Result<Tried, sqlx::Error> {
-    let function = match mode {
-        Mode::Exclusive => "pg_catalog.pg_try_advisory_xact_lock",
-        Mode::Shared => "pg_catalog.pg_try_advisory_xact_lock_shared",
-    };
-    let key = Args(key);
+    let (suffix, key) = (suffix(mode), Args(key));
     let statement = format!(
-        "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE {function}({key}) END, \
+        "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL \
+           ELSE pg_catalog.pg_try_advisory_xact_lock{suffix}({key}) END, \
          pg_catalog.current_setting('deadlock_timeout', true)"
     );
     let row = fetch(conn, statement).await?;
@@ -179,12 +176,8 @@ async fn wait_in_call(
     mode: Mode,
     limit: Duration,
 ) -> Result<bool, sqlx::Error> {
-    let function = match mode {
-        Mode::Exclusive => "pg_catalog.pg_advisory_xact_lock",
-        Mode::Shared => "pg_catalog.pg_advisory_xact_lock_shared",
-    };
     let limit = super::milliseconds(limit);
-    let key = Args(key);
+    let (suffix, key) = (suffix(mode), Args(key));
     let statement = format!(
         "SAVEPOINT pglock; \
          SELECT pg_catalog.set_config('pglock.statement_timeout', \
@@ -201,7 +194,7 @@ async fn wait_in_call(
              THEN pg_catalog.set_config('client_connection_check_interval', '0', true) END, \
            CASE WHEN pg_catalog.current_setting('is_superuser') OPERATOR(pg_catalog.=) 'on' \
              THEN pg_catalog.set_config('log_lock_waits', 'off', true) END; \
-         SELECT {function}({key}); \
+         SELECT pg_catalog.pg_advisory_xact_lock{suffix}({key}); \
          SELECT pg_catalog.set_config('lock_timeout', \
              pg_catalog.current_setting('pglock.lock_timeout'), true), \
            CASE WHEN pg_catalog.current_setting('pglock.check_interval') OPERATOR(pg_catalog.<>) '0' \

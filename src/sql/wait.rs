@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-use super::milliseconds;
 use super::quiet::quietly;
+use super::{milliseconds, suffix};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::options::Keepalives;
@@ -125,10 +125,6 @@ fn settings(conn: &PgConnection, slice: Slice) -> String {
 
 /// Calls the function that waits, with the key in `text`.
 fn call(slice: Slice, text: &str) -> String {
-    let function = match slice.mode {
-        Mode::Exclusive => "pg_catalog.pg_advisory_lock",
-        Mode::Shared => "pg_catalog.pg_advisory_lock_shared",
-    };
     let args = match slice.key {
         KeyId::BigInt(_) => format!("{text}::bigint"),
         KeyId::IntPair(..) => format!(
@@ -136,7 +132,7 @@ fn call(slice: Slice, text: &str) -> String {
              pg_catalog.split_part({text}, ' ', 2)::integer"
         ),
     };
-    format!("{function}({args})")
+    format!("pg_catalog.pg_advisory_lock{}({args})", suffix(slice.mode))
 }
 
 /// A key as text.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use pglock::{Error, Key, Lock, LockOptions, Loss};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::support::borrow_all;
+use crate::support::{borrow_all, execute};
 
 pub(crate) const KEY: &str = "nightly-report";
 
@@ -63,10 +63,6 @@ pub(crate) async fn nothing_is_left(admin: &mut PgConnection, pool: &PgPool) {
 pub(crate) async fn works(lock: &mut Lock) {
     let guard = timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap();
     guard.release().await.unwrap();
-}
-
-pub(crate) async fn execute(conn: &mut PgConnection, statement: String) {
-    sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.unwrap();
 }
 
 /// A pool that connects lazily, and tries to reach an absent server for `acquire_timeout`.

@@ -10,7 +10,7 @@ use tokio::sync::Barrier;
 use tokio::time::timeout;
 
 use crate::loss::terminate;
-use crate::support::{SOON, borrow_all, locks_are, no_locks, spawn, without_runtime};
+use crate::support::{SOON, borrow_all, execute, locks_are, no_locks, spawn, without_runtime};
 
 /// Takes one key, then when both have got theirs, another on the same session. Releases all at the
 /// end.
@@ -294,4 +294,49 @@ async fn a_release_behind_a_wait_that_is_hard_to_cancel_is_no_loss() {
     guard.release().await.unwrap();
     locks_are(&mut admin, 1, SOON).await;
     held.release().await.unwrap();
+}
+
+/// An administrator cancels the statement of a release, before or after the server has released the lock.
+#[tokio::test]
+async fn a_release_that_is_cancelled_is_no_loss() {
+    let server = Server::options().setting("allow_system_table_mods", "on").start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pool = db.pool(1).await;
+    for unlock in ["", "PERFORM unlock(key);"] {
+        let cancelled = format!(
+            "DROP SEQUENCE IF EXISTS calls; CREATE SEQUENCE calls; \
+             CREATE OR REPLACE FUNCTION unlock(bigint) RETURNS boolean \
+               LANGUAGE internal STRICT AS 'pg_advisory_unlock_int8'; \
+             CREATE OR REPLACE FUNCTION pg_catalog.pg_advisory_unlock(key bigint) RETURNS boolean \
+               LANGUAGE plpgsql SET search_path = public AS $$ BEGIN \
+                 IF key = 1 AND nextval('calls') % 2 = 1 THEN {unlock} RAISE query_canceled; END IF; \
+                 RETURN unlock(key); \
+               END $$"
+        );
+        execute(&mut admin, cancelled).await;
+        let other = Lock::new(&pool, 2).acquire().await.unwrap();
+        let pid = other.backend_pid();
+        let mut lock = Lock::new(&other, 1);
+
+        lock.acquire().await.unwrap().release().await.unwrap();
+        locks_are(&mut admin, 1, SOON).await;
+
+        let (exclusive, shared) =
+            (lock.acquire().await.unwrap(), lock.acquire_shared().await.unwrap());
+        exclusive.release().await.unwrap();
+        shared.verify().await.unwrap();
+        let elsewhere = db.pool(1).await;
+        let beside = Lock::new(&elsewhere, 1).try_acquire_shared().await.unwrap();
+        beside.expect("it is only shared").release().await.unwrap();
+        shared.release().await.unwrap();
+        locks_are(&mut admin, 1, SOON).await;
+
+        other.verify().await.unwrap();
+        other.release().await.unwrap();
+        no_locks(&mut admin).await;
+        let guard = Lock::new(&pool, 2).acquire().await.unwrap();
+        assert_eq!(guard.backend_pid(), pid, "the session was lost");
+        guard.release().await.unwrap();
+    }
 }

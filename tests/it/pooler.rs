@@ -6,21 +6,17 @@ use std::time::Duration;
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, Result, transaction};
 use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection, PgPool, Row};
+use sqlx::{ConnectOptions, PgPool, Row};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{borrow_all, locks_are, report};
+use crate::support::{borrow_all, execute, locks_are, report};
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// With sqlx's cache of prepared statements, and without.
 const CACHES: [usize; 2] = [100, 0];
-
-async fn execute(conn: &mut PgConnection, statement: &str) {
-    sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(conn).await.unwrap();
-}
 
 async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
     let pool = PgPoolOptions::new().max_connections(max_connections);
@@ -331,6 +327,23 @@ mod that_turns_from_session_to_transaction_mode {
         report(format!("found out {count} times of {ROUNDS}"));
         assert!(count > 0);
     }
+}
+
+/// A pooler in this mode refuses transactions, of which the proof needs one.
+#[tokio::test]
+async fn in_statement_mode_the_first_acquire_is_refused() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pooler = PgBouncer::start(&server, &[("pool_mode", "statement")]);
+    let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+    // The first one may be granted if the proof takes longer than an acquire waits for it.
+    let refused = async {
+        while let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
+            drop(guard);
+        }
+    };
+    timeout(PATIENCE, refused).await.expect("the pooler is found out");
+    locks_are(&mut db.admin().await, 0, PATIENCE).await;
 }
 
 mod in_session_mode {

@@ -10,7 +10,7 @@ use pglock::{ExclusiveGuard, LockManager, SharedGuard, Upgrade};
 use pglock_testkit::{Environment, TestDb, advisory_locks, eventually};
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{PgConnection, PgPool, Postgres, Row};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -20,6 +20,11 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     Handle::current().spawn(future)
+}
+
+/// Sends statements by the simple protocol.
+pub(crate) async fn execute(conn: &mut PgConnection, statements: impl Into<String>) {
+    sqlx::raw_sql(AssertSqlSafe(statements.into())).execute(conn).await.unwrap();
 }
 
 /// The guard of an upgrade that must not be refused.

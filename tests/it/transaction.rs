@@ -8,7 +8,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{Acquire, AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, borrow_all, dropped_at, locks_are, no_locks};
+use crate::support::{SOON, borrow_all, dropped_at, execute, locks_are, no_locks};
 
 const KEY: &str = "ledger";
 /// Longer than anything here takes, unless it hangs.
@@ -28,10 +28,6 @@ async fn acquire_in_way(way: usize, tx: &mut Tx, patience: Duration) -> Result<b
         4 => transaction::try_acquire_shared(tx, KEY).await,
         _ => transaction::try_acquire_shared_for(tx, KEY, patience).await,
     }
-}
-
-async fn execute(conn: &mut PgConnection, statement: impl Into<String>) {
-    sqlx::raw_sql(AssertSqlSafe(statement.into())).execute(conn).await.unwrap();
 }
 
 /// The first column of the first row, by the simple protocol.

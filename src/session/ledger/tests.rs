@@ -2,6 +2,7 @@
 //! covered, and nothing is held that no guard needs.
 
 use std::collections::BTreeMap;
+use std::mem;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -251,13 +252,13 @@ impl Scene {
             let before = self.server.insert(key, Modes::only(Mode::Shared));
             assert_eq!(before, Some(Modes::only(Mode::Exclusive)));
         }
-        for (key, modes) in unlock {
-            let held = self.server.get_mut(&key).unwrap();
-            assert!(modes.exclusive || modes.shared);
-            assert!(held.exclusive || !modes.exclusive, "unlocks what it does not hold");
-            assert!(held.shared || !modes.shared, "unlocks what it does not hold");
-            held.exclusive &= !modes.exclusive;
-            held.shared &= !modes.shared;
+        for (key, mode) in unlock {
+            let held = self.server.get_mut(&key).expect("unlocks what it does not hold");
+            let held_in_mode = match mode {
+                Mode::Exclusive => &mut held.exclusive,
+                Mode::Shared => &mut held.shared,
+            };
+            assert!(mem::take(held_in_mode), "unlocks what it does not hold");
             if *held == Modes::default() {
                 self.server.remove(&key);
             }
@@ -298,8 +299,14 @@ impl Scene {
     }
 }
 
-fn granted(locks: Vec<(KeyId, Modes)>) -> BTreeMap<KeyId, Modes> {
-    locks.into_iter().filter(|(_, modes)| *modes != Modes::default()).collect()
+fn granted(locks: Vec<(KeyId, Mode)>) -> BTreeMap<KeyId, Modes> {
+    let mut granted: BTreeMap<_, Modes> = BTreeMap::new();
+    for (key, mode) in locks {
+        let modes = granted.entry(key).or_default();
+        modes.exclusive |= mode == Mode::Exclusive;
+        modes.shared |= mode == Mode::Shared;
+    }
+    granted
 }
 
 proptest! {
