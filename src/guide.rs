@@ -7,7 +7,8 @@
 //! | [cookbook] | How do I …? Tasks, each with code to copy; and how to move here from another library |
 //! | [guarantees] | What can I rely on, and what not? Loss, fencing, isolation, failover, clocks, poolers |
 //! | [faults] | What happens when something breaks? Each row is a test |
-//! | [operations] | How do I run it? Pools, poolers, managed services, settings, monitoring, queries for `psql` |
+//! | [operations] | How do I run it? Pools, settings, monitoring, queries for `psql` |
+//! | [servers] | Where do locks exclude? Versions, managed services, other servers, poolers, scale to zero |
 //! | [cost] | What does it cost, and how does that grow? Connections, memory, statements, the server's limits; more than one server |
 //! | [comparison] | What else is there, and when is that the better choice? |
 //! | [program] | How do I use locks in a shell, in cron and under systemd? |
@@ -27,6 +28,9 @@ pub mod faults {}
 
 #[doc = include_str!("guide/operations.md")]
 pub mod operations {}
+
+#[doc = include_str!("guide/servers.md")]
+pub mod servers {}
 
 #[doc = include_str!("guide/cost.md")]
 pub mod cost {}

@@ -24,7 +24,8 @@
 //! * [Cookbook](guide::cookbook): tasks, each with code to copy; how to migrate from go-pglock, sqlx or Ruby.
 //! * [Guarantees](guide::guarantees): what always holds, and what no advisory lock can promise.
 //! * [Faults](guide::faults): what the holder sees when something breaks, and when the lock is free.
-//! * [Operations](guide::operations): pools, poolers, settings, monitoring, queries for `psql`.
+//! * [Operations](guide::operations): pools, settings, monitoring, queries for `psql`.
+//! * [Servers](guide::servers): on which servers, services and poolers locks exclude.
 //! * [Cost](guide::cost): connections, memory, time; the server's limits; more than one server.
 //! * [Comparison](guide::comparison): other libraries and other kinds of lock, and when they are the better choice.
 //! * [Program](guide::program): locks in a shell, in cron and under systemd.
