@@ -17,8 +17,10 @@
 //! # Ok(()) }
 //! ```
 
+mod checks;
+
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sqlx::PgPool;
 use tokio::runtime::Handle;
@@ -28,9 +30,10 @@ use crate::key::Key;
 use crate::lock::Lock;
 use crate::options::LockOptions;
 use crate::session::conn::Conn;
-use crate::session::pending::{WaitPolicy, lend};
+use crate::session::policy::WaitPolicy;
+use crate::session::pool::lend;
 use crate::session::{DEADLINE, within};
-use crate::sql::doctor::{self as statements, Circumstances};
+use crate::sql::doctor as statements;
 
 /// One thing that was looked at.
 ///
@@ -73,9 +76,6 @@ pub enum Severity {
     /// Locks can't be had, or would mean nothing.
     Broken,
 }
-
-/// How few connections or locks are few.
-const FEW: i64 = 4;
 
 /// Examines the server behind a pool, for locks with these options.
 ///
@@ -125,17 +125,22 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
     let (refused, seen) = asking.await.map_err(failed)?;
     conn.give_back();
 
-    let mut findings = vec![primary(&seen), functions(&seen), plpgsql(&seen), lock_list(&seen)];
-    findings.extend(try_out(lock, &seen).await?);
+    let mut findings = vec![
+        checks::primary(&seen),
+        checks::functions(&seen),
+        checks::plpgsql(&seen),
+        checks::lock_list(&seen),
+    ];
+    findings.extend(checks::try_out(lock, &seen).await?);
     findings.extend([
-        dead_holder(&seen, options, refused.as_ref()),
-        dead_waiter(&seen),
-        idle_session(&seen),
-        transactions(&seen),
-        statements(&seen),
-        locks(&seen),
-        connections(&seen),
-        rights(&seen),
+        checks::dead_holder(&seen, options, refused.as_ref()),
+        checks::dead_waiter(&seen),
+        checks::idle_session(&seen),
+        checks::transactions(&seen),
+        checks::statements(&seen),
+        checks::locks(&seen),
+        checks::connections(&seen),
+        checks::rights(&seen),
     ]);
     Ok(findings)
 }
@@ -173,423 +178,5 @@ impl fmt::Display for Severity {
             Self::Warning => "warning",
             Self::Broken => "broken",
         })
-    }
-}
-
-fn primary(seen: &Circumstances) -> Finding {
-    let version = seen.version;
-    let number = format!("PostgreSQL {}.{}", version / 10_000, version % 10_000);
-    if seen.standby {
-        let finding = Finding::fine("primary", format!("a hot standby, {number}"));
-        return finding.but(
-            Severity::Broken,
-            "its locks exclude no session on the primary: connect to the primary",
-        );
-    }
-    Finding::fine("primary", format!("a primary, {number}"))
-}
-
-fn functions(seen: &Circumstances) -> Finding {
-    let check = "functions";
-    match &seen.forbidden {
-        Ok(None) => Finding::fine(check, "the role may call every function that a lock needs"),
-        Ok(Some(forbidden)) => Finding::fine(check, format!("not allowed: {forbidden}")).but(
-            Severity::Broken,
-            format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {:?}", seen.role),
-        ),
-        Err(why) => Finding::unknown(check, why, "check that the server is a PostgreSQL server"),
-    }
-}
-
-/// Without PL/pgSQL nothing catches the timeout of a slice, and the server logs it.
-fn plpgsql(seen: &Circumstances) -> Finding {
-    let check = "plpgsql";
-    match &seen.plpgsql {
-        Ok(true) => Finding::fine(check, "waits write no errors to the server's log"),
-        Ok(false) => Finding::fine(check, "the role can't use the language plpgsql").but(
-            Severity::Warning,
-            format!(
-                "each wait for a busy lock writes an error to the server's log when it starts, and \
-                 one for each slice that ends without the lock: CREATE EXTENSION plpgsql, or GRANT \
-                 USAGE ON LANGUAGE plpgsql TO {:?}",
-                seen.role
-            ),
-        ),
-        Err(why) => Finding::unknown(
-            check,
-            why,
-            format!("GRANT SELECT ON {} TO {:?}", statements::LANGUAGES, seen.role),
-        ),
-    }
-}
-
-/// Whether the role may list locks, its own included.
-fn lock_list(seen: &Circumstances) -> Finding {
-    let check = "list of locks";
-    match &seen.locks {
-        Ok(_) => Finding::fine(check, "the role may list locks"),
-        Err(why) => Finding::fine(check, format!("the role can't list locks: {why}")).but(
-            Severity::Warning,
-            format!(
-                "a lock that another program unlocks on the same session is not detected as lost, \
-                 and `inspect`, `pglock ls` and the observers of elections fail: GRANT EXECUTE ON \
-                 FUNCTION {} TO {:?}",
-                statements::LOCK_LIST,
-                seen.role
-            ),
-        ),
-    }
-}
-
-/// Takes a lock, and draws a token.
-async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
-    const PATIENCE: Duration = Duration::from_secs(5);
-
-    if matches!(seen.forbidden, Ok(Some(_))) {
-        return Ok(Vec::new());
-    }
-    let direct = |seen: &str| Finding::fine("pooler", seen);
-    let guard = match lock.try_acquire_for(PATIENCE).await {
-        Ok(Some(guard)) => guard,
-        // Another doctor is here.
-        Ok(None) => return Ok(vec![direct("no pooler in transaction mode was found")]),
-        Err(Error::NoExclusion { .. }) => {
-            return Ok(vec![direct("a pooler in transaction mode sits in between").but(
-                Severity::Broken,
-                "locks exclude no other session through it: connect directly, or through a pooler in session \
-                 mode",
-            )]);
-        }
-        // Both are findings of their own.
-        Err(Error::Standby { .. } | Error::SettingsRejected { .. }) => return Ok(Vec::new()),
-        // The server's answer, such as a function that it does not have.
-        Err(error @ Error::Database { .. }) => {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            let seen = format!("a lock can't be acquired: {}", cause.unwrap_or_default());
-            return Ok(vec![Finding::fine("acquire", seen).but(
-                Severity::Broken,
-                "remove the cause, and check that the server is a PostgreSQL server",
-            )]);
-        }
-        Err(error) => return Err(error),
-    };
-    let token = match guard.fencing_token().await {
-        Ok(token) => Finding::fine("fencing token", format!("can be drawn: {token}")),
-        Err(error) => Finding::fine("fencing token", error.to_string()).but(
-            Severity::Warning,
-            "locks can be held, but elections, and the program `pglock run`, need a token",
-        ),
-    };
-    guard.release().await?;
-    Ok(vec![direct("no pooler in transaction mode was found"), token])
-}
-
-/// When the server closes the session of a holder whose host vanishes, and whether that holder has detected the
-/// loss by then.
-fn dead_holder(
-    seen: &Circumstances,
-    options: &LockOptions,
-    refused: Option<&sqlx::Error>,
-) -> Finding {
-    // What the kernel usually has where the server says 0.
-    let or = |name, default| match seen.setting(name) {
-        0 => default,
-        set => set,
-    };
-    if !seen.tcp {
-        return Finding::fine("dead holder", "over a unix socket, one that dies is known at once");
-    }
-    let idle = or("tcp_keepalives_idle", 7200);
-    let probes = or("tcp_keepalives_interval", 75) * or("tcp_keepalives_count", 9);
-    let user_timeout = seen.setting("tcp_user_timeout") / 1000;
-    // Where it is set, it counts instead of the probes.
-    let silent = if user_timeout == 0 { probes } else { probes.min(user_timeout) };
-    let holder = options.beat().bound();
-    let server = Duration::from_secs(silent.try_into().unwrap_or_default());
-    let finding = Finding::fine(
-        "dead holder",
-        format!("the holder gives up after {holder:?}, and the server after {} s", idle + probes),
-    );
-    if holder >= server {
-        return finding.but(
-            Severity::Broken,
-            format!(
-                "the server may release the lock of an unreachable holder after {silent} s, \
-                 before the holder detects the loss; raise tcp_keepalives_interval and \
-                 tcp_keepalives_count, or lower the heartbeat"
-            ),
-        );
-    }
-    match refused {
-        Some(error) => finding.but(
-            Severity::Warning,
-            format!(
-                "the server refuses the settings by which it would notice a dead client sooner \
-                 ({error}); set tcp_keepalives_idle = 3, tcp_keepalives_interval = 1 and \
-                 tcp_keepalives_count = 5 on the server"
-            ),
-        ),
-        None => finding,
-    }
-}
-
-fn dead_waiter(seen: &Circumstances) -> Finding {
-    let name = "client_connection_check_interval";
-    let check = |seen: String| Finding::fine("dead waiter", seen);
-    if seen.version < 140_000 {
-        return check(format!("before PostgreSQL 14 there is no {name}")).but(
-            Severity::Warning,
-            "a client that dies while it waits keeps its place in the queue until its turn: upgrade",
-        );
-    }
-    match seen.setting(name) {
-        0 => check(format!("{name} is 0, and can't be set")).but(
-            Severity::Warning,
-            format!(
-                "a client that dies while it waits keeps its place in the queue until its turn: set {name} \
-                 to 1s on the server, or let the role set it"
-            ),
-        ),
-        set => check(format!("noticed after {set} ms")),
-    }
-}
-
-fn idle_session(seen: &Circumstances) -> Finding {
-    let check = "idle_session_timeout";
-    match seen.setting(check) {
-        0 => Finding::fine(check, "no limit"),
-        limit => Finding::fine(check, format!("{limit} ms; lifted while a lock is held")),
-    }
-}
-
-fn transactions(seen: &Circumstances) -> Finding {
-    let check = "limits on transactions";
-    let names = ["idle_in_transaction_session_timeout", "transaction_timeout"];
-    let set: Vec<_> = names.into_iter().filter(|name| seen.setting(name) > 0).collect();
-    if set.is_empty() {
-        return Finding::fine(check, "none");
-    }
-    let limits = set.iter().map(|name| format!("{name} is {} ms", seen.setting(name)));
-    let resets = set.iter().map(|name| format!("ALTER ROLE {:?} SET {name} = 0", seen.role));
-    Finding::fine(check, limits.collect::<Vec<_>>().join(", ")).but(
-        Severity::Warning,
-        format!(
-            "the server ends a session for that, and with it all its locks: keep transactions short \
-             that hold a lock, or run on a guard's connection, or {}",
-            resets.collect::<Vec<_>>().join("; ")
-        ),
-    )
-}
-
-fn statements(seen: &Circumstances) -> Finding {
-    /// Less than this may strike on a busy server where nothing waits for a lock.
-    const SHORT: i64 = 1000;
-
-    let check = "statement_timeout";
-    match seen.setting(check) {
-        0 => Finding::fine(check, "no limit"),
-        limit if limit < SHORT => Finding::fine(check, format!("{limit} ms")).but(
-            Severity::Warning,
-            format!(
-                "a busy server may take longer to answer a heartbeat, and the lock is lost then: \
-                 ALTER ROLE {:?} SET {check} = '{SHORT}ms', or more",
-                seen.role
-            ),
-        ),
-        limit => Finding::fine(check, format!("{limit} ms; lifted while a lock is waited for")),
-    }
-}
-
-fn locks(seen: &Circumstances) -> Finding {
-    let check = "lock table";
-    let in_use = match &seen.locks {
-        Ok(in_use) => in_use,
-        Err(why) => {
-            let list = statements::LOCK_LIST;
-            let grant = format!("GRANT EXECUTE ON FUNCTION {list} TO {:?}", seen.role);
-            return Finding::unknown(check, why, grant);
-        }
-    };
-    let sessions = seen.setting("max_connections") + seen.setting("max_prepared_transactions");
-    let room = seen.setting("max_locks_per_transaction") * sessions;
-    let free = room - in_use;
-    let finding = Finding::fine(check, format!("{in_use} of {room} locks in use"));
-    if free >= room / 5 {
-        return finding;
-    }
-    let severity = if free < FEW { Severity::Broken } else { Severity::Warning };
-    finding.but(severity, "raise max_locks_per_transaction, and restart the server")
-}
-
-fn connections(seen: &Circumstances) -> Finding {
-    let check = "connections";
-    let sessions = match &seen.connections {
-        Ok(sessions) => *sessions,
-        Err(why) => {
-            let (list, limits) = (statements::SESSION_LIST, statements::LIMITS);
-            let grants = format!(
-                "GRANT EXECUTE ON FUNCTION {list} TO {role:?}, without which `inspect` and `pglock ls` \
-                 fail too, and GRANT SELECT ON {limits} TO {role:?}",
-                role = seen.role
-            );
-            return Finding::unknown(check, why, grants);
-        }
-    };
-    let reserved =
-        seen.setting("superuser_reserved_connections") + seen.setting("reserved_connections");
-    let mut free = seen.setting("max_connections") - sessions.all;
-    if !sessions.superuser {
-        free -= reserved;
-        let limits = [
-            (sessions.role_limit, sessions.of_role),
-            (sessions.database_limit, sessions.of_database),
-        ];
-        for (limit, used) in limits {
-            if limit >= 0 {
-                free = free.min(i64::from(limit) - used);
-            }
-        }
-    }
-    let finding = Finding::fine(check, format!("{free} more are free"));
-    if free >= FEW {
-        return finding;
-    }
-    finding.but(
-        Severity::Warning,
-        "each lock that is held or waited for takes one, and one more while its monitoring starts: \
-         raise max_connections, or the CONNECTION LIMIT of the role or the database",
-    )
-}
-
-fn rights(seen: &Circumstances) -> Finding {
-    let check = "other roles";
-    let role = &seen.role;
-    let rights = match &seen.rights {
-        Ok(rights) => *rights,
-        Err(why) => {
-            // Locks don't depend on it.
-            let advice = "check that the server is a PostgreSQL server";
-            return Finding::unknown(check, why, advice).but(Severity::Fine, advice);
-        }
-    };
-    let grants = [
-        (rights.sees_all, "to see which session of another role holds", statements::SEES_ALL),
-        (rights.ends_all, "to end a session of another role", statements::ENDS_ALL),
-    ];
-    let missing: Vec<_> = grants
-        .into_iter()
-        .filter(|(granted, ..)| !granted)
-        .map(|(_, purpose, grant)| format!("{purpose}, GRANT {grant} TO {role:?}"))
-        .collect();
-    if missing.is_empty() {
-        return Finding::fine(check, format!("{role} sees and may end the sessions of others"));
-    }
-    // Usual, and enough for locks.
-    Finding::fine(check, format!("{role} sees and may end its own sessions"))
-        .but(Severity::Fine, missing.join("; "))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sql::doctor::{Connections, Rights};
-
-    fn with(settings: &[(&'static str, i64)]) -> Circumstances {
-        Circumstances {
-            version: 150_018,
-            role: "app".to_owned(),
-            standby: false,
-            tcp: true,
-            settings: settings.to_vec(),
-            forbidden: Ok(None),
-            rights: Ok(Rights { sees_all: false, ends_all: false }),
-            plpgsql: Ok(true),
-            locks: Ok(90),
-            connections: Ok(Connections {
-                all: 10,
-                of_role: 3,
-                of_database: 5,
-                superuser: false,
-                role_limit: -1,
-                database_limit: -1,
-            }),
-        }
-    }
-
-    /// A server on which no role may set them is rare, so none is started for it.
-    #[test]
-    fn a_server_that_gives_up_before_the_holder_breaks_locks() {
-        let refused = sqlx::Error::RowNotFound;
-        for (idle, interval, count, user_timeout, refused, severity) in [
-            (3, 1, 5, 8000, None, Severity::Fine),
-            (0, 0, 0, 0, Some(&refused), Severity::Warning),
-            (1, 1, 4, 0, Some(&refused), Severity::Broken),
-            (7200, 75, 9, 4000, Some(&refused), Severity::Broken),
-        ] {
-            let seen = with(&[
-                ("tcp_keepalives_idle", idle),
-                ("tcp_keepalives_interval", interval),
-                ("tcp_keepalives_count", count),
-                ("tcp_user_timeout", user_timeout),
-            ]);
-            let found = dead_holder(&seen, &LockOptions::new(), refused);
-            assert_eq!(found.severity, severity, "{found}");
-        }
-    }
-
-    #[test]
-    fn a_lock_table_that_is_nearly_full_is_told() {
-        for (connections, severity) in
-            [(100, Severity::Fine), (10, Severity::Warning), (9, Severity::Broken)]
-        {
-            let seen = with(&[("max_connections", connections), ("max_locks_per_transaction", 10)]);
-            assert_eq!(locks(&seen).severity, severity, "{}", locks(&seen));
-        }
-    }
-
-    #[test]
-    fn the_tightest_limit_on_connections_counts() {
-        let settings = [
-            ("max_connections", 100),
-            ("superuser_reserved_connections", 3),
-            ("reserved_connections", 2),
-        ];
-        let none = Connections { superuser: false, ..with(&settings).connections.unwrap() };
-        for (sessions, free) in [
-            (none, 85),
-            (Connections { superuser: true, role_limit: 4, ..none }, 90),
-            (Connections { role_limit: 4, ..none }, 1),
-            (Connections { database_limit: 7, ..none }, 2),
-        ] {
-            let seen = Circumstances { connections: Ok(sessions), ..with(&settings) };
-            assert_eq!(connections(&seen).seen, format!("{free} more are free"));
-        }
-    }
-
-    #[test]
-    fn what_the_role_may_not_ask_is_a_finding() {
-        let refused = || "permission denied".to_owned();
-        let seen = Circumstances {
-            forbidden: Err(refused()),
-            rights: Err(refused()),
-            plpgsql: Err(refused()),
-            locks: Err(refused()),
-            connections: Err(refused()),
-            ..with(&[])
-        };
-        for check in [functions, plpgsql, locks, connections] {
-            let found = check(&seen);
-            assert_eq!(found.severity, Severity::Warning, "{found}");
-            assert_eq!(found.seen, "cannot tell: permission denied");
-        }
-    }
-
-    #[test]
-    fn a_server_that_does_not_look_after_who_waits_is_told() {
-        let name = "client_connection_check_interval";
-        assert_eq!(dead_waiter(&with(&[(name, 1000)])).severity, Severity::Fine);
-        assert_eq!(dead_waiter(&with(&[(name, 0)])).severity, Severity::Warning);
-        let old = Circumstances { version: 130_023, ..with(&[]) };
-        assert_eq!(dead_waiter(&old).severity, Severity::Warning);
     }
 }

@@ -19,7 +19,9 @@ use crate::request::Request;
 use crate::session::Session;
 use crate::session::conn::Conn;
 use crate::session::ledger::Join;
-use crate::session::pending::{self, Granted, Pending, WaitPolicy};
+use crate::session::pending::{Granted, Pending};
+use crate::session::policy::WaitPolicy;
+use crate::session::pool;
 use crate::session::servers::PoolServer;
 use crate::session::slot::Unavailable;
 
@@ -136,7 +138,7 @@ impl Owner {
 
     /// A connection of the pool, to run a query that needs no session of a lock.
     pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
-        let pooled = pending::lend(&self.pool, key, WaitPolicy::Forever, Instant::now()).await?;
+        let pooled = pool::lend(&self.pool, key, WaitPolicy::Forever, Instant::now()).await?;
         Ok(Conn::new(pooled, Handle::current(), None))
     }
 

@@ -1,6 +1,7 @@
 //! A number of permits, shared by all processes.
 
 pub(crate) mod layout;
+mod permit;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +11,7 @@ use tokio::sync::{MutexGuard, watch};
 use tokio::time::{sleep, timeout_at};
 
 use crate::error::{Error, Result};
-use crate::guard::{Guard, is_guard};
+use crate::guard::Guard;
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::owner::Owner;
@@ -18,6 +19,7 @@ use crate::request::Request;
 use crate::session::budget::Budget;
 use crate::source::Source;
 use layout::{Layout, MAX_PERMITS};
+pub use permit::Permit;
 
 /// A counting semaphore: a fixed number of permits, shared by all processes.
 ///
@@ -470,94 +472,6 @@ impl fmt::Debug for Semaphore {
         f.debug_struct("Semaphore")
             .field("key", &self.inner.key)
             .field("permits", &self.inner.permits)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A permit of a semaphore that is held. Dropping it gives it back.
-///
-/// # Drop
-///
-/// As for [`ExclusiveGuard`](crate::ExclusiveGuard).
-///
-/// # Examples
-///
-/// ```
-/// use pglock::Semaphore;
-///
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-/// # let pool = pglock_testkit::pool().await;
-/// let printers = Semaphore::new(&pool, "printers", 2)?;
-/// let first = printers.acquire().await?;
-/// let second = printers.acquire().await?;
-/// assert_ne!(first.slot(), second.slot());
-/// # Ok(()) }
-/// ```
-#[must_use = "if unused, the permit is given back at once"]
-#[clippy::has_significant_drop]
-pub struct Permit {
-    guard: Guard,
-    slot: usize,
-    key: Key,
-}
-
-impl Permit {
-    /// Returns the key of the semaphore.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use pglock::{Key, Semaphore};
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// let permit = Semaphore::new(&pool, "printers", 2)?.acquire().await?;
-    /// assert_eq!(permit.key(), &Key::from("printers"));
-    /// # Ok(()) }
-    /// ```
-    #[must_use]
-    pub fn key(&self) -> &Key {
-        &self.key
-    }
-
-    /// Returns the number of the permit, from 0, which no other holder has.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use pglock::Semaphore;
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// let permit = Semaphore::new(&pool, "printers", 2)?.acquire().await?;
-    /// assert_eq!(permit.slot(), 0);
-    /// # Ok(()) }
-    /// ```
-    #[must_use]
-    pub fn slot(&self) -> usize {
-        self.slot
-    }
-
-    /// Returns the permit (`pg_advisory_unlock`), and waits for the server's answer.
-    ///
-    /// See [`Guard::release`].
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
-    /// guard's connection stays borrowed for ten seconds.
-    pub async fn release(self) -> Result<()> {
-        self.guard.release().await
-    }
-}
-
-is_guard!(Permit);
-
-impl fmt::Debug for Permit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Permit")
-            .field("key", &self.key)
-            .field("backend_pid", &self.backend_pid())
             .finish_non_exhaustive()
     }
 }

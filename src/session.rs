@@ -22,6 +22,8 @@ pub(crate) mod ledger;
 pub(crate) mod lend;
 mod monitor;
 pub(crate) mod pending;
+pub(crate) mod policy;
+pub(crate) mod pool;
 mod proof;
 mod question;
 pub(crate) mod release;

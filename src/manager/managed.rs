@@ -16,7 +16,7 @@ use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::pending::WaitPolicy;
+use crate::session::policy::WaitPolicy;
 
 /// An owner whose locks a manager takes, and each of its guards.
 #[derive(Clone)]

@@ -14,29 +14,18 @@
 //! Every operation takes time that is at most logarithmic in the number of keys and waiters. An operation that
 //! notifies several waiters takes that time for each of them.
 
+mod entry;
 mod holders;
+mod line;
 mod queue;
 
 use std::collections::hash_map::{Entry as Slot, HashMap, OccupiedEntry};
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crate::key::KeyId;
 use crate::mode::{Mode, Modes};
-use holders::Holders;
-use queue::Queue;
-
-/// How soon a key in the line is tried again at first, and how soon at last: the pause doubles.
-const FIRST_RETRY: Duration = Duration::from_millis(5);
-const LAST_RETRY: Duration = Duration::from_secs(1);
-
-/// How long a wait session waits for a key the first time, and at most: its time doubles whenever it was not
-/// enough.
-const FIRST_SLICE: Duration = Duration::from_millis(250);
-const LAST_SLICE: Duration = Duration::from_mins(1);
-
-/// How long at most while other keys wait for their turn.
-const CROWDED_SLICE: Duration = Duration::from_secs(1);
+use entry::{Entry, Turn, Waiter};
+use line::{CROWDED_SLICE, FIRST_SLICE, LAST_RETRY, LAST_SLICE, Line};
 
 /// Identifies an owner: each handle is one.
 pub(super) type OwnerId = u64;
@@ -55,44 +44,6 @@ pub(super) struct Table<S, W> {
     keys: HashMap<KeyId, Box<Entry<S, W>>>,
     bound: Bound,
     line: Line,
-}
-
-/// The keys that wait for a wait session: those whose turn is a [`Step::Wait`] that is not taken yet.
-#[derive(Debug, Default)]
-struct Line {
-    /// By their places.
-    keys: BTreeMap<u64, KeyId>,
-    /// When each is to be tried again.
-    retries: BTreeSet<(Instant, KeyId)>,
-    /// The last number given to a waiter, a step or a place.
-    numbers: u64,
-}
-
-impl Line {
-    fn next_number(&mut self) -> u64 {
-        self.numbers += 1;
-        self.numbers
-    }
-
-    fn enter(&mut self, key: KeyId, stand: &Stand) {
-        self.keys.insert(stand.place, key);
-        self.retries.insert((stand.retry, key));
-    }
-
-    fn leave(&mut self, key: KeyId, stand: &Stand) {
-        self.keys.remove(&stand.place);
-        self.retries.remove(&(stand.retry, key));
-    }
-}
-
-/// What is known of a key that another session holds.
-#[derive(Clone, Copy, Debug)]
-struct Stand {
-    place: u64,
-    retry: Instant,
-    pause: Duration,
-    /// How long the next wait session waits for it.
-    slice: Duration,
 }
 
 /// How often, and for how long, a lock is handed off inside the process before other processes get their turn.
@@ -170,42 +121,6 @@ pub(super) struct Taken {
     pub(super) step: Step,
     /// What the server has granted so far.
     pub(super) server: Modes,
-}
-
-#[derive(Debug)]
-struct Entry<S, W> {
-    holders: Holders,
-    server: Modes,
-    /// `Some` while the server has granted something.
-    seat: Option<S>,
-    turn: Option<Turn>,
-    /// When the server granted the lock, and how often it was handed off since.
-    since: Instant,
-    handed: u32,
-    /// Another session was seen waiting, so no owner is admitted until those that share the lock have released
-    /// it, even if that session stops waiting.
-    closing: bool,
-    queue: Queue<W>,
-    /// Another session holds it. Boxed, because usually none does.
-    stand: Option<Box<Stand>>,
-    /// The owners to notify when the key has been released.
-    farewells: Vec<W>,
-}
-
-#[derive(Debug)]
-struct Waiter<W> {
-    owner: OwnerId,
-    mode: Mode,
-    patient: bool,
-    tell: W,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Turn {
-    id: u64,
-    step: Step,
-    /// Before that it can still be called off.
-    taken: bool,
 }
 
 impl<S: Seat, W> Table<S, W> {
@@ -549,7 +464,7 @@ impl<S: Seat, W> Table<S, W> {
             return Vec::new();
         }
         let farewells = std::mem::take(&mut entry.farewells);
-        entry.holders = Holders::default();
+        entry.holders = holders::Holders::default();
         entry.server = Modes::default();
         entry.seat = None;
         entry.turn = None;
@@ -613,249 +528,6 @@ fn left<S: Seat, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnc
             Left::Told
         }
         _ => Left::Done,
-    }
-}
-
-impl<S: Seat, W> Entry<S, W> {
-    fn new(now: Instant) -> Self {
-        Self {
-            holders: Holders::default(),
-            server: Modes::default(),
-            seat: None,
-            turn: None,
-            since: now,
-            handed: 0,
-            closing: false,
-            queue: Queue::default(),
-            stand: None,
-            farewells: Vec::new(),
-        }
-    }
-
-    /// Admits the waiters that can be admitted, and finds the next step.
-    fn advance(
-        &mut self,
-        key: KeyId,
-        bound: Bound,
-        line: &mut Line,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) {
-        if !self.may_change() {
-            if self.queue.is_empty()
-                && let Some(Turn { step: Step::Wait(_), .. }) = self.turn
-            {
-                self.turn = None;
-                effects.push(Effect::Abandon(key));
-            }
-            return;
-        }
-        let before = self.turn;
-        while let Some((owner, mode)) = self.queue.front().map(|first| (first.owner, first.mode))
-            && self.admits(owner, mode, bound, now)
-            && let Some(seat) = self.seat.clone()
-            && let Some(first) = self.queue.pop_front()
-        {
-            self.admit(owner, mode);
-            self.part(effects, false);
-            effects.push(Effect::Granted(first.tell, seat));
-        }
-        let Some(step) = self.next_step() else {
-            self.leave_line(key, line);
-            self.turn = None;
-            self.stand = None;
-            return;
-        };
-        // Taking a key that was found busy a moment ago means waiting for it.
-        let same = |turn: &Turn| {
-            turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
-        };
-        if before.as_ref().is_some_and(same) {
-            return;
-        }
-        self.leave_line(key, line);
-        self.turn = Some(Turn { id: line.next_number(), step, taken: false });
-        let shared = self.is_for_shared() == Some(true);
-        effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
-    }
-
-    /// The lock was busy: requests that do not wait are refused, the others stand in the line.
-    fn refused(
-        &mut self,
-        key: KeyId,
-        line: &mut Line,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) {
-        self.dismiss(effects);
-        let Some(first) = self.queue.front() else {
-            self.stand = None;
-            return;
-        };
-        self.turn =
-            Some(Turn { id: line.next_number(), step: Step::Wait(first.mode), taken: false });
-        let stand = self.stand.get_or_insert_with(|| {
-            let place = line.next_number();
-            Box::new(Stand { place, retry: now, pause: FIRST_RETRY, slice: FIRST_SLICE })
-        });
-        stand.retry = now + stand.pause;
-        line.enter(key, stand);
-        effects.push(Effect::Line);
-    }
-
-    /// Takes the key out of the line: no wait session takes it, and it is not retried.
-    fn leave_line(&self, key: KeyId, line: &mut Line) {
-        if let Some(stand) = &self.stand {
-            line.leave(key, stand);
-        }
-    }
-
-    fn take(&mut self) -> Option<Taken> {
-        let turn = self.turn.as_mut().filter(|turn| !turn.taken)?;
-        turn.taken = true;
-        Some(Taken { id: turn.id, step: turn.step, server: self.server })
-    }
-
-    fn is_for_shared(&self) -> Option<bool> {
-        let turn = self.turn.filter(|turn| !turn.taken)?;
-        let own = self.seat.as_ref().is_some_and(|seat| !seat.is_shared());
-        Some(!own && !matches!(turn.step, Step::Wait(_)))
-    }
-
-    fn covers(&self, mode: Mode) -> bool {
-        self.server.exclusive || mode == Mode::Shared && self.server.shared
-    }
-
-    /// No step is in flight that cannot be called off.
-    fn may_change(&self) -> bool {
-        self.turn.is_none_or(|turn| !turn.taken)
-    }
-
-    /// Another owner holds the key, or will get it first, so there is no use in asking the server.
-    fn is_plainly_busy(&self, mode: Mode) -> bool {
-        let waits = self.stand.is_some();
-        match mode {
-            Mode::Exclusive => waits || !self.holders.is_empty() || !self.queue.is_empty(),
-            Mode::Shared => {
-                waits
-                    || self.holders.has_exclusive()
-                    || self.closing && !self.holders.is_empty()
-                    || self.queue.wants_exclusive()
-            }
-        }
-    }
-
-    /// Whether an owner can be admitted in the current state.
-    fn admits(&self, owner: OwnerId, mode: Mode, bound: Bound, now: Instant) -> bool {
-        if !self.covers(mode) {
-            return false;
-        }
-        // An owner that holds the lock already does not wait for another turn.
-        if self.holders.get(owner).is_some() {
-            return self.holders.len() == 1;
-        }
-        let free = match mode {
-            Mode::Exclusive => self.holders.is_empty(),
-            Mode::Shared => !self.holders.has_exclusive(),
-        };
-        free && !self.closing && !self.is_due(bound, now)
-    }
-
-    /// Whether it is another process's turn.
-    fn is_due(&self, bound: Bound, now: Instant) -> bool {
-        // The first admission is the one that the lock was taken for.
-        self.handed > 0
-            && (self.handed >= bound.count
-                || now.saturating_duration_since(self.since) >= bound.time)
-    }
-
-    fn admit(&mut self, owner: OwnerId, mode: Mode) {
-        if self.holders.get(owner).is_none() {
-            self.handed = self.handed.saturating_add(1);
-        }
-        self.holders.count(owner, mode);
-    }
-
-    /// Whether a waiter holds the lock already, and wants to upgrade it to exclusive.
-    fn upgrades(&self, waiter: &Waiter<W>) -> bool {
-        waiter.mode == Mode::Exclusive && self.holders.get(waiter.owner).is_some()
-    }
-
-    /// Refuses the requests that do not wait.
-    fn dismiss(&mut self, effects: &mut Vec<Effect<S, W>>) {
-        while let Some(waiter) = self.queue.pop_impatient() {
-            effects.push(Effect::Refused(waiter.tell));
-        }
-    }
-
-    /// The next step towards what the owners need.
-    fn next_step(&self) -> Option<Step> {
-        let first = self.queue.front();
-        let held = self.server.exclusive || self.server.shared;
-        if !self.holders.is_empty() {
-            if self.holders.has_exclusive() {
-                return None;
-            }
-            if self.server.exclusive {
-                return Some(Step::Downgrade);
-            }
-            let first = first?;
-            let alone = self.holders.len() == 1;
-            return match first.mode {
-                Mode::Exclusive if alone && self.upgrades(first) => Some(Step::Upgrade),
-                Mode::Shared if !self.closing => Some(Step::Look),
-                Mode::Exclusive | Mode::Shared => None,
-            };
-        }
-        match first {
-            None => held.then_some(Step::Unlock),
-            Some(first) if !held => Some(Step::Lock(first.mode)),
-            // A lock on a wait session can only be released with that session.
-            Some(_) if self.seat.as_ref().is_some_and(|seat| !seat.is_shared()) => {
-                Some(Step::Unlock)
-            }
-            Some(first) => Some(Step::Renew(first.mode)),
-        }
-    }
-
-    fn granted(&mut self, mode: Mode, seat: &S, now: Instant) {
-        self.server = Modes { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared };
-        self.seat = Some(seat.clone());
-        self.stand = None;
-        self.renew(now);
-    }
-
-    fn renew(&mut self, now: Instant) {
-        self.closing = false;
-        self.handed = 0;
-        self.since = now;
-    }
-
-    fn given_up(&mut self, effects: &mut Vec<Effect<S, W>>) {
-        self.server = Modes::default();
-        self.seat = None;
-        self.part(effects, true);
-    }
-
-    /// The owner that left need not wait any longer: the server has answered, or the key was handed off.
-    fn part(&mut self, effects: &mut Vec<Effect<S, W>>, answered: bool) {
-        let told = |tell| Effect::Released(tell, answered);
-        effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
-    }
-
-    fn is_unused(&self) -> bool {
-        self.holders.is_empty()
-            && self.queue.is_empty()
-            && self.turn.is_none()
-            && self.seat.is_none()
-            && self.farewells.is_empty()
-    }
-}
-
-impl<W> Waiter<W> {
-    /// Another session shares the lock that this waiter wants exclusively.
-    fn turned_away<S>(self) -> Effect<S, W> {
-        if self.patient { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
     }
 }
 

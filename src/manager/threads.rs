@@ -29,7 +29,7 @@ use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::pending::WaitPolicy;
+use crate::session::policy::WaitPolicy;
 
 const ORDERS: usize = 3000;
 const KEYS: i64 = 2;

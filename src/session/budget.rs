@@ -13,7 +13,7 @@ use sqlx::PgPool;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 
-use super::pending::WaitPolicy;
+use super::policy::WaitPolicy;
 use crate::error::{Error, Result};
 use crate::key::Key;
 

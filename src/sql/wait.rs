@@ -48,12 +48,7 @@ pub(crate) struct Waited {
 pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited, sqlx::Error> {
     let settings = settings(conn, slice);
     let call = call(slice, "pg_catalog.current_setting('pglock.key')");
-    // New in PostgreSQL 14.
-    let check = if conn.server_version_num() >= Some(140_000) {
-        format!("PERFORM {CHECK_CONNECTION}; ")
-    } else {
-        String::new()
-    };
+    let check = check_connection(conn, "PERFORM");
     let statement = format!(
         "{settings}; \
          DO $$ BEGIN \
@@ -81,9 +76,17 @@ pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited
     Ok(Waited { backend_pid: backend_pid.abs(), granted: backend_pid > 0 })
 }
 
-/// Sets whether the server checks if this client is still connected.
-const CHECK_CONNECTION: &str = "pg_catalog.set_config('client_connection_check_interval', \
-     CASE WHEN pg_catalog.current_setting('log_lock_waits')::boolean THEN '0' ELSE '1000' END, true)";
+/// A statement that sets whether the server checks if this client is still connected. New in PostgreSQL 14.
+fn check_connection(conn: &PgConnection, verb: &str) -> String {
+    let interval = match conn.server_version_num() {
+        Some(190_000..) => "'1000'",
+        Some(140_000..) => {
+            "CASE WHEN pg_catalog.current_setting('log_lock_waits')::boolean THEN '0' ELSE '1000' END"
+        }
+        _ => return String::new(),
+    };
+    format!("{verb} pg_catalog.set_config('client_connection_check_interval', {interval}, true); ")
+}
 
 /// The same for a role that may not use the language plpgsql. A slice that ends is an error on the server
 /// (55P03), which it logs.
@@ -93,12 +96,7 @@ pub(crate) async fn wait_plainly(
 ) -> Result<Waited, sqlx::Error> {
     let (settings, call) =
         (settings(conn, slice), call(slice, &format!("'{}'", Numbers(slice.key))));
-    // New in PostgreSQL 14.
-    let check = if conn.server_version_num() >= Some(140_000) {
-        format!("SELECT {CHECK_CONNECTION}; ")
-    } else {
-        String::new()
-    };
+    let check = check_connection(conn, "SELECT");
     let statement = format!("{settings}; {check}SELECT {call}; SELECT pg_catalog.pg_backend_pid()");
     let rows = quietly(sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn)).await?;
     let last = rows.last().ok_or(sqlx::Error::RowNotFound)?;

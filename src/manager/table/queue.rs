@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Waiter;
+use super::entry::Waiter;
 use crate::mode::Mode;
 
 /// Waiters of one key. Every operation takes logarithmic time.

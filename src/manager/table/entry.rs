@@ -1,0 +1,289 @@
+//! One key: its holders, its waiters and its next step.
+
+use std::time::Instant;
+
+use super::holders::Holders;
+use super::line::{FIRST_RETRY, FIRST_SLICE, Line, Stand};
+use super::queue::Queue;
+use super::{Bound, Effect, OwnerId, Seat, Step, Taken};
+use crate::key::KeyId;
+use crate::mode::{Mode, Modes};
+
+#[derive(Debug)]
+pub(super) struct Entry<S, W> {
+    pub(super) holders: Holders,
+    pub(super) server: Modes,
+    /// `Some` while the server has granted something.
+    pub(super) seat: Option<S>,
+    pub(super) turn: Option<Turn>,
+    /// When the server granted the lock, and how often it was handed off since.
+    pub(super) since: Instant,
+    pub(super) handed: u32,
+    /// Another session was seen waiting, so no owner is admitted until those that share the lock have released
+    /// it, even if that session stops waiting.
+    pub(super) closing: bool,
+    pub(super) queue: Queue<W>,
+    /// Another session holds it. Boxed, because usually none does.
+    pub(super) stand: Option<Box<Stand>>,
+    /// The owners to notify when the key has been released.
+    pub(super) farewells: Vec<W>,
+}
+
+#[derive(Debug)]
+pub(super) struct Waiter<W> {
+    pub(super) owner: OwnerId,
+    pub(super) mode: Mode,
+    pub(super) patient: bool,
+    pub(super) tell: W,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Turn {
+    pub(super) id: u64,
+    pub(super) step: Step,
+    /// Before that it can still be called off.
+    pub(super) taken: bool,
+}
+
+impl<S: Seat, W> Entry<S, W> {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            holders: Holders::default(),
+            server: Modes::default(),
+            seat: None,
+            turn: None,
+            since: now,
+            handed: 0,
+            closing: false,
+            queue: Queue::default(),
+            stand: None,
+            farewells: Vec::new(),
+        }
+    }
+
+    /// Admits the waiters that can be admitted, and finds the next step.
+    pub(super) fn advance(
+        &mut self,
+        key: KeyId,
+        bound: Bound,
+        line: &mut Line,
+        now: Instant,
+        effects: &mut Vec<Effect<S, W>>,
+    ) {
+        if !self.may_change() {
+            if self.queue.is_empty()
+                && let Some(Turn { step: Step::Wait(_), .. }) = self.turn
+            {
+                self.turn = None;
+                effects.push(Effect::Abandon(key));
+            }
+            return;
+        }
+        let before = self.turn;
+        while let Some((owner, mode)) = self.queue.front().map(|first| (first.owner, first.mode))
+            && self.admits(owner, mode, bound, now)
+            && let Some(seat) = self.seat.clone()
+            && let Some(first) = self.queue.pop_front()
+        {
+            self.admit(owner, mode);
+            self.part(effects, false);
+            effects.push(Effect::Granted(first.tell, seat));
+        }
+        let Some(step) = self.next_step() else {
+            self.leave_line(key, line);
+            self.turn = None;
+            self.stand = None;
+            return;
+        };
+        // Taking a key that was found busy a moment ago means waiting for it.
+        let same = |turn: &Turn| {
+            turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
+        };
+        if before.as_ref().is_some_and(same) {
+            return;
+        }
+        self.leave_line(key, line);
+        self.turn = Some(Turn { id: line.next_number(), step, taken: false });
+        let shared = self.is_for_shared() == Some(true);
+        effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
+    }
+
+    /// The lock was busy: requests that do not wait are refused, the others stand in the line.
+    pub(super) fn refused(
+        &mut self,
+        key: KeyId,
+        line: &mut Line,
+        now: Instant,
+        effects: &mut Vec<Effect<S, W>>,
+    ) {
+        self.dismiss(effects);
+        let Some(first) = self.queue.front() else {
+            self.stand = None;
+            return;
+        };
+        self.turn =
+            Some(Turn { id: line.next_number(), step: Step::Wait(first.mode), taken: false });
+        let stand = self.stand.get_or_insert_with(|| {
+            let place = line.next_number();
+            Box::new(Stand { place, retry: now, pause: FIRST_RETRY, slice: FIRST_SLICE })
+        });
+        stand.retry = now + stand.pause;
+        line.enter(key, stand);
+        effects.push(Effect::Line);
+    }
+
+    /// Takes the key out of the line: no wait session takes it, and it is not retried.
+    pub(super) fn leave_line(&self, key: KeyId, line: &mut Line) {
+        if let Some(stand) = &self.stand {
+            line.leave(key, stand);
+        }
+    }
+
+    pub(super) fn take(&mut self) -> Option<Taken> {
+        let turn = self.turn.as_mut().filter(|turn| !turn.taken)?;
+        turn.taken = true;
+        Some(Taken { id: turn.id, step: turn.step, server: self.server })
+    }
+
+    pub(super) fn is_for_shared(&self) -> Option<bool> {
+        let turn = self.turn.filter(|turn| !turn.taken)?;
+        let own = self.seat.as_ref().is_some_and(|seat| !seat.is_shared());
+        Some(!own && !matches!(turn.step, Step::Wait(_)))
+    }
+
+    pub(super) fn covers(&self, mode: Mode) -> bool {
+        self.server.exclusive || mode == Mode::Shared && self.server.shared
+    }
+
+    /// No step is in flight that cannot be called off.
+    pub(super) fn may_change(&self) -> bool {
+        self.turn.is_none_or(|turn| !turn.taken)
+    }
+
+    /// Another owner holds the key, or will get it first, so there is no use in asking the server.
+    pub(super) fn is_plainly_busy(&self, mode: Mode) -> bool {
+        let waits = self.stand.is_some();
+        match mode {
+            Mode::Exclusive => waits || !self.holders.is_empty() || !self.queue.is_empty(),
+            Mode::Shared => {
+                waits
+                    || self.holders.has_exclusive()
+                    || self.closing && !self.holders.is_empty()
+                    || self.queue.wants_exclusive()
+            }
+        }
+    }
+
+    /// Whether an owner can be admitted in the current state.
+    pub(super) fn admits(&self, owner: OwnerId, mode: Mode, bound: Bound, now: Instant) -> bool {
+        if !self.covers(mode) {
+            return false;
+        }
+        // An owner that holds the lock already does not wait for another turn.
+        if self.holders.get(owner).is_some() {
+            return self.holders.len() == 1;
+        }
+        let free = match mode {
+            Mode::Exclusive => self.holders.is_empty(),
+            Mode::Shared => !self.holders.has_exclusive(),
+        };
+        free && !self.closing && !self.is_due(bound, now)
+    }
+
+    /// Whether it is another process's turn.
+    pub(super) fn is_due(&self, bound: Bound, now: Instant) -> bool {
+        // The first admission is the one that the lock was taken for.
+        self.handed > 0
+            && (self.handed >= bound.count
+                || now.saturating_duration_since(self.since) >= bound.time)
+    }
+
+    pub(super) fn admit(&mut self, owner: OwnerId, mode: Mode) {
+        if self.holders.get(owner).is_none() {
+            self.handed = self.handed.saturating_add(1);
+        }
+        self.holders.count(owner, mode);
+    }
+
+    /// Whether a waiter holds the lock already, and wants to upgrade it to exclusive.
+    pub(super) fn upgrades(&self, waiter: &Waiter<W>) -> bool {
+        waiter.mode == Mode::Exclusive && self.holders.get(waiter.owner).is_some()
+    }
+
+    /// Refuses the requests that do not wait.
+    pub(super) fn dismiss(&mut self, effects: &mut Vec<Effect<S, W>>) {
+        while let Some(waiter) = self.queue.pop_impatient() {
+            effects.push(Effect::Refused(waiter.tell));
+        }
+    }
+
+    /// The next step towards what the owners need.
+    pub(super) fn next_step(&self) -> Option<Step> {
+        let first = self.queue.front();
+        let held = self.server.exclusive || self.server.shared;
+        if !self.holders.is_empty() {
+            if self.holders.has_exclusive() {
+                return None;
+            }
+            if self.server.exclusive {
+                return Some(Step::Downgrade);
+            }
+            let first = first?;
+            let alone = self.holders.len() == 1;
+            return match first.mode {
+                Mode::Exclusive if alone && self.upgrades(first) => Some(Step::Upgrade),
+                Mode::Shared if !self.closing => Some(Step::Look),
+                Mode::Exclusive | Mode::Shared => None,
+            };
+        }
+        match first {
+            None => held.then_some(Step::Unlock),
+            Some(first) if !held => Some(Step::Lock(first.mode)),
+            // A lock on a wait session can only be released with that session.
+            Some(_) if self.seat.as_ref().is_some_and(|seat| !seat.is_shared()) => {
+                Some(Step::Unlock)
+            }
+            Some(first) => Some(Step::Renew(first.mode)),
+        }
+    }
+
+    pub(super) fn granted(&mut self, mode: Mode, seat: &S, now: Instant) {
+        self.server = Modes { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared };
+        self.seat = Some(seat.clone());
+        self.stand = None;
+        self.renew(now);
+    }
+
+    pub(super) fn renew(&mut self, now: Instant) {
+        self.closing = false;
+        self.handed = 0;
+        self.since = now;
+    }
+
+    pub(super) fn given_up(&mut self, effects: &mut Vec<Effect<S, W>>) {
+        self.server = Modes::default();
+        self.seat = None;
+        self.part(effects, true);
+    }
+
+    /// The owner that left need not wait any longer: the server has answered, or the key was handed off.
+    pub(super) fn part(&mut self, effects: &mut Vec<Effect<S, W>>, answered: bool) {
+        let told = |tell| Effect::Released(tell, answered);
+        effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
+    }
+
+    pub(super) fn is_unused(&self) -> bool {
+        self.holders.is_empty()
+            && self.queue.is_empty()
+            && self.turn.is_none()
+            && self.seat.is_none()
+            && self.farewells.is_empty()
+    }
+}
+
+impl<W> Waiter<W> {
+    /// Another session shares the lock that this waiter wants exclusively.
+    pub(super) fn turned_away<S>(self) -> Effect<S, W> {
+        if self.patient { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
+    }
+}

@@ -1,0 +1,249 @@
+//! Waiting for what is busy, in the server's queue.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout;
+
+use super::{Granted, Pending, Stage, Verdict};
+use crate::error::{Error, Result, is_answer, sqlstate};
+use crate::key::KeyId;
+use crate::mode::Mode;
+use crate::session::policy::{GRACE, WaitPolicy};
+use crate::session::slot::Unavailable;
+use crate::session::{silence, within};
+use crate::sql;
+use crate::sql::wait::{Slice, Waited};
+
+/// How long a slice lasts in which the session keeps its other guards waiting.
+const JOINED_SLICE: Duration = Duration::from_secs(5);
+
+/// How much later than the server an unbounded wait gives up.
+const LATE: Duration = Duration::from_secs(8);
+
+/// What came of a slice.
+enum Waiting {
+    Answered(Waited),
+    /// The session was lost, or the pool closed, or the server is silent.
+    Ended(Error),
+    Failed(sqlx::Error),
+    /// The server is silent, and the caller's time is over.
+    TimedOut,
+}
+
+impl Pending {
+    /// Waits in the server's queue, slice by slice, for one lock after the other. `None` if the
+    /// time is over.
+    ///
+    /// Between two slices the session's connection is free for its other handles.
+    pub(super) async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Granted>> {
+        let mut plainly = self.session.server.waits_plainly();
+        loop {
+            let session = Arc::clone(&self.session);
+            session.ledger().claim(&mut self.missing, &mut self.claimed);
+            let left = policy.left();
+            if left.is_some_and(|left| left.is_zero()) {
+                self.withdraw().await;
+                return Ok(None);
+            }
+            let Some(&(key, mode)) = self.missing.first() else {
+                return self.granted(policy).await.map(Some);
+            };
+            let limit = self.slice(left).await;
+            let keepalives = (!session.settings_refused.load(Ordering::Relaxed))
+                .then(|| self.session.options().keepalives());
+            let asked = Instant::now();
+            let slice = Slice { key, mode, limit, keepalives };
+            let granted = match self.wait_once(slice, left, plainly).await {
+                Waiting::Answered(waited) => {
+                    if plainly {
+                        session.server.set_waits_plainly();
+                    }
+                    if waited.backend_pid != session.backend_pid() {
+                        return Err(self.found_pooler(waited.backend_pid).await);
+                    }
+                    waited.granted
+                }
+                Waiting::Failed(error) => match sqlstate(&error).as_deref() {
+                    // The timeout was not caught, so the slice is over, and the lock may be held.
+                    Some("55P03") => false,
+                    // The role may not use plpgsql, or not make a setting.
+                    Some("42501" | "42704") if !plainly => {
+                        self.stage = Stage::Idle;
+                        plainly = true;
+                        continue;
+                    }
+                    Some("0A000" | "22023" | "42501" | "42704" | "55P02")
+                        if keepalives.is_some() =>
+                    {
+                        self.stage = Stage::Idle;
+                        session.settings_refused.store(true, Ordering::Relaxed);
+                        plainly = session.server.waits_plainly();
+                        continue;
+                    }
+                    _ => return Err(self.fail(error).await),
+                },
+                // The drop of `self` cleans up.
+                Waiting::Ended(error) => return Err(error),
+                Waiting::TimedOut => return Ok(None),
+            };
+            self.stage = Stage::Trying;
+            let limit = policy.answer_limit();
+            let granted = match timeout(limit, self.is_granted(granted, key, mode)).await {
+                Ok(Ok(granted)) => granted,
+                Ok(Err(error)) => return Err(self.fail(error).await),
+                // The drop of `self` cleans up.
+                Err(_) if left.is_some() => return Ok(None),
+                Err(_) => return Err(self.fail(silence(limit)).await),
+            };
+            if granted {
+                // Before it counts as held, which the clock would find too old.
+                if let Err(error) = self.confirm(asked).await {
+                    return Err(self.fail(error).await);
+                }
+                // A loss shows when the acquire is settled.
+                self.count(0..1).ok();
+            }
+            self.stage = Stage::Idle;
+            if granted {
+                if self.missing.is_empty() {
+                    return self.granted(policy).await.map(Some);
+                }
+                // The next ones may be free.
+                match self.ask(policy.answer_limit()).await {
+                    Ok(Verdict::Granted) => return self.granted(policy).await.map(Some),
+                    Ok(Verdict::Busy) => {}
+                    // It was neither when the first one was granted.
+                    Ok(Verdict::Pooled | Verdict::Standby) => {
+                        return Err(Error::NoExclusion { key: self.request.key().clone() });
+                    }
+                    Err(error) => return Err(self.fail(error).await),
+                }
+            }
+            self.slot = None;
+            match session.connection_for_acquire(policy.deadline()).await {
+                Ok(slot) => self.slot = Some(slot),
+                Err(Unavailable::TimedOut) => return Ok(None),
+                Err(Unavailable::Lost(loss)) => {
+                    return Err(Error::broken(self.request.key(), &loss));
+                }
+                Err(reason) => return Err(reason.error(self.request.key())),
+            }
+        }
+    }
+
+    /// Waits for a slice.
+    async fn wait_once(&mut self, slice: Slice, left: Option<Duration>, plainly: bool) -> Waiting {
+        let session = Arc::clone(&self.session);
+        let key = self.request.key().clone();
+        if slice.keepalives.is_some() {
+            session.restore_settings();
+        }
+        self.stage = Stage::Waiting(Instant::now() + slice.limit);
+        let slot = self.slot.as_mut();
+        let waiting = async {
+            // The application may have had it between two slices.
+            let pg = slot.ok_or(sqlx::Error::PoolClosed)?.tidied().await?;
+            if plainly {
+                sql::wait::wait_plainly(pg, slice).await
+            } else {
+                sql::wait::wait(pg, slice).await
+            }
+        };
+        let late = slice.limit + LATE;
+        let over = left.map(|left| left + GRACE).filter(|over| *over < late);
+        tokio::select! {
+            biased;
+            answer = timeout(over.unwrap_or(late), waiting) => match answer {
+                Ok(Ok(waited)) => Waiting::Answered(waited),
+                Ok(Err(error)) => Waiting::Failed(error),
+                Err(_) if over.is_some() => Waiting::TimedOut,
+                Err(_) => Waiting::Ended(Error::acquiring(&key, silence(slice.limit))),
+            },
+            () = session.pool.close_event() => {
+                Waiting::Ended(Error::PoolClosed { key })
+            }
+            loss = session.lost() => Waiting::Ended(Error::broken(&key, &loss)),
+        }
+    }
+
+    /// How long the next statement waits at most.
+    ///
+    /// A waiter that is re-queued loses its place, so slices are long; but a snapshot must not get old. They
+    /// vary, so that waiters don't re-queue in step. A session with other guards waits for a shorter time,
+    /// because their releases wait for the connection.
+    async fn slice(&mut self, left: Option<Duration>) -> Duration {
+        let deadlock_timeout = self.deadlock_timeout().await;
+        let longest = self.session.options().slice();
+        let slice = if self.session.ledger().has_more_than(self.claimed.len()) {
+            longest.min(JOINED_SLICE)
+        } else {
+            let jitter = u32::try_from(RandomState::new().hash_one(0) % 100).unwrap_or_default();
+            longest / 1000 * (1000 - jitter)
+        };
+        // Otherwise a deadlock would look like a timeout.
+        let slice = slice.max(deadlock_timeout + Duration::from_secs(1));
+        left.map_or(slice, |left| left.min(slice))
+    }
+
+    /// The server's `deadlock_timeout`, which is asked for once.
+    async fn deadlock_timeout(&mut self) -> Duration {
+        let server = Arc::clone(&self.session.server);
+        if let Some(known) = server.deadlock_timeout().get() {
+            return *known;
+        }
+        let limit = self.session.heartbeat.answer_limit();
+        let asking = within(limit, async { sql::backend::deadlock_timeout(self.pg()?).await });
+        // If the connection is broken, the wait will say so.
+        let asked = asking.await.ok().flatten().and_then(|asked| u64::try_from(asked).ok());
+        let Some(milliseconds) = asked else { return Duration::from_secs(1) };
+        *server.deadlock_timeout().get_or_init(|| Duration::from_millis(milliseconds))
+    }
+
+    /// Whether a wait has got the lock: its timeout can strike after the grant.
+    async fn is_granted(
+        &mut self,
+        granted: bool,
+        key: KeyId,
+        mode: Mode,
+    ) -> Result<bool, sqlx::Error> {
+        if granted {
+            return Ok(true);
+        }
+        let pid = self.session.backend_pid();
+        let pg = self.pg()?;
+        match sql::backend::holdings(pg, &[pid]).await {
+            Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
+            // The role may not ask. Then the server warns of what was not held.
+            Err(error) if is_answer(&error) => {
+                sql::release::unlock_all(pg, &[(key, mode)], false).await?;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Another backend has answered.
+    async fn found_pooler(self, backend_pid: i32) -> Error {
+        self.session.retrieve(backend_pid, &self.missing).await;
+        Error::NoExclusion { key: self.request.key().clone() }
+    }
+
+    /// Makes sure that the server still receives from us, after a wait in which nothing was sent to it.
+    ///
+    /// The grant proves only that we receive from the server. An answer proves that the server receives from us,
+    /// and is not about to close the connection.
+    async fn confirm(&mut self, waiting_since: Instant) -> Result<(), sqlx::Error> {
+        let mut asked = waiting_since;
+        let heartbeat = self.session.heartbeat;
+        if waiting_since.elapsed() > heartbeat.interval {
+            asked = Instant::now();
+            let answer = async { sql::backend::heartbeat(self.pg()?, None).await };
+            within(heartbeat.answer_limit(), answer).await?;
+        }
+        self.session.trust(asked);
+        Ok(())
+    }
+}
