@@ -8,6 +8,7 @@
 //! | [guarantees] | What can I rely on, and what not? Loss, fencing, isolation, failover, clocks, poolers |
 //! | [faults] | What happens when something breaks? Each row is a test |
 //! | [operations] | How do I run it? Pools, settings, monitoring, queries for `psql` |
+//! | [deploying] | How do I deploy it? systemd, containers, Kubernetes: shutdown, probes, time-outs |
 //! | [servers] | Where do locks exclude? Versions, managed services, other servers, poolers, scale to zero |
 //! | [cost] | What does it cost, and how does that grow? Connections, memory, statements, the server's limits; more than one server |
 //! | [comparison] | What else is there, and when is that the better choice? |
@@ -28,6 +29,9 @@ pub mod faults {}
 
 #[doc = include_str!("guide/operations.md")]
 pub mod operations {}
+
+#[doc = include_str!("guide/deploying.md")]
+pub mod deploying {}
 
 #[doc = include_str!("guide/servers.md")]
 pub mod servers {}

@@ -25,6 +25,7 @@
 //! * [Guarantees](guide::guarantees): what always holds, and what no advisory lock can promise.
 //! * [Faults](guide::faults): what the holder sees when something breaks, and when the lock is free.
 //! * [Operations](guide::operations): pools, settings, monitoring, queries for `psql`.
+//! * [Deploying](guide::deploying): systemd, containers and Kubernetes; shutdown, probes, time-outs.
 //! * [Servers](guide::servers): on which servers, services and poolers locks exclude.
 //! * [Cost](guide::cost): connections, memory, time; the server's limits; more than one server.
 //! * [Comparison](guide::comparison): other libraries and other kinds of lock, and when they are the better choice.
