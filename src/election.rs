@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use crate::guard::{Guard, is_guard};
 use crate::holdings::Holdings;
 use crate::key::Key;
@@ -364,8 +364,9 @@ impl Election {
             let pause = pauses.after(term, failure.is_some());
             if let Some(error) = &failure {
                 tracing::warn!(
-                    key = %self.key,
-                    error = std::error::Error::source(error),
+                    lock.key = %self.key.id(),
+                    lock.name = self.key.name(),
+                    error = std::error::Error::source(error).map(|cause| chain(cause).to_string()),
                     pause_ms = pause.map(|pause| u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
                     "a term ended with an error"
                 );
@@ -410,8 +411,9 @@ impl Election {
             match self.elect().await {
                 Err(error) if error.is_transient() => {
                     tracing::warn!(
-                        key = %self.key,
-                        error = &error as &dyn std::error::Error,
+                        lock.key = %self.key.id(),
+                        lock.name = self.key.name(),
+                        error = %chain(&error),
                         "a campaign failed; trying again"
                     );
                     self.status.fails(error);

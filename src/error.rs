@@ -483,6 +483,21 @@ pub(crate) fn is_not_prepared(error: &sqlx::Error) -> bool {
     sqlstate(error).is_some_and(|code| code == "26000" || code == "42P05")
 }
 
+/// An error with its causes, for an event: a subscriber may print only the first of them.
+pub(crate) fn chain(error: &dyn std::error::Error) -> impl fmt::Display {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let next_text = next.to_string();
+        // sqlx writes some of its causes itself.
+        if !text.contains(&next_text) {
+            text = format!("{text}: {next_text}");
+        }
+        cause = next.source();
+    }
+    text
+}
+
 /// Whether the server answered a statement, and the session can run the next one.
 ///
 /// Not if it ended the session: shutdown, crash, terminated, idle for too long.

@@ -146,8 +146,8 @@ impl Owner {
     async fn take(&mut self, request: &Request, policy: WaitPolicy) -> Result<Option<Guard>> {
         let span = tracing::debug_span!(
             "acquire",
-            key = %request.key().id(),
-            name = request.key().name(),
+            lock.key = %request.key().id(),
+            lock.name = request.key().name(),
             mode = %request.mode(),
             outcome = Empty,
             waited_ms = Empty,
@@ -197,8 +197,8 @@ impl Owner {
         if last.is_some() && this.is_some() && last != this && !self.warned {
             self.warned = true;
             tracing::warn!(
-                key = %key.id(),
-                name = key.name(),
+                lock.key = %key.id(),
+                lock.name = key.name(),
                 "a task re-enters a lock that another task acquired through the same handle, so both hold it; \
                  clone the handle for each task"
             );

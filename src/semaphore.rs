@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{MutexGuard, watch};
 use tokio::time::{sleep, timeout_at};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use crate::guard::Guard;
 use crate::key::Key;
 use crate::mode::Mode;
@@ -431,7 +431,8 @@ impl Inner {
             Ok(Some(permit)) => {
                 let slot = self.layout.slot(&Key::from(permit));
                 tracing::warn!(
-                    key = %self.key,
+                    lock.key = %self.key.id(),
+                    lock.name = self.key.name(),
                     permits = self.permits,
                     others = slot.map(|slot| slot + 1),
                     "a semaphore has more permits elsewhere; give it the same number everywhere"
@@ -440,8 +441,12 @@ impl Inner {
             }
             // The role may not ask. If it was the session, the next statement fails.
             Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::debug!(key = %self.key, error, "cannot see the size of a semaphore");
+                tracing::debug!(
+                    lock.key = %self.key.id(),
+                    lock.name = self.key.name(),
+                    error = %chain(&error),
+                    "cannot see the size of a semaphore"
+                );
                 Census::Done
             }
         };

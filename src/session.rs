@@ -47,7 +47,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::error::{Loss, is_answer};
+use crate::error::{Loss, chain, is_answer};
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::{Heartbeat, Keepalives, LockOptions};
@@ -255,16 +255,24 @@ impl Session {
         }
         self.loss_notify.notify_waiters();
         let backend_pid = self.backend_pid();
+        let keys = first_keys(&locks);
         let locks = locks.len() + self.managed_locks.swap(0, Ordering::Relaxed);
-        let reason = loss as &dyn std::error::Error;
+        let reason = chain(loss);
         // A runtime that is shut down ends its guards, usually on purpose.
         if matches!(loss, Loss::RuntimeShutdown) {
-            tracing::debug!(backend_pid, locks, reason, "closed a lock session with its runtime");
+            tracing::debug!(
+                backend_pid,
+                locks,
+                lock.keys = keys,
+                %reason,
+                "closed a lock session with its runtime"
+            );
         } else {
             tracing::warn!(
                 backend_pid,
                 locks,
-                reason,
+                lock.keys = keys,
+                %reason,
                 "closed a lock session instead of returning it to the pool"
             );
         }
@@ -284,6 +292,18 @@ impl Session {
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The keys of some locks, for a person to read.
+fn first_keys(locks: &[(KeyId, Mode)]) -> Option<String> {
+    const MOST: usize = 5;
+    let (last, before) = locks.get(..MOST.min(locks.len()))?.split_last()?;
+    let mut keys = String::new();
+    for (key, _) in before {
+        keys += &format!("{key}, ");
+    }
+    let more = if locks.len() > MOST { ", …" } else { "" };
+    Some(format!("{keys}{}{more}", last.0))
 }
 
 /// Bounds a statement that never waits for a lock.

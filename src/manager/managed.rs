@@ -17,6 +17,7 @@ use crate::mode::Mode;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::policy::WaitPolicy;
+use crate::session::pool::timed_out;
 
 /// An owner whose locks a manager takes, and each of its guards.
 #[derive(Clone)]
@@ -57,7 +58,7 @@ impl Managed {
                 Wish::Waits(mut waiting) => match self.wait(&mut waiting.answer, policy).await {
                     // The time was spent waiting for a connection, not for the lock.
                     None if waiting.is_unasked() => {
-                        return Err(Error::pool_timed_out(key, None));
+                        return Err(timed_out(&self.manager.pool, key));
                     }
                     None => return Ok(None),
                     Some(answer) => match waiting.told(answer.ok()) {
@@ -221,7 +222,6 @@ impl Waiting<'_> {
         let state = manager.state();
         state.driver.as_ref().is_some_and(|driver| driver.opening)
             && state.table.is_unasked(self.key)
-            && driver::is_exhausted(&manager.pool)
     }
 
     fn told(mut self, told: Option<Told>) -> Option<Told> {

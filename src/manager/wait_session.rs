@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use super::driver::end_with_the_runtime;
 use super::table::{Step, Taken};
 use super::{Manager, Next, Place, Wait, fail, tell_lost};
-use crate::error::{Error, Loss, Result};
+use crate::error::{Error, Loss, Result, chain};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
@@ -44,7 +44,7 @@ async fn run(manager: Arc<Manager>, driver: u64) {
         Err(error) => {
             // The keys are still tried on the shared session, which reports an error if it can't be opened either.
             tracing::debug!(
-                error = &error as &dyn std::error::Error,
+                error = %chain(&error),
                 "no connection to wait for busy keys on; they are tried again and again"
             );
             true

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::conn::Conn;
 use super::{DEADLINE, Session, silence};
-use crate::error::is_answer;
+use crate::error::{chain, is_answer};
 use crate::sql;
 
 /// How many connections of a process may be open beside its pools, to cancel something.
@@ -26,10 +26,10 @@ const LONGEST_RETRY: Duration = Duration::from_secs(1);
 const SEND_LIMIT: Duration = Duration::from_secs(2);
 
 impl Session {
-    /// Makes a connection that the application has used fit for a statement of ours.
+    /// Makes a connection fit for a statement of ours on which something may have been left.
     pub(super) async fn tidy(&self, conn: &mut Conn) -> Result<(), sqlx::Error> {
-        if conn.lent {
-            // A query of the application whose future was dropped still runs; most end by themselves.
+        if conn.untidy {
+            // A statement whose future was dropped still runs; most end by themselves.
             // Boxed: it is large, because it may have to log in, and part of almost everything else.
             Box::pin(self.drain(conn.pg()?, Duration::from_millis(100), DEADLINE)).await?;
             if sql::backend::end_transaction(conn.pg()?).await? {
@@ -38,7 +38,7 @@ impl Session {
                     "rolled back the transaction that was left open on a lock's connection"
                 );
             }
-            conn.lent = false;
+            conn.untidy = false;
         }
         Ok(())
     }
@@ -119,7 +119,7 @@ impl Session {
         };
         tracing::debug!(
             backend_pid,
-            error = &error as &dyn std::error::Error,
+            error = %chain(&error),
             "cannot cancel a wait that was abandoned; trying again"
         );
         unknown

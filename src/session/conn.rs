@@ -21,8 +21,8 @@ pub(crate) struct Conn {
     runtime: Handle,
     /// The share of the pool that locks have. `None` for a connection that is used for a question.
     _permit: Option<Permit>,
-    /// The application has had the connection since it was last tidied.
-    pub(crate) lent: bool,
+    /// The application, or a statement whose caller has gone, may have left something on it.
+    pub(crate) untidy: bool,
     /// The server was asked whether a transaction was left open on it before.
     pub(crate) checked: bool,
 }
@@ -34,7 +34,7 @@ impl Conn {
         runtime: Handle,
         permit: Option<Permit>,
     ) -> Self {
-        Self { pooled: Some(pooled), runtime, _permit: permit, lent: false, checked: false }
+        Self { pooled: Some(pooled), runtime, _permit: permit, untidy: false, checked: false }
     }
 
     /// The connection, to run a statement on.
@@ -76,6 +76,6 @@ pub(crate) fn enter_unless_inside<T>(runtime: &Handle, f: impl FnOnce() -> T) ->
 
 impl fmt::Debug for Conn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Conn").field("lent", &self.lent).finish_non_exhaustive()
+        f.debug_struct("Conn").field("untidy", &self.untidy).finish_non_exhaustive()
     }
 }

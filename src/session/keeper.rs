@@ -29,7 +29,7 @@ use tokio::time::sleep_until;
 use super::monitor::Monitor;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
-use crate::error::{Loss, is_answer};
+use crate::error::{Loss, chain, is_answer};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::options::Heartbeat;
@@ -328,7 +328,7 @@ impl KeeperTask {
         };
         // If it is in use, its return wakes the keeper again; as does the end of tidying it.
         let Ok(mut slot) = session.conn.try_lock() else { return false };
-        let Some(conn) = slot.as_mut().filter(|conn| !conn.lent) else { return false };
+        let Some(conn) = slot.as_mut().filter(|conn| !conn.untidy) else { return false };
         let Ok(pg) = conn.pg() else { return false };
         let waker = Waker::from(Arc::clone(wake));
         let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) else {
@@ -397,7 +397,7 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     if let Err(error) = connected {
         tracing::debug!(
             backend_pid = session.backend_pid(),
-            error = &error as &dyn std::error::Error,
+            error = %chain(&error),
             "cannot monitor idle sessions; a closed one is noticed at its next heartbeat"
         );
     }
@@ -435,7 +435,7 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
         }
         Err(error) => tracing::debug!(
             sessions = sessions.len(),
-            error = error as &dyn std::error::Error,
+            error = %chain(error),
             "cannot ask about lock sessions whose connections are in use"
         ),
     }

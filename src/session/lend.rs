@@ -77,7 +77,7 @@ impl Session {
             return Err(Error::lost(key, reason));
         }
         if let Some(conn) = slot.as_mut() {
-            conn.lent = true;
+            conn.untidy = true;
         }
         self.borrowed.store(true, Ordering::Relaxed);
         Ok(SessionConnection { session: Arc::clone(self), slot: Some(slot), guard: PhantomData })
@@ -111,7 +111,7 @@ impl Session {
         if self.is_lost() {
             return;
         }
-        let Some(conn) = slot.as_mut().filter(|conn| conn.lent) else { return };
+        let Some(conn) = slot.as_mut().filter(|conn| conn.untidy) else { return };
         let answer = within_task(DEADLINE, async {
             self.tidy(conn).await?;
             match sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await {

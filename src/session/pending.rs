@@ -19,7 +19,7 @@ use super::pool::lend;
 use super::servers::{PoolServer, Server};
 use super::slot::{ConnGuard, Unavailable};
 use super::{DEADLINE, Session, within};
-use crate::error::{Error, Loss, Result, is_answer, sqlstate};
+use crate::error::{Error, Loss, Result, chain, is_answer, sqlstate};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::options::LockOptions;
@@ -63,6 +63,8 @@ pub(crate) struct Pending {
     missing: Vec<(KeyId, Mode)>,
     /// The role has a limit on idle sessions, which a holder may be.
     idle_limited: bool,
+    /// The server has rejected the settings, and not the lock.
+    settings_rejected: bool,
     stage: Stage,
     settled: bool,
 }
@@ -126,8 +128,9 @@ impl Pending {
                 Err(error) => error,
             };
             tracing::debug!(
-                key = %request.key(),
-                error = &error as &dyn std::error::Error,
+                lock.key = %request.key().id(),
+                lock.name = request.key().name(),
+                error = %chain(&error),
                 "an idle connection of the pool was dead; taking another"
             );
             // Before the pool is asked: this may be its only connection.
@@ -170,6 +173,7 @@ impl Pending {
             claimed: Vec::new(),
             missing: request.ids().collect(),
             idle_limited: false,
+            settings_rejected: false,
             stage: Stage::Idle,
             settled: false,
         }
@@ -184,7 +188,7 @@ impl Pending {
     /// A transaction that was left open on the pooled connection is ended; a session lock does
     /// not depend on it.
     async fn ask(&mut self, limit: Duration) -> Result<Verdict, sqlx::Error> {
-        let Self { session, slot, request, claimed, missing, stage, .. } = self;
+        let Self { session, slot, request, claimed, missing, stage, settings_rejected, .. } = self;
         let options = session.options();
         let Some(conn) = slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
@@ -207,7 +211,7 @@ impl Pending {
                 let allow_standby = options.standby_allowed();
                 match sql::lock::try_lock(pg, missing, need, wanted, required, allow_standby).await
                 {
-                    Err(error) if needs_another_try(&error, required) => {
+                    Err(error) if needs_another_try(&error) => {
                         Box::pin(async {
                             if sqlstate(&error).as_deref() == Some("25P02") {
                                 sql::backend::end_transaction(pg).await?;
@@ -220,9 +224,13 @@ impl Pending {
                             session.give_up_unknown(pg, missing).await.ok();
                             let tried =
                                 sql::lock::try_lock(pg, missing, need, None, false, allow_standby).await?;
+                            if required {
+                                *settings_rejected = true;
+                                return Err(error);
+                            }
                             if session.server.set_refused() {
                                 tracing::warn!(
-                                    error = &error as &dyn std::error::Error,
+                                    error = %chain(&error),
                                     "the server rejects a setting by which it detects a dead client; a \
                                      host that vanishes keeps its locks for as long as the server's own \
                                      settings say"
@@ -347,8 +355,8 @@ fn refuses_settings(error: &sqlx::Error) -> bool {
     sqlstate(error).is_some_and(|code| codes.contains(&code.as_str()))
 }
 
-/// Whether a statement that tries may succeed another time: in a failed transaction, or with settings that
-/// are rejected.
-fn needs_another_try(error: &sqlx::Error, settings_required: bool) -> bool {
-    sqlstate(error).as_deref() == Some("25P02") || (refuses_settings(error) && !settings_required)
+/// Whether a statement that tries may succeed another time: in a failed transaction, or with settings that may be
+/// what is rejected.
+fn needs_another_try(error: &sqlx::Error) -> bool {
+    sqlstate(error).as_deref() == Some("25P02") || refuses_settings(error)
 }

@@ -29,26 +29,26 @@ pub(crate) async fn lend(
     let source = match acquiring.await {
         Ok(Ok(lent)) => return Ok(lent),
         Ok(Err(source)) => source,
-        // The pool's own time is over, of which a part was spent in the queue of the locks.
-        Err(_) if policy.deadline().is_none_or(|deadline| deadline > Instant::now()) => {
-            sqlx::Error::PoolTimedOut
-        }
-        // The caller's time is over.
-        Err(_) => {
-            return Err(Error::pool_timed_out(&key, None));
-        }
+        // The time of the pool or of the caller is over.
+        Err(_) => sqlx::Error::PoolTimedOut,
     };
-    let timed_out = matches!(source, sqlx::Error::PoolTimedOut);
-    // With room for more connections, it was the server that did not answer.
-    let exhausted = timed_out && pool.size() >= pool.options().get_max_connections();
     Err(if sqlstate(&source).as_deref() == Some("53200") {
         // A login takes locks too.
         Error::OutOfLocks { key, source: Arc::new(source) }
-    } else if exhausted {
-        Error::pool_timed_out(&key, None)
+    } else if matches!(source, sqlx::Error::PoolTimedOut) {
+        timed_out(pool, &key)
     } else if matches!(source, sqlx::Error::PoolClosed) {
         Error::PoolClosed { key }
     } else {
         Error::Connect { key, source: Arc::new(source) }
     })
+}
+
+/// The error of a pool that has lent no connection in time.
+pub(crate) fn timed_out(pool: &PgPool, key: &Key) -> Error {
+    if pool.size() >= pool.options().get_max_connections() {
+        return Error::pool_timed_out(key, None);
+    }
+    // With room for more connections, it was the server that did not answer.
+    Error::Connect { key: key.clone(), source: Arc::new(sqlx::Error::PoolTimedOut) }
 }

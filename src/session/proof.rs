@@ -27,7 +27,7 @@ use tokio::time::{timeout, timeout_at};
 
 use super::retrieve::retrieve;
 use super::{DEADLINE, within};
-use crate::error::sqlstate;
+use crate::error::{chain, sqlstate};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::sql;
@@ -139,7 +139,7 @@ async fn prove(state: watch::Sender<State>, mut begun: watch::Receiver<State>, p
         match timeout(ATTEMPT, Box::pin(excludes(&options))).await {
             Ok(Ok(excludes)) => return answer(&state, &begun, excludes),
             Ok(Err(error)) => tracing::debug!(
-                error = &error as &dyn std::error::Error,
+                error = %chain(&error),
                 "cannot prove yet that locks exclude other sessions; trying again"
             ),
             Err(_) => tracing::debug!(

@@ -18,13 +18,20 @@ use crate::sql;
 impl Session {
     /// Draws a fencing token.
     ///
-    /// The commit may wait for a synchronous standby that is not there. Then it is cancelled, and the lock
-    /// is still held.
+    /// The commit may wait for a synchronous standby that is not there. Then it is cancelled, by the next
+    /// use of the connection if this is dropped, and the lock is still held.
     pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<u64> {
         let mut slot = self.for_guard(key).await?;
-        let answer =
-            timeout(DEADLINE, async { sql::backend::draw_token(slot.tidied().await?).await });
-        let Ok(answer) = answer.await else { return Err(self.interrupt(key, slot).await) };
+        let drawing = async {
+            slot.tidied().await?;
+            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+            conn.untidy = true;
+            let token = sql::backend::draw_token(conn.pg()?).await?;
+            conn.untidy = false;
+            Ok(token)
+        };
+        let answer = self.unless_lost(key, timeout(DEADLINE, drawing)).await?;
+        let Ok(answer) = answer else { return Err(self.interrupt(key, slot).await) };
         self.sort_out(key, slot, answer).map(i64::cast_unsigned)
     }
 
@@ -34,7 +41,7 @@ impl Session {
         self.restore_settings();
         let answer =
             within(DEADLINE, async { sql::settings::show_name(slot.tidied().await?, name).await });
-        let answer = answer.await;
+        let answer = self.unless_lost(key, answer).await?;
         self.sort_out(key, slot, answer)
     }
 
@@ -48,7 +55,7 @@ impl Session {
         let answer = within(DEADLINE, async {
             sql::semaphore::greatest_held(slot.tidied().await?, numbers).await
         });
-        let answer = answer.await;
+        let answer = self.unless_lost(key, answer).await?;
         self.sort_out(key, slot, answer)
     }
 
@@ -104,14 +111,28 @@ impl Session {
     /// Cancels a statement that has not been answered in time.
     async fn interrupt(self: &Arc<Self>, key: &Key, mut slot: ConnGuard) -> Error {
         let drained = async { self.drain(slot.pg()?, Duration::ZERO, DEADLINE).await };
-        match drained.await {
-            Ok(()) => Error::database(key, silence(DEADLINE)),
-            Err(source) => {
+        match self.unless_lost(key, drained).await {
+            Ok(Ok(())) => Error::database(key, silence(DEADLINE)),
+            Err(lost) => lost,
+            Ok(Err(source)) => {
                 let loss = Loss::broken(source);
                 self.give_up(&loss);
                 drop(slot.take());
                 Error::lost(key, loss)
             }
+        }
+    }
+
+    /// Waits for an answer, but not beyond the loss of the session.
+    async fn unless_lost<T>(
+        self: &Arc<Self>,
+        key: &Key,
+        answer: impl Future<Output = T>,
+    ) -> Result<T> {
+        tokio::select! {
+            biased;
+            answer = answer => Ok(answer),
+            loss = self.lost() => Err(Error::lost(key, loss)),
         }
     }
 

@@ -4,6 +4,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 
 use super::{DEADLINE, Session, within};
+use crate::error::chain;
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::sql;
@@ -26,7 +27,7 @@ impl Session {
         };
         tracing::warn!(
             backend_pid,
-            error = &error as &dyn std::error::Error,
+            error = %chain(&error),
             "cannot give up a lock that was taken through a pooler in transaction mode"
         );
     }

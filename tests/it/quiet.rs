@@ -122,7 +122,10 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
                 // On a busy machine the time may be over before the pool has returned a connection.
                 match lock.try_acquire_for(time).await {
                     Ok(granted) => assert!(granted.is_none()),
-                    Err(error) => assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}"),
+                    Err(error) => assert!(
+                        matches!(error, Error::PoolTimedOut { .. } | Error::Connect { .. }),
+                        "{error:?}"
+                    ),
                 }
             }
         });

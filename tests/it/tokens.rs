@@ -1,9 +1,10 @@
 //! A guarded write refuses who comes late, and under which isolation.
 
-use pglock::{ExclusiveGuard, Lock};
-use pglock_testkit::{TestDb, eventually};
+use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
+use pglock_testkit::{Proxy, Server, TestDb, eventually};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::support::SOON;
 
@@ -132,4 +133,47 @@ async fn a_snapshot_older_than_the_next_hold_lets_a_late_write_through_elsewhere
 
 fn begin(isolation: &str) -> sqlx::AssertSqlSafe<String> {
     sqlx::AssertSqlSafe(format!("BEGIN ISOLATION LEVEL {isolation}"))
+}
+
+/// A commit that waits for a standby that is away is cancelled, by the release if the caller has gone.
+#[tokio::test]
+async fn a_token_that_waits_for_a_standby_and_is_dropped_keeps_no_lock() {
+    let server = Server::options()
+        .setting("synchronous_commit", "on")
+        .setting("synchronous_standby_names", "nobody")
+        .start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let (pool, elsewhere) = (db.pool(1).await, db.pool(1).await);
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    tokio::select! {
+        token = guard.fencing_token() => panic!("{token:?}"),
+        () = waits_for_standby(&mut admin) => {}
+    }
+    drop(guard);
+    let next = timeout(SOON * 5, Lock::new(&elsewhere, 1).acquire()).await.unwrap().unwrap();
+    next.release().await.unwrap();
+}
+
+async fn waits_for_standby(admin: &mut PgConnection) {
+    let waits = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&mut *admin).await.unwrap() {
+        sleep(SOON / 100).await;
+    }
+}
+
+/// The loss ends the question, which has a longer limit of its own.
+#[tokio::test]
+async fn a_token_on_a_frozen_link_ends_with_the_loss() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let proxy = Proxy::to(server.port()).await;
+    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+    let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+    let options = LockOptions::new().heartbeat_interval(SOON / 5).heartbeat_timeout(SOON / 5);
+    let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
+    proxy.freeze();
+    let token = timeout(SOON * 5, guard.fencing_token()).await.expect("it ends with the loss");
+    assert!(matches!(token, Err(Error::Lost { .. })), "{token:?}");
+    proxy.thaw();
 }

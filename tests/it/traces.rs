@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
-use pglock::{Election, Error, Lock, LockManager, Loss, Semaphore};
+use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, Semaphore};
 use pglock_testkit::{TestDb, advisory_locks, eventually};
 use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
@@ -184,8 +184,8 @@ async fn every_acquire_has_a_span() {
     );
     let key = sqlx::postgres::PgAdvisoryLock::new("nightly-report").key().as_bigint().unwrap();
     for span in &spans {
-        assert_eq!(span.field("key"), Some(key.to_string().as_str()));
-        assert_eq!(span.field("name"), Some("nightly-report"));
+        assert_eq!(span.field("lock.key"), Some(key.to_string().as_str()));
+        assert_eq!(span.field("lock.name"), Some("nightly-report"));
         assert!(*span.metadata.level() >= Level::DEBUG);
         assert!(span.is_ours());
     }
@@ -206,7 +206,8 @@ async fn a_span_shows_the_key_as_it_is() {
     Lock::new(&pool, 42).acquire().await.unwrap().release().await.unwrap();
     Lock::new(&pool, (1, -2)).acquire().await.unwrap().release().await.unwrap();
     let spans = told.acquires();
-    let keys: Vec<_> = spans.iter().map(|span| (span.field("key"), span.field("name"))).collect();
+    let keys: Vec<_> =
+        spans.iter().map(|span| (span.field("lock.key"), span.field("lock.name"))).collect();
     assert_eq!(keys, [(Some("42"), None), (Some("(1, -2)"), None)]);
 }
 
@@ -224,7 +225,7 @@ async fn a_semaphore_is_told_by_its_name() {
     let spans = told.acquires();
     assert!(!spans.is_empty());
     for span in spans {
-        assert_eq!(span.field("name"), error.key().unwrap().name());
+        assert_eq!(span.field("lock.name"), error.key().unwrap().name());
     }
 }
 
@@ -320,7 +321,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
     .await;
     let events = told.events(Level::DEBUG);
     let [event] = events.as_slice() else { panic!("{events:#?}") };
-    assert!(event.field("key").unwrap().contains("nightly-report"));
+    assert!(event.field("lock.name").unwrap().contains("nightly-report"));
     assert_eq!(event.field("mode"), Some("exclusive"));
     guard.release().await.unwrap();
     told.nothing_loud();
@@ -344,6 +345,7 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(warning.field("backend_pid"), Some(pid.as_str()));
     assert!(warning.field("reason").unwrap().contains("does not hold the lock"));
+    assert_eq!(warning.field("lock.keys"), Some("42"));
 }
 
 /// It is one session for many locks: the warning says how many guards have lost theirs.
@@ -388,7 +390,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
         let inside = [acquire().await.unwrap(), acquire().await.unwrap()];
         let warnings = told.events(Level::WARN);
         let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
-        assert_eq!(warning.field("name"), Some("nightly-report"));
+        assert_eq!(warning.field("lock.name"), Some("nightly-report"));
         drop((first, inside));
 
         // One task may re-enter.
@@ -429,6 +431,25 @@ async fn the_normal_path_is_silent() {
     eventually("five acquires are closed", PATIENCE, closed).await;
     told.nothing_loud();
     assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.events(Level::DEBUG));
+}
+
+/// A wait that lasts is visible before it ends.
+#[tokio::test]
+async fn each_slice_of_a_long_wait_is_told() {
+    let db = TestDb::new().await;
+    let (pool, other) = (db.pool(2).await, db.pool(1).await);
+    let held = Lock::new(&other, 42).acquire().await.unwrap();
+    let slice = LockOptions::new().wait_slice(Duration::from_secs(2)).on(&pool).unwrap();
+    let mut lock = Lock::new(&slice, 42);
+    let told = Told::from_now_on();
+    let waiting = tokio::spawn(async move { lock.acquire().await.map(drop) });
+    eventually("two slices are told", PATIENCE, || async {
+        told.events(Level::DEBUG).iter().filter(|event| event.field("waited_ms").is_some()).count()
+            >= 2
+    })
+    .await;
+    held.release().await.unwrap();
+    waiting.await.unwrap().unwrap();
 }
 
 /// What the application does on the lock's connection is logged as usual.

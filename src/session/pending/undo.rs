@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Pending, Stage, refuses_settings};
+use super::{Pending, Stage};
 use crate::error::{Error, Loss, is_answer};
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
@@ -52,7 +52,7 @@ impl Pending {
         if answered {
             undo.await;
         }
-        if refuses_settings(&error) && self.session.options().settings_required() {
+        if self.settings_rejected {
             return Error::SettingsRejected {
                 key: self.request.key().clone(),
                 source: Arc::new(error),
@@ -109,7 +109,11 @@ impl Abandoned {
             && (stage != Stage::Idle || !claimed.is_empty())
         {
             tracing::debug!(
-                %key, %mode, backend_pid = session.backend_pid(), ?stage,
+                lock.key = %key.id(),
+                lock.name = key.name(),
+                %mode,
+                backend_pid = session.backend_pid(),
+                ?stage,
                 "undoing an acquire that was abandoned or failed"
             );
             // A try ends by itself; a wait ends at the end of its slice.

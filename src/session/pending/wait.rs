@@ -39,6 +39,7 @@ impl Pending {
     ///
     /// Between two slices the session's connection is free for its other handles.
     pub(super) async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Granted>> {
+        let (started, mut slices) = (Instant::now(), 0);
         let mut plainly = self.session.server.waits_plainly();
         loop {
             let session = Arc::clone(&self.session);
@@ -51,6 +52,14 @@ impl Pending {
             let Some(&(key, mode)) = self.missing.first() else {
                 return self.granted(policy).await.map(Some);
             };
+            if slices > 0 {
+                tracing::debug!(
+                    lock.key = %key,
+                    backend_pid = session.backend_pid(),
+                    waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    "still waiting for a busy lock"
+                );
+            }
             let limit = self.slice(left).await;
             let keepalives = (!session.settings_refused.load(Ordering::Relaxed))
                 .then(|| self.session.options().keepalives());
@@ -122,6 +131,7 @@ impl Pending {
                     Err(error) => return Err(self.fail(error).await),
                 }
             }
+            slices += 1;
             self.slot = None;
             match session.connection_for_acquire(policy.deadline()).await {
                 Ok(slot) => self.slot = Some(slot),

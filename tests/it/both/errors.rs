@@ -49,7 +49,11 @@ mod connecting {
         // A port that was free a moment ago.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let options = PgConnectOptions::new_without_pgpass().username("postgres");
-        fails(lazy(options.host("127.0.0.1").port(port), MOMENT), true).await;
+        let options = options.host("127.0.0.1").port(port);
+        fails(lazy(options.clone(), MOMENT), true).await;
+        // The caller's time ends before that of the pool, which has room for a connection.
+        let error = new_lock(&lazy(options, PATIENCE), KEY).try_acquire_for(MOMENT).await;
+        assert!(matches!(error, Err(Error::Connect { .. })), "{error:?}");
     }
 
     #[tokio::test]

@@ -312,6 +312,21 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     assert!(matches!(error, Error::SettingsRejected { .. }), "{error:?}");
 }
 
+/// A right that is missing for the lock itself must not be taken for a setting that is rejected.
+#[tokio::test]
+async fn a_function_that_the_role_may_not_call_is_not_a_rejected_setting() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let deny = "BEGIN RAISE insufficient_privilege; END";
+    replace_function(&mut admin, "pg_try_advisory_lock(bigint)", deny).await;
+    let pool = db.pool(1).await;
+    for options in [LockOptions::new(), LockOptions::new().require_settings()] {
+        let error = new_lock_with(&options, &pool, 1).acquire().await.unwrap_err();
+        assert!(matches!(error, Error::Database { .. }), "{error:?}");
+    }
+    no_locks(&mut admin).await;
+}
+
 /// Otherwise a server that was short of memory once would not be asked again to detect a dead holder.
 #[tokio::test]
 async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {

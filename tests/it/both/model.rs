@@ -553,7 +553,7 @@ fn patience(granted: bool) -> Duration {
 /// So short that it may pass before the pool has returned a connection.
 fn unless_out_of_patience(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
     match answer {
-        Err(Error::PoolTimedOut { .. }) if hasty => None,
+        Err(Error::PoolTimedOut { .. } | Error::Connect { .. }) if hasty => None,
         // An owner that shares a lock through a manager and upgrades it does not wait for other processes.
         Err(Error::Deadlock { .. }) if hasty && !ALONE => None,
         answer => answer.unwrap(),
