@@ -273,6 +273,9 @@ impl Guard {
     /// standby that had not received the last transactions, because that standby can assign the
     /// same ids again. Nor is it a part of a logical dump into another server.
     ///
+    /// The transaction changes no row. It writes an empty logical message with the prefix `pglock`, which
+    /// consumers of [logical decoding](crate::guide::operations#the-server) may see.
+    ///
     /// The transaction is committed with the session's `synchronous_commit`, and at least
     /// `local`: the token is on the server's disk. If the commit waits for a synchronous standby
     /// for longer than ten seconds, the statement is cancelled and an error is returned. The lock

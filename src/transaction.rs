@@ -73,9 +73,10 @@
 //!
 //! Under `READ COMMITTED`, a wait holds a snapshot no longer than a slice, unless the transaction has
 //! written something. A wait that times out leaves the transaction usable and writes nothing to the
-//! server's log. With `log_lock_waits` on, and a role that may not turn it off, the server logs one
-//! "still waiting" line per wait and slice (before PostgreSQL 19 two, if
-//! `client_connection_check_interval` is longer than `deadlock_timeout`). In `pg_stat_statements`,
+//! server's log, by the default settings up to PostgreSQL 18. With `log_lock_waits` on, and a role that may
+//! not turn it off, the server logs a "still waiting" line per wait and slice, and before PostgreSQL 19
+//! another whenever something wakes the waiting process. With `log_min_duration_statement`, a slice that
+//! takes longer is logged: see [operations](crate::guide::operations#the-server). In `pg_stat_statements`,
 //! waits have a fixed number of entries, independent of keys and timeouts.
 //!
 //! A wait runs in a PL/pgSQL block. For a role that may not use PL/pgSQL, or if the language was dropped,
