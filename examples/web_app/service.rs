@@ -44,7 +44,9 @@ async fn pay(
     State(service): State<Service>,
     Path(invoice): Path<i64>,
 ) -> Result<(StatusCode, &'static str), Failure> {
-    // The work runs on the lock's own connection, so no other ones need to be left for it.
+    // On the pool, and not on a `LockManager` as in most services, because the payment is written through
+    // the lock's own connection, and a manager's locks have none. All work runs on that connection, so no
+    // other ones need to be left for it. Handlers that query the pool use a manager.
     let options = LockOptions::new().reserve_connections(0);
     let mut lock = Lock::new(&options.on(&service.pool)?, format!("invoice-{invoice}"));
     let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
