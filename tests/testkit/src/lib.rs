@@ -14,6 +14,7 @@
 //! | `DATABASE_URL` | make databases on this server; start none |
 //! | `PGLOCK_PG_BIN` | a directory with `initdb` and `postgres` to start |
 //! | `PGLOCK_PG_VERSION` | start this major version (12 to 18), fetched with `npm` |
+//! | `PGLOCK_TEST_REQUIRE_ALL` | a test that is skipped, because the machine lacks something, fails |
 //! | `PGLOCK_TEST_ENVIRONMENT` | run in this row of [`ENVIRONMENTS`], on a server of our own |
 
 #![expect(
@@ -42,6 +43,7 @@ mod process;
 mod account;
 mod find;
 mod npm;
+mod skip;
 
 pub use crate::cancel::{cancel_after, eventually};
 pub use crate::clock::{WallClock, monotonic};
@@ -55,3 +57,4 @@ pub use crate::pgbouncer::PgBouncer;
 pub use crate::proxy::Proxy;
 pub use crate::role::{Cues, Role, cues, say, stand_still};
 pub use crate::server::{Server, Shutdown};
+pub use crate::skip::{print_skipped, program, skip};
