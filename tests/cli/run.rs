@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use pglock::Lock;
 use pglock_testkit::{PgBouncer, Server, TestDb};
+use sqlx::postgres::PgConnectOptions;
 
 use crate::support::{PGLOCK, Running, hold, locks_are, pglock, run, url};
 
@@ -155,18 +156,24 @@ async fn without_a_url_the_variables_of_psql_say_where_the_database_is() {
 }
 
 #[tokio::test]
-async fn a_lock_that_would_mean_nothing_is_refused() {
-    let (_primary, standby) = Server::options().start_with_standby();
+async fn a_lock_on_a_standby_is_refused() {
+    let (primary, standby) = Server::options().start_with_standby();
+    is_refused(&primary, standby.connect_options(), "standby").await;
+}
+
+#[tokio::test]
+async fn a_lock_through_a_pooler_in_transaction_mode_is_refused() {
     let server = Server::start();
-    let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")]);
-    let db = TestDb::on(&server).await;
-    let through_pooler = url(&pooler.connect_options());
-    let standby = url(&standby.connect_options());
-    for (url, word) in [(through_pooler, "pooler"), (standby, "standby")] {
-        let ended = run(&db, &["run", "--url", &url, "key", "--", "echo", "ran"]).await;
-        assert_eq!((ended.code(), &*ended.output), (Some(78), ""), "{}", ended.errors);
-        assert!(ended.errors.contains(word), "{}", ended.errors);
-    }
+    let settings = [("pool_mode", "transaction")];
+    let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
+    is_refused(&server, pooler.connect_options(), "pooler").await;
+}
+
+async fn is_refused(server: &Server, options: PgConnectOptions, word: &str) {
+    let db = TestDb::on(server).await;
+    let ended = run(&db, &["run", "--url", &url(&options), "key", "--", "echo", "ran"]).await;
+    assert_eq!((ended.code(), &*ended.output), (Some(78), ""), "{}", ended.errors);
+    assert!(ended.errors.contains(word), "{}", ended.errors);
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::process::{self, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, fs};
 
-use pglock_testkit::{TestDb, eventually};
+use pglock_testkit::{TestDb, eventually, program};
 
 use crate::support::{LIMIT, PGLOCK};
 
@@ -19,23 +19,21 @@ const SHELL: &str = "PS1='shell> ' HISTFILE= exec bash --norc --noprofile -i";
 /// Closes it.
 #[derive(Debug)]
 pub(crate) struct Terminal {
+    tmux: PathBuf,
     dir: PathBuf,
 }
 
 impl Terminal {
-    /// Opens one, where `pglock` is a command that finds the database. `None` if there is no tmux.
-    #[expect(clippy::print_stdout, reason = "who runs the tests may want to install it")]
+    /// Opens one, where `pglock` is a command that finds the database. `None`, and the test is skipped, if there is
+    /// no tmux.
     pub(crate) async fn open(db: &TestDb) -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
 
-        if Command::new("tmux").arg("-V").output().is_err() {
-            println!("there is no tmux, so nothing is seen of a terminal");
-            return None;
-        }
+        let tmux = program("tmux", "tmux")?;
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = env::temp_dir().join(format!("pglock-tmux-{}-{number}", process::id()));
         fs::create_dir(&dir).unwrap();
-        let terminal = Self { dir };
+        let terminal = Self { tmux, dir };
         let path = env::var("PATH").unwrap();
         let programs = PathBuf::from(PGLOCK);
         let programs = programs.parent().unwrap().to_str().unwrap();
@@ -79,7 +77,7 @@ impl Terminal {
     }
 
     fn tmux(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("tmux");
+        let mut command = Command::new(&self.tmux);
         command.arg("-S").arg(self.dir.join("socket")).args(args);
         command
     }

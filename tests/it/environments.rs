@@ -43,7 +43,7 @@ async fn every_kind_of_lock_behaves_the_same_everywhere() {
     };
     let turns = Arc::new(Semaphore::new(AT_A_TIME));
     let mut runs = JoinSet::new();
-    for row in rows {
+    for row in rows.into_iter().filter(|row| row.is_available()) {
         let turns = Arc::clone(&turns);
         runs.spawn(async move {
             let _turn = turns.acquire_owned().await.unwrap();

@@ -80,7 +80,9 @@ mod in_transaction_mode {
 
     /// Uses poolers with this number of other clients; prints at which step they were detected.
     #[expect(clippy::print_stdout, reason = "a measurement is to be read")]
-    async fn meet(clients: usize) -> BTreeMap<&'static str, usize> {
+    ///
+    /// `None` if there is no PgBouncer.
+    async fn meet(clients: usize) -> Option<BTreeMap<&'static str, usize>> {
         let server = Server::start();
         let db = TestDb::on(&server).await;
         let mut admin = db.admin().await;
@@ -88,7 +90,7 @@ mod in_transaction_mode {
         for cache in CACHES {
             let mut found = BTreeMap::<_, usize>::new();
             for round in 0..POOLERS {
-                let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")]);
+                let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")])?;
                 let options = pooler.connect_options().database(db.name());
                 let others = busy(&options, clients).await;
                 let pool = pool(options.statement_cache_capacity(cache), 2).await;
@@ -102,12 +104,12 @@ mod in_transaction_mode {
             }
             println!("a pooler with {clients} other clients, statement cache {cache}: {found:?}");
         }
-        total
+        Some(total)
     }
 
     #[tokio::test]
     async fn an_idle_one_is_found_out_by_the_first_acquire() {
-        let found = meet(0).await;
+        let Some(found) = meet(0).await else { return };
         // Acquires wait for the proof for 250 ms; a busy machine may take longer.
         let by_acquire = found.get("acquire").copied().unwrap_or_default();
         assert!(by_acquire * 10 > POOLERS * CACHES.len() * 9, "hardly by the acquire: {found:?}");
@@ -115,7 +117,7 @@ mod in_transaction_mode {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_busy_one_is_found_out_before_a_lock_is_trusted_for_long() {
-        let found = meet(4).await;
+        let Some(found) = meet(4).await else { return };
         let by_acquire = found.get("acquire").copied().unwrap_or_default();
         assert!(by_acquire * 2 > POOLERS * CACHES.len(), "hardly by the acquire: {found:?}");
     }
@@ -132,7 +134,7 @@ mod in_transaction_mode {
         execute(&mut admin, "CREATE TABLE counter AS SELECT 0 AS n").await;
         for cache in CACHES {
             let settings = [("pool_mode", "transaction"), ("default_pool_size", "4")];
-            let pooler = PgBouncer::start(&server, &settings);
+            let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
             let options = pooler.connect_options().database(db.name());
             let others = busy(&options, 4).await;
             execute(&mut admin, "UPDATE counter SET n = 0").await;
@@ -176,7 +178,7 @@ mod in_transaction_mode {
         let limit = format!("ALTER DATABASE {} SET statement_timeout = '1min'", db.name());
         execute(&mut admin, &limit).await;
         let settings = [("pool_mode", "transaction"), ("default_pool_size", "1")];
-        let pooler = PgBouncer::start(&server, &settings);
+        let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
         let pool = pool(pooler.connect_options().database(db.name()), 1).await;
         let mut holder = db.pool(1).await.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
@@ -210,20 +212,22 @@ mod that_turns_from_session_to_transaction_mode {
     const ROUNDS: usize = 20;
 
     /// A busy pooler of which it is known that all works, and is no longer true; a pool of one connection.
+    ///
+    /// `None` if there is no PgBouncer.
     async fn turned(
         server: &Server,
         db: &TestDb,
         cache: usize,
-    ) -> (PgBouncer, PgPool, JoinSet<()>) {
+    ) -> Option<(PgBouncer, PgPool, JoinSet<()>)> {
         let settings = [("pool_mode", "session"), ("admin_users", "postgres")];
-        let pooler = PgBouncer::start(server, &settings);
+        let pooler = PgBouncer::start(server, &settings)?;
         let options = pooler.connect_options().database(db.name());
         let pool = pool(options.clone().statement_cache_capacity(cache), 1).await;
         Lock::new(&pool, KEY).acquire().await.unwrap().release().await.unwrap();
         let mut console = pooler.connect_options().database("pgbouncer").connect().await.unwrap();
         execute(&mut console, "SET pool_mode = 'transaction'").await;
         let others = busy(&options, 4).await;
-        (pooler, pool, others)
+        Some((pooler, pool, others))
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -232,7 +236,7 @@ mod that_turns_from_session_to_transaction_mode {
         let db = TestDb::on(&server).await;
         let mut count = 0;
         for cache in CACHES.into_iter().cycle().take(ROUNDS) {
-            let (_pooler, pool, _others) = turned(&server, &db, cache).await;
+            let Some((_pooler, pool, _others)) = turned(&server, &db, cache).await else { return };
             let guard = is_found(Lock::new(&pool, KEY).acquire().await);
             let found = match &guard {
                 Some(guard) => is_found(guard.verify().await).is_none(),
@@ -253,7 +257,7 @@ mod that_turns_from_session_to_transaction_mode {
         let db = TestDb::on(&server).await;
         let mut count = 0;
         for cache in CACHES.into_iter().cycle().take(ROUNDS) {
-            let (_pooler, pool, _others) = turned(&server, &db, cache).await;
+            let Some((_pooler, pool, _others)) = turned(&server, &db, cache).await else { return };
             if let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
                 let mut another = Lock::new(&guard, "another");
                 let another = is_found(another.acquire().await);
@@ -277,7 +281,7 @@ mod that_turns_from_session_to_transaction_mode {
         let db = TestDb::on(&server).await;
         let mut count = 0;
         for _ in 0..ROUNDS {
-            let (_pooler, pool, _others) = turned(&server, &db, 0).await;
+            let Some((_pooler, pool, _others)) = turned(&server, &db, 0).await else { return };
             let options = LockOptions::new()
                 .heartbeat_interval(Duration::from_millis(100))
                 .heartbeat_timeout(Duration::from_secs(1));
@@ -306,7 +310,7 @@ mod that_turns_from_session_to_transaction_mode {
         let mut count = 0;
         for _ in 0..ROUNDS {
             // A statement that is prepared elsewhere would be found out before it waits.
-            let (_pooler, pool, _others) = turned(&server, &db, 0).await;
+            let Some((_pooler, pool, _others)) = turned(&server, &db, 0).await else { return };
             let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
             let mut lock = Lock::new(&pool, KEY);
             let (waited, ()) = tokio::join!(lock.acquire(), async {
@@ -356,7 +360,7 @@ mod in_session_mode {
         let server = Server::start();
         let db = TestDb::on(&server).await;
         let settings = [("pool_mode", "session"), ("default_pool_size", "2")];
-        let pooler = PgBouncer::start(&server, &settings);
+        let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
         let pool = pool(pooler.connect_options().database(db.name()), 2).await;
         let beat = Duration::from_secs(1);
         let options = LockOptions::new().reserve_connections(0).heartbeat_interval(beat);
@@ -381,7 +385,8 @@ mod in_session_mode {
         let db = TestDb::on(&server).await;
         let mut admin = db.admin().await;
         for cache in CACHES {
-            let pooler = PgBouncer::start(&server, &[("pool_mode", "session")]);
+            let settings = [("pool_mode", "session")];
+            let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
             let options = pooler.connect_options().database(db.name());
             let others = busy(&options, 2).await;
             let pool = pool(options.statement_cache_capacity(cache), 3).await;

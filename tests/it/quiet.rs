@@ -14,7 +14,7 @@ use tracing::{Dispatch, Event, Level, Subscriber};
 use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
-use crate::support::{all_are_idle, borrow_all, locks_are, report};
+use crate::support::{all_are_idle, borrow_all, locks_are, report, with_statement_statistics};
 
 const KEY: i64 = 7;
 const WAITERS: u32 = 10;
@@ -94,11 +94,8 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
     const WAITS: u32 = 200;
     const MOST: i64 = 10;
 
-    if !has_statement_statistics().await {
-        return report("skipped: the server has no pg_stat_statements");
-    }
-    let server =
-        Server::options().setting("shared_preload_libraries", "pg_stat_statements").start();
+    let Some(options) = with_statement_statistics(Server::options()).await else { return };
+    let server = options.start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
     sqlx::raw_sql("CREATE EXTENSION pg_stat_statements").execute(&mut admin).await.unwrap();
@@ -145,12 +142,6 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
     assert!(count > 0, "the waits are not seen in the statistics");
     let some = entries.iter().take(12).map(String::as_str).collect::<Vec<_>>().join("\n\n");
     assert!(count <= MOST, "{count} entries, among them:\n{some}");
-}
-
-async fn has_statement_statistics() -> bool {
-    let sql = "SELECT count(*) > 0 FROM pg_available_extensions WHERE name = 'pg_stat_statements'";
-    let mut admin = TestDb::on(Server::shared()).await.admin().await;
-    sqlx::query_scalar(sql).fetch_one(&mut admin).await.unwrap()
 }
 
 #[tokio::test]

@@ -7,7 +7,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use pglock::{ExclusiveGuard, LockManager, SharedGuard, Upgrade};
-use pglock_testkit::{Environment, TestDb, advisory_locks, eventually};
+use pglock_testkit::{
+    Environment, Server, ServerOptions, TestDb, advisory_locks, eventually, skip,
+};
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row};
@@ -62,6 +64,17 @@ pub(crate) fn coin(state: &mut u64) -> bool {
 #[expect(clippy::print_stdout, reason = "that is what it is for")]
 pub(crate) fn report(seen: impl std::fmt::Display) {
     println!("{seen}");
+}
+
+/// Adds `pg_stat_statements` to a server. `None`, and the test is skipped, if it is not installed.
+pub(crate) async fn with_statement_statistics(options: ServerOptions) -> Option<ServerOptions> {
+    let sql = "SELECT count(*) > 0 FROM pg_available_extensions WHERE name = 'pg_stat_statements'";
+    let mut admin = TestDb::on(Server::shared()).await.admin().await;
+    let is_installed: bool = sqlx::query_scalar(sql).fetch_one(&mut admin).await.unwrap();
+    if !is_installed {
+        return skip("there is no pg_stat_statements", "apt-get install postgresql-contrib");
+    }
+    Some(options.setting("shared_preload_libraries", "pg_stat_statements"))
 }
 
 thread_local! {

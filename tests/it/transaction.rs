@@ -8,7 +8,9 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{Acquire, AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, borrow_all, dropped_at, execute, locks_are, no_locks};
+use crate::support::{
+    SOON, borrow_all, dropped_at, execute, locks_are, no_locks, with_statement_statistics,
+};
 
 const KEY: &str = "ledger";
 /// Longer than anything here takes, unless it hangs.
@@ -498,16 +500,8 @@ mod logs {
     /// Whatever keys and timeouts are used.
     #[tokio::test]
     async fn of_statements_have_a_bounded_number_of_entries() {
-        let available =
-            "SELECT count(*) FROM pg_available_extensions WHERE name = 'pg_stat_statements'";
-        if ask(&mut TestDb::new().await.admin().await, available).await == "0" {
-            crate::support::report("skipped: there is no pg_stat_statements");
-            return;
-        }
-        let server = Server::options()
-            .setting("shared_preload_libraries", "pg_stat_statements")
-            .setting("pg_stat_statements.track", "all")
-            .start();
+        let Some(options) = with_statement_statistics(Server::options()).await else { return };
+        let server = options.setting("pg_stat_statements.track", "all").start();
         let db = TestDb::on(&server).await;
         let mut admin = db.admin().await;
         execute(&mut admin, "CREATE EXTENSION pg_stat_statements").await;

@@ -111,8 +111,10 @@ fn environment(seed: u64) -> &'static Environment {
     }
     let rows = iter::once(&PLAIN).chain(ENVIRONMENTS);
     let rows: Vec<_> = rows.filter(|row| row.has_connections(CONNECTIONS)).collect();
-    let chosen = rows.get(Dice::new(seed).place(rows.len()));
-    Environment::current_or(chosen.copied().unwrap_or(&PLAIN))
+    let chosen = rows.get(Dice::new(seed).place(rows.len())).copied();
+    // The choice is the same on each machine, whatever it lacks.
+    let available = chosen.filter(|row| row.is_available());
+    Environment::current_or(available.unwrap_or(&PLAIN))
 }
 
 fn settled() -> Duration {

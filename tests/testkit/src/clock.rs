@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
+use crate::skip::skip;
+
 /// Where Debian and others keep libfaketime.
 const LIBRARIES: [&str; 3] = ["/usr/lib", "/usr/lib64", "/usr/local/lib"];
 
@@ -33,15 +35,12 @@ pub struct WallClock {
 }
 
 impl WallClock {
-    /// Makes a clock that goes right. `None`, and a line that says why, if there is no libfaketime.
-    #[expect(clippy::print_stderr, reason = "a test that cannot run says so")]
+    /// Makes a clock that goes right. `None`, and the test is skipped, if there is no libfaketime.
     pub fn new() -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
 
-        let Some(library) = find_library() else {
-            eprintln!("skipped: there is no libfaketime to set a clock with (package faketime)");
-            return None;
-        };
+        let library = find_library()
+            .or_else(|| skip("there is no libfaketime", "apt-get install faketime"))?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("pglock-{}-clock-{number}", process::id());
         let clock = Self { library, file: std::env::temp_dir().join(name) };

@@ -13,6 +13,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::options::ServerOptions;
+use crate::pgbouncer::PgBouncer;
 
 /// The variable that names the environment of a process.
 pub const VARIABLE: &str = "PGLOCK_TEST_ENVIRONMENT";
@@ -340,6 +341,11 @@ impl Environment {
     /// at least twice, or once if `count` is one.
     pub fn rounds(&self, count: usize) -> usize {
         (count / self.fewer).max(count.min(2))
+    }
+
+    /// Whether this machine has what the environment is made of. The test is skipped, at least in part, if not.
+    pub fn is_available(&self) -> bool {
+        self.route != Route::PgBouncer || PgBouncer::find().is_some()
     }
 
     /// Adds what a server needs to be used in this environment.

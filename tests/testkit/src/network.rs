@@ -1,6 +1,7 @@
 //! A far side: a network of its own for processes, whose link can be cut.
 
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -8,9 +9,13 @@ use nix::unistd::geteuid;
 
 use crate::account::run;
 use crate::process::is_gone;
+use crate::skip::{program, skip};
 
 /// What the names of our networks begin with. The id of the process that made it follows.
 const PREFIX: &str = "pglk";
+
+/// What Debian has the programs in.
+const PACKAGES: &str = "iproute2 nftables";
 
 /// The addresses are four at a time of this block, which is private.
 const BLOCK: [u8; 2] = [10, 213];
@@ -41,6 +46,7 @@ const BLOCK: [u8; 2] = [10, 213];
 /// ```
 #[derive(Debug)]
 pub struct Network {
+    nft: PathBuf,
     /// Of the namespace, and of our end of the link.
     name: String,
     address: String,
@@ -59,25 +65,22 @@ pub enum Direction {
 }
 
 impl Network {
-    /// Makes a network. `None`, and a line that says why, if we may not.
-    #[expect(clippy::print_stderr, reason = "a test that cannot run says so")]
+    /// Makes a network. `None`, and the test is skipped, if that is not possible here.
     pub fn new() -> Option<Self> {
         if !geteuid().is_root() {
-            eprintln!("skipped: only root can make a network of its own");
-            return None;
+            return skip("only root can make a network", "run the tests as root");
         }
+        program("ip", PACKAGES)?;
+        let nft = program("nft", PACKAGES)?;
         remove_leftovers();
-        match Self::make() {
+        match Self::make(nft) {
             Ok(network) => Some(network),
-            Err(reason) if reason.contains("Operation not permitted") => {
-                eprintln!("skipped: here not even root can make a network of its own: {reason}");
-                None
-            }
-            Err(reason) => panic!("iproute2 and nftables are needed: {reason}"),
+            // In a container, root may usually not.
+            Err(reason) => skip(&reason, "run the tests where root can make a network"),
         }
     }
 
-    fn make() -> Result<Self, String> {
+    fn make(nft: PathBuf) -> Result<Self, String> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
 
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -85,7 +88,7 @@ impl Network {
         let (near, far) = free_addresses(number)?;
         ip(&["netns", "add", &name])?;
         // From here on, its drop cleans up.
-        let network = Self { name, address: near.to_string() };
+        let network = Self { nft, name, address: near.to_string() };
         let name = &network.name;
         ip(&["link", "add", name, "type", "veth", "peer", "name", "near", "netns", name])?;
         ip(&["addr", "add", &format!("{near}/30"), "dev", name])?;
@@ -142,7 +145,7 @@ impl Network {
 
     fn nft(&self, commands: &str) -> Result<(), String> {
         let [ip, netns, exec, name] = self.far_side();
-        run(Command::new(ip).args([netns, exec, name, "nft", commands])).map(drop)
+        run(Command::new(ip).args([netns, exec, name]).arg(&self.nft).arg(commands)).map(drop)
     }
 }
 

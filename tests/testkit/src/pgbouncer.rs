@@ -1,6 +1,5 @@
 //! A PgBouncer in front of a server, started by us and gone with us.
 
-use std::env;
 use std::fmt::Write;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -15,11 +14,8 @@ use sqlx::postgres::PgConnectOptions;
 use crate::account::Account;
 use crate::data::{make_dir, write_settings};
 use crate::server::Server;
+use crate::skip::program;
 use crate::watchdog::Watchdog;
-
-/// Where the distributions put it, if that is not on `PATH`.
-const PLACES: [&str; 5] =
-    ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"];
 
 /// A part of the socket's name, in a directory of its own.
 const PORT: u16 = 6432;
@@ -46,25 +42,32 @@ pub struct PgBouncer {
 impl PgBouncer {
     /// Starts a PgBouncer in front of `server`, with these settings of `pgbouncer.ini`.
     ///
-    /// Panics, saying why, if that fails, and above all if there is no PgBouncer on this machine.
+    /// `None`, and the test is skipped, if there is no PgBouncer on this machine. Panics, saying why, if
+    /// it does not start.
     ///
     /// # Examples
     ///
-    /// ```
+    /// ```no_run
     /// use pglock_testkit::{PgBouncer, Server};
     ///
     /// let server = Server::start();
-    /// let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")]);
+    /// let settings = [("pool_mode", "transaction")];
+    /// let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
     /// # let _ = pooler.connect_options();
     /// ```
-    pub fn start(server: &Server, settings: &[(&str, &str)]) -> Self {
+    pub fn start(server: &Server, settings: &[(&str, &str)]) -> Option<Self> {
         Self::in_front_of(server.socket_dir(), server.port(), settings)
     }
 
+    /// Returns the program. `None`, and the test is skipped, if there is none on this machine.
+    pub fn find() -> Option<PathBuf> {
+        program("pgbouncer", "pgbouncer")
+    }
+
     /// Starts a PgBouncer in front of the server whose socket is there.
-    pub(crate) fn in_front_of(server: &Path, port: u16, settings: &[(&str, &str)]) -> Self {
-        match Self::launch(server, port, settings) {
-            Ok(pooler) => pooler,
+    pub(crate) fn in_front_of(server: &Path, port: u16, settings: &[(&str, &str)]) -> Option<Self> {
+        match Self::launch(Self::find()?, server, port, settings) {
+            Ok(pooler) => Some(pooler),
             Err(reason) => panic!("{reason}"),
         }
     }
@@ -83,9 +86,13 @@ impl PgBouncer {
         fs::read_to_string(self.dir.join("log")).expect("the log is readable")
     }
 
-    fn launch(server: &Path, port: u16, settings: &[(&str, &str)]) -> Result<Self, String> {
+    fn launch(
+        program: PathBuf,
+        server: &Path,
+        port: u16,
+        settings: &[(&str, &str)],
+    ) -> Result<Self, String> {
         let account = Account::for_server()?;
-        let program = find()?;
         let dir = make_dir(&account)?;
         // It has nothing to tidy, and ignores SIGQUIT if the process that started us does.
         let watchdog = Watchdog::over(&dir, PID_FILE, "KILL");
@@ -138,18 +145,6 @@ impl Drop for PgBouncer {
     }
 }
 
-fn find() -> Result<PathBuf, String> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let places = env::split_paths(&path).chain(PLACES.map(PathBuf::from));
-    places.map(|dir| dir.join("pgbouncer")).find(|program| program.is_file()).ok_or_else(|| {
-        format!(
-            "there is no pgbouncer on PATH, nor in {}; install the distribution's package \
-             `pgbouncer`, which this test puts in front of the server",
-            PLACES.join(", ")
-        )
-    })
-}
-
 /// The content of `pgbouncer.ini`. The last of two lines for one setting counts.
 fn ini(server: &Path, port: u16, dir: &str, settings: &[(&str, &str)]) -> String {
     let host = server.display();
@@ -180,9 +175,17 @@ mod tests {
     fn the_watchdog_can_find_one_that_is_started() {
         let server = Server::shared();
         for _ in 0..10 {
-            let pooler = PgBouncer::start(server, &[]);
+            let Some(pooler) = PgBouncer::start(server, &[]) else { return };
             let pid = fs::read_to_string(pooler.dir.join(PID_FILE)).unwrap();
             assert_eq!(pid.trim(), pooler.process.as_ref().unwrap().id().to_string());
         }
+    }
+
+    #[test]
+    fn one_that_does_not_start_says_why() {
+        let Some(program) = PgBouncer::find() else { return };
+        let settings = [("pool_mode", "no such mode")];
+        let reason = PgBouncer::launch(program, Path::new("/"), 1, &settings).unwrap_err();
+        assert!(reason.contains("pgbouncer does not start:") && reason.contains("no such mode"));
     }
 }

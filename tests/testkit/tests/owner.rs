@@ -27,8 +27,8 @@ const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
 #[ignore = "is the owner: the other tests run it as a process to be killed"]
 fn owner() {
     let server = Server::shared();
-    let _pooler =
-        (env::var(SITUATION).as_deref() == Ok("pooled")).then(|| PgBouncer::start(server, &[]));
+    let is_pooled = env::var(SITUATION).as_deref() == Ok("pooled");
+    let _pooler = is_pooled.then(|| PgBouncer::start(server, &[]).unwrap());
     match env::var(SITUATION).as_deref() {
         Ok("paused") => server.pause(),
         Ok("killed") => server.kill(),
@@ -117,13 +117,23 @@ fn an_owner_that_ends_leaves_nothing() {
 
 #[test]
 fn an_owner_that_is_killed_leaves_nothing() {
-    for situation in ["running", "pooled", "paused", "killed", "stopped", "restarted"] {
-        let mut owner = Owner::start(env::temp_dir(), situation);
-        let child = owner.ready();
-        kill(owner.pid(), Signal::SIGKILL).unwrap();
-        owner.leaves_nothing();
-        kill(child, Signal::SIGKILL).unwrap();
+    for situation in ["running", "paused", "killed", "stopped", "restarted"] {
+        killed_it_leaves_nothing(situation);
     }
+}
+
+#[test]
+fn an_owner_of_a_pgbouncer_that_is_killed_leaves_nothing() {
+    let Some(_) = PgBouncer::find() else { return };
+    killed_it_leaves_nothing("pooled");
+}
+
+fn killed_it_leaves_nothing(situation: &str) {
+    let mut owner = Owner::start(env::temp_dir(), situation);
+    let child = owner.ready();
+    kill(owner.pid(), Signal::SIGKILL).unwrap();
+    owner.leaves_nothing();
+    kill(child, Signal::SIGKILL).unwrap();
 }
 
 #[test]
