@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use tokio::sync::oneshot::{self, error::RecvError};
 
 use super::table::{Left, OwnerId, Want};
-use super::{Manager, Place, Told, driver};
+use super::{Manager, Place, Told};
 use crate::error::{Error, Loss, Result};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};

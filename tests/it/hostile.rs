@@ -13,7 +13,7 @@ use crate::support::upgraded;
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// A wait that is meant to run out, in the server's queue.
-const MOMENT: Duration = Duration::from_millis(30);
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// Each would leave a mark, or break the statement, where it got into one.
 const NAMES: [&str; 9] = [

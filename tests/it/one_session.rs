@@ -299,8 +299,7 @@ async fn a_release_behind_a_wait_that_is_hard_to_cancel_is_no_loss() {
 /// An administrator cancels the statement of a release, before or after the server has released the lock.
 #[tokio::test]
 async fn a_release_that_is_cancelled_is_no_loss() {
-    let server = Server::options().setting("allow_system_table_mods", "on").start();
-    let db = TestDb::on(&server).await;
+    let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(1).await;
     for unlock in ["", "PERFORM unlock(key);"] {

@@ -139,6 +139,8 @@ fn begin(isolation: &str) -> sqlx::AssertSqlSafe<String> {
 #[tokio::test]
 async fn a_token_that_waits_for_a_standby_and_is_dropped_keeps_no_lock() {
     let server = Server::options()
+        .setting("wal_level", "replica")
+        .setting("max_wal_senders", "1")
         .setting("synchronous_commit", "on")
         .setting("synchronous_standby_names", "nobody")
         .start();
