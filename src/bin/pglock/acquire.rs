@@ -10,7 +10,7 @@ use pglock::{Error, ExclusiveGuard, Lock, Loss, Permit, Result, Semaphore, Share
 use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
 
-use crate::connection::silent;
+use crate::connection::{CLOSING, silent};
 use crate::exit::{Failure, complain, say};
 use crate::target::Target;
 use crate::who;
@@ -59,6 +59,12 @@ impl Wanted {
     pub(crate) fn remaining(&self) -> Option<Duration> {
         let limit = self.limit.filter(|limit| !limit.is_zero())?;
         Some(limit.saturating_sub(self.started.elapsed()))
+    }
+
+    /// Returns how long the connections may take to close after a wait that did not acquire it: within its limit,
+    /// but long enough to cancel what the server still does for it.
+    pub(crate) fn closing_limit(&self) -> Duration {
+        self.remaining().map_or(CLOSING, |left| left.clamp(SLACK, CLOSING))
     }
 
     /// Acquires it once, and draws a token. `None` if it was not free in time.

@@ -12,7 +12,7 @@ use crate::exit::Failure;
 use crate::signals::Signals;
 
 /// How long the end of a connection may take.
-const CLOSING: Duration = Duration::from_secs(10);
+pub(crate) const CLOSING: Duration = Duration::from_secs(10);
 
 /// For the lock, a waiter for a permit, the heartbeat, and the question which session is ahead.
 const CONNECTIONS: u32 = 4;
@@ -78,19 +78,24 @@ async fn check_read_write(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// Waits until what was begun on the pool is done, and closes its connections in order. A signal ends the wait.
-pub(crate) async fn disconnect(pool: PgPool, signals: &mut Signals) {
+/// Waits within the limit until what was begun on the pool is done, and closes its connections in order. A signal
+/// ends the wait.
+pub(crate) async fn disconnect(pool: PgPool, signals: &mut Signals, limit: Duration) {
     tokio::select! {
         biased;
         _ = signals.next() => {}
-        () = close_pool(pool) => {}
+        () = close_pool_within(pool, limit) => {}
     }
 }
 
 /// Waits until what was begun on the pool is done, and closes its connections in order.
 pub(crate) async fn close_pool(pool: PgPool) {
+    close_pool_within(pool, CLOSING).await;
+}
+
+async fn close_pool_within(pool: PgPool, limit: Duration) {
     // A server that does not answer closes them, too.
-    drop(timeout(CLOSING, pool.close()).await);
+    drop(timeout(limit, pool.close()).await);
 }
 
 /// Closes a connection in order.

@@ -15,7 +15,7 @@ use sqlx::PgPool;
 use tokio::sync::Mutex;
 
 use crate::child::{self, Child, How};
-use crate::connection::disconnect;
+use crate::connection::{CLOSING, disconnect};
 use crate::database::DatabaseArgs;
 use crate::exit::{Exit, Failure, LOST, complain, say};
 use crate::observe;
@@ -128,7 +128,7 @@ pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit,
     } else {
         run_on(&pool, &signals, &args).await
     };
-    disconnect(pool, &mut *signals.lock().await).await;
+    disconnect(pool, &mut *signals.lock().await, CLOSING).await;
     ended
 }
 

@@ -8,7 +8,7 @@ use sqlx::PgPool;
 
 use crate::acquire::{Held, Wanted, acquire};
 use crate::child::{Child, How};
-use crate::connection::disconnect;
+use crate::connection::{CLOSING, disconnect};
 use crate::database::DatabaseArgs;
 use crate::exit::{Exit, Failure, LOST, complain};
 use crate::signals::Signals;
@@ -132,26 +132,40 @@ pub(crate) async fn run(mut args: RunArgs, database: DatabaseArgs) -> Result<Exi
         received = signals.next() => return Ok(received.signal.into()),
         pool = database.pool(wanted.remaining()) => pool?,
     };
-    let ended = run_on(&pool, &mut signals, args, &wanted).await;
-    disconnect(pool, &mut signals).await;
+    let (ended, limit) = match wait(&pool, &mut signals, &args, &wanted).await {
+        Ok(Ok((held, token))) => (run_under(held, token, &mut signals, args).await, CLOSING),
+        Ok(Err(exit)) => (Ok(exit), wanted.closing_limit()),
+        Err(failure) => (Err(failure), wanted.closing_limit()),
+    };
+    disconnect(pool, &mut signals, limit).await;
     ended
 }
 
-async fn run_on(
+/// Waits for the lock. The inner `Err` is how to exit if it was not acquired.
+async fn wait(
     pool: &PgPool,
     signals: &mut Signals,
-    args: RunArgs,
+    args: &RunArgs,
     wanted: &Wanted,
-) -> Result<Exit, Failure> {
+) -> Result<Result<(Held, u64), Exit>, Failure> {
     let acquired = tokio::select! {
         biased;
-        received = signals.next() => return Ok(received.signal.into()),
+        received = signals.next() => return Ok(Err(received.signal.into())),
         acquired = acquire(pool, wanted) => acquired?,
     };
-    let Some((held, token)) = acquired else {
+    if acquired.is_none() {
         tracing::info!("{} is held by another session", args.key);
-        return Ok(Exit::Code(args.exit_code));
-    };
+    }
+    Ok(acquired.ok_or(Exit::Code(args.exit_code)))
+}
+
+/// Runs the command, and releases the lock.
+async fn run_under(
+    held: Held,
+    token: u64,
+    signals: &mut Signals,
+    args: RunArgs,
+) -> Result<Exit, Failure> {
     tracing::info!("acquired {}, token {token}", args.key);
     let mut env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", token.to_string())];
     if let Held::Permit(permit) = &held {
