@@ -71,6 +71,15 @@ async fn a_service_is_another_database() {
     let ended = with(&home, &run, &[("PGSERVICE", "test")]).await;
     assert_eq!(ended.code(), Some(2));
     assert!(ended.errors.contains("service test is not defined"), "{}", ended.errors);
+    // The file of the machine need not exist.
+    let no_system = ("PGSYSCONFDIR", home.0.to_str().unwrap());
+    let ended = with(&home, &run, &[("PGSERVICE", "test"), file, no_system]).await;
+    assert_eq!(ended.code(), Some(2));
+    assert!(ended.errors.contains("service test is not defined"), "{}", ended.errors);
+    let missing = ("PGSERVICEFILE", "/no/such/file");
+    let ended = with(&home, &run, &[prod, missing, no_system]).await;
+    assert_eq!(ended.code(), Some(2));
+    assert!(ended.errors.contains("service file /no/such/file: "), "{}", ended.errors);
     holder.finish().await;
 }
 

@@ -19,10 +19,8 @@ pub(super) type Parameters = Vec<(&'static str, String)>;
 ///
 /// A service of the user's own file takes precedence over that of the machine.
 pub(super) fn service(name: &str, file: Option<&str>) -> Result<(PathBuf, Parameters), Failure> {
-    let user = match file {
-        Some(file) => Some(PathBuf::from(file)),
-        None => home().map(|home| home.join(".pg_service.conf")),
-    };
+    let named = file.map(PathBuf::from);
+    let user = named.clone().or_else(|| home().map(|home| home.join(".pg_service.conf")));
     let system = match env::var_os("PGSYSCONFDIR") {
         Some(dir) => vec![PathBuf::from(dir)],
         None => SYSTEM.map(PathBuf::from).to_vec(),
@@ -31,7 +29,12 @@ pub(super) fn service(name: &str, file: Option<&str>) -> Result<(PathBuf, Parame
     for path in user.into_iter().chain(system) {
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => continue,
+            // Only a file that was named has to exist.
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound && named.as_ref() != Some(&path) =>
+            {
+                continue;
+            }
             Err(error) => {
                 return Err(Failure::Usage(format!("service file {}: {error}", path.display())));
             }
@@ -40,10 +43,11 @@ pub(super) fn service(name: &str, file: Option<&str>) -> Result<(PathBuf, Parame
             return Ok((path, parameters));
         }
     }
-    Err(Failure::Usage(format!(
-        "the service {name} is not defined; add it to ~/.pg_service.conf, or name its file in \
-         PGSERVICEFILE"
-    )))
+    let hint = match file {
+        Some(file) => format!("add it to {file}"),
+        None => "add it to ~/.pg_service.conf, or name its file in PGSERVICEFILE".to_owned(),
+    };
+    Err(Failure::Usage(format!("the service {name} is not defined; {hint}")))
 }
 
 /// Returns the parameters below the headline `[name]`.
