@@ -103,6 +103,7 @@ async fn what_is_not_supported_is_refused_by_name() {
         ("DATABASE_URL", "mysql://h/d", "mysql:// is not a PostgreSQL server"),
         ("DATABASE_URL", "host=h dbname=d", "looks like postgres://"),
         ("DATABASE_URL", "postgres://a,b/d", "list of hosts"),
+        ("DATABASE_URL", "postgres://[", "cannot read the host and port"),
         ("DATABASE_URL", "postgres://h/d?sslmod=require", "sslmod is unknown"),
         ("DATABASE_URL", "postgres://h/d?load_balance_hosts=random", "set it to disable"),
     ] {

@@ -30,9 +30,11 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
     if address.contains(',') {
         return Err(wrong(LIST.to_owned()));
     }
-    let (host, port) = match address.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((host, "")) => (host, ""),
-        Some((host, port)) if port.starts_with(':') => (host, port.trim_start_matches(':')),
+    let (host, port) = match address.strip_prefix('[').map(|rest| rest.split_once(']')) {
+        Some(Some((host, ""))) if !host.is_empty() => (host, ""),
+        Some(Some((host, port))) if !host.is_empty() && port.starts_with(':') => {
+            (host, port.trim_start_matches(':'))
+        }
         Some(_) => return Err(wrong(format!("cannot read the host and port {address:?}"))),
         None => address.rsplit_once(':').unwrap_or((address, "")),
     };
@@ -123,6 +125,9 @@ mod tests {
             ("postgres://h/d?sslmod=require", "sslmod is unknown"),
             ("postgres://h/d?sslmode", "has no value"),
             ("postgres://[::1]5432/d", "host and port"),
+            ("postgres://[", "host and port"),
+            ("postgres://u@[::1/d", "host and port"),
+            ("postgres://[]:5432/d", "host and port"),
             ("postgres://%ff/d", "host is not UTF-8"),
         ] {
             let error = parsed(url).unwrap_err();
