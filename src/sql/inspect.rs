@@ -50,9 +50,8 @@ pub(crate) async fn locks(
     // The snapshot is cleared in the argument of the function that reads the sessions, so before that.
     let statement = format!(
         "SELECT l.classid::bigint, l.objid::bigint, l.objsubid::integer, l.mode, l.granted, {}, \
-           CASE WHEN NOT l.granted THEN pg_catalog.pg_blocking_pids(l.pid) END, {}, l.pid, p.gid, \
-           pg_catalog.pg_get_userbyid(a.usesysid)::pg_catalog.text, a.application_name, \
-           pg_catalog.host(a.client_addr), a.state, {}, {}, {}, {} \
+           CASE WHEN NOT l.granted THEN pg_catalog.pg_blocking_pids(l.pid) END, {}, l.pid, {}, {}, {}, \
+           pg_catalog.host(a.client_addr), a.state, {}, {}, {}, {}, {NO_ENCODING} \
          FROM (SELECT l.* FROM {LOCKS} WHERE {ADVISORY} AND {place}) AS l \
          LEFT JOIN pg_catalog.pg_stat_get_activity(CASE WHEN NOT ({CLEAR_SNAPSHOT}) THEN 0 END) AS a \
            ON a.pid OPERATOR(pg_catalog.=) l.pid \
@@ -65,6 +64,9 @@ pub(crate) async fn locks(
             "(pg_catalog.to_jsonb(l) OPERATOR(pg_catalog.->>) 'waitstart')::timestamp with time zone"
         ),
         micros("pg_catalog.clock_timestamp()"),
+        unverified("p.gid"),
+        unverified("pg_catalog.pg_get_userbyid(a.usesysid)::pg_catalog.text"),
+        unverified("a.application_name"),
         micros("a.backend_start"),
         micros("a.xact_start"),
         micros("a.query_start"),
@@ -119,6 +121,18 @@ fn micros(time: &str) -> String {
     format!("(extract(epoch FROM {time}) OPERATOR(pg_catalog.*) 1000000)::bigint")
 }
 
+/// Whether texts of the database may be any bytes.
+const NO_ENCODING: &str = "pg_catalog.getdatabaseencoding() OPERATOR(pg_catalog.=) 'SQL_ASCII'";
+
+/// A text that the server does not verify. From a database without an encoding it would send only UTF-8, so there
+/// the bytes are sent as hexadecimal digits.
+fn unverified(text: &str) -> String {
+    format!(
+        "CASE WHEN {NO_ENCODING} \
+         THEN pg_catalog.encode(pg_catalog.convert_to({text}, 'SQL_ASCII'), 'hex') ELSE {text} END"
+    )
+}
+
 impl LockRow {
     fn read(row: &PgRow) -> Result<Self, sqlx::Error> {
         let (classid, objid): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
@@ -129,6 +143,7 @@ impl LockRow {
         };
         let mode =
             if row.try_get::<&str, _>(3)? == "ShareLock" { Mode::Shared } else { Mode::Exclusive };
+        let is_hex = row.try_get(18)?;
         Ok(Self {
             key,
             mode,
@@ -137,9 +152,9 @@ impl LockRow {
             blocked_by: row.try_get::<Option<_>, _>(6)?.unwrap_or_default(),
             asked: row.try_get(7)?,
             backend_pid: row.try_get(8)?,
-            gid: text(row, 9)?,
-            user: text(row, 10)?,
-            application_name: text(row, 11)?,
+            gid: text(row, 9, is_hex)?,
+            user: text(row, 10, is_hex)?,
+            application_name: text(row, 11, is_hex)?,
             client_addr: row.try_get(12)?,
             state: row.try_get(13)?,
             backend_start: row.try_get(14)?,
@@ -150,19 +165,26 @@ impl LockRow {
     }
 }
 
-/// A text that another encoding may have made: bytes that are not UTF-8 are written as `\xNN`, as the server does
-/// in names of applications.
-fn text(row: &PgRow, column: usize) -> Result<Option<String>, sqlx::Error> {
+/// A text of [`unverified`]. Another encoding may have made it: bytes that are not UTF-8 are written as `\xNN`, as the
+/// server does in names of applications.
+fn text(row: &PgRow, column: usize, is_hex: bool) -> Result<Option<String>, sqlx::Error> {
     let value = row.try_get_raw(column)?;
     if value.is_null() {
         return Ok(None);
     }
     let bytes = value.as_bytes().map_err(sqlx::Error::Decode)?;
+    let bytes = if is_hex { from_hex(bytes) } else { bytes.to_vec() };
     let chunks = bytes.utf8_chunks();
     Ok(Some(chunks.fold(String::new(), |text, chunk| {
         let escaped = chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}"));
         text + chunk.valid() + &escaped.collect::<String>()
     })))
+}
+
+fn from_hex(digits: &[u8]) -> Vec<u8> {
+    let value = |digit: u8| char::from(digit).to_digit(16).unwrap_or_default();
+    let byte = |pair: &[u8]| pair.iter().fold(0, |byte, &digit| byte << 4 | value(digit));
+    digits.chunks(2).map(|pair| u8::try_from(byte(pair)).unwrap_or_default()).collect()
 }
 
 /// An `int` from its bits.

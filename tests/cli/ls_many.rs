@@ -96,6 +96,46 @@ async fn a_name_that_is_not_utf_8_is_escaped() {
     assert_eq!(ended.code(), Some(1), "{}", ended.errors);
 }
 
+/// Without an encoding, the server refuses to send a text that is not UTF-8.
+#[tokio::test]
+async fn a_database_without_an_encoding_shows_all_names() {
+    let server = Server::options().setting("max_prepared_transactions", "1").start();
+    let db = TestDb::on(&server).await;
+    sql(
+        &mut db.admin().await,
+        "CREATE DATABASE raw ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'",
+    )
+    .await;
+    let url = db.url().replace(db.name(), "raw");
+    let mut raw = sqlx::PgConnection::connect(&url).await.unwrap();
+    sql(&mut raw, "CREATE ROLE seen SUPERUSER LOGIN").await;
+    let seen = url.replacen("postgres@", "seen@", 1);
+    let mut seen = sqlx::PgConnection::connect(&seen).await.unwrap();
+    sql(&mut seen, "SET application_name = 'o\\o'; SELECT pg_advisory_lock(42)").await;
+    let pid: i32 =
+        sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut seen).await.unwrap();
+    // Two bytes that are UTF-8, and one that is not.
+    let rename = "DO $$BEGIN EXECUTE E'ALTER ROLE seen RENAME TO \"x\\303\\266\\366y\"'; END$$";
+    sql(&mut raw, rename).await;
+    let prepare = "BEGIN; SELECT pg_advisory_xact_lock(43); PREPARE TRANSACTION E'\\303\\266\\366'";
+    sql(&mut raw, prepare).await;
+    // The identifier of a transaction is shown as a literal.
+    let (user, identifier) = ("xö\\xf6y", "ö\\\\xf6");
+    for (args, shown) in [(&["ls"][..], user), (&["who", "42"], user), (&["who", "43"], identifier)]
+    {
+        let ended = run(&db, &[args, &["--url", &url]].concat()).await;
+        assert_eq!(ended.code(), Some(0), "{}", ended.errors);
+        assert!(ended.output.contains(shown), "{}", ended.output);
+    }
+    let ended = run(&db, &["ls", "--json", "--url", &url]).await;
+    let locks: Value = serde_json::from_str(&ended.output).unwrap();
+    assert_eq!(locks[0]["session"]["user"], "xö\\xf6y");
+    assert_eq!(locks[0]["session"]["application_name"], "o\\o");
+    assert_eq!(locks[1]["prepared"], "ö\\xf6");
+    let ended = run(&db, &["kill", "--yes", &pid.to_string(), "--url", &url]).await;
+    assert_eq!(ended.code(), Some(0), "{}", ended.errors);
+}
+
 #[tokio::test]
 async fn what_a_role_may_not_see_is_said() {
     let server = Server::start();
