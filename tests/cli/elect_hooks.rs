@@ -57,6 +57,20 @@ async fn the_file_is_there_while_it_leads() {
 }
 
 #[tokio::test]
+async fn a_start_that_fails_removes_the_file() {
+    let db = TestDb::new().await;
+    let file = std::env::temp_dir().join(format!("pglock-stale-{}", std::process::id()));
+    let path = file.to_str().unwrap();
+    for (url, code) in [("postgres://postgres@127.0.0.1:1/postgres", 69), ("nonsense", 2)] {
+        // Of a leader that was killed with all of its processes.
+        fs::write(&file, "old").unwrap();
+        let ended = run(&db, &["elect", "--url", url, "--ready-file", path, "key", "true"]).await;
+        assert_eq!(ended.code(), Some(code), "{}", ended.errors);
+        assert!(!file.exists(), "{url}");
+    }
+}
+
+#[tokio::test]
 async fn systemd_is_notified() {
     let db = TestDb::new().await;
     let dir = std::env::temp_dir().join(format!("pglock-notify-{}", std::process::id()));

@@ -112,6 +112,8 @@ Examples:
 const ATTEMPTS: u8 = 3;
 
 pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    // First, because it removes a file that an earlier process has left.
+    let ready = (!args.observe).then(|| Readiness::new(args.ready_file.clone(), &args.key));
     let verb = if args.observe { "observe" } else { "elect" };
     let database = database.database(&application(verb, &args.key.text, args.command.first()))?;
     let mut signals = Signals::listen()?;
@@ -123,10 +125,9 @@ pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit,
         pool = database.pool(None) => pool?,
     };
     let signals = Mutex::new(signals);
-    let ended = if args.observe {
-        observe::run(&pool, &mut *signals.lock().await, &args.key, &args.observing).await
-    } else {
-        run_on(&pool, &signals, &args).await
+    let ended = match ready {
+        Some(ready) => run_on(&pool, &signals, &args, ready).await,
+        None => observe::run(&pool, &mut *signals.lock().await, &args.key, &args.observing).await,
     };
     disconnect(pool, &mut *signals.lock().await, CLOSING).await;
     ended
@@ -141,6 +142,7 @@ async fn run_on(
     pool: &PgPool,
     signals: &Mutex<Signals>,
     args: &ElectArgs,
+    ready: Readiness,
 ) -> Result<Exit, Failure> {
     let name = args.name.clone().unwrap_or_else(host);
     // The command has a grace period of its own.
@@ -155,7 +157,6 @@ async fn run_on(
         // A command that runs has them.
         signals.try_lock().map_or(Poll::Pending, |mut signals| signals.poll_stop(cx).map(|_| ()))
     });
-    let ready = Readiness::new(args.ready_file.clone(), &args.key);
     let failed = AtomicU8::new(0);
     let lead = |leadership: Arc<Leadership>| {
         let (exit, ready, failed) = (&exit, &ready, &failed);

@@ -20,7 +20,7 @@ pub(crate) struct Readiness {
 }
 
 impl Readiness {
-    /// Shows that the candidate waits.
+    /// Shows that the candidate waits. Removes a file that an earlier process has left.
     pub(crate) fn new(file: Option<PathBuf>, key: &Target) -> Self {
         let this = Self { file, key: key.text.clone() };
         this.waits();
