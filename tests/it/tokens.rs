@@ -141,12 +141,14 @@ async fn a_token_that_waits_for_a_standby_and_is_dropped_keeps_no_lock() {
     let server = Server::options()
         .setting("wal_level", "replica")
         .setting("max_wal_senders", "1")
-        .setting("synchronous_commit", "on")
         .setting("synchronous_standby_names", "nobody")
         .start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
     let (pool, elsewhere) = (db.pool(1).await, db.pool(1).await);
+    // Not for all sessions: those of the test commit too.
+    pool.set_connect_options(db.options().options([("synchronous_commit", "on")]));
+    drop(pool.acquire().await.unwrap().detach());
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     tokio::select! {
         token = guard.fencing_token() => panic!("{token:?}"),
