@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Lock, LockOptions, Result};
-use pglock_testkit::{Proxy, Server, TestDb, eventually};
+use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::sync::Barrier;
@@ -301,19 +301,29 @@ async fn a_release_behind_a_wait_that_is_hard_to_cancel_is_no_loss() {
 async fn a_release_that_is_cancelled_is_no_loss() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
+    execute(
+        &mut admin,
+        "CREATE SEQUENCE unlocks; CREATE TABLE cancels (first_unlocks boolean); \
+         GRANT ALL ON SEQUENCE unlocks TO PUBLIC; GRANT ALL ON cancels TO PUBLIC; \
+         INSERT INTO cancels VALUES (NULL)",
+    )
+    .await;
+    let cancel_the_first = "BEGIN \
+           IF $1 OPERATOR(pg_catalog.=) 1 AND pg_catalog.nextval('public.unlocks') OPERATOR(pg_catalog.=) 1 THEN \
+             IF (SELECT first_unlocks FROM public.cancels) THEN \
+               PERFORM original.pg_advisory_unlock($1); \
+             END IF; \
+             RAISE query_canceled; \
+           END IF; \
+           RETURN original.pg_advisory_unlock($1); \
+         END";
+    replace_function(&mut admin, "pg_advisory_unlock(bigint)", cancel_the_first).await;
     let pool = db.pool(1).await;
-    for unlock in ["", "PERFORM unlock(key);"] {
-        let cancelled = format!(
-            "DROP SEQUENCE IF EXISTS calls; CREATE SEQUENCE calls; \
-             CREATE OR REPLACE FUNCTION unlock(bigint) RETURNS boolean \
-               LANGUAGE internal STRICT AS 'pg_advisory_unlock_int8'; \
-             CREATE OR REPLACE FUNCTION pg_catalog.pg_advisory_unlock(key bigint) RETURNS boolean \
-               LANGUAGE plpgsql SET search_path = public AS $$ BEGIN \
-                 IF key = 1 AND nextval('calls') % 2 = 1 THEN {unlock} RAISE query_canceled; END IF; \
-                 RETURN unlock(key); \
-               END $$"
+    for first_unlocks in [false, true] {
+        let cancel_again = format!(
+            "UPDATE cancels SET first_unlocks = {first_unlocks}; ALTER SEQUENCE unlocks RESTART"
         );
-        execute(&mut admin, cancelled).await;
+        execute(&mut admin, cancel_again.as_str()).await;
         let other = Lock::new(&pool, 2).acquire().await.unwrap();
         let pid = other.backend_pid();
         let mut lock = Lock::new(&other, 1);
@@ -321,6 +331,7 @@ async fn a_release_that_is_cancelled_is_no_loss() {
         lock.acquire().await.unwrap().release().await.unwrap();
         locks_are(&mut admin, 1, SOON).await;
 
+        execute(&mut admin, cancel_again).await;
         let (exclusive, shared) =
             (lock.acquire().await.unwrap(), lock.acquire_shared().await.unwrap());
         exclusive.release().await.unwrap();

@@ -335,10 +335,12 @@ mod that_turns_from_session_to_transaction_mode {
 
 /// A pooler in this mode refuses transactions, of which the proof needs one.
 #[tokio::test]
-async fn in_statement_mode_the_first_acquire_is_refused() {
+async fn in_statement_mode_locks_are_refused() {
+    // With one server connection, no answer comes from another backend.
+    let settings = [("pool_mode", "statement"), ("default_pool_size", "1")];
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let Some(pooler) = PgBouncer::start(&server, &[("pool_mode", "statement")]) else { return };
+    let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
     let pool = pool(pooler.connect_options().database(db.name()), 2).await;
     // The first one may be granted if the proof takes longer than an acquire waits for it.
     let refused = async {
