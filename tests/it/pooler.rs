@@ -335,21 +335,21 @@ mod that_turns_from_session_to_transaction_mode {
 
 /// A pooler in this mode refuses transactions, of which the proof needs one.
 #[tokio::test]
-async fn in_statement_mode_locks_are_refused() {
-    // With one server connection, no answer comes from another backend.
-    let settings = [("pool_mode", "statement"), ("default_pool_size", "1")];
+async fn one_in_statement_mode_is_found_out_by_the_first_acquire() {
+    // Acquires wait for the proof for 250 ms; a busy machine may take longer.
+    const POOLERS: usize = 5;
+
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
-    let pool = pool(pooler.connect_options().database(db.name()), 2).await;
-    // The first one may be granted if the proof takes longer than an acquire waits for it.
-    let refused = async {
-        while let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
-            drop(guard);
+    for _ in 0..POOLERS {
+        let settings = [("pool_mode", "statement")];
+        let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
+        let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+        if is_found(Lock::new(&pool, KEY).acquire().await).is_none() {
+            return;
         }
-    };
-    timeout(PATIENCE, refused).await.expect("the pooler is found out");
-    locks_are(&mut db.admin().await, 0, PATIENCE).await;
+    }
+    panic!("no first acquire was refused");
 }
 
 mod in_session_mode {
