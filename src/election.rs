@@ -17,6 +17,7 @@ use crate::error::{Error, Result, chain};
 use crate::guard::{Guard, is_guard};
 use crate::holdings::Holdings;
 use crate::key::Key;
+use crate::metrics;
 use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::request::Request;
@@ -204,6 +205,7 @@ impl Election {
 
     async fn elect(&mut self) -> Result<Leadership> {
         let request = self.request();
+        metrics::candidate(&request.labels(&self.owner.options));
         // A candidate that failed does so until the server has answered.
         let mut held = None;
         if self.status.is_failing() {
@@ -244,7 +246,9 @@ impl Election {
     /// # Ok(()) }
     /// ```
     pub async fn try_campaign(&mut self) -> Result<Option<Leadership>> {
-        let held = self.owner.try_acquire(&self.request()).await?;
+        let request = self.request();
+        metrics::candidate(&request.labels(&self.owner.options));
+        let held = self.owner.try_acquire(&request).await?;
         match held {
             Some(held) => self.lead(held).await.map(Some),
             None => Ok(None),
@@ -366,7 +370,7 @@ impl Election {
                 tracing::warn!(
                     lock.key = %self.key.id(),
                     lock.name = self.key.name(),
-                    error = std::error::Error::source(error).map(|cause| chain(cause).to_string()),
+                    error = std::error::Error::source(error).map(chain),
                     pause_ms = pause.map(|pause| u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
                     "a term ended with an error"
                 );
@@ -529,6 +533,7 @@ impl Election {
         let term = held.fencing_token().await?;
         let name = Leader::show(&self.candidate, term, SystemTime::now());
         held.session().show_name(&self.key, &name).await?;
+        held.session().leading.start(&self.request().labels(&self.owner.options));
         self.status.leads(Arc::downgrade(held.session()), self.key.clone(), term);
         Ok(self.leadership(held, term))
     }

@@ -484,7 +484,7 @@ pub(crate) fn is_not_prepared(error: &sqlx::Error) -> bool {
 }
 
 /// An error with its causes, for an event: a subscriber may print only the first of them.
-pub(crate) fn chain(error: &dyn std::error::Error) -> impl fmt::Display {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

@@ -11,6 +11,7 @@ use crate::error::{Error, Loss, Result};
 use crate::holdings::Holding;
 use crate::key::Key;
 use crate::manager::{Managed, PendingRelease};
+use crate::metrics::Held;
 use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::Session;
@@ -67,6 +68,7 @@ pub struct Guard {
     holding: Option<Holding>,
     /// A manager took it, and has others on the session, too.
     managed: Option<Managed>,
+    held: Held,
 }
 
 impl Guard {
@@ -381,7 +383,8 @@ impl Guard {
 
     pub(crate) fn new(session: Arc<Session>, request: Request) -> Self {
         let token = OnceLock::new();
-        Self { session, request, token, released: false, holding: None, managed: None }
+        let held = Held::start(&request.labels(session.options()));
+        Self { session, request, token, released: false, holding: None, managed: None, held }
     }
 
     /// What a manager took for one of its owners.
@@ -472,6 +475,7 @@ impl Guard {
             return None;
         }
         self.released = true;
+        self.held.end();
         if let Some(managed) = &self.managed {
             let pending = managed.leave(self.key(), self.request.mode(), &self.session);
             return Some(Releasing::ByManager(pending));

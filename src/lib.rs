@@ -98,6 +98,8 @@
 //!
 //! * `serde`: `Serialize` for [`Key`], [`Mode`], [`Leader`], and what [`inspect`] and [`doctor`] return;
 //!   `Deserialize` for [`Key`] and [`Mode`]. The fields have the names that they have here, and keep them.
+//! * `metrics`: durations of acquires, waits and holds, losses, leaders, connections and more, for the exporters of the
+//!   `metrics` crate. The docs of the module `metrics` list them.
 //! * `cli`: the program `pglock`.
 //!
 //! [advisory locks]: https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS
@@ -120,6 +122,11 @@ pub mod inspect;
 pub mod interop;
 pub mod doctor;
 mod error;
+#[cfg(feature = "metrics")]
+pub mod metrics;
+#[cfg(not(feature = "metrics"))]
+#[path = "metrics/off.rs"]
+mod metrics;
 mod holdings;
 mod owner;
 mod request;

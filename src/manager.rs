@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 use crate::error::{Error, Loss};
 use crate::key::KeyId;
+use crate::metrics;
 use crate::mode::Modes;
 use crate::options::LockOptions;
 use crate::owner::Owner;
@@ -33,7 +34,7 @@ use crate::source::Source;
 use crate::source::sealed::Sealed;
 use batch::Batch;
 pub(crate) use managed::{Managed, PendingRelease};
-use table::{Bound, Effect, OwnerId, Seat, Table, Taken};
+use table::{Bound, Caller, Effect, OwnerId, Seat, Table, Taken};
 #[cfg(test)]
 use threads::wait_session;
 
@@ -240,7 +241,30 @@ struct Place {
 }
 
 /// Sends a caller the result.
-type Tell = oneshot::Sender<Told>;
+struct Tell {
+    told: oneshot::Sender<Told>,
+    /// Of an acquire.
+    waiting: metrics::Waiting,
+}
+
+impl Tell {
+    fn send(self, told: Told) -> Result<(), Told> {
+        self.waiting.end();
+        self.told.send(told)
+    }
+}
+
+impl From<oneshot::Sender<Told>> for Tell {
+    fn from(told: oneshot::Sender<Told>) -> Self {
+        Self { told, waiting: metrics::Waiting::default() }
+    }
+}
+
+impl Caller for Tell {
+    fn waits(&mut self) {
+        self.waiting.start();
+    }
+}
 
 /// The result that a caller gets.
 enum Told {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 
 use crate::error::{Error, Result};
+use crate::metrics::KeyLabel;
 
 /// Settings of a lock, each with a default that suits most.
 ///
@@ -32,6 +33,7 @@ pub struct LockOptions {
     require_settings: bool,
     allow_standby: bool,
     reserve_connections: Option<u32>,
+    key_label: KeyLabel,
 }
 
 /// How often a session is asked, and how long it may take to answer.
@@ -115,6 +117,7 @@ impl LockOptions {
             require_settings: false,
             allow_standby: false,
             reserve_connections: None,
+            key_label: KeyLabel::default(),
         }
     }
 
@@ -311,6 +314,31 @@ impl LockOptions {
         self
     }
 
+    /// Adds the label `key` to the [metrics](crate::metrics) of these locks: the key's name, or its number if it has
+    /// none. Default: no such label.
+    ///
+    /// Use it for locks of few keys, because each key adds a time series to each of these metrics, until the process
+    /// ends. Other locks of the process are not affected.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Election, LockOptions};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// // Exports `pglock_leader{key="billing"}`.
+    /// let configured = LockOptions::new().label_metrics_by_key().on(&pool)?;
+    /// let election = Election::new(&configured, "billing");
+    /// # let _ = election; Ok(()) }
+    /// ```
+    #[cfg(feature = "metrics")]
+    #[must_use]
+    pub fn label_metrics_by_key(mut self) -> Self {
+        self.key_label = KeyLabel::Show;
+        self
+    }
+
     /// Checks the options, and returns the pool with them: a [`Source`](crate::Source) of sessions for every
     /// constructor. Sends nothing to the server.
     ///
@@ -410,6 +438,10 @@ impl LockOptions {
 
     pub(crate) fn reserve(&self) -> Option<u32> {
         self.reserve_connections
+    }
+
+    pub(crate) fn key_label(&self) -> KeyLabel {
+        self.key_label
     }
 
     pub(crate) fn standby_allowed(&self) -> bool {

@@ -14,6 +14,7 @@ use crate::guard::Guard;
 use crate::holdings::Holdings;
 use crate::key::Key;
 use crate::manager::Managed;
+use crate::metrics;
 use crate::options::LockOptions;
 use crate::request::Request;
 use crate::session::Session;
@@ -153,12 +154,14 @@ impl Owner {
             waited_ms = Empty,
         );
         let ending = Ending { span: span.clone(), started: Instant::now(), outcome: "cancelled" };
+        let acquire = metrics::Acquire::start(request.labels(&self.options));
         let taken = self.take_from_session(request, policy).instrument(span).await;
         ending.was(match &taken {
             Ok(Some(_)) => "acquired",
             Ok(None) => "busy",
             Err(_) => "failed",
         });
+        acquire.end(&taken, matches!(policy, WaitPolicy::Until(_)));
         if matches!(taken, Ok(Some(_))) {
             self.task = task::try_id();
         }

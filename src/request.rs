@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use crate::key::{Key, KeyId};
+use crate::metrics::{Counted, Labels};
 use crate::mode::Mode;
+use crate::options::LockOptions;
 
 /// Locks, in the order in which they are taken.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     locks: Locks,
     pub(crate) need: Need,
+    counted: Counted,
 }
 
 /// Never empty, and no key twice.
@@ -32,18 +35,20 @@ pub(crate) enum Need {
 
 impl Request {
     pub(crate) fn one(key: &Key, mode: Mode) -> Self {
-        Self { locks: Locks::One((key.clone(), mode)), need: Need::All }
+        let locks = Locks::One((key.clone(), mode));
+        Self { locks, need: Need::All, counted: Counted::default() }
     }
 
     /// The first of these keys that is free, exclusively. There must be one at least.
     pub(crate) fn any(keys: Vec<Key>) -> Self {
         let locks = keys.into_iter().map(|key| (key, Mode::Exclusive));
-        Self { locks: Locks::Many(locks.collect()), need: Need::Any }
+        let locks = Locks::Many(locks.collect());
+        Self { locks, need: Need::Any, counted: Counted::default() }
     }
 
     /// A session, opened for the sake of a key.
     pub(crate) fn session(key: &Key) -> Self {
-        Self { need: Need::Nothing, ..Self::one(key, Mode::Shared) }
+        Self { need: Need::Nothing, ..Self::one(key, Mode::Shared).uncounted() }
     }
 
     /// All of these locks, each key once. Sorted, so that all requests for the same keys take them in one
@@ -52,7 +57,20 @@ impl Request {
         // The exclusive mode is the lesser of the two, so of equal keys it is the one that stays.
         locks.sort_by_key(|(key, mode)| (key.id(), *mode));
         locks.dedup_by_key(|(key, _)| key.id());
-        (!locks.is_empty()).then(|| Self { locks: Locks::Many(locks.into()), need: Need::All })
+        (!locks.is_empty()).then(|| {
+            let locks = Locks::Many(locks.into());
+            Self { locks, need: Need::All, counted: Counted::default() }
+        })
+    }
+
+    /// The same, made by the crate for an acquire of the application, which is counted instead.
+    pub(crate) fn uncounted(self) -> Self {
+        Self { counted: Counted::no(), ..self }
+    }
+
+    /// The labels of its metrics.
+    pub(crate) fn labels(&self, options: &LockOptions) -> Labels {
+        Labels::new(options.key_label(), self.key(), self.mode()).only_if(self.counted)
     }
 
     /// The key that stands for all of them: errors name it.
@@ -70,7 +88,7 @@ impl Request {
     /// The same for one of the locks.
     pub(crate) fn only(&self, id: KeyId) -> Option<Self> {
         let (key, mode) = self.locks().iter().find(|(key, _)| key.id() == id)?;
-        Some(Self::one(key, *mode))
+        Some(Self { counted: self.counted, ..Self::one(key, *mode) })
     }
 
     pub(crate) fn locks(&self) -> &[(Key, Mode)] {

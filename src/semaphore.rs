@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout_at};
 use crate::error::{Error, Result, chain};
 use crate::guard::Guard;
 use crate::key::Key;
+use crate::metrics::{self, Labels, Waiting};
 use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::request::Request;
@@ -200,15 +201,10 @@ impl Semaphore {
     /// # Ok(()) }
     /// ```
     pub async fn acquire(&self) -> Result<Permit> {
-        let _first = self.inner.first().await?;
-        loop {
-            // Without a deadline, it never ends in `None`.
-            let permit =
-                self.inner.wait(None).await.map_err(|error| self.inner.fail(error, None))?;
-            if let Some(permit) = permit {
-                return Ok(permit);
-            }
-        }
+        let metric = metrics::Acquire::start(self.inner.labels());
+        let permit = self.inner.acquire().await;
+        metric.end(&permit.as_ref().map(Some), true);
+        permit
     }
 
     /// Acquires a permit if one is free, and no other task or process waits for it. `None` otherwise.
@@ -239,7 +235,10 @@ impl Semaphore {
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire(&self) -> Result<Option<Permit>> {
-        self.inner.pass(None).await.map_err(|error| self.inner.explain(error))
+        let metric = metrics::Acquire::start(self.inner.labels());
+        let permit = self.inner.pass(None).await.map_err(|error| self.inner.explain(error));
+        metric.end(&permit, false);
+        permit
     }
 
     /// Acquires a permit, and waits for at most `timeout`. `None` if that passes.
@@ -290,25 +289,56 @@ impl Semaphore {
         if deadline <= Instant::now() {
             return self.try_acquire().await;
         }
-        let waiting = &self.inner.waiting;
-        let (_first, queued) = match waiting.try_lock() {
-            Ok(first) => (first, false),
-            Err(_) => match timeout_at(deadline.into(), self.inner.first()).await {
-                Ok(first) => (first?, true),
-                Err(_) => return Ok(None),
-            },
-        };
-        let late = queued && deadline.saturating_duration_since(Instant::now()) < POLL_INTERVAL;
-        match self.inner.wait(Some(deadline)).await {
-            // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
-            // its way back from who was first before.
-            Err(Error::PoolTimedOut { .. }) if late => Ok(None),
-            found => found.map_err(|error| self.inner.fail(error, Some(deadline))),
-        }
+        let metric = metrics::Acquire::start(self.inner.labels());
+        let permit = self.inner.acquire_until(deadline).await;
+        metric.end(&permit, true);
+        permit
     }
 }
 
 impl Inner {
+    async fn acquire(&self) -> Result<Permit> {
+        let mut waiting = Waiting::new(self.labels());
+        let _first = if let Ok(first) = self.waiting.try_lock() {
+            first
+        } else {
+            waiting.start();
+            self.first().await?
+        };
+        loop {
+            // Without a deadline, it never ends in `None`.
+            let permit =
+                self.wait(None, &mut waiting).await.map_err(|error| self.fail(error, None))?;
+            if let Some(permit) = permit {
+                return Ok(permit);
+            }
+        }
+    }
+
+    async fn acquire_until(&self, deadline: Instant) -> Result<Option<Permit>> {
+        let mut waiting = Waiting::new(self.labels());
+        let (_first, queued) = if let Ok(first) = self.waiting.try_lock() {
+            (first, false)
+        } else {
+            waiting.start();
+            match timeout_at(deadline.into(), self.first()).await {
+                Ok(first) => (first?, true),
+                Err(_) => return Ok(None),
+            }
+        };
+        let late = queued && deadline.saturating_duration_since(Instant::now()) < POLL_INTERVAL;
+        match self.wait(Some(deadline), &mut waiting).await {
+            // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
+            // its way back from who was first before.
+            Err(Error::PoolTimedOut { .. }) if late => Ok(None),
+            found => found.map_err(|error| self.fail(error, Some(deadline))),
+        }
+    }
+
+    fn labels(&self) -> Labels {
+        Labels::new(self.owner.options.key_label(), &self.key, Mode::Exclusive)
+    }
+
     /// Waits until all others of this process that came before have a permit, or none of them can get one.
     async fn first(&self) -> Result<MutexGuard<'_, ()>> {
         let mut exhausted = self.exhausted.subscribe();
@@ -351,7 +381,7 @@ impl Inner {
 
     /// Takes a permit that is free, if there is no waiter.
     async fn pass(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
-        let request = Request::one(self.layout.queue(), Mode::Shared);
+        let request = Request::one(self.layout.queue(), Mode::Shared).uncounted();
         let mut owner = self.owner.another();
         let passing = match deadline {
             None => owner.try_acquire(&request).await?,
@@ -364,10 +394,14 @@ impl Inner {
     }
 
     /// Takes a permit, or waits for one. Called only by the first waiter of this process.
-    async fn wait(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
+    async fn wait(
+        &self,
+        deadline: Option<Instant>,
+        waiting: &mut Waiting,
+    ) -> Result<Option<Permit>> {
         loop {
             // Boxed, or the future of an acquire would be a large one.
-            match Box::pin(self.wait_on_one_session(deadline)).await {
+            match Box::pin(self.wait_on_one_session(deadline, waiting)).await {
                 // It held no permit, only a place in the queue.
                 Err(Error::Disconnected { .. } | Error::Lost { .. }) => sleep(POLL_INTERVAL).await,
                 found => return found,
@@ -376,14 +410,19 @@ impl Inner {
     }
 
     /// Takes a permit, or waits in the server's queue, and then for a permit.
-    async fn wait_on_one_session(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
+    async fn wait_on_one_session(
+        &self,
+        deadline: Option<Instant>,
+        waiting: &mut Waiting,
+    ) -> Result<Option<Permit>> {
         let left = || deadline.map(|at| at.saturating_duration_since(Instant::now()));
         let is_over = || left().is_some_and(|left| left.is_zero());
         let permit = self.pass(deadline).await?;
         if permit.is_some() {
             return Ok(permit);
         }
-        let request = Request::one(self.layout.queue(), Mode::Exclusive);
+        waiting.start();
+        let request = Request::one(self.layout.queue(), Mode::Exclusive).uncounted();
         let mut owner = self.owner.another();
         let first = match left() {
             None => Some(owner.acquire(&request).await?),

@@ -49,6 +49,7 @@ use tokio::time::timeout;
 
 use crate::error::{Loss, chain, is_answer};
 use crate::key::{Key, KeyId};
+use crate::metrics;
 use crate::mode::Mode;
 use crate::options::{Heartbeat, Keepalives, LockOptions};
 use crate::request::Request;
@@ -92,6 +93,8 @@ pub(crate) struct Session {
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
     managed_locks: AtomicUsize,
+    /// Whether it is that of a leader.
+    pub(crate) leading: metrics::Leading,
     pool: PgPool,
     server: Arc<Server>,
     /// How to reach the server, as the pool was told when the session was opened.
@@ -126,6 +129,7 @@ impl Session {
             settings_refused: AtomicBool::new(false),
             left_behind: Mutex::default(),
             managed_locks: AtomicUsize::new(0),
+            leading: metrics::Leading::default(),
             pool: pool.clone(),
             server: Arc::clone(server),
             connect_options: pool.connect_options(),
@@ -211,6 +215,12 @@ impl Session {
         *latest = asked.max(*latest);
     }
 
+    /// The session has answered a heartbeat that was sent then.
+    fn answered(&self, asked: Instant) {
+        metrics::heartbeat(asked, || self.last_answered());
+        self.trust(asked);
+    }
+
     /// Starts to monitor a session that holds something.
     fn keep(self: &Arc<Self>) {
         if !self.kept.swap(true, Ordering::Relaxed) {
@@ -257,6 +267,8 @@ impl Session {
         let backend_pid = self.backend_pid();
         let keys = first_keys(&locks);
         let locks = locks.len() + self.managed_locks.swap(0, Ordering::Relaxed);
+        metrics::lost(loss, locks);
+        self.leading.end();
         let reason = chain(loss);
         // A runtime that is shut down ends its guards, usually on purpose.
         if matches!(loss, Loss::RuntimeShutdown) {
@@ -297,13 +309,11 @@ impl Session {
 /// The keys of some locks, for a person to read.
 fn first_keys(locks: &[(KeyId, Mode)]) -> Option<String> {
     const MOST: usize = 5;
-    let (last, before) = locks.get(..MOST.min(locks.len()))?.split_last()?;
-    let mut keys = String::new();
-    for (key, _) in before {
-        keys += &format!("{key}, ");
+    let mut keys: Vec<_> = locks.iter().take(MOST).map(|(key, _)| key.to_string()).collect();
+    if locks.len() > MOST {
+        keys.push("…".to_owned());
     }
-    let more = if locks.len() > MOST { ", …" } else { "" };
-    Some(format!("{keys}{}{more}", last.0))
+    (!keys.is_empty()).then(|| keys.join(", "))
 }
 
 /// Bounds a statement that never waits for a lock.

@@ -73,6 +73,11 @@ impl Demo {
                     leader.name
                 );
                 println!("GET /leader: {}, say both; {} says that it leads", by_one.0, leader.name);
+                #[cfg(feature = "metrics")]
+                tokio::try_join!(
+                    leader.exports("pglock_leader 1"),
+                    other.exports("pglock_leader 0")
+                )?;
                 return Ok((leader, other));
             }
             ensure!(asked.elapsed() < PATIENCE, "no leader yet: {by_one:?}, {by_two:?}");
@@ -197,6 +202,8 @@ impl Demo {
         ensure!(lost.header("Retry-After").is_some(), "it does not say when to come back");
         self.bank.until_asking(0, &[21]).await?;
         println!("503 Service Unavailable: the lock was lost, so the payment was stopped");
+        #[cfg(feature = "metrics")]
+        server.exports(r#"pglock_losses_total{reason="disconnected"} 1"#).await?;
 
         self.bank.is_busy(false);
         let again = server.pay(21).await?;

@@ -58,6 +58,16 @@ impl Process {
         Ok((leader.to_owned(), body.contains("leads: true")))
     }
 
+    /// Makes sure that it exports a metric with this value.
+    #[cfg(feature = "metrics")]
+    pub(crate) async fn exports(&self, metric: &str) -> Result<()> {
+        let Answer { body, .. } = http::get(self.address, "/metrics").await?;
+        let is_exported = body.lines().any(|line| line == metric);
+        ensure!(is_exported, "{} does not export {metric}: {body}", self.name);
+        println!("GET /metrics on {}: {metric}", self.name);
+        Ok(())
+    }
+
     /// Sends it SIGTERM, as Kubernetes and systemd do.
     pub(crate) async fn terminate(&self) -> Result<()> {
         let pid = self.child.id().ok_or("it has ended already")?.to_string();

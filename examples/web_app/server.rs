@@ -25,6 +25,8 @@ pub(crate) const CONNECTIONS: u32 = 6;
 
 /// Serves until SIGTERM or Ctrl-C. Then it ends what is in progress, and leaves nothing behind.
 pub(crate) async fn serve(address: &str) -> Result<()> {
+    #[cfg(feature = "metrics")]
+    let metrics = crate::metrics::router()?;
     let name = env::var("NODE").unwrap_or_else(|_| format!("web-{}", process::id()));
     let options = PgConnectOptions::from_str(&env::var("DATABASE_URL")?)?.application_name(&name);
     let pool = PgPoolOptions::new()
@@ -45,6 +47,8 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
     let mut election = Election::new(&pool, POST).candidate(&name);
     let status = election.status();
     let router = service::router(Service { name: name.clone(), pool: pool.clone(), bank, status });
+    #[cfg(feature = "metrics")]
+    let router = router.merge(metrics);
 
     let mut terminate = signal(SignalKind::terminate())?;
     let (end, ending) = watch::channel(false);

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::key::Key;
+use crate::metrics;
 use crate::session::Session;
 
 /// Shows what a candidate does, anywhere and at any time. Cheap to clone.
@@ -194,7 +195,7 @@ impl LeaderStatus {
     /// What the candidate does, while it does not lead.
     pub(super) fn set(&self, state: LeaderState) {
         self.inner().otherwise = state;
-        self.shared.notify.notify_waiters();
+        self.look();
     }
 
     /// The candidate fails, since the first failure of several.
@@ -215,6 +216,7 @@ impl LeaderStatus {
 
     /// Has changes noticed of what the session says.
     pub(super) fn look(&self) {
+        metrics::update(|| self.inner().show());
         self.shared.notify.notify_waiters();
     }
 
@@ -227,6 +229,15 @@ impl Inner {
     fn term(&self) -> Option<u64> {
         let Post { session, key, term } = self.post.as_ref()?;
         session.upgrade()?.guards(key).then_some(*term)
+    }
+
+    /// Has the metric show that the candidate does not lead, if that is so.
+    fn show(&self) {
+        if self.term().is_none()
+            && let Some(session) = self.post.as_ref().and_then(|post| post.session.upgrade())
+        {
+            session.leading.end();
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use super::{Manager, Place, WAIT_SESSION_PAUSE};
 use crate::error::{Error, Loss};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
+use crate::metrics;
 use crate::mode::{Mode, Modes};
 use crate::owner::Owner;
 use crate::request::Request;
@@ -213,6 +214,7 @@ impl Driver {
         let Some(keeper) = &self.keeper else { return };
         let session = Arc::clone(keeper.session());
         let place = Place { session: Arc::clone(&session), shared: true };
+        metrics::batch(self.under_way.steps().len());
         let calling = async {
             tokio::select! {
                 biased;

@@ -9,10 +9,11 @@ use tokio::sync::Notify;
 use tokio::sync::oneshot::{self, error::RecvError};
 
 use super::table::{Left, OwnerId, Want};
-use super::{Manager, Place, Told};
+use super::{Manager, Place, Tell, Told};
 use crate::error::{Error, Loss, Result};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
+use crate::metrics;
 use crate::mode::Mode;
 use crate::request::Request;
 use crate::session::Session;
@@ -50,9 +51,9 @@ impl Managed {
         request: &Request,
         policy: WaitPolicy,
     ) -> Result<Option<Guard>> {
-        let (key, mode) = (request.key(), request.mode());
+        let key = request.key();
         loop {
-            let Some(waiting) = self.want(key, mode, policy)? else { return Ok(None) };
+            let Some(waiting) = self.want(request, policy)? else { return Ok(None) };
             let place = match waiting {
                 Wish::Granted(place) => place,
                 Wish::Waits(mut waiting) => match self.wait(&mut waiting.answer, policy).await {
@@ -88,13 +89,15 @@ impl Managed {
         policy.bound(self.manager.unless_stalled(answer)).await
     }
 
-    fn want(&self, key: &Key, mode: Mode, policy: WaitPolicy) -> Result<Option<Wish<'_>>> {
+    fn want(&self, request: &Request, policy: WaitPolicy) -> Result<Option<Wish<'_>>> {
+        let (key, mode) = (request.key(), request.mode());
         let patient = matches!(policy, WaitPolicy::Forever | WaitPolicy::Until(_));
         let mut answer = None;
         let tell = || {
             let (tell, told) = oneshot::channel();
             answer = Some(told);
-            tell
+            let waiting = metrics::Waiting::new(request.labels(&self.manager.options));
+            Tell { told: tell, waiting }
         };
         let manager = &self.manager;
         // First, because without a runtime this panics.
@@ -119,6 +122,7 @@ impl Managed {
                 id,
                 answer,
                 settled: false,
+                _queued: metrics::Queued::start(),
             }))),
             (Want::Deadlock, _) => Err(Error::deadlock(key)),
             (Want::Busy | Want::Queued(_), _) => Ok(None),
@@ -132,7 +136,7 @@ impl Managed {
         let place = Place { session: Arc::clone(session), shared: true };
         let left = self.manager.change(|state, now, effects| {
             let guard = (self.owner.id, mode);
-            state.table.leave(key.id(), guard, &place, Some(|| tell), now, effects)
+            state.table.leave(key.id(), guard, &place, Some(|| tell.into()), now, effects)
         });
         let answer = match left {
             Left::Stale => {
@@ -158,7 +162,7 @@ impl Managed {
         let closed = std::mem::replace(self, another);
         let (tell, told) = oneshot::channel();
         let left = closed.manager.change(|state, now, effects| {
-            let left = state.table.close(key.id(), closed.owner.id, || tell, now, effects);
+            let left = state.table.close(key.id(), closed.owner.id, || tell.into(), now, effects);
             closed.owner.closed.store(true, Ordering::Relaxed);
             left
         });
@@ -213,6 +217,7 @@ struct Waiting<'m> {
     id: i64,
     answer: oneshot::Receiver<Told>,
     settled: bool,
+    _queued: metrics::Queued,
 }
 
 impl Waiting<'_> {
@@ -242,7 +247,7 @@ impl Drop for Waiting<'_> {
                 && let Ok(Told::Granted(place)) = self.answer.try_recv()
             {
                 let guard = (owner.id, self.mode);
-                let nobody = None::<fn() -> super::Tell>;
+                let nobody = None::<fn() -> Tell>;
                 state.table.leave(self.key, guard, &place, nobody, now, effects);
             }
         });

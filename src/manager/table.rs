@@ -23,6 +23,7 @@ use std::collections::hash_map::{Entry as Slot, HashMap, OccupiedEntry};
 use std::time::{Duration, Instant};
 
 use crate::key::KeyId;
+use crate::metrics;
 use crate::mode::{Mode, Modes};
 use entry::{Entry, Turn, Waiter};
 use line::{CROWDED_SLICE, FIRST_SLICE, LAST_RETRY, LAST_SLICE, Line};
@@ -34,6 +35,12 @@ pub(super) type OwnerId = u64;
 pub(super) trait Seat: Clone + PartialEq {
     /// Whether many keys share it, so that it must never wait.
     fn is_shared(&self) -> bool;
+}
+
+/// The caller that the result of a wait is sent to.
+pub(super) trait Caller {
+    /// The lock was found busy.
+    fn waits(&mut self);
 }
 
 /// The keys of a process: `S` is where they are held, `W` notifies a waiter of the result.
@@ -123,7 +130,7 @@ pub(super) struct Taken {
     pub(super) server: Modes,
 }
 
-impl<S: Seat, W> Table<S, W> {
+impl<S: Seat, W: Caller> Table<S, W> {
     pub(super) fn new(bound: Bound) -> Self {
         Self { keys: HashMap::new(), bound, line: Line::default() }
     }
@@ -232,7 +239,11 @@ impl<S: Seat, W> Table<S, W> {
             advance(slot, self.bound, &mut self.line, now, effects);
             return Want::Granted(seat);
         }
-        let waiter = Waiter { owner, mode, patient, tell: tell() };
+        let mut waiter = Waiter { owner, mode, patient, tell: tell() };
+        // An owner that upgrades its lock waits for others only.
+        if entry.is_plainly_busy(mode) && (mine.is_none() || entry.holders.len() > 1) {
+            waiter.tell.waits();
+        }
         let id = entry.queue.push(self.line.next_number(), waiter, mine.is_some());
         advance(slot, self.bound, &mut self.line, now, effects);
         Want::Queued(id)
@@ -341,6 +352,7 @@ impl<S: Seat, W> Table<S, W> {
             }
             (Step::Look, true) => {
                 entry.closing = true;
+                metrics::update(|| entry.queue.all_wait());
                 entry.dismiss(effects);
             }
             (Step::Look, false) => entry.renew(now),
@@ -503,7 +515,7 @@ impl<S: Seat, W> Table<S, W> {
 ///
 /// Every change of an entry ends with this. It takes the place in the map, so that the key is hashed and looked
 /// up only once. (The hash is slow, because a key may be chosen by an attacker.)
-fn advance<'t, S: Seat, W>(
+fn advance<'t, S: Seat, W: Caller>(
     mut slot: OccupiedEntry<'t, KeyId, Box<Entry<S, W>>>,
     bound: Bound,
     line: &mut Line,
@@ -520,7 +532,10 @@ fn advance<'t, S: Seat, W>(
 }
 
 /// An owner has left. It is notified of the result, if the server is asked to release the lock.
-fn left<S: Seat, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
+fn left<S: Seat, W: Caller>(
+    entry: Option<&mut Entry<S, W>>,
+    farewell: Option<impl FnOnce() -> W>,
+) -> Left {
     let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
     match (entry, farewell) {
         (Some(entry), Some(farewell)) if entry.turn.is_some_and(told) => {

@@ -200,7 +200,7 @@ impl Drop for WaitSession {
 }
 
 fn request(key: KeyId, mode: Mode) -> Request {
-    Request::one(&Key::from_id(key), mode)
+    Request::one(&Key::from_id(key), mode).uncounted()
 }
 
 /// Holds a key, and takes the steps for it. Returns the number of the step that is to release it.

@@ -16,6 +16,7 @@ use tokio::time::timeout_at;
 use super::policy::WaitPolicy;
 use crate::error::{Error, Result};
 use crate::key::Key;
+use crate::metrics::Connection;
 
 const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
@@ -38,9 +39,10 @@ pub(crate) struct Budget {
 /// Lets the next in the queue have it.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    _permit: OwnedSemaphorePermit,
+    _share: OwnedSemaphorePermit,
     // The pool finds it again as long as one of its permits is out.
     budget: Arc<Budget>,
+    _connection: Connection,
 }
 
 impl Drop for Permit {
@@ -112,7 +114,8 @@ impl Budget {
         let others = permit.num_permits().saturating_sub(1);
         drop(permit.split(others));
         self.in_use.fetch_add(1, Ordering::Relaxed);
-        Permit { _permit: permit, budget: Arc::clone(self) }
+        let budget = Arc::clone(self);
+        Permit { _share: permit, budget, _connection: Connection::taken() }
     }
 
     async fn queue(

@@ -359,7 +359,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         answer = answer => answer,
     };
     match answer {
-        Ok(pid) if pid == session.backend_pid() => session.trust(asked),
+        Ok(pid) if pid == session.backend_pid() => session.answered(asked),
         Ok(_) => {
             // Without a guard, it is just being released, which finds the pooler too.
             if session.ledger().has_guards() {
@@ -368,7 +368,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
             return;
         }
         Err(error) if is_answer(&error) => {
-            session.trust(asked);
+            session.answered(asked);
             if set.is_some() {
                 session.settings_refused.store(true, Ordering::Relaxed);
             }
@@ -446,13 +446,13 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
         let now = session.ledger().granted_by_server();
         let holds_all = granted.iter().all(|lock| held.contains(lock) || !now.contains(lock));
         match &answer {
-            Ok(_) if holds_all => session.trust(asked),
+            Ok(_) if holds_all => session.answered(asked),
             // It may have been released meanwhile, unless its connection is still in the same use.
             Ok(_) if session.uses.load(Ordering::Relaxed) == uses => {
                 session.give_up(&Loss::NotHeld);
             }
             // The server lives, and refuses to answer.
-            Err(_) if is_alive(&answer) => session.trust(asked),
+            Err(_) if is_alive(&answer) => session.answered(asked),
             Ok(_) | Err(_) => {}
         }
     }

@@ -15,6 +15,7 @@ use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
+use crate::metrics;
 use crate::mode::Mode;
 use crate::request::Request;
 use crate::sql;
@@ -119,6 +120,8 @@ impl Session {
             }
             Err(error) => Loss::broken(error),
         };
+        // They are not in the ledger any more.
+        metrics::lost(&loss, locks.len());
         Err(self.fail(slot, loss))
     }
 

@@ -24,6 +24,8 @@ mod keys;
 mod loss;
 mod managed;
 mod manager;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod multi;
 mod one_session;
 mod own_session;

@@ -442,7 +442,7 @@ async fn each_slice_of_a_long_wait_is_told() {
     let slice = LockOptions::new().wait_slice(Duration::from_secs(2)).on(&pool).unwrap();
     let mut lock = Lock::new(&slice, 42);
     let told = Told::from_now_on();
-    let waiting = tokio::spawn(async move { lock.acquire().await.map(drop) });
+    let waiting = spawn(async move { lock.acquire().await.map(drop) });
     eventually("two slices are told", PATIENCE, || async {
         told.events(Level::DEBUG).iter().filter(|event| event.field("waited_ms").is_some()).count()
             >= 2

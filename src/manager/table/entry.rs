@@ -5,8 +5,9 @@ use std::time::Instant;
 use super::holders::Holders;
 use super::line::{FIRST_RETRY, FIRST_SLICE, Line, Stand};
 use super::queue::Queue;
-use super::{Bound, Effect, OwnerId, Seat, Step, Taken};
+use super::{Bound, Caller, Effect, OwnerId, Seat, Step, Taken};
 use crate::key::KeyId;
+use crate::metrics;
 use crate::mode::{Mode, Modes};
 
 #[derive(Debug)]
@@ -45,7 +46,7 @@ pub(super) struct Turn {
     pub(super) taken: bool,
 }
 
-impl<S: Seat, W> Entry<S, W> {
+impl<S: Seat, W: Caller> Entry<S, W> {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             holders: Holders::default(),
@@ -121,8 +122,11 @@ impl<S: Seat, W> Entry<S, W> {
             self.stand = None;
             return;
         };
-        self.turn =
-            Some(Turn { id: line.next_number(), step: Step::Wait(first.mode), taken: false });
+        let mode = first.mode;
+        if self.stand.is_none() {
+            metrics::update(|| self.queue.all_wait());
+        }
+        self.turn = Some(Turn { id: line.next_number(), step: Step::Wait(mode), taken: false });
         let stand = self.stand.get_or_insert_with(|| {
             let place = line.next_number();
             Box::new(Stand { place, retry: now, pause: FIRST_RETRY, slice: FIRST_SLICE })

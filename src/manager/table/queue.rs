@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::Caller;
 use super::entry::Waiter;
 use crate::mode::Mode;
 
@@ -62,6 +63,16 @@ impl<W> Queue<W> {
     pub(super) fn pop_impatient(&mut self) -> Option<Waiter<W>> {
         let &place = self.impatient.first()?;
         self.remove(place)
+    }
+
+    /// Notifies all waiters that the lock was found busy.
+    pub(super) fn all_wait(&mut self)
+    where
+        W: Caller,
+    {
+        for waiter in self.waiters.values_mut() {
+            waiter.tell.waits();
+        }
     }
 
     pub(super) fn take_all(&mut self) -> impl Iterator<Item = Waiter<W>> + use<W> {

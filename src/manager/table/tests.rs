@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::{
-    Bound, CROWDED_SLICE, Effect, LAST_SLICE, Left, Modes, Seat, Step, Table, Taken, Want,
+    Bound, CROWDED_SLICE, Caller, Effect, LAST_SLICE, Left, Modes, Seat, Step, Table, Taken, Want,
 };
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -83,6 +83,10 @@ struct Guard {
     owner: u64,
     mode: Mode,
     seat: Session,
+}
+
+impl Caller for u64 {
+    fn waits(&mut self) {}
 }
 
 /// Everything around the table.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Pending, Stage};
 use crate::error::{Error, Loss, is_answer};
 use crate::key::{Key, KeyId};
+use crate::metrics;
 use crate::mode::Mode;
 use crate::session::slot::ConnGuard;
 use crate::session::task::Task;
@@ -78,6 +79,7 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         if !self.settled {
+            metrics::abandoned(matches!(self.stage, Stage::Waiting(_)));
             // Detach: no caller waits for it.
             drop(self.undo());
         }

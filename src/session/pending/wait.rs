@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::{Granted, Pending, Stage, Verdict};
 use crate::error::{Error, Result, is_answer, sqlstate};
 use crate::key::KeyId;
+use crate::metrics;
 use crate::mode::Mode;
 use crate::session::policy::{GRACE, WaitPolicy};
 use crate::session::slot::Unavailable;
@@ -39,6 +40,8 @@ impl Pending {
     ///
     /// Between two slices the session's connection is free for its other handles.
     pub(super) async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Granted>> {
+        let labels = self.request.labels(self.session.options());
+        let mut waiting = metrics::Waiting::new(labels);
         let (started, mut slices) = (Instant::now(), 0);
         let mut plainly = self.session.server.waits_plainly();
         loop {
@@ -52,6 +55,7 @@ impl Pending {
             let Some(&(key, mode)) = self.missing.first() else {
                 return self.granted(policy).await.map(Some);
             };
+            waiting.start();
             if slices > 0 {
                 tracing::debug!(
                     lock.key = %key,

@@ -1,0 +1,75 @@
+//! Metrics for the [`metrics`](https://docs.rs/metrics) facade, and so for the exporters of Prometheus, OpenTelemetry
+//! and statsd.
+//!
+//! The crate records to the recorder that the application has installed, from the call of [`describe`] on.
+//!
+//! | name | type | unit | labels | what it measures |
+//! |---|---|---|---|---|
+//! | `pglock_acquire_duration_seconds` | histogram | seconds | `outcome`, `mode` | each call that acquires, from its first poll to its end; re-entrant ones too. Its count is the number of calls |
+//! | `pglock_wait_duration_seconds` | histogram | seconds | `mode` | the part of a call in which the lock was found busy and waited for, whatever the outcome |
+//! | `pglock_hold_duration_seconds` | histogram | seconds | `mode` | from the grant of a guard to its release or drop |
+//! | `pglock_locks_held` | gauge | locks | `mode` | guards that were neither released nor dropped, lost ones included |
+//! | `pglock_locks_waiting` | gauge | locks | `mode` | calls that wait for a busy lock now |
+//! | `pglock_leader` | gauge | elections | | elections in which a candidate of this process leads; with the label `key`, 1 or 0 for each |
+//! | `pglock_terms_total` | counter | terms | | terms to which a candidate of this process was elected |
+//! | `pglock_losses_total` | counter | locks | `reason` | locks that were lost while they were held, re-entrant guards not counted |
+//! | `pglock_abandoned_waits_total` | counter | waits | | waits in the server's queue whose future was dropped, or that ended with an error or without an answer. Each is cancelled through another connection |
+//! | `pglock_connections_in_use` | gauge | connections | | connections of all pools that locks use, to hold or to wait |
+//! | `pglock_manager_batch_size` | histogram | steps | | keys that a [`LockManager`](crate::LockManager) acquires or releases with one statement |
+//! | `pglock_manager_queue_length` | gauge | calls | | calls that wait for a [`LockManager`](crate::LockManager): for the server's answer, or for a busy lock |
+//! | `pglock_heartbeat_duration_seconds` | histogram | seconds | | the round trip of each [heartbeat](crate::LockOptions::heartbeat_interval) that was answered |
+//! | `pglock_last_answer_age_seconds` | histogram | seconds | | how old the session's last answer was when the answer to a heartbeat arrived. At the heartbeat's interval and timeout, by default 4 s, the session would have been lost |
+//!
+//! | label | values |
+//! |---|---|
+//! | `outcome` | `acquired`; `busy`, for a call that does not wait; `timed_out`; `error`; `cancelled`, if the future was dropped |
+//! | `mode` | `exclusive`, `shared`; of several keys with different modes, the mode of the first key |
+//! | `reason` | the variant of [`Loss`](crate::Loss): `disconnected`, `no_exclusion`, `not_held`, `runtime_shutdown`, `unresponsive` |
+//! | `key` | only with [`LockOptions::label_metrics_by_key`](crate::LockOptions::label_metrics_by_key), and only where the table has `mode` as a label, and for elections |
+//!
+//! All labels but `key` have few values, so the number of time series does not grow with the number of keys.
+//!
+//! A guard counts as one lock, a [`MultiGuard`](crate::MultiGuard) too. A candidate of an [`Election`](crate::Election)
+//! waits, and its leader holds, as for a lock. A permit of a [`Semaphore`](crate::Semaphore) is an exclusive lock.
+//! Downgrades and upgrades are no acquires; they end one hold and begin another. Locks of a
+//! [`transaction`](crate::transaction) are not measured.
+//!
+//! # Names
+//!
+//! The names are those that Prometheus shows: they end with the unit, and counters with `_total`. The exporter for
+//! Prometheus adds neither by default, and with its recommended naming only what is missing. Exporters that
+//! translate OpenTelemetry to Prometheus do not repeat them either. Times are in seconds.
+//!
+//! # Setting it up
+//!
+//! Install the recorder, and then call [`describe`], both before the first lock is acquired. A guard, a wait or a
+//! leader that began before is not counted. Without the call, the feature costs some nanoseconds for each lock.
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let pool = pglock_testkit::pool().await;
+//! use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
+//! use pglock::Lock;
+//!
+//! let handle = PrometheusBuilder::new()
+//!     // Without buckets, histograms are exported as summaries.
+//!     .set_buckets_for_metric(
+//!         Matcher::Suffix("_seconds".to_owned()),
+//!         &[0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 600.0],
+//!     )?
+//!     .install_recorder()?;
+//! pglock::metrics::describe();
+//!
+//! let guard = Lock::new(&pool, "nightly-report").acquire().await?;
+//! let page = handle.render(); // the answer to `GET /metrics`
+//! assert!(page.contains(r#"pglock_locks_held{mode="exclusive"} 1"#));
+//! # drop(guard); Ok(()) }
+//! ```
+
+mod record;
+
+pub use record::describe;
+pub(crate) use record::{
+    Acquire, Connection, Counted, Held, KeyLabel, Labels, Leading, Queued, Waiting, abandoned,
+    batch, candidate, heartbeat, lost, update,
+};

@@ -1,0 +1,112 @@
+//! What stands in for the metrics without the feature `metrics`: nothing.
+
+#![expect(
+    clippy::needless_pass_by_ref_mut,
+    clippy::unused_self,
+    reason = "the same signatures as with the feature"
+)]
+
+use std::time::Instant;
+
+use crate::error::Loss;
+use crate::key::Key;
+use crate::mode::Mode;
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct KeyLabel {}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counted {}
+
+impl Counted {
+    pub(crate) fn no() -> Self {
+        Self {}
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Labels {}
+
+impl Labels {
+    pub(crate) fn new(_: KeyLabel, _: &Key, _: Mode) -> Self {
+        Self {}
+    }
+
+    pub(crate) fn only_if(self, _: Counted) -> Self {
+        self
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Acquire {}
+
+impl Acquire {
+    pub(crate) fn start(_: Labels) -> Self {
+        Self {}
+    }
+
+    pub(crate) fn end<T, E>(self, _: &Result<Option<T>, E>, _: bool) {}
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {}
+
+impl Waiting {
+    pub(crate) fn new(_: Labels) -> Self {
+        Self {}
+    }
+
+    pub(crate) fn start(&mut self) {}
+
+    pub(crate) fn end(self) {}
+}
+
+#[derive(Debug)]
+pub(crate) struct Held {}
+
+impl Held {
+    pub(crate) fn start(_: &Labels) -> Self {
+        Self {}
+    }
+
+    pub(crate) fn end(&mut self) {}
+}
+
+#[derive(Debug)]
+pub(crate) struct Connection {}
+
+impl Connection {
+    pub(crate) fn taken() -> Self {
+        Self {}
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Queued {}
+
+impl Queued {
+    pub(crate) fn start() -> Self {
+        Self {}
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Leading {}
+
+impl Leading {
+    pub(crate) fn start(&self, _: &Labels) {}
+
+    pub(crate) fn end(&self) {}
+}
+
+pub(crate) fn candidate(_: &Labels) {}
+
+pub(crate) fn lost(_: &Loss, _: usize) {}
+
+pub(crate) fn abandoned(_: bool) {}
+
+pub(crate) fn batch(_: usize) {}
+
+pub(crate) fn heartbeat(_: Instant, _: impl FnOnce() -> Instant) {}
+
+pub(crate) fn update(_: impl FnOnce()) {}
