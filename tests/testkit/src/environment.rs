@@ -150,6 +150,7 @@ pub const ENVIRONMENTS: &[Environment] = &[
             ("wait::a_long_wait_costs_others_nothing", LOGS_EACH_SLICE),
             ("loss::a_server_that_refuses_a_setting", "the test defines a function in PL/pgSQL"),
             ("loss::an_error_that_refuses_nothing", "the test defines a function in PL/pgSQL"),
+            ("loss::a_function_that_the_role", "the test defines a function in PL/pgSQL"),
         ],
         ..ROLE
     },
