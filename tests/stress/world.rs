@@ -140,6 +140,9 @@ impl World {
             }
             // A short timeout is over before a connection is opened.
             Error::PoolTimedOut { .. } => verb.ends_with("_for"),
+            Error::Connect { source, .. } if matches!(**source, sqlx::Error::PoolTimedOut) => {
+                verb.ends_with("_for")
+            }
             _ => false,
         };
         if !expected {
