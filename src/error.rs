@@ -489,8 +489,8 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut cause = error.source();
     while let Some(next) = cause {
         let next_text = next.to_string();
-        // sqlx writes some of its causes itself.
-        if !text.contains(&next_text) {
+        // Some errors of others repeat their cause.
+        if !text.ends_with(&next_text) {
             text = format!("{text}: {next_text}");
         }
         cause = next.source();

@@ -306,7 +306,7 @@ impl Session {
     }
 }
 
-/// The keys of some locks, for a person to read.
+/// The keys of the first locks, for an event.
 fn first_keys(locks: &[(KeyId, Mode)]) -> Option<String> {
     const MOST: usize = 5;
     let mut keys: Vec<_> = locks.iter().take(MOST).map(|(key, _)| key.to_string()).collect();

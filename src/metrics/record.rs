@@ -66,7 +66,7 @@ static RECORDING: AtomicBool = AtomicBool::new(false);
 
 static METADATA: Metadata<'static> = Metadata::new("pglock", Level::INFO, Some("pglock"));
 
-/// Starts to record, for the whole process.
+/// Starts recording, for the whole process.
 ///
 /// Describes all metrics to the installed recorder, with their units, and registers those whose labels are known
 /// before anything happens, so that counters and gauges are exported as zero.

@@ -26,9 +26,9 @@ impl Session {
             slot.tidied().await?;
             let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
             conn.untidy = true;
-            let token = sql::backend::draw_token(conn.pg()?).await?;
+            let answer = sql::backend::draw_token(conn.pg()?).await;
             conn.untidy = false;
-            Ok(token)
+            answer
         };
         let answer = self.unless_lost(key, timeout(DEADLINE, drawing)).await?;
         let Ok(answer) = answer else { return Err(self.interrupt(key, slot).await) };
