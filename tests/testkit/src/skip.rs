@@ -79,15 +79,13 @@ impl Run {
         let stat = fs::read_to_string(format!("/proc/{cargo}/stat")).unwrap_or_default();
         let started = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19));
         let started = started.unwrap_or("0");
-        // Beside the test programs, which are all in one directory.
-        let program = env::current_exe().unwrap_or_default();
-        Self { file: program.with_file_name(format!("skipped-{cargo}-{started}")) }
+        Self { file: env::temp_dir().join(format!("pglock-skipped-{cargo}-{started}")) }
     }
 
     fn add(&self, test: &str, reason: &str, remedy: &str) {
         let file = File::options().create(true).append(true).open(&self.file);
         let line = format!("{remedy}\t{}\t{test}\n", reason.replace(['\n', '\t'], " "));
-        // A program that runs under another account may not write there; it has printed the line.
+        // If that fails, the line has been printed.
         drop(file.and_then(|mut file| file.write_all(line.as_bytes())));
     }
 
