@@ -8,7 +8,7 @@
 
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
@@ -69,6 +69,10 @@ fn meet(pool: &PgPool) {
     }
     over.store(true, Ordering::Relaxed);
     driver.join().unwrap();
+    // One may be between the loss of its session and the report of it.
+    while wait_session::RUNNING.load(Ordering::Relaxed) > 0 {
+        thread::yield_now();
+    }
     assert!(manager.state().apart.is_empty(), "an ended wait session is still listed");
 }
 
@@ -130,24 +134,33 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
 pub(super) mod wait_session {
     use super::*;
 
+    /// How many threads stand in for wait sessions.
+    pub(in crate::manager) static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
     pub(in crate::manager) fn start(manager: &Arc<Manager>, _: &Handle, driver: u64) {
         let manager = Arc::clone(manager);
+        RUNNING.fetch_add(1, Ordering::Relaxed);
         thread::spawn(move || {
-            loop {
-                match manager.next_wait(driver) {
-                    Next::Wait(wait) => {
-                        serve(&manager, wait);
-                        continue;
-                    }
-                    Next::Idle => {}
-                    Next::Over => return,
-                }
-                thread::yield_now();
-                if !manager.stop_idling(driver) && one_in(2) {
-                    return manager.ends_apart(driver, false);
-                }
-            }
+            run(&manager, driver);
+            RUNNING.fetch_sub(1, Ordering::Relaxed);
         });
+    }
+
+    fn run(manager: &Arc<Manager>, driver: u64) {
+        loop {
+            match manager.next_wait(driver) {
+                Next::Wait(wait) => {
+                    serve(manager, wait);
+                    continue;
+                }
+                Next::Idle => {}
+                Next::Over => return,
+            }
+            thread::yield_now();
+            if !manager.stop_idling(driver) && one_in(2) {
+                return manager.ends_apart(driver, false);
+            }
+        }
     }
 
     /// Waits for a key, and holds it.
