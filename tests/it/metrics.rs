@@ -9,13 +9,13 @@ use std::time::Duration;
 use ::metrics::{LocalRecorderGuard, Unit, set_default_local_recorder};
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, MultiLock, Semaphore};
-use pglock_testkit::{TestDb, advisory_locks, eventually};
-use sqlx::PgConnection;
+use pglock_testkit::{TestDb, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::support::spawn;
+use crate::loss::terminate;
+use crate::support::{acquire_with_each_outcome, has_waiter, spawn};
 
 #[path = "../../examples/web_app/metrics.rs"]
 mod exporter;
@@ -122,36 +122,14 @@ impl Recorded {
     }
 }
 
-async fn has_waiter(admin: &mut PgConnection) {
-    let waiting = async {
-        while advisory_locks(admin).await.iter().all(|lock| lock.granted) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    assert!(timeout(PATIENCE, waiting).await.is_ok(), "no session waits");
-}
-
-async fn terminate(admin: &mut PgConnection, pid: i32) {
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(admin).await.unwrap();
-}
-
 /// Every call counts once, re-entrant ones too, and by its outcome.
 #[tokio::test]
 async fn each_acquire_is_counted_by_outcome_and_mode() {
     let db = TestDb::new().await;
     let pool = db.pool(3).await;
-    let mut lock = Lock::new(&pool, "nightly-report");
-    let mut other = lock.clone();
     let recorded = Recorded::from_now_on();
 
-    let guard = lock.acquire().await.unwrap();
-    let stacked = lock.try_acquire_shared().await.unwrap().unwrap();
-    assert!(other.try_acquire().await.unwrap().is_none());
-    assert!(other.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
-    assert!(timeout(MOMENT, other.acquire()).await.is_err());
-    drop((guard, stacked));
-    pool.close().await;
-    other.acquire().await.unwrap_err();
+    acquire_with_each_outcome(&pool, MOMENT).await;
 
     let prefix = "pglock_acquire_duration_seconds";
     let seen: BTreeSet<_> = recorded

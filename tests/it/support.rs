@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use pglock::{ExclusiveGuard, LockManager, SharedGuard, Upgrade};
+use pglock::{ExclusiveGuard, Lock, LockManager, SharedGuard, Upgrade};
 use pglock_testkit::{
     Environment, Server, ServerOptions, TestDb, advisory_locks, eventually, skip,
 };
@@ -15,6 +15,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, timeout};
 
 /// Runs a future as a task.
 pub(crate) fn spawn<F>(future: F) -> JoinHandle<F::Output>
@@ -27,6 +28,31 @@ where
 /// Sends statements by the simple protocol.
 pub(crate) async fn execute(conn: &mut PgConnection, statements: impl Into<String>) {
     sqlx::raw_sql(AssertSqlSafe(statements.into())).execute(conn).await.unwrap();
+}
+
+/// Waits until a session waits for a lock.
+pub(crate) async fn has_waiter(admin: &mut PgConnection) {
+    let waiting = async {
+        while advisory_locks(admin).await.iter().all(|lock| lock.granted) {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    assert!(timeout(SOON * 20, waiting).await.is_ok(), "no session waits");
+}
+
+/// Acquires a lock; again through the same handle; finds it busy, without a wait and with one of `moment`; drops
+/// a wait after that; and fails, because the pool is closed.
+pub(crate) async fn acquire_with_each_outcome(pool: &PgPool, moment: Duration) {
+    let mut lock = Lock::new(pool, "nightly-report");
+    let mut other = lock.clone();
+    let guard = lock.acquire().await.unwrap();
+    let stacked = lock.try_acquire_shared().await.unwrap().unwrap();
+    assert!(other.try_acquire().await.unwrap().is_none());
+    assert!(other.try_acquire_shared_for(moment).await.unwrap().is_none());
+    assert!(timeout(moment, other.acquire()).await.is_err());
+    drop((guard, stacked));
+    pool.close().await;
+    other.acquire().await.unwrap_err();
 }
 
 /// The guard of an upgrade that must not be refused.
@@ -135,7 +161,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Dur
             return;
         }
         assert!(started.elapsed() < limit, "not {count} locks within {limit:?}: {locks:#?}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        sleep(Duration::from_millis(2)).await;
     }
 }
 
@@ -158,7 +184,7 @@ pub(crate) async fn backend_is(admin: &mut PgConnection, pid: i32, state: &str, 
             return;
         }
         assert!(started.elapsed() < limit, "backend {pid} is {now:?}, not {state}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        sleep(Duration::from_millis(2)).await;
     }
 }
 
@@ -186,10 +212,10 @@ pub(crate) async fn unless_it_waits<T>(
             if locks.iter().any(|lock| !lock.granted) || (held > 0 && locks.len() > held) {
                 break;
             }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await;
         }
         // A call with a short timeout times out meanwhile.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        sleep(Duration::from_millis(200)).await;
     });
     tokio::select! {
         biased;
@@ -218,7 +244,7 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
         // The pool returns all its connections within a second; a manager keeps one for another second.
-        let mut conn = tokio::time::timeout(soon() * 2, acquire(pool)).await.unwrap();
+        let mut conn = timeout(soon() * 2, acquire(pool)).await.unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         // Exact, because other functions may be in front of these in the search path. The view `pg_locks`
         // may be revoked; what is behind it is not.

@@ -7,8 +7,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, Semaphore};
-use pglock_testkit::{TestDb, advisory_locks, eventually};
-use sqlx::PgConnection;
+use pglock_testkit::{TestDb, eventually};
 use tokio::time::{sleep, timeout};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -18,7 +17,7 @@ use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::support::spawn;
+use crate::support::{acquire_with_each_outcome, has_waiter, spawn};
 
 /// Longer than anything here takes, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -139,32 +138,14 @@ impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Capture {
     }
 }
 
-async fn has_waiter(admin: &mut PgConnection) {
-    let waiting = async {
-        while advisory_locks(admin).await.iter().all(|lock| lock.granted) {
-            sleep(Duration::from_millis(2)).await;
-        }
-    };
-    assert!(timeout(PATIENCE, waiting).await.is_ok(), "no session waits");
-}
-
 /// One span for each acquire, with its result; for re-entrant ones too.
 #[tokio::test]
 async fn every_acquire_has_a_span() {
     let db = TestDb::new().await;
     let pool = db.pool(3).await;
-    let mut lock = Lock::new(&pool, "nightly-report");
-    let mut other = lock.clone();
     let told = Told::from_now_on();
 
-    let guard = lock.acquire().await.unwrap();
-    let stacked = lock.try_acquire_shared().await.unwrap().unwrap();
-    assert!(other.try_acquire().await.unwrap().is_none());
-    assert!(other.try_acquire_shared_for(MOMENT).await.unwrap().is_none());
-    assert!(timeout(MOMENT, other.acquire()).await.is_err());
-    drop((guard, stacked));
-    pool.close().await;
-    other.acquire().await.unwrap_err();
+    acquire_with_each_outcome(&pool, MOMENT).await;
 
     let spans = told.acquires();
     let summary: Vec<_> = spans
