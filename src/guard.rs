@@ -11,7 +11,7 @@ use crate::error::{Error, Loss, Result};
 use crate::holdings::Holding;
 use crate::key::Key;
 use crate::manager::{Managed, PendingRelease};
-use crate::metrics::Held;
+use crate::metrics::{self, Held};
 use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::Session;
@@ -444,7 +444,8 @@ impl Guard {
                 let pending = joining.map_err(|reason| reason.error(request.key()))?;
                 let (pending, verdict) =
                     pending.ok_or_else(ended)?.try_now(WaitPolicy::Never).await?;
-                let granted = pending.settle(verdict, WaitPolicy::Never).await?;
+                let waiting = &mut metrics::Waiting::default();
+                let granted = pending.settle(verdict, WaitPolicy::Never, waiting).await?;
                 granted.map(|Granted { session, request }| Self::new(session, request))
             }
             Join::Lost | Join::Released => return Err(ended()),

@@ -521,7 +521,7 @@ impl Lock {
     }
 
     fn request(&self, mode: Mode) -> Request {
-        Request::one(&self.key, mode)
+        Request::one(&self.key, mode).in_line()
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::task;
 use tracing::Instrument;
 use tracing::field::{Empty, display};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guard::Guard;
 use crate::holdings::Holdings;
 use crate::key::Key;
@@ -19,8 +19,10 @@ use crate::options::LockOptions;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::conn::Conn;
+use crate::session::hand_on;
 use crate::session::ledger::Join;
-use crate::session::pending::{Granted, Pending};
+use crate::session::local_queue::Next;
+use crate::session::pending::{Granted, Pending, Verdict};
 use crate::session::policy::WaitPolicy;
 use crate::session::pool;
 use crate::session::servers::PoolServer;
@@ -234,18 +236,69 @@ impl Owner {
             }
             Some((_, Join::Covered | Join::Lost)) | None => None,
         };
-        let (pending, verdict) = if let Some(pending) = joined {
-            Box::pin(pending.try_now(policy)).await?
+        let granted = if let Some(pending) = joined {
+            let waiting = &mut metrics::Waiting::new(request.labels(&self.options));
+            let (pending, verdict) = Box::pin(pending.try_now(policy)).await?;
+            pending.settle(verdict, policy, waiting).await?
         } else {
-            let Self { pool, server, options, .. } = self;
-            Pending::open(pool, server, request, options, policy).await?
+            self.take_on_new_session(request, policy).await?
         };
-        let granted = pending.settle(verdict, policy).await?;
         Ok(granted.map(|Granted { session, request }| {
             self.session = Arc::downgrade(&session);
             Guard::new(session, request)
                 .held_by(|session, request| self.holdings.add(session, request))
         }))
+    }
+
+    /// Acquires as a handle that holds nothing: it waits behind others of this process that want the same.
+    async fn take_on_new_session(
+        &mut self,
+        request: &Request,
+        policy: WaitPolicy,
+    ) -> Result<Option<Granted>> {
+        let Self { pool, server, options, .. } = self;
+        let queues = Arc::clone(&server.budget().local_queues);
+        let in_line = request.is_in_line() && policy.waits();
+        let mut waiting = metrics::Waiting::new(request.labels(options));
+        let mut place = if in_line { queues.join(request, options) } else { None };
+        loop {
+            let mut front = None;
+            if let Some(place) = place.take() {
+                waiting.start();
+                match Box::pin(place.next(pool, options, policy)).await? {
+                    Some(Next::Front(next)) => front = Some(next),
+                    Some(Next::Granted(handed)) => {
+                        let granted = |session| Granted { session, request: request.clone() };
+                        return Ok(handed.take().map(granted));
+                    }
+                    Some(Next::First(..) | Next::Failed(_)) | None => return Ok(None),
+                }
+            }
+            let opened = Pending::open(pool, server, request, options, policy).await;
+            if let (
+                Err(error @ (Error::PoolTimedOut { .. } | Error::Connect { .. })),
+                Some(front),
+            ) = (&opened, &front)
+            {
+                front.fail(error);
+            }
+            let (pending, verdict) = opened?;
+            if matches!(verdict, Verdict::Busy) && in_line && front.is_none() {
+                match queues.enter(request, options) {
+                    Ok(first) => front = Some(first),
+                    Err(behind) => {
+                        pending.withdraw().await;
+                        place = Some(behind);
+                        continue;
+                    }
+                }
+            }
+            let granted = pending.settle(verdict, policy, &mut waiting).await?;
+            if let (Some(front), Some(_)) = (front.and_then(Arc::into_inner), &granted) {
+                front.granted(request.mode(), Instant::now() + hand_on::TIME);
+            }
+            return Ok(granted);
+        }
     }
 }
 

@@ -13,6 +13,8 @@ pub(crate) struct Request {
     locks: Locks,
     pub(crate) need: Need,
     counted: Counted,
+    /// It waits in line with others of this process for the key.
+    in_line: bool,
 }
 
 /// Never empty, and no key twice.
@@ -36,14 +38,14 @@ pub(crate) enum Need {
 impl Request {
     pub(crate) fn one(key: &Key, mode: Mode) -> Self {
         let locks = Locks::One((key.clone(), mode));
-        Self { locks, need: Need::All, counted: Counted::default() }
+        Self { locks, need: Need::All, counted: Counted::default(), in_line: false }
     }
 
     /// The first of these keys that is free, exclusively. There must be one at least.
     pub(crate) fn any(keys: Vec<Key>) -> Self {
         let locks = keys.into_iter().map(|key| (key, Mode::Exclusive));
         let locks = Locks::Many(locks.collect());
-        Self { locks, need: Need::Any, counted: Counted::default() }
+        Self { locks, need: Need::Any, counted: Counted::default(), in_line: false }
     }
 
     /// A session, opened for the sake of a key.
@@ -59,13 +61,27 @@ impl Request {
         locks.dedup_by_key(|(key, _)| key.id());
         (!locks.is_empty()).then(|| {
             let locks = Locks::Many(locks.into());
-            Self { locks, need: Need::All, counted: Counted::default() }
+            Self { locks, need: Need::All, counted: Counted::default(), in_line: false }
         })
     }
 
     /// The same, made by the crate for an acquire of the application, which is counted instead.
     pub(crate) fn uncounted(self) -> Self {
         Self { counted: Counted::no(), ..self }
+    }
+
+    /// The same; while the key is busy, it waits in line with others of this process, and one of them on the server.
+    pub(crate) fn in_line(self) -> Self {
+        Self { in_line: true, ..self }
+    }
+
+    pub(crate) fn is_in_line(&self) -> bool {
+        self.in_line
+    }
+
+    /// The key that it passes to the next in line, or has from the one before: if it is the exclusive one.
+    pub(crate) fn hand_over_key(&self) -> Option<KeyId> {
+        (self.in_line && self.mode() == Mode::Exclusive).then(|| self.key().id())
     }
 
     /// The labels of its metrics.

@@ -17,9 +17,11 @@
 pub(crate) mod budget;
 mod cancel;
 pub(crate) mod conn;
+pub(crate) mod hand_on;
 mod keeper;
 pub(crate) mod ledger;
 pub(crate) mod lend;
+pub(crate) mod local_queue;
 mod monitor;
 pub(crate) mod pending;
 pub(crate) mod policy;
@@ -79,8 +81,8 @@ pub(crate) struct Session {
     loss_notify: Notify,
     /// Why the connection was closed, if it was: the ledger forgets it with the last guard.
     connection_error: OnceLock<Loss>,
-    /// It holds something, so the clock decides whether it is trusted.
-    kept: AtomicBool,
+    /// Since when it holds something, so that the clock decides whether it is trusted.
+    kept_since: OnceLock<Instant>,
     /// Has the keeper poll the idle connection again.
     wake: OnceLock<Arc<keeper::Wake>>,
     /// A setting was changed that the application would notice, and is to be put back.
@@ -122,7 +124,7 @@ impl Session {
             last_answered: Mutex::new(Instant::now()),
             loss_notify: Notify::new(),
             connection_error: OnceLock::new(),
-            kept: AtomicBool::new(false),
+            kept_since: OnceLock::new(),
             wake: OnceLock::new(),
             settings_to_restore: AtomicBool::new(false),
             has_long_settings: AtomicBool::new(false),
@@ -174,7 +176,7 @@ impl Session {
         // One that holds nothing, or was released, can't lose anything by silence. It may be waiting.
         if (holds || self.managed_locks.load(Ordering::Relaxed) > 0)
             && loss.is_none()
-            && self.kept.load(Ordering::Relaxed)
+            && self.kept_since.get().is_some()
             && Instant::now() > self.last_answered() + self.heartbeat.bound()
         {
             self.lose(&Loss::Unresponsive);
@@ -221,9 +223,9 @@ impl Session {
         self.trust(asked);
     }
 
-    /// Starts to monitor a session that holds something.
-    fn keep(self: &Arc<Self>) {
-        if !self.kept.swap(true, Ordering::Relaxed) {
+    /// Starts to monitor a session that holds something since then.
+    fn keep(self: &Arc<Self>, since: Instant) {
+        if self.kept_since.set(since).is_ok() {
             keeper::admit(self);
         }
     }

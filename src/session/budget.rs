@@ -13,6 +13,7 @@ use sqlx::PgPool;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 
+use super::local_queue::LocalQueues;
 use super::policy::WaitPolicy;
 use crate::error::{Error, Result};
 use crate::key::Key;
@@ -28,6 +29,8 @@ pub(crate) struct Budget {
     max_connections: u32,
     /// How many connections locks have.
     in_use: AtomicU32,
+    /// The calls that wait for a busy key.
+    pub(crate) local_queues: Arc<LocalQueues>,
     // So that no other pool can have the address by which this one is found.
     pool: PgPool,
 }
@@ -43,6 +46,12 @@ pub(crate) struct Permit {
     // The pool finds it again as long as one of its permits is out.
     budget: Arc<Budget>,
     _connection: Connection,
+}
+
+impl Permit {
+    pub(super) fn local_queues(&self) -> &Arc<LocalQueues> {
+        &self.budget.local_queues
+    }
 }
 
 impl Drop for Permit {
@@ -68,7 +77,8 @@ impl Budget {
         let permits = usize::try_from(max_connections).unwrap_or(Semaphore::MAX_PERMITS);
         let permits = Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
         let in_use = AtomicU32::new(0);
-        let budget = Arc::new(Self { permits, max_connections, in_use, pool: pool.clone() });
+        let (local_queues, pool) = (Arc::default(), pool.clone());
+        let budget = Arc::new(Self { permits, max_connections, in_use, local_queues, pool });
         budgets.retain(|_, budget| budget.strong_count() > 0);
         budgets.insert(address, Arc::downgrade(&budget));
         budget

@@ -1,12 +1,14 @@
 //! A pooled connection that may be dropped anywhere, and then is closed.
 
 use std::fmt;
+use std::sync::Arc;
 
 use sqlx::pool::PoolConnection;
 use sqlx::{PgConnection, Postgres};
 use tokio::runtime::Handle;
 
 use super::budget::Permit;
+use super::local_queue::LocalQueues;
 
 /// A connection that the pool gets back only through [`give_back`](Self::give_back).
 ///
@@ -20,7 +22,7 @@ pub(crate) struct Conn {
     pooled: Option<PoolConnection<Postgres>>,
     runtime: Handle,
     /// The share of the pool that locks have. `None` for a connection that is used for a question.
-    _permit: Option<Permit>,
+    permit: Option<Permit>,
     /// The application, or a statement whose caller has gone, may have left something on it.
     pub(crate) untidy: bool,
     /// The server was asked whether a transaction was left open on it before.
@@ -34,7 +36,7 @@ impl Conn {
         runtime: Handle,
         permit: Option<Permit>,
     ) -> Self {
-        Self { pooled: Some(pooled), runtime, _permit: permit, untidy: false, checked: false }
+        Self { pooled: Some(pooled), runtime, permit, untidy: false, checked: false }
     }
 
     /// The connection, to run a statement on.
@@ -44,6 +46,11 @@ impl Conn {
 
     pub(crate) fn as_pg(&self) -> Option<&PgConnection> {
         self.pooled.as_deref()
+    }
+
+    /// The lines of the pool in which calls of this process wait. `None` for a connection that is used for a question.
+    pub(super) fn local_queues(&self) -> Option<&Arc<LocalQueues>> {
+        self.permit.as_ref().map(Permit::local_queues)
     }
 
     /// Returns the connection to its pool. It must hold nothing of ours.

@@ -21,6 +21,7 @@ use super::slot::{ConnGuard, Unavailable};
 use super::{DEADLINE, Session, within};
 use crate::error::{Error, Loss, Result, chain, is_answer, sqlstate};
 use crate::key::KeyId;
+use crate::metrics;
 use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::{Need, Request};
@@ -302,10 +303,11 @@ impl Pending {
         self,
         verdict: Verdict,
         policy: WaitPolicy,
+        waiting: &mut metrics::Waiting,
     ) -> Result<Option<Granted>> {
         match verdict {
             Verdict::Granted => self.granted(policy).await.map(Some),
-            Verdict::Busy => Box::pin(self.wait(policy)).await,
+            Verdict::Busy => Box::pin(self.wait(policy, waiting)).await,
             // The drop of `self` releases what may have been granted.
             Verdict::Pooled => Err(Error::NoExclusion { key: self.request.key().clone() }),
             Verdict::Standby => {
@@ -344,7 +346,7 @@ impl Pending {
             return Err(Error::lost(self.request.key(), reason));
         }
         self.settled = true;
-        self.session.keep();
+        self.session.keep(Instant::now());
         Ok(Granted { session: Arc::clone(&self.session), request: self.request.clone() })
     }
 }

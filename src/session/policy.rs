@@ -28,6 +28,11 @@ impl WaitPolicy {
         }
     }
 
+    /// Whether it waits for the lock at all.
+    pub(crate) fn waits(self) -> bool {
+        matches!(self, Self::Forever | Self::Until(_))
+    }
+
     pub(crate) fn deadline(self) -> Option<Instant> {
         match self {
             Self::Forever | Self::Never => None,

@@ -59,8 +59,12 @@ enum Answer {
 }
 
 impl Session {
-    /// Releases one guard's share. Only if that changes what the server holds, a task sends a statement.
+    /// Releases one guard's share. Only if that changes what the server holds, a task sends a statement, unless
+    /// another call of this process waits for the lock and can have it as it is.
     pub(crate) fn release(self: Arc<Self>, request: &Request, protocol: Protocol) -> Release {
+        if self.hand_on(request) {
+            return Release::Done(Ok(()));
+        }
         let leave = self.ledger().leave(request);
         match leave {
             Leave::Keep => return Release::Done(Ok(())),

@@ -29,7 +29,10 @@ const BESIDES: Duration = Duration::from_secs(2);
 /// Which locks of the crate are tried.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
+    /// A session lock; each in a process of its own, as far as the crate can tell.
     Session,
+    /// The same in one process.
+    OneProcess,
     Transaction,
 }
 
@@ -45,6 +48,11 @@ struct Holders {
 #[tokio::test]
 async fn a_writer_is_served_beside_readers() {
     is_served_in_time(readers(Kind::Session)).await;
+}
+
+#[tokio::test]
+async fn a_writer_is_served_beside_readers_of_its_process() {
+    is_served_in_time(readers(Kind::OneProcess)).await;
 }
 
 #[tokio::test]
@@ -79,10 +87,16 @@ fn hold() -> Duration {
 /// Measures both waiters beside the same kind of holders, each on a key of its own.
 async fn is_served_in_time(holders: Holders) {
     let db = TestDb::new().await;
-    let pool = db.pool(2 * holders.count + 2).await;
+    let pool = db.pool(3 * holders.count + 3).await;
     let mut tasks = JoinSet::new();
     for key in [OURS, BARE] {
-        holders.start(&mut tasks, &pool, key);
+        for number in 0..holders.count {
+            let pool = match holders.kind {
+                Kind::Session => db.pool(1).await,
+                Kind::OneProcess | Kind::Transaction => pool.clone(),
+            };
+            holders.start(&mut tasks, pool, number, key);
+        }
     }
     let admin = Mutex::new(db.admin().await);
     let all_want_it = async || {
@@ -117,20 +131,17 @@ async fn is_served_in_time(holders: Holders) {
 }
 
 impl Holders {
-    fn start(self, tasks: &mut JoinSet<()>, pool: &PgPool, key: i64) {
-        for number in 0..self.count {
-            let pool = pool.clone();
-            tasks.spawn(async move {
-                // The end of one reader's hold is in the middle of those of the others.
-                if self.mode == Mode::Shared {
-                    sleep(self.hold * number / self.count).await;
-                }
-                match self.kind {
-                    Kind::Session => self.hold_sessions(&pool, key).await,
-                    Kind::Transaction => self.hold_transactions(&pool, key).await,
-                }
-            });
-        }
+    fn start(self, tasks: &mut JoinSet<()>, pool: PgPool, number: u32, key: i64) {
+        tasks.spawn(async move {
+            // The end of one reader's hold is in the middle of those of the others.
+            if self.mode == Mode::Shared {
+                sleep(self.hold * number / self.count).await;
+            }
+            match self.kind {
+                Kind::Session | Kind::OneProcess => self.hold_sessions(&pool, key).await,
+                Kind::Transaction => self.hold_transactions(&pool, key).await,
+            }
+        });
     }
 
     async fn hold_sessions(self, pool: &PgPool, key: i64) {
@@ -167,7 +178,7 @@ impl Holders {
 /// Acquires exclusively, and releases at once.
 async fn acquire_once(kind: Kind, pool: &PgPool, key: i64) {
     match kind {
-        Kind::Session => drop(Lock::new(pool, key).acquire().await.unwrap()),
+        Kind::Session | Kind::OneProcess => drop(Lock::new(pool, key).acquire().await.unwrap()),
         Kind::Transaction => {
             let mut tx = pool.begin().await.unwrap();
             transaction::acquire(&mut tx, key).await.unwrap();

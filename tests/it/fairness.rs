@@ -43,7 +43,7 @@ async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
     // Without a database, no test runs it as a role.
     let Ok(url) = env::var(URL) else { return };
     let options = PgConnectOptions::from_str(&url).unwrap();
-    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let pool = PgPoolOptions::new().max_connections(3).connect_with(options).await.unwrap();
     let locks = locks(&pool);
     say("ready");
     let Some(cue) = cues().next_line().await.unwrap() else { return };
@@ -72,6 +72,12 @@ async fn service() {
         (0..TASKS).map(|_| Lock::new(&manager, KEY)).collect()
     })
     .await;
+}
+
+#[tokio::test]
+#[ignore = "is a role: another test runs it as a process"]
+async fn service_of_locks() {
+    play(|pool| (0..TASKS).map(|_| Lock::new(pool, KEY)).collect()).await;
 }
 
 #[tokio::test]
@@ -105,10 +111,19 @@ impl FromStr for Turns {
 
 #[tokio::test]
 async fn two_services_and_a_plain_lock_get_their_shares() {
+    get_their_shares("service").await;
+}
+
+#[tokio::test]
+async fn two_services_without_a_manager_and_a_plain_lock_get_their_shares() {
+    get_their_shares("service_of_locks").await;
+}
+
+async fn get_their_shares(service: &str) {
     let seconds = env::var("PGLOCK_FAIRNESS_SECONDS").map_or(3, |text| text.parse().unwrap());
     let db = TestDb::new().await;
     let start = |role: &str| Role::start(&format!("fairness::{role}"), &[(URL, &db.url())]);
-    let mut roles = [start("service"), start("service"), start("loner")];
+    let mut roles = [start(service), start(service), start("loner")];
     for role in &mut roles {
         assert_eq!(role.answer().await, "ready");
     }

@@ -76,7 +76,8 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
     let holder = pid(&mut sql).await;
 
     let mut writer = Lock::new(&pool, 42);
-    let mut reader = Lock::new(&pool, 42);
+    // On another pool: of one pool, only one waits on the server.
+    let mut reader = Lock::new(&db.pool(1).await, 42);
     let writer = spawn(async move { writer.acquire().await.unwrap() });
     locks_are(&mut admin, 2, PATIENCE).await;
     let reader = spawn(async move { reader.acquire_shared().await.unwrap() });

@@ -18,6 +18,7 @@ mod fairness;
 mod faults;
 mod guide;
 mod hostile;
+mod in_line;
 mod inspect;
 mod interop;
 mod keys;

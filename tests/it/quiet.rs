@@ -59,16 +59,21 @@ async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     if role != "postgres" {
         sqlx::raw_sql("CREATE ROLE ordinary LOGIN").execute(&mut holder).await.unwrap();
     }
-    let pool = PgPoolOptions::new().max_connections(2 * WAITERS);
-    let pool = pool.connect_with(db.options().username(role)).await.unwrap();
-    // The first acquire of a pool looks at the server.
-    drop(Lock::new(&pool, KEY + 1).acquire().await.unwrap());
+    // Of one pool, only one would wait on the server.
+    let mut pools = Vec::new();
+    for _ in 0..WAITERS {
+        let pool = PgPoolOptions::new().max_connections(2);
+        let pool = pool.connect_with(db.options().username(role)).await.unwrap();
+        // The first acquire of a pool looks at the server.
+        drop(Lock::new(&pool, KEY + 1).acquire().await.unwrap());
+        pools.push(pool);
+    }
     hold(&mut holder, KEY).await;
 
     let mark = server.log_len();
     let mut tasks = JoinSet::new();
-    for number in 0..WAITERS {
-        let mut lock = Lock::new(&pool, KEY);
+    for (number, pool) in pools.iter().enumerate() {
+        let mut lock = Lock::new(pool, KEY);
         tasks.spawn(async move {
             if number % 2 == 0 {
                 drop(lock.acquire().await.unwrap());

@@ -15,7 +15,7 @@ use crate::session::{DEADLINE, Session, within_task};
 
 impl Pending {
     /// Takes an acquire back that was refused, and what it was granted before.
-    pub(super) async fn withdraw(mut self) {
+    pub(crate) async fn withdraw(mut self) {
         if let Some(slot) = self.slot.take_if(|_| self.claimed.is_empty()) {
             self.settled = true;
             self.session.done(slot);

@@ -39,9 +39,11 @@ impl Pending {
     /// time is over.
     ///
     /// Between two slices the session's connection is free for its other handles.
-    pub(super) async fn wait(mut self, policy: WaitPolicy) -> Result<Option<Granted>> {
-        let labels = self.request.labels(self.session.options());
-        let mut waiting = metrics::Waiting::new(labels);
+    pub(super) async fn wait(
+        mut self,
+        policy: WaitPolicy,
+        waiting: &mut metrics::Waiting,
+    ) -> Result<Option<Granted>> {
         let (started, mut slices) = (Instant::now(), 0);
         let mut plainly = self.session.server.waits_plainly();
         loop {

@@ -337,7 +337,8 @@ async fn readers_wait_for_the_writer_and_then_all_share() {
         let mut lock = new_lock(pool, 10);
         readers.spawn(async move { lock.acquire_shared().await.unwrap() });
     }
-    scene.becomes(1, sessions(10, 1)).await;
+    // One for each pool: the others are in line behind it.
+    scene.becomes(1, sessions(2, 1)).await;
     exclusive.release().await.unwrap();
 
     let shared = timeout(PATIENCE, readers.join_all()).await.unwrap();

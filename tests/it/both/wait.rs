@@ -1,7 +1,9 @@
 //! A wait keeps its place, costs others nothing, and ends when it should.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, LockOptions};
@@ -85,19 +87,22 @@ async fn waiters_within_a_slice_are_served_in_order() {
     const WAITERS: usize = 5;
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let pool = db.pool(u32::try_from(WAITERS).unwrap() + 1).await;
+    let pool = db.pool(3).await;
     for _ in 0..5 {
         let held = new_lock(&pool, 1).acquire().await.unwrap();
         let served = Arc::new(AtomicUsize::new(0));
         let mut waiters = JoinSet::new();
         for place in 0..WAITERS {
             let (mut lock, served) = (new_lock(&pool, 1), Arc::clone(&served));
-            waiters.spawn(async move {
+            let mut waiter = Box::pin(async move {
                 let guard = lock.acquire().await.unwrap();
                 assert_eq!(served.fetch_add(1, Ordering::SeqCst), place);
                 guard.release().await.unwrap();
             });
-            locks_are(&mut admin, sessions(place + 2, 1), soon()).await;
+            // The first one waits on the server, the others are in line behind it as soon as they are polled.
+            assert!(poll_fn(|cx| Poll::Ready(waiter.as_mut().poll(cx))).await.is_pending());
+            waiters.spawn(waiter);
+            locks_are(&mut admin, sessions(2, 1), soon()).await;
         }
         held.release().await.unwrap();
         while let Some(finished) = waiters.join_next().await {

@@ -1,0 +1,431 @@
+//! Calls of one process that want the same key: one waits on the server, and the others in line behind it.
+
+use std::future::poll_fn;
+use std::ops::AsyncFnMut;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+use std::thread;
+use std::time::Duration;
+
+use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
+use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
+use sqlx::{PgConnection, PgPool};
+use tokio::runtime::Builder;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{SOON, has_waiter, locks_are, no_locks, soon};
+
+const KEY: &str = "nightly-report";
+const LATE: Duration = Duration::from_mins(1);
+
+/// Polls a future once, which must not be ready.
+async fn begin<F: Future>(future: &mut Pin<&mut F>) {
+    assert!(poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await.is_pending());
+}
+
+/// A guard of the lock, after the one that was passed to it; `None` if that took too long for it to be passed on.
+async fn pass_on(
+    pool: &PgPool,
+    admin: &mut PgConnection,
+    first: &mut Lock,
+    second: &mut Lock,
+) -> Option<(ExclusiveGuard, i32)> {
+    let held = Lock::new(pool, KEY).acquire().await.unwrap();
+    let mut front = pin!(first.acquire());
+    let mut behind = pin!(second.acquire());
+    tokio::select! {
+        _ = &mut front => panic!("the lock is held"),
+        () = locks_are(admin, 2, soon()) => {}
+    }
+    begin(&mut behind).await;
+    held.release().await.unwrap();
+    let guard = front.await.unwrap();
+    let pid = guard.backend_pid();
+    guard.release().await.unwrap();
+    let passed = behind.await.unwrap();
+    (passed.backend_pid() == pid).then_some((passed, pid))
+}
+
+/// Tries again until a lock is passed on: a busy machine may be too slow for it.
+async fn until_passed_on(mut attempt: impl AsyncFnMut() -> bool) {
+    let attempts = async { while !attempt().await {} };
+    assert!(timeout(LATE, attempts).await.is_ok(), "no lock is passed on");
+}
+
+#[tokio::test]
+async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    until_passed_on(async || {
+        let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
+        let passed = pass_on(&pool, &mut admin, &mut first, &mut second).await;
+        let Some((guard, _)) = passed else { return false };
+        assert!(first.try_acquire().await.unwrap().is_none());
+        assert!(first.try_acquire_shared().await.unwrap().is_none());
+        // It is the one of the handle that has it now.
+        let again = second.acquire().await.unwrap();
+        assert_eq!(again.backend_pid(), guard.backend_pid());
+        drop(again);
+        first.release_all().await.unwrap();
+        assert!(!guard.is_lost());
+        guard.verify().await.unwrap();
+        guard.release().await.unwrap();
+        true
+    })
+    .await;
+    no_locks(&mut admin).await;
+}
+
+#[tokio::test]
+async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(9).await, db.admin().await);
+    until_passed_on(async || {
+        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+        let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
+        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
+        tokio::select! {
+            _ = &mut front => panic!("the lock is held"),
+            () = locks_are(&mut admin, 2, soon()) => {}
+        }
+        begin(&mut behind).await;
+        held.release().await.unwrap();
+        let guard = front.await.unwrap();
+        let pid = guard.backend_pid();
+        let mut same = Lock::new(&guard, KEY);
+        let mut other = Lock::new(&guard, "another");
+        drop(guard);
+        let passed = behind.await.unwrap();
+        assert!(same.try_acquire().await.unwrap().is_none());
+        let other = other.acquire().await.unwrap();
+        assert_ne!(other.backend_pid(), passed.backend_pid());
+        passed.backend_pid() == pid
+    })
+    .await;
+    no_locks(&mut admin).await;
+}
+
+/// What was left on the connection must not be met by the next one.
+#[tokio::test]
+async fn a_session_with_an_open_transaction_is_not_passed_on() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    for _ in 0..20 {
+        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+        let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
+        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
+        tokio::select! {
+            _ = &mut front => panic!("the lock is held"),
+            () = locks_are(&mut admin, 2, soon()) => {}
+        }
+        begin(&mut behind).await;
+        held.release().await.unwrap();
+        let guard = front.await.unwrap();
+        let mut connection = guard.connection().await.unwrap();
+        sqlx::raw_sql("BEGIN; CREATE TABLE entry ()").execute(&mut *connection).await.unwrap();
+        drop(connection);
+        drop(guard);
+        let passed = behind.await.unwrap();
+        let mut connection = passed.connection().await.unwrap();
+        let sees = "SELECT to_regclass('entry') IS NOT NULL";
+        let sees: bool = sqlx::query_scalar(sees).fetch_one(&mut *connection).await.unwrap();
+        assert!(!sees, "it meets the transaction of the one before");
+    }
+    no_locks(&mut admin).await;
+}
+
+#[tokio::test]
+async fn one_connection_waits_however_many_tasks_do() {
+    const TASKS: usize = 200;
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+    let inside = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for _ in 0..TASKS {
+        let (mut lock, inside) = (Lock::new(&pool, KEY), Arc::clone(&inside));
+        tasks.spawn(async move {
+            let guard = lock.acquire().await.unwrap();
+            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+            tokio::task::yield_now().await;
+            inside.fetch_sub(1, Ordering::SeqCst);
+            drop(guard);
+        });
+    }
+    locks_are(&mut admin, 2, soon()).await;
+    // The pool has some for everything else.
+    let query = timeout(SOON, sqlx::query("SELECT 1").execute(&pool)).await;
+    query.expect("a query finds no connection").unwrap();
+    assert_eq!(advisory_locks(&mut admin).await.len(), 2);
+    held.release().await.unwrap();
+    timeout(LATE, tasks.join_all()).await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+#[tokio::test]
+async fn readers_behind_a_writer_share_it() {
+    const READERS: usize = 4;
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(12).await, db.admin().await);
+    let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+    let mut readers = JoinSet::new();
+    for _ in 0..READERS {
+        let mut lock = Lock::new(&pool, KEY);
+        readers.spawn(async move { lock.acquire_shared().await.unwrap() });
+    }
+    locks_are(&mut admin, 2, soon()).await;
+    let mut lock = Lock::new(&pool, KEY);
+    let mut writer = pin!(lock.acquire());
+    begin(&mut writer).await;
+    held.release().await.unwrap();
+    let readers = timeout(LATE, readers.join_all()).await.unwrap();
+    assert!(timeout(Duration::from_millis(50), &mut writer).await.is_err());
+    drop(readers);
+    timeout(LATE, writer).await.unwrap().unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+/// At every point, while the lock goes round.
+#[tokio::test]
+async fn a_call_in_line_can_be_dropped() {
+    const POLLS: usize = 12;
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    for polls in 1..POLLS {
+        let mut tasks = JoinSet::new();
+        for task in 0..10 {
+            let mut lock = Lock::new(&pool, KEY);
+            tasks.spawn(async move {
+                for _ in 0..10 {
+                    if task % 2 == 0 {
+                        drop(cancel_after(polls, lock.acquire()).await);
+                    } else {
+                        lock.acquire().await.unwrap().release().await.unwrap();
+                    }
+                    tokio::task::yield_now().await;
+                }
+            });
+        }
+        timeout(LATE, tasks.join_all()).await.unwrap();
+        no_locks(&mut admin).await;
+    }
+}
+
+#[tokio::test]
+async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+    let (mut one, mut two) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
+    let mut short = Box::pin(one.try_acquire_for(Duration::from_secs(1)));
+    tokio::select! {
+        _ = &mut short => panic!("the lock is held"),
+        () = has_waiter(&mut admin) => {}
+    }
+    let mut long = pin!(two.acquire());
+    begin(&mut long).await;
+    tokio::select! {
+        timed_out = short => assert!(timed_out.unwrap().is_none()),
+        _ = &mut long => panic!("the lock is held"),
+    }
+    tokio::select! {
+        _ = &mut long => panic!("the lock is held"),
+        () = locks_are(&mut admin, 2, soon()) => {}
+    }
+    held.release().await.unwrap();
+    drop(timeout(LATE, long).await.unwrap().unwrap());
+}
+
+#[tokio::test]
+async fn a_timeout_in_line_is_no_error() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+    let mut tasks = JoinSet::new();
+    for _ in 0..100 {
+        let mut lock = Lock::new(&pool, KEY);
+        tasks.spawn(async move { lock.try_acquire_for(Duration::from_millis(300)).await });
+    }
+    for timed_out in timeout(LATE, tasks.join_all()).await.unwrap() {
+        assert!(timed_out.unwrap().is_none());
+    }
+    held.release().await.unwrap();
+    no_locks(&mut admin).await;
+    assert!(Lock::new(&pool, KEY).try_acquire().await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn the_end_of_the_pool_ends_the_waits_in_line() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+    let mut tasks = JoinSet::new();
+    for _ in 0..20 {
+        let mut lock = Lock::new(&pool, KEY);
+        tasks.spawn(async move { lock.acquire().await });
+    }
+    has_waiter(&mut admin).await;
+    let closed = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.close().await }
+    });
+    for ended in timeout(LATE, tasks.join_all()).await.unwrap() {
+        assert!(matches!(ended, Err(Error::PoolClosed { .. })), "{ended:?}");
+    }
+    drop(held);
+    timeout(LATE, closed).await.unwrap().unwrap();
+}
+
+/// Not one after the other.
+#[tokio::test]
+async fn all_in_line_hear_that_the_pool_is_exhausted() {
+    const TIMEOUT: Duration = Duration::from_secs(1);
+    let db = TestDb::new().await;
+    let pool = db.pool_options().max_connections(3).acquire_timeout(TIMEOUT);
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let mut admin = db.admin().await;
+    sqlx::raw_sql("SELECT pg_advisory_lock(7)").execute(&mut admin).await.unwrap();
+    let mut first = Lock::new(&pool, 7);
+    let mut front = Box::pin(first.acquire());
+    let mut watcher = db.admin().await;
+    tokio::select! {
+        _ = &mut front => panic!("the lock is held"),
+        () = has_waiter(&mut watcher) => {}
+    }
+    let mut tasks = JoinSet::new();
+    for _ in 0..10 {
+        let mut lock = Lock::new(&pool, 7);
+        tasks.spawn(async move { lock.acquire().await });
+    }
+    tokio::task::yield_now().await;
+    // The queries have the rest, and what the first wait gives back.
+    let mut queries = vec![pool.acquire().await.unwrap(), pool.acquire().await.unwrap()];
+    drop(front);
+    queries.push(timeout(LATE, pool.acquire()).await.unwrap().unwrap());
+    let failed =
+        timeout(TIMEOUT * 5, tasks.join_all()).await.expect("they wait one after the other");
+    for failed in failed {
+        assert!(matches!(failed, Err(Error::PoolTimedOut { .. })), "{failed:?}");
+    }
+}
+
+/// The first in line is on a runtime that ends, and so is what waits on the server for the others.
+#[tokio::test]
+async fn the_end_of_a_runtime_moves_the_line_on() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    for ended in 0..3 {
+        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+        let (end, until_end) = oneshot::channel::<()>();
+        let (tell, begun) = oneshot::channel();
+        let theirs = pool.clone();
+        let thread = thread::spawn(move || {
+            let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async move {
+                for _ in 0..3 {
+                    let mut lock = Lock::new(&theirs, KEY);
+                    tokio::spawn(async move { lock.acquire().await });
+                }
+                tokio::task::yield_now().await;
+                tell.send(()).unwrap();
+                until_end.await.unwrap_err();
+            });
+        });
+        begun.await.unwrap();
+        has_waiter(&mut admin).await;
+        let mut lock = Lock::new(&pool, KEY);
+        let mut ours = pin!(lock.acquire());
+        begin(&mut ours).await;
+        if ended > 0 {
+            drop(end);
+            tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap();
+            held.release().await.unwrap();
+            timeout(LATE, ours).await.unwrap().unwrap().release().await.unwrap();
+        } else {
+            // It goes through all of them, of both runtimes.
+            held.release().await.unwrap();
+            timeout(LATE, ours).await.unwrap().unwrap().release().await.unwrap();
+            drop(end);
+            tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap();
+        }
+        no_locks(&mut admin).await;
+    }
+}
+
+/// The server restarts again and again while the lock goes round.
+#[tokio::test]
+async fn the_line_outlives_a_restart() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(4).await;
+    let inside = Arc::new(AtomicUsize::new(0));
+    let done = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for _ in 0..50 {
+        let (mut lock, inside, done) =
+            (Lock::new(&pool, KEY), Arc::clone(&inside), Arc::clone(&done));
+        tasks.spawn(async move {
+            let mut cycles = 0;
+            while cycles < 40 {
+                match lock.acquire().await {
+                    Ok(guard) => {
+                        // A guard that is lost excludes nobody.
+                        let before = inside.fetch_add(1, Ordering::SeqCst);
+                        tokio::task::yield_now().await;
+                        assert!(before == 0 || guard.verify().await.is_err());
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        cycles += 1;
+                    }
+                    Err(_) => sleep(Duration::from_millis(20)).await,
+                }
+                done.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+    }
+    for _ in 0..2 {
+        let so_far = done.load(Ordering::SeqCst);
+        let progress = async {
+            while done.load(Ordering::SeqCst) < so_far + 200 {
+                sleep(Duration::from_millis(2)).await;
+            }
+        };
+        timeout(LATE, progress).await.unwrap();
+        server.kill();
+        server.restart();
+    }
+    timeout(LATE, tasks.join_all()).await.unwrap();
+    no_locks(&mut db.admin().await).await;
+}
+
+/// The server has been told the first one's keepalives.
+#[tokio::test]
+async fn a_lock_with_other_keepalives_gets_no_session_that_is_passed_on() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let options = server.tcp_options().database(db.name());
+    let pool = db.pool_options().max_connections(6).connect_with(options).await.unwrap();
+    let mut admin = db.admin().await;
+    let others = LockOptions::new().keepalives_idle(Duration::from_secs(2)).on(&pool).unwrap();
+    for _ in 0..20 {
+        let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&others, KEY));
+        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
+        tokio::select! {
+            _ = &mut front => panic!("the lock is held"),
+            () = locks_are(&mut admin, 2, soon()) => {}
+        }
+        begin(&mut behind).await;
+        held.release().await.unwrap();
+        front.await.unwrap().release().await.unwrap();
+        let guard = behind.await.unwrap();
+        let mut connection = guard.connection().await.unwrap();
+        let idle = sqlx::query_scalar("SHOW tcp_keepalives_idle").fetch_one(&mut *connection);
+        let idle: String = idle.await.unwrap();
+        assert_eq!(idle, "2");
+    }
+    no_locks(&mut admin).await;
+}
