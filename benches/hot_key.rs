@@ -23,6 +23,9 @@ use quantile::quantile;
 const KEY: i64 = 17;
 const CONNECTIONS: u32 = 10;
 
+/// How often each way has its turn.
+const ROUNDS: u32 = 4;
+
 /// How often it is asked how many connections the lock has.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -72,7 +75,6 @@ async fn hot_key(time: Duration) -> Result<(), BoxDynError> {
     drop(Lock::new(&pool, KEY).acquire().await?);
     let idle = quantile(&ask(&pool, Instant::now() + time / 10).await?, 0.5);
 
-    const ROUNDS: u32 = 4;
     let mut measured = Way::ALL.map(|way| (way, Measured::default()));
     for _ in 0..ROUNDS {
         for (way, measured) in &mut measured {
@@ -129,17 +131,18 @@ async fn run(
             Ok::<usize, BoxDynError>(cycles)
         });
     }
-    let asking = tokio::spawn({
-        let pool = pool.clone();
-        async move { ask(&pool, end).await }
-    });
+    let mut asking = JoinSet::new();
+    let others = pool.clone();
+    asking.spawn(async move { ask(&others, end).await });
     while Instant::now() < end {
         let connections = "SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory'";
         let connections: i64 = query_scalar(connections).fetch_one(&mut *admin).await?;
         measured.connections = measured.connections.max(connections);
         sleep(LOOK).await;
     }
-    measured.queries.extend(asking.await??);
+    for asked in asking.join_all().await {
+        measured.queries.extend(asked?);
+    }
     while let Some(cycles) = running.join_next().await {
         measured.cycles += cycles??;
     }

@@ -492,8 +492,8 @@ impl Election {
         Ok(holder.map(Leader::from))
     }
 
-    /// Observes the leader, from now on: a [`Stream`](futures_core::Stream) of its changes, which asks the server every
-    /// half second while it is polled.
+    /// Observes the leader, from now on: a [`Stream`](futures_core::Stream) of its changes, which asks the server while
+    /// it is polled: every half second, and every 5 s when nothing has changed for a minute.
     ///
     /// # Examples
     ///

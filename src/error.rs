@@ -259,6 +259,9 @@ pub enum Loss {
     /// The session's connection broke, or the server ended it.
     #[error("the session's connection broke")]
     Disconnected(#[source] Arc<sqlx::Error>),
+    /// It was held for longer than [`LockOptions::max_hold`](crate::LockOptions::max_hold).
+    #[error("it was held for longer than max_hold")]
+    HeldTooLong,
     /// Statements were answered by another session than the one that holds the lock, or the server's locks
     /// were found to exclude no other session.
     #[error("locks exclude no other session on this connection")]

@@ -96,7 +96,8 @@ impl Guard {
     ///
     /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was
     /// held until now. Sends one statement if this was the last guard of its handle, otherwise
-    /// none.
+    /// none. If the lock is [passed on](crate::guide::guarantees#fairness) to another task of the process, the statement
+    /// asks whether the session is alive; dropping the guard sends none then.
     ///
     /// # Cancel safety
     ///

@@ -77,11 +77,12 @@
 //! | the first acquire of a process on a server | 26 on two connections beside the pool, in the background, to prove that locks exclude other sessions |
 //! | the first acquire on a connection with prepared statements of the application | 1 more, for the settings |
 //! | a re-entrant guard acquired or released | 0 |
+//! | a lock [passed on](guide::guarantees#fairness) to another task of the process | 0; 1 if the release is awaited |
 //! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; 0 for a hand-off inside the process |
 //! | several free locks acquired at once | 1; refused half-way, 1 more |
 //! | a permit of a semaphore acquired | 3, and 1 per ten seconds; 1 every 20 ms for the first waiter |
 //! | a leader elected | 2 more than a lock acquired |
-//! | the leader looked up, or observed | 1, or 1 every 500 ms |
+//! | the leader looked up, or observed | 1, or 1 every 500 ms, after a minute without a change every 5 s |
 //! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat_interval) |
 //! | the connection [borrowed](Guard::connection) | 2 the first time, at most 1 later; 2 when it is returned |
 //! | the last guard released, or the last exclusive one | 1 |

@@ -31,12 +31,15 @@ use crate::source::Source;
 /// | shared | [`acquire_shared`](Self::acquire_shared) | [`try_acquire_shared_for`](Self::try_acquire_shared_for) | [`try_acquire_shared`](Self::try_acquire_shared) |
 /// | a future under the exclusive lock | [`run`](Self::run) | [`try_run_for`](Self::try_run_for) | [`try_run`](Self::try_run) |
 ///
-/// Waiters queue on the server, in FIFO order. A `try_` method never overtakes the queue.
+/// Waiters are served in FIFO order: of the handles that hold nothing, and wait for the same key on the same pool, one
+/// waits in the server's queue, and the others [in line](crate::guide::guarantees#fairness) behind it. `try_acquire`
+/// never overtakes the server's queue.
 ///
 /// # Connections
 ///
-/// A handle that holds or waits uses one connection of the pool. Give the pool at least as many as
-/// the locks that you hold and await at the same time, and some for your queries. An idle connection is
+/// A handle that holds uses one connection of the pool, and so does a key that is waited for, however many tasks do.
+/// Give the pool at least as many as the locks that you hold, and the keys that you await, at the same time, and some
+/// for your queries. An idle connection is
 /// taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the
 /// next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout,
 /// and all of them together by at most ten seconds.
@@ -117,6 +120,10 @@ impl Lock {
     /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), one statement each,
     /// so that no snapshot gets older. Between two slices the waiter goes to the end of the queue. If
     /// this handle already holds the lock exclusively, nothing is sent.
+    ///
+    /// Where others of the process wait for the same key on the same pool, it waits in line behind them, without a
+    /// connection, and sends nothing. It may be passed the lock of the one before, on the connection of that one. A
+    /// future that is not polled holds up those behind it.
     ///
     /// A handle that holds the lock only shared waits until all other sessions have released it. Two
     /// handles that do so deadlock; the server detects the deadlock within its `deadlock_timeout`, and one

@@ -53,7 +53,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 
 /// Makes locks that share a few connections.
 ///
-/// A [`Lock`](crate::Lock) made from a pool uses a connection of the pool while it is held or waited for.
+/// A [`Lock`](crate::Lock) made from a pool uses a connection of the pool while it is held.
 /// The locks of a manager share one connection: a thousand held locks, or a hundred thousand, are one
 /// connection. They are the same [`Lock`](crate::Lock) and the same guards, and exclude all other locks on the
 /// same keys.

@@ -33,6 +33,7 @@ pub struct LockOptions {
     require_settings: bool,
     allow_standby: bool,
     reserve_connections: Option<u32>,
+    max_hold: Option<Duration>,
     key_label: KeyLabel,
 }
 
@@ -117,6 +118,7 @@ impl LockOptions {
             require_settings: false,
             allow_standby: false,
             reserve_connections: None,
+            max_hold: None,
             key_label: KeyLabel::default(),
         }
     }
@@ -290,7 +292,7 @@ impl LockOptions {
     /// Sets how many connections of the pool all locks on it together leave to queries. Default: a third of
     /// the pool, rounded up.
     ///
-    /// A lock uses a connection while it is held or waited for, and what it protects usually needs another
+    /// A lock that is held, or a key that is waited for, uses a connection, and what it protects usually needs another
     /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire
     /// that would leave fewer waits in the process, in FIFO order, for up to the pool's `acquire_timeout`,
     /// and then fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one
@@ -311,6 +313,37 @@ impl LockOptions {
     #[must_use]
     pub fn reserve_connections(mut self, connections: u32) -> Self {
         self.reserve_connections = Some(connections);
+        self
+    }
+
+    /// Sets for how long a session holds its locks at most, from its first one. Default: for as long as its guards
+    /// live. From a second to a year.
+    ///
+    /// This is for holders that hang. When the time is over, the guards report [`Loss::HeldTooLong`](crate::Loss), a
+    /// warning is logged, and the connection is closed, so the server grants the locks to others. A holder that goes on
+    /// all the same is not stopped: use [`Guard::while_held`](crate::Guard::while_held) or
+    /// [`Lock::run`](crate::Lock::run), which cancel the work. If the connection is
+    /// [borrowed](crate::Guard::connection) then, it is closed when it is returned. Needs a runtime that runs. Has no
+    /// effect on the locks of a [`LockManager`](crate::LockManager), which share a session.
+    ///
+    /// To limit the work without closing the connection, put a timeout around it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Lock, LockOptions, Loss};
+    /// use std::time::Duration;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let configured = LockOptions::new().max_hold(Duration::from_secs(1)).on(&pool)?;
+    /// let guard = Lock::new(&configured, "nightly-report").acquire().await?;
+    /// assert!(matches!(guard.lost().await, Loss::HeldTooLong));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn max_hold(mut self, max_hold: Duration) -> Self {
+        self.max_hold = Some(max_hold);
         self
     }
 
@@ -372,6 +405,7 @@ impl LockOptions {
         const LONGEST: Duration = Duration::from_hours(1);
         const MARGIN: Duration = Duration::from_secs(1);
         const TICK: Duration = Duration::from_millis(100);
+        const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
         let Self { wait_slice, heartbeat, keepalives, .. } = self;
         if let Some(wait_slice) = wait_slice
@@ -379,6 +413,13 @@ impl LockOptions {
         {
             return Some(format!(
                 "wait_slice is {wait_slice:?}; it must be from {SHORTEST:?} to {LONGEST:?}"
+            ));
+        }
+        if let Some(max_hold) = self.max_hold
+            && !(MARGIN..=A_YEAR).contains(&max_hold)
+        {
+            return Some(format!(
+                "max_hold is {max_hold:?}; it must be from {MARGIN:?} to {A_YEAR:?}"
             ));
         }
         let Heartbeat { interval, timeout } = heartbeat;
@@ -438,6 +479,10 @@ impl LockOptions {
 
     pub(crate) fn reserve(&self) -> Option<u32> {
         self.reserve_connections
+    }
+
+    pub(crate) fn longest_hold(&self) -> Option<Duration> {
+        self.max_hold
     }
 
     pub(crate) fn key_label(&self) -> KeyLabel {

@@ -21,7 +21,7 @@ use crate::session::Session;
 use crate::session::conn::Conn;
 use crate::session::hand_on;
 use crate::session::ledger::Join;
-use crate::session::local_queue::Next;
+use crate::session::local_queue::{LineId, Next};
 use crate::session::pending::{Granted, Pending, Verdict};
 use crate::session::policy::WaitPolicy;
 use crate::session::pool;
@@ -258,33 +258,35 @@ impl Owner {
     ) -> Result<Option<Granted>> {
         let Self { pool, server, options, .. } = self;
         let queues = Arc::clone(&server.budget().local_queues);
-        let in_line = request.is_in_line() && policy.waits();
+        let line = LineId::new(server.server(pool), request.key().id());
+        let mut in_line = request.is_in_line() && policy.waits();
         let mut waiting = metrics::Waiting::new(request.labels(options));
-        let mut place = if in_line { queues.join(request, options) } else { None };
+        let mut place = if in_line { queues.join(line, request, options) } else { None };
         loop {
-            let mut front = None;
+            let (mut front, has_waited) = (None, place.is_some());
             if let Some(place) = place.take() {
                 waiting.start();
-                match Box::pin(place.next(pool, options, policy)).await? {
+                let next = Box::pin(place.next(request.key(), pool, options, policy)).await?;
+                match next {
+                    Some(Next::Granted(handed)) => return handed.granted(request).map(Some),
                     Some(Next::Front(next)) => front = Some(next),
-                    Some(Next::Granted(handed)) => {
-                        let granted = |session| Granted { session, request: request.clone() };
-                        return Ok(handed.take().map(granted));
-                    }
-                    Some(Next::First(..) | Next::Failed(_)) | None => return Ok(None),
+                    Some(Next::Alone) => in_line = false,
+                    Some(Next::First(..) | Next::Failed(_) | Next::Released) | None => {}
                 }
             }
             let opened = Pending::open(pool, server, request, options, policy).await;
-            if let (
-                Err(error @ (Error::PoolTimedOut { .. } | Error::Connect { .. })),
-                Some(front),
-            ) = (&opened, &front)
-            {
-                front.fail(error);
+            if let Err(error @ (Error::PoolTimedOut { .. } | Error::Connect { .. })) = &opened {
+                if has_waited && policy.left().is_some_and(|left| left.is_zero()) {
+                    // It was the call's own time that was over, and the lock was busy.
+                    return Ok(None);
+                }
+                if let Some(front) = &front {
+                    front.fail(error);
+                }
             }
             let (pending, verdict) = opened?;
             if matches!(verdict, Verdict::Busy) && in_line && front.is_none() {
-                match queues.enter(request, options) {
+                match queues.enter(line, request, options) {
                     Ok(first) => front = Some(first),
                     Err(behind) => {
                         pending.withdraw().await;

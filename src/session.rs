@@ -57,6 +57,7 @@ use crate::options::{Heartbeat, Keepalives, LockOptions};
 use crate::request::Request;
 use conn::Conn;
 use ledger::{Join, Ledger};
+use local_queue::LocalQueues;
 use servers::Server;
 
 /// How long a statement may take that never waits for a lock. After that the connection is closed.
@@ -98,6 +99,8 @@ pub(crate) struct Session {
     /// Whether it is that of a leader.
     pub(crate) leading: metrics::Leading,
     pool: PgPool,
+    /// Where calls of this process wait. `None` for a session that opens its connection later.
+    local_queues: Option<Arc<LocalQueues>>,
     server: Arc<Server>,
     /// How to reach the server, as the pool was told when the session was opened.
     connect_options: Arc<PgConnectOptions>,
@@ -113,8 +116,10 @@ impl Session {
         runtime: Handle,
         options: &LockOptions,
     ) -> Arc<Self> {
+        let conn = conn.into();
+        let local_queues = conn.as_ref().and_then(Conn::local_queues).map(Arc::clone);
         Arc::new(Self {
-            conn: Arc::new(tokio::sync::Mutex::new(conn.into())),
+            conn: Arc::new(tokio::sync::Mutex::new(conn)),
             borrowed: AtomicBool::new(false),
             uses: AtomicU64::new(0),
             ledger: Mutex::new(Ledger::opening()),
@@ -133,6 +138,7 @@ impl Session {
             managed_locks: AtomicUsize::new(0),
             leading: metrics::Leading::default(),
             pool: pool.clone(),
+            local_queues,
             server: Arc::clone(server),
             connect_options: pool.connect_options(),
             runtime,
@@ -228,6 +234,13 @@ impl Session {
         if self.kept_since.set(since).is_ok() {
             keeper::admit(self);
         }
+    }
+
+    /// Until when it may hold what it holds since then, if that is limited. That of a manager is not.
+    fn hold_ends(&self, since: Instant) -> Option<Instant> {
+        let longest = self.options.longest_hold()?;
+        let ledger = self.ledger();
+        (ledger.holds_locks() && !ledger.is_pinned()).then(|| since + longest)
     }
 
     /// The settings of a session that is held for longer, if it does not have them.

@@ -11,7 +11,7 @@ use crate::owner::Owner;
 ///
 /// | source | what [`Lock`](crate::Lock) and [`MultiLock`](crate::MultiLock) hold their locks on |
 /// |---|---|
-/// | [`PgPool`] | a connection of the pool for each handle that holds or waits |
+/// | [`PgPool`] | a connection of the pool for each handle that holds, and for each key that is waited for |
 /// | [`ConfiguredPool`] | the same, with [`LockOptions`] |
 /// | [`LockManager`](crate::LockManager) | for `Lock`, one connection for all that the manager holds; for `MultiLock`, as for the manager's pool |
 /// | [`Guard`](crate::Guard), and each type of guard | the session of that guard |

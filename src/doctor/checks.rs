@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use sqlx::{Connection, PgConnection, PgPool};
+
 use super::{Finding, Severity};
 use crate::error::{Error, Result};
 use crate::lock::Lock;
 use crate::options::LockOptions;
+use crate::session::{DEADLINE, within};
 use crate::sql::doctor::{self as statements, Circumstances};
 
 /// How few connections or locks are few.
@@ -83,17 +86,22 @@ pub(super) async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<
     if matches!(seen.forbidden, Ok(Some(_))) {
         return Ok(Vec::new());
     }
-    let direct = |seen: &str| Finding::fine("pooler", seen);
+    let direct = |seen: &str| Finding::fine("exclusion", seen);
     let guard = match lock.try_acquire_for(PATIENCE).await {
         Ok(Some(guard)) => guard,
         // Another doctor is here.
-        Ok(None) => return Ok(vec![direct("no pooler in transaction mode was found")]),
+        Ok(None) => return Ok(vec![direct("locks exclude other sessions")]),
         Err(Error::NoExclusion { .. }) => {
-            return Ok(vec![direct("a pooler in transaction mode sits in between").but(
-                Severity::Broken,
-                "locks exclude no other session through it: connect directly, or through a pooler in session \
-                 mode",
-            )]);
+            let finding = match engine(&seen.product) {
+                Some(engine) => direct(&format!("the server is {engine}, where locks exclude no other session"))
+                    .but(Severity::Broken, "use a PostgreSQL server for locks"),
+                None => direct(
+                    "locks exclude no other session: a pooler in transaction mode or a load balancer sits in \
+                     between, or the server's locks do nothing",
+                )
+                .but(Severity::Broken, "connect to the server directly, or through a pooler in session mode"),
+            };
+            return Ok(vec![finding]);
         }
         // Both are findings of their own.
         Err(Error::Standby { .. } | Error::SettingsRejected { .. }) => return Ok(Vec::new()),
@@ -116,7 +124,40 @@ pub(super) async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<
         ),
     };
     guard.release().await?;
-    Ok(vec![direct("no pooler in transaction mode was found"), token])
+    Ok(vec![direct("locks exclude other sessions"), token])
+}
+
+/// A server that is known to call itself so, and is no PostgreSQL.
+fn engine(product: &str) -> Option<&'static str> {
+    let engines =
+        [("CockroachDB", "CockroachDB"), ("-YB-", "YugabyteDB"), ("Redshift", "Amazon Redshift")];
+    engines.into_iter().find(|(mark, _)| product.contains(mark)).map(|(_, name)| name)
+}
+
+/// Whether the end of a connection ends its session. A pooler in session mode that does not reset the session gives
+/// it to the next client, and what a client that dies has locked stays locked.
+///
+/// `None` if the server admits no more connections, which another check reports.
+pub(super) async fn end_of_session(pool: &PgPool) -> Option<Finding> {
+    let check = "end of a session";
+    let options = pool.connect_options();
+    let looking = within(DEADLINE, async {
+        let mut conn = PgConnection::connect_with(&options).await?;
+        statements::leave_mark(&mut conn).await?;
+        conn.close().await?;
+        let mut conn = PgConnection::connect_with(&options).await?;
+        let has_mark = statements::has_mark(&mut conn).await?;
+        conn.close().await?;
+        Ok(has_mark)
+    });
+    Some(if looking.await.ok()? {
+        Finding::fine(check, "a pooler gives the session of a closed connection to the next client as it is").but(
+            Severity::Warning,
+            "the locks of a process that dies stay: set server_reset_query = DISCARD ALL (PgBouncer)",
+        )
+    } else {
+        Finding::fine(check, "a closed connection leaves nothing to the next one")
+    })
 }
 
 /// When the server closes the session of a holder whose host vanishes, and whether that holder has detected the
@@ -332,6 +373,7 @@ mod tests {
     fn with(settings: &[(&'static str, i64)]) -> Circumstances {
         Circumstances {
             version: 150_018,
+            product: String::new(),
             role: "app".to_owned(),
             standby: false,
             tcp: true,

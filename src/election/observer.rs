@@ -14,8 +14,11 @@ use super::Election;
 use crate::error::Result;
 use crate::sql::election::Holder;
 
-/// How often an observer looks.
-const LOOK: Duration = Duration::from_millis(500);
+/// How long after a look an observer looks again: after a change.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// The same, when nothing has changed for long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Who leads, as the server shows it.
 ///
@@ -77,8 +80,9 @@ impl From<Holder> for Leader {
 /// Observes which candidate leads: made by [`Election::observe`].
 ///
 /// A [`Stream`] of the leaders: the present one first (`None` if there is none), then each change. It asks the
-/// server every half second, so a leader that came and went in between is not seen. It has no end, and goes on
-/// after an error. [`changed`](Self::changed) is the same without a stream.
+/// server every half second after a change, and less often the longer nothing changes: after 5 s from a minute on. So a
+/// change is seen at most 5 s late, and a leader that came and went in between is not seen. The stream has no end, and
+/// goes on after an error. [`changed`](Self::changed) is the same without a stream.
 ///
 /// Nothing runs in the background: an observer that is not polled sends nothing.
 ///
@@ -126,6 +130,8 @@ pub struct Observer {
     election: Arc<Election>,
     /// When to look next. `None` before the first look, which is due at once.
     due: Option<Instant>,
+    /// When a look has last seen something else than the one before, or failed.
+    changed_at: Instant,
     /// The look that was begun. The mutex is never locked: it lets threads share an observer.
     look: Mutex<Option<Look>>,
     /// Whether anything was returned, and what last.
@@ -142,6 +148,7 @@ impl Observer {
         Self {
             election: Arc::new(election),
             due: None,
+            changed_at: Instant::now(),
             look: Mutex::default(),
             told: false,
             seen: None,
@@ -158,7 +165,7 @@ impl Observer {
     ///
     /// # Errors
     ///
-    /// As for [`Election::leader`]. The next call goes on, half a second after the failure.
+    /// As for [`Election::leader`]. The next call goes on half a second later.
     ///
     /// # Panics
     ///
@@ -194,7 +201,11 @@ impl Observer {
             });
             let looked = ready!(look.as_mut().poll(cx));
             *self.look() = None;
-            self.due = Some(Instant::now() + LOOK);
+            let now = Instant::now();
+            if !looked.as_ref().is_ok_and(|leader| *leader == self.glimpsed) {
+                self.changed_at = now;
+            }
+            self.due = Some(now + pause(now - self.changed_at));
             let leader = looked?;
             // For a moment after the election, its name does not show. Another program's never does.
             let settled = leader.as_ref().is_none_or(|leader| leader.term.is_some())
@@ -211,6 +222,11 @@ impl Observer {
     fn look(&mut self) -> &mut Option<Look> {
         self.look.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How long after a look an observer looks again, by how long nothing has changed.
+fn pause(unchanged: Duration) -> Duration {
+    (unchanged / 10).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }
 
 impl Stream for Observer {
@@ -233,6 +249,17 @@ impl fmt::Debug for Observer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn looks_are_less_frequent_the_longer_nothing_changes() {
+        let (mut time, mut looks) = (Duration::ZERO, 0);
+        while time < Duration::from_mins(10) {
+            time += pause(time);
+            looks += 1;
+        }
+        // Ten in the first 5 s, 24 until 50 s, and one every 5 s from then on.
+        assert!((140..150).contains(&looks), "{looks}");
+    }
 
     #[test]
     fn a_leader_is_read_back_as_it_was_shown() {

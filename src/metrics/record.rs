@@ -429,6 +429,7 @@ pub(crate) fn candidate(labels: &Labels) {
 pub(crate) fn lost(loss: &Loss, locks: usize) {
     let reason = match loss {
         Loss::Disconnected(_) => "disconnected",
+        Loss::HeldTooLong => "held_too_long",
         Loss::NoExclusion => "no_exclusion",
         Loss::NotHeld => "not_held",
         // The application wanted it.

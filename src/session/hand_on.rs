@@ -1,17 +1,19 @@
 //! Passing a lock to the next call of this process that waits for it, without asking the server.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Session;
-use super::local_queue::{Next, Waiter};
+use super::local_queue::{LineId, Next, Waiter};
+use super::pending::Granted;
+use super::slot::ConnGuard;
+use crate::error::{Error, Result};
 use crate::key::KeyId;
-use crate::mode::Mode;
 use crate::request::Request;
 use crate::sql::release::Protocol;
 
-/// For how long after the server has granted a lock it is passed on inside the process. Then the lock is released,
+/// For how long after a session has got a lock from the server it is passed on inside the process. Then it is released,
 /// and who comes first in the server's queue is next, in this process or in another one.
 pub(crate) const TIME: Duration = Duration::from_millis(10);
 
@@ -28,9 +30,15 @@ pub(crate) struct Handed {
 }
 
 impl Handed {
-    /// The session that holds the lock.
-    pub(crate) fn take(mut self) -> Option<Arc<Session>> {
-        self.session.take()
+    /// What a guard is made of, unless the session was lost meanwhile.
+    pub(crate) fn granted(mut self, request: &Request) -> Result<Granted> {
+        let Some(session) = self.session.take() else {
+            unreachable!("BUG: a lock is taken twice");
+        };
+        match session.loss() {
+            Some(loss) => Err(Error::lost(request.key(), loss)),
+            None => Ok(Granted { session, request: request.clone() }),
+        }
     }
 }
 
@@ -44,37 +52,56 @@ impl Drop for Handed {
 }
 
 impl Session {
-    /// Passes the lock of the last guard to the first call in line for it, with the connection: on a session of
-    /// its own, so that nothing that knows this one can reach it. Returns false if the lock has to be released.
+    /// Whether a call is in line to which the lock of the last guard may be passed on.
+    pub(super) fn has_next_in_line(&self, request: &Request) -> bool {
+        let queues = self.local_queues.as_ref();
+        queues.is_some_and(|queues| {
+            request.hand_over_key().is_some_and(|key| queues.has_first(self.line(key)))
+        })
+    }
+
+    /// The first call in line for the lock of the last guard, if it can have it without a release. Then this session
+    /// has ended. If it can't, it is sent to the server.
     ///
-    /// Only what is as good as a fresh grant is passed on: the server has granted it less than [`TIME`] ago, the
-    /// session holds nothing else, and nothing was left on its connection.
-    pub(super) fn hand_on(self: &Arc<Self>, request: &Request) -> bool {
-        let Some(key) = request.hand_over_key() else { return false };
-        let Some(&since) = self.kept_since.get() else { return false };
-        if since.elapsed() > TIME || self.pool.is_closed() || !self.server.proof.is_positive() {
-            return false;
+    /// Only what is as good as a fresh grant is passed on: the server's answer is younger than [`TIME`], the session
+    /// holds nothing else, and `is_clean`: the application has not used the connection, on which it may have left
+    /// something, or released the lock.
+    pub(super) fn next_in_line(&self, request: &Request, is_clean: bool) -> Option<Waiter> {
+        let queues = self.local_queues.as_ref().filter(|queues| !queues.is_empty())?;
+        let is_fresh = self.kept_since.get().is_some_and(|since| since.elapsed() < TIME);
+        let can_hand_on = is_clean
+            && is_fresh
+            && self.loss().is_none()
+            && !self.pool.is_closed()
+            && self.server.proof.is_positive();
+        for (key, _) in request.ids() {
+            // Unless it waits here, another call of this process, which came before it, waits on the server.
+            let Some(first) = queues.take_first(self.line(key)) else { continue };
+            if can_hand_on && request.hand_over_key() == Some(key) && self.suits(&first) {
+                let mut ledger = self.ledger();
+                if ledger.is_last_of(key) {
+                    ledger.end();
+                    return Some(first);
+                }
+            }
+            first.tell(Next::Released);
         }
-        let Some(mut slot) = self.free_connection_unnoticed() else { return false };
-        let queues = slot.as_ref().filter(|conn| !conn.untidy).and_then(|conn| conn.local_queues());
-        let Some(queues) = queues.map(Arc::clone) else { return false };
-        let waiter = {
-            let mut ledger = self.ledger();
-            let is_only = ledger.is_only_exclusive(key);
-            let waiter = is_only.then(|| {
-                // Otherwise another call of this process, which came before it, waits on the server.
-                queues.take_first(key, |waiter| waiter.is_first && self.suits(waiter))
-            });
-            let Some(waiter) = waiter.flatten() else { return false };
-            ledger.end();
-            waiter
-        };
+        None
+    }
+
+    fn line(&self, key: KeyId) -> LineId {
+        LineId::new(&self.server, key)
+    }
+
+    /// Passes the lock to a call, with the connection: on a session of its own, so that nothing that knows this one
+    /// can reach it.
+    pub(super) fn hand_on(&self, mut slot: ConnGuard, waiter: Waiter) {
         let runtime = waiter.runtime.clone();
         let next = Self::open(&self.pool, &self.server, slot.take(), runtime, &waiter.options);
-        next.take_over(self, key, since);
+        drop(slot);
+        next.take_over(self, &waiter.request);
         let request = waiter.request.clone();
         waiter.tell(Next::Granted(Handed { session: Some(next), request }));
-        true
     }
 
     /// Whether the session is what the waiter would open, on its own runtime.
@@ -83,13 +110,14 @@ impl Session {
         waiter.request.hand_over_key().is_some()
             && waiter.runtime.id() == self.runtime.id()
             && Arc::ptr_eq(&self.connect_options, &self.pool.connect_options())
+            && mine.beat() == other.beat()
             && mine.keepalives() == other.keepalives()
             && mine.settings_required() == other.settings_required()
             && mine.standby_allowed() == other.standby_allowed()
     }
 
-    /// Becomes a session that holds the key, on the connection of another one.
-    fn take_over(self: &Arc<Self>, other: &Self, key: KeyId, since: Instant) {
+    /// Becomes a session that holds the lock, on the connection of another one.
+    fn take_over(self: &Arc<Self>, other: &Self, request: &Request) {
         let copy = |to: &AtomicBool, from: &AtomicBool| {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
         };
@@ -97,12 +125,14 @@ impl Session {
         copy(&self.has_long_settings, &other.has_long_settings);
         copy(&self.settings_refused, &other.settings_refused);
         self.backend_pid.get_or_init(|| other.backend_pid());
-        self.trust(other.last_answered());
+        *self.last_answered.lock().unwrap_or_else(PoisonError::into_inner) = other.last_answered();
         let mut ledger = self.ledger();
-        // It is new, so neither can fail.
-        ledger.granted(key, Mode::Exclusive).ok();
-        ledger.settle(crate::request::Need::All).ok();
+        for (key, mode) in request.ids() {
+            // It is new, and has not ended.
+            ledger.granted(key, mode).ok();
+        }
+        ledger.settle(request.need).ok();
         drop(ledger);
-        self.keep(since);
+        self.keep(other.kept_since.get().copied().unwrap_or_else(Instant::now));
     }
 }

@@ -273,13 +273,18 @@ impl KeeperTask {
             if session.loss().is_some() || session.ledger().has_ended() {
                 continue;
             }
+            let held_until = session.hold_ends(kept.since);
+            if held_until.is_some_and(|held_until| held_until <= now) {
+                session.give_up(&Loss::HeldTooLong);
+                continue;
+            }
             let Heartbeat { interval, .. } = session.heartbeat;
             let answered = session.last_answered();
             let due = unmonitored.contains(&server) || answered + interval <= now;
             let grown_up_at = kept.since + GROWN_UP.min(interval);
             let grown_up = grown_up_at <= now;
             let events = [grown_up_at, answered + interval, answered + session.heartbeat.bound()];
-            let next = events.into_iter().filter(|at| *at > now).min();
+            let next = events.into_iter().chain(held_until).filter(|at| *at > now).min();
             // A released session is forgotten, and a question that has failed is asked again.
             let soon = now + interval / 8;
             kept.next_look = next.map_or(soon, |next| next.min(soon));
@@ -334,10 +339,15 @@ impl KeeperTask {
         let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) else {
             return false;
         };
+        // The pool must not have it, whichever of the two it is.
+        drop(slot.take());
         drop(slot);
-        // Without a guard, it is just being released.
+        let loss = Loss::broken(error);
+        // Without a guard, it is just being released, and the release reports this.
         if session.ledger().has_guards() {
-            session.give_up(&Loss::broken(error));
+            session.give_up(&loss);
+        } else {
+            session.connection_error.set(loss).ok();
         }
         true
     }

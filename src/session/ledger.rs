@@ -260,10 +260,12 @@ impl Ledger {
         self.keys.get(&key).is_some_and(|counts| counts.exclusive + counts.shared > 0)
     }
 
-    /// Whether all that the session is open for is one guard, which holds this key exclusively.
-    pub(crate) fn is_only_exclusive(&self, key: KeyId) -> bool {
-        let is_open = self.ended.is_none() && self.pins == 0 && self.in_flight == 0;
-        is_open && self.keys.len() == 1 && self.keys.get(&key).is_some_and(Counts::is_one_exclusive)
+    /// Whether the call in flight that asks is the last one that needs the session, which holds only this key,
+    /// exclusively.
+    pub(crate) fn is_last_of(&self, key: KeyId) -> bool {
+        let is_held = self.loss().is_none() && self.is_last() && self.keys.len() == 1;
+        let modes = self.keys.get(&key).map(|counts| counts.server);
+        is_held && modes == Some(Modes::only(Mode::Exclusive))
     }
 
     /// Ends the session: what it holds is another one's now.
@@ -320,10 +322,6 @@ impl Counts {
         } else {
             (exclusive || shared).then_some(Excess::Modes(self.server))
         }
-    }
-
-    fn is_one_exclusive(&self) -> bool {
-        self.exclusive == 1 && self.shared == 0 && self.server == Modes::only(Mode::Exclusive)
     }
 
     fn is_unused(&self) -> bool {

@@ -48,7 +48,7 @@ impl WaitPolicy {
         }
     }
 
-    pub(super) fn left(self) -> Option<Duration> {
+    pub(crate) fn left(self) -> Option<Duration> {
         match self {
             Self::Forever => None,
             Self::ForPool(_) | Self::Never => Some(Duration::ZERO),

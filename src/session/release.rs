@@ -10,6 +10,7 @@ use sqlx::PgConnection;
 
 use super::conn::{Conn, enter_unless_inside};
 use super::ledger::Leave;
+use super::local_queue::Waiter;
 use super::slot::ConnGuard;
 use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
@@ -53,18 +54,17 @@ impl Release {
 /// What the server said to a release.
 enum Answer {
     Released,
+    /// It was not asked to: the lock is this call's now.
+    HandedOn(Waiter),
     NotHeld,
     /// Another backend has answered than the one that was asked.
     Elsewhere,
 }
 
 impl Session {
-    /// Releases one guard's share. Only if that changes what the server holds, a task sends a statement, unless
-    /// another call of this process waits for the lock and can have it as it is.
+    /// Releases one guard's share. Only if that changes what the server holds, a task sends a statement, or passes the
+    /// lock on to another call of this process.
     pub(crate) fn release(self: Arc<Self>, request: &Request, protocol: Protocol) -> Release {
-        if self.hand_on(request) {
-            return Release::Done(Ok(()));
-        }
         let leave = self.ledger().leave(request);
         match leave {
             Leave::Keep => return Release::Done(Ok(())),
@@ -103,7 +103,22 @@ impl Session {
         let mut locks = Vec::new();
         let answer = {
             let keys = request.ids().map(|(key, _)| key);
-            let unlocking = pin!(self.give_up_surplus(conn, keys, protocol, &mut locks));
+            let is_clean = !conn.untidy && !conn.checked;
+            let unlocking = pin!(async {
+                self.tidy(conn).await?;
+                // A release that is awaited reports whether the lock was held until now.
+                if matches!(protocol, Protocol::Extended)
+                    && is_clean
+                    && self.has_next_in_line(request)
+                    && sql::backend::heartbeat(conn.pg()?, None).await? != self.backend_pid()
+                {
+                    return Ok(Answer::Elsewhere);
+                }
+                match self.next_in_line(request, is_clean) {
+                    Some(waiter) => Ok(Answer::HandedOn(waiter)),
+                    None => self.give_up_surplus(conn, keys, protocol, &mut locks).await,
+                }
+            });
             match protocol {
                 // The caller that awaits this lets it poll a timer at once, which spares the runtime a step.
                 Protocol::Extended => within(DEADLINE, unlocking).await,
@@ -114,6 +129,10 @@ impl Session {
             Ok(Answer::Released) => {
                 tracing::trace!(backend_pid = self.backend_pid(), ?locks, "released");
                 self.done(slot);
+                return Ok(());
+            }
+            Ok(Answer::HandedOn(waiter)) => {
+                self.hand_on(slot, waiter);
                 return Ok(());
             }
             Ok(Answer::NotHeld) => Loss::NotHeld,
@@ -137,7 +156,6 @@ impl Session {
         protocol: Protocol,
         locks: &mut Vec<(KeyId, Mode)>,
     ) -> Result<Answer, sqlx::Error> {
-        self.tidy(conn).await?;
         let put_back = self.settings_to_restore.load(Ordering::Relaxed) && self.ledger().is_last();
         let surplus = self.ledger().surplus(keys);
         for key in surplus.downgrade {
@@ -197,6 +215,7 @@ impl Session {
         self.give_up_unknown(conn.pg()?, missing).await?;
         let excess = self.ledger().withdraw(claimed.iter().copied());
         if excess {
+            self.tidy(conn).await?;
             let keys = claimed.iter().map(|&(key, _)| key);
             self.give_up_surplus(conn, keys, Protocol::Simple, &mut Vec::new()).await?;
         }

@@ -190,13 +190,6 @@ impl Session {
         Arc::clone(&self.conn).try_lock_owned().ok().map(|slot| ConnGuard::new(slot, self))
     }
 
-    /// The same, without waking the keeper.
-    pub(super) fn free_connection_unnoticed(self: &Arc<Self>) -> Option<ConnGuard> {
-        let mut conn = self.free_connection()?;
-        conn.wakeup.skip = true;
-        Some(conn)
-    }
-
     /// The connection, without waking the keeper: for a caller that uses it too often for that.
     pub(super) async fn quiet_connection(self: &Arc<Self>) -> ConnGuard {
         let mut conn = self.connection_at_last().await;

@@ -16,6 +16,8 @@ pub(crate) type Seen<T> = Result<T, String>;
 pub(crate) struct Circumstances {
     /// As in `150018`.
     pub(crate) version: u32,
+    /// What the server calls itself.
+    pub(crate) product: String,
     pub(crate) role: String,
     pub(crate) standby: bool,
     /// Not over a unix socket.
@@ -114,12 +116,13 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
         SETTINGS.map(|name| format!(", pg_catalog.current_setting('{name}', true)")).concat();
     let statement = format!(
         "SELECT current_user::pg_catalog.text, pg_catalog.pg_is_in_recovery(), \
-         pg_catalog.inet_client_addr() IS NOT NULL{settings}"
+         pg_catalog.inet_client_addr() IS NOT NULL, pg_catalog.version(){settings}"
     );
     let row = fetch(conn, statement).await?;
     let (role, standby, tcp) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let product = row.try_get(3)?;
     let mut settings = Vec::with_capacity(SETTINGS.len());
-    for (name, column) in SETTINGS.into_iter().zip(3..) {
+    for (name, column) in SETTINGS.into_iter().zip(4..) {
         let value = row.try_get::<Option<&str>, _>(column)?;
         settings.extend(value.and_then(units::milliseconds).map(|value| (name, value)));
     }
@@ -155,6 +158,7 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
          GROUP BY r.rolsuper, r.rolconnlimit, d.datconnlimit";
     Ok(Circumstances {
         version,
+        product,
         role,
         standby,
         tcp,
@@ -194,6 +198,20 @@ async fn ask<T>(
         }
         Err(error) => Err(error),
     }
+}
+
+/// Leaves a mark on the session, which the end of the session takes away.
+pub(crate) async fn leave_mark(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    fetch(conn, "SELECT pg_catalog.set_config('pglock.doctor', 'mark', false)".to_owned())
+        .await
+        .map(drop)
+}
+
+/// Whether there is such a mark.
+pub(crate) async fn has_mark(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let statement = "SELECT pg_catalog.current_setting('pglock.doctor', true)".to_owned();
+    let mark: Option<String> = fetch(conn, statement).await?.try_get(0)?;
+    Ok(mark.is_some_and(|mark| !mark.is_empty()))
 }
 
 /// Applies the settings that each acquire applies.

@@ -1,6 +1,6 @@
 //! `pglock doctor`: what it finds, and what it returns to a script.
 
-use pglock_testkit::{PgBouncer, Server, ServerOptions, TestDb};
+use pglock_testkit::{PgBouncer, Server, ServerOptions, TestDb, replace_function};
 use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnectOptions;
 
@@ -181,7 +181,50 @@ async fn a_pooler_in_transaction_mode_is_broken() {
     let server = Server::start();
     let settings = [("pool_mode", "transaction")];
     let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
-    is_broken(&server, pooler.connect_options(), "pooler").await;
+    is_broken(&server, pooler.connect_options(), "exclusion").await;
+}
+
+/// Each engine has locks that do nothing, and is known by what it calls itself.
+#[tokio::test]
+async fn an_engine_without_locks_is_named() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    for function in ["pg_try_advisory_lock(bigint)", "pg_advisory_unlock(bigint)"] {
+        replace_function(&mut admin, function, "BEGIN RETURN true; END").await;
+    }
+    let stub = async |admin: &mut sqlx::PgConnection, product: &str| {
+        let call_itself = format!(
+            "SET allow_system_table_mods = on; CREATE OR REPLACE FUNCTION pg_catalog.version() RETURNS text \
+             LANGUAGE sql AS $$ SELECT '{product}'::text $$"
+        );
+        sqlx::raw_sql(AssertSqlSafe(call_itself)).execute(admin).await.unwrap();
+        let ended = run(&db, &["doctor", "--json"]).await;
+        assert_eq!(ended.code(), Some(2), "{}{}", ended.output, ended.errors);
+        finding(&ended, "exclusion")["seen"].as_str().unwrap().to_owned()
+    };
+    for (product, engine) in [
+        ("CockroachDB CCL v24.1.0 (x86_64-pc-linux-gnu)", "CockroachDB"),
+        ("PostgreSQL 11.2-YB-2.21.0.0-b0 on x86_64", "YugabyteDB"),
+    ] {
+        let seen = stub(&mut admin, product).await;
+        assert!(seen.starts_with(&format!("the server is {engine},")), "{seen}");
+    }
+    let seen = stub(&mut admin, "PostgreSQL 15.18 on x86_64").await;
+    assert!(seen.ends_with("or the server's locks do nothing"), "{seen}");
+}
+
+#[tokio::test]
+async fn a_pooler_that_does_not_reset_its_sessions_is_found() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    for (reset, severity) in [("", "warning"), ("DISCARD ALL", "fine")] {
+        let settings = [("pool_mode", "session"), ("server_reset_query", reset)];
+        let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
+        let url = url(&pooler.connect_options());
+        let ended = run(&db, &["doctor", "--json", "--url", &url]).await;
+        assert_eq!(finding(&ended, "end of a session")["severity"], severity, "{}", ended.output);
+    }
 }
 
 async fn is_broken(server: &Server, options: PgConnectOptions, check: &str) {

@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
 use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, Row};
 use tokio::runtime::Builder;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, has_waiter, locks_are, no_locks, soon};
+use crate::support::{SOON, has_waiter, locks_are, no_locks, report, soon, spawn};
 
 const KEY: &str = "nightly-report";
 const LATE: Duration = Duration::from_mins(1);
@@ -109,9 +109,48 @@ async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
     no_locks(&mut admin).await;
 }
 
-/// What was left on the connection must not be met by the next one.
+/// The pool resets it first, and the application may have given the lock up.
 #[tokio::test]
-async fn a_session_with_an_open_transaction_is_not_passed_on() {
+async fn a_connection_that_the_application_has_used_is_not_passed_on() {
+    let db = TestDb::new().await;
+    let pool = db.pool_options().max_connections(6).after_release(|connection, _| {
+        Box::pin(async move {
+            sqlx::raw_sql("DISCARD ALL").execute(connection).await?;
+            Ok(true)
+        })
+    });
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let mut admin = db.admin().await;
+    for _ in 0..20 {
+        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+        let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
+        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
+        tokio::select! {
+            _ = &mut front => panic!("the lock is held"),
+            () = locks_are(&mut admin, 2, soon()) => {}
+        }
+        begin(&mut behind).await;
+        held.release().await.unwrap();
+        let guard = front.await.unwrap();
+        let mut connection = guard.connection().await.unwrap();
+        let leave = "SET test.mark = 'left'; SELECT pg_advisory_unlock_all()";
+        sqlx::raw_sql(leave).execute(&mut *connection).await.unwrap();
+        drop(connection);
+        drop(guard);
+        let next = behind.await.unwrap();
+        next.verify().await.unwrap();
+        let mut connection = next.connection().await.unwrap();
+        let mark = "SELECT current_setting('test.mark', true)";
+        let row = sqlx::raw_sql(mark).fetch_one(&mut *connection).await.unwrap();
+        let mark: Option<String> = row.get(0);
+        assert!(mark.is_none_or(|mark| mark.is_empty()), "it meets what the one before has left");
+    }
+    no_locks(&mut admin).await;
+}
+
+/// Its `release` reports whether the lock was held until then.
+#[tokio::test]
+async fn a_release_that_is_awaited_asks_a_session_that_it_passes_on() {
     let db = TestDb::new().await;
     let (pool, mut admin) = (db.pool(6).await, db.admin().await);
     for _ in 0..20 {
@@ -125,15 +164,13 @@ async fn a_session_with_an_open_transaction_is_not_passed_on() {
         begin(&mut behind).await;
         held.release().await.unwrap();
         let guard = front.await.unwrap();
-        let mut connection = guard.connection().await.unwrap();
-        sqlx::raw_sql("BEGIN; CREATE TABLE entry ()").execute(&mut *connection).await.unwrap();
-        drop(connection);
-        drop(guard);
-        let passed = behind.await.unwrap();
-        let mut connection = passed.connection().await.unwrap();
-        let sees = "SELECT to_regclass('entry') IS NOT NULL";
-        let sees: bool = sqlx::query_scalar(sees).fetch_one(&mut *connection).await.unwrap();
-        assert!(!sees, "it meets the transaction of the one before");
+        let end = format!("SELECT pg_terminate_backend({})", guard.backend_pid());
+        sqlx::raw_sql(sqlx::AssertSqlSafe(end)).execute(&mut admin).await.unwrap();
+        let gone =
+            async { while advisory_locks(&mut admin).await.iter().any(|lock| lock.granted) {} };
+        timeout(LATE, gone).await.unwrap();
+        assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+        behind.await.unwrap().verify().await.unwrap();
     }
     no_locks(&mut admin).await;
 }
@@ -175,9 +212,12 @@ async fn readers_behind_a_writer_share_it() {
     let mut readers = JoinSet::new();
     for _ in 0..READERS {
         let mut lock = Lock::new(&pool, KEY);
-        readers.spawn(async move { lock.acquire_shared().await.unwrap() });
+        let mut reader = Box::pin(async move { lock.acquire_shared().await.unwrap() });
+        begin(&mut reader.as_mut()).await;
+        readers.spawn(reader);
+        // The first one waits on the server, the others are in line as soon as they are polled.
+        locks_are(&mut admin, 2, soon()).await;
     }
-    locks_are(&mut admin, 2, soon()).await;
     let mut lock = Lock::new(&pool, KEY);
     let mut writer = pin!(lock.acquire());
     begin(&mut writer).await;
@@ -240,22 +280,73 @@ async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
     drop(timeout(LATE, long).await.unwrap().unwrap());
 }
 
+/// Nor is it one for the others.
 #[tokio::test]
 async fn a_timeout_in_line_is_no_error() {
     let db = TestDb::new().await;
     let (pool, mut admin) = (db.pool(6).await, db.admin().await);
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
-    let mut tasks = JoinSet::new();
-    for _ in 0..100 {
+    let (mut bounded, mut patient) = (JoinSet::new(), JoinSet::new());
+    for number in 0..100 {
         let mut lock = Lock::new(&pool, KEY);
-        tasks.spawn(async move { lock.try_acquire_for(Duration::from_millis(300)).await });
+        if number % 10 == 9 {
+            patient.spawn(async move { lock.acquire().await });
+        } else {
+            let time = Duration::from_millis(300 + 3 * number);
+            bounded.spawn(async move { lock.try_acquire_for(time).await });
+        }
     }
-    for timed_out in timeout(LATE, tasks.join_all()).await.unwrap() {
+    for timed_out in timeout(LATE, bounded.join_all()).await.unwrap() {
         assert!(timed_out.unwrap().is_none());
     }
     held.release().await.unwrap();
+    while let Some(served) = timeout(LATE, patient.join_next()).await.unwrap() {
+        drop(served.unwrap().unwrap());
+    }
     no_locks(&mut admin).await;
-    assert!(Lock::new(&pool, KEY).try_acquire().await.unwrap().is_some());
+}
+
+/// Each call must get to the front before its time is over.
+#[tokio::test]
+async fn calls_with_a_timeout_are_served_however_many_there_are() {
+    const TIMEOUT: Duration = Duration::from_millis(400);
+    const TIME: Duration = Duration::from_secs(3);
+    let db = TestDb::new().await;
+    let mut others = JoinSet::new();
+    for _ in 0..4 {
+        // Of another process, as far as the crate can tell.
+        let pool = db.pool(1).await;
+        others.spawn(async move {
+            loop {
+                let _guard = Lock::new(&pool, KEY).acquire().await.unwrap();
+                sleep(Duration::from_millis(20)).await;
+            }
+        });
+    }
+    let pool = db.pool(6).await;
+    let served = Arc::new(AtomicUsize::new(0));
+    let mut tasks = JoinSet::new();
+    for task in 0..60 {
+        let (mut lock, served) = (Lock::new(&pool, KEY), Arc::clone(&served));
+        tasks.spawn(async move {
+            let end = tokio::time::Instant::now() + TIME;
+            sleep(Duration::from_millis(7) * task).await;
+            while tokio::time::Instant::now() < end {
+                // Many find no connection in time.
+                if let Ok(Some(guard)) = lock.try_acquire_for(TIMEOUT).await {
+                    served.fetch_add(1, Ordering::SeqCst);
+                    sleep(Duration::from_millis(20)).await;
+                    drop(guard);
+                }
+            }
+        });
+    }
+    timeout(LATE, tasks.join_all()).await.unwrap();
+    others.shutdown().await;
+    let served = served.load(Ordering::SeqCst);
+    report(format_args!("{served} were served in {TIME:?}"));
+    // Three, if each waits in line for all of its time.
+    assert!(served > 6, "only {served} were served");
 }
 
 #[tokio::test]
@@ -269,10 +360,8 @@ async fn the_end_of_the_pool_ends_the_waits_in_line() {
         tasks.spawn(async move { lock.acquire().await });
     }
     has_waiter(&mut admin).await;
-    let closed = tokio::spawn({
-        let pool = pool.clone();
-        async move { pool.close().await }
-    });
+    let closing = pool.clone();
+    let closed = spawn(async move { closing.close().await });
     for ended in timeout(LATE, tasks.join_all()).await.unwrap() {
         assert!(matches!(ended, Err(Error::PoolClosed { .. })), "{ended:?}");
     }
@@ -317,8 +406,10 @@ async fn all_in_line_hear_that_the_pool_is_exhausted() {
 #[tokio::test]
 async fn the_end_of_a_runtime_moves_the_line_on() {
     let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let mut admin = db.admin().await;
     for ended in 0..3 {
+        // A connection that a runtime has opened which has ended is of no use.
+        let pool = db.pool(6).await;
         let held = Lock::new(&pool, KEY).acquire().await.unwrap();
         let (end, until_end) = oneshot::channel::<()>();
         let (tell, begun) = oneshot::channel();
@@ -328,7 +419,7 @@ async fn the_end_of_a_runtime_moves_the_line_on() {
             runtime.block_on(async move {
                 for _ in 0..3 {
                     let mut lock = Lock::new(&theirs, KEY);
-                    tokio::spawn(async move { lock.acquire().await });
+                    drop(spawn(async move { lock.acquire().await }));
                 }
                 tokio::task::yield_now().await;
                 tell.send(()).unwrap();
@@ -344,11 +435,11 @@ async fn the_end_of_a_runtime_moves_the_line_on() {
             drop(end);
             tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap();
             held.release().await.unwrap();
-            timeout(LATE, ours).await.unwrap().unwrap().release().await.unwrap();
+            drop(timeout(LATE, ours).await.unwrap().unwrap());
         } else {
             // It goes through all of them, of both runtimes.
             held.release().await.unwrap();
-            timeout(LATE, ours).await.unwrap().unwrap().release().await.unwrap();
+            drop(timeout(LATE, ours).await.unwrap().unwrap());
             drop(end);
             tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap();
         }
@@ -373,7 +464,7 @@ async fn the_line_outlives_a_restart() {
             while cycles < 40 {
                 match lock.acquire().await {
                     Ok(guard) => {
-                        // A guard that is lost excludes nobody.
+                        // A lost guard does not exclude the others.
                         let before = inside.fetch_add(1, Ordering::SeqCst);
                         tokio::task::yield_now().await;
                         assert!(before == 0 || guard.verify().await.is_err());
@@ -401,7 +492,7 @@ async fn the_line_outlives_a_restart() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// The server has been told the first one's keepalives.
+/// The server has the first one's keepalives.
 #[tokio::test]
 async fn a_lock_with_other_keepalives_gets_no_session_that_is_passed_on() {
     let server = Server::options().tcp().start();

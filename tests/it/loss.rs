@@ -1,9 +1,9 @@
 //! How a loss is reported, and how a session of its own is kept from it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Loss};
+use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb};
 use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
@@ -45,6 +45,42 @@ pub(crate) async fn says_lost(guard: ExclusiveGuard) {
     assert!(matches!(guard.connection().await, Err(Error::Lost { .. })));
     assert!(matches!(guard.fencing_token().await, Err(Error::Lost { .. })));
     assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+}
+
+#[tokio::test]
+async fn a_hold_that_is_too_long_is_ended() {
+    const MOST: Duration = Duration::from_secs(1);
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
+    let short = Lock::new(&limited, 2).acquire().await.unwrap();
+    short.release().await.unwrap();
+
+    let started = Instant::now();
+    let mut lock = Lock::new(&limited, 1);
+    let guard = lock.acquire().await.unwrap();
+    let ended = guard.while_held(std::future::pending::<()>());
+    let mut other = Lock::new(&pool, 1);
+    let (ended, next) =
+        timeout(SOON * 20, async { tokio::join!(ended, other.acquire()) }).await.unwrap();
+    assert!(matches!(ended, Err(Error::Lost { reason: Loss::HeldTooLong, .. })), "{ended:?}");
+    assert!(started.elapsed() >= MOST);
+    next.unwrap().release().await.unwrap();
+    says_lost(guard).await;
+    // The handle can be used again.
+    lock.acquire().await.unwrap().release().await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+/// They share a session.
+#[tokio::test]
+async fn the_hold_of_a_managed_lock_is_not_limited() {
+    const MOST: Duration = Duration::from_secs(1);
+    let db = TestDb::new().await;
+    let limited = LockOptions::new().max_hold(MOST).on(&db.pool(3).await).unwrap();
+    let guard = Lock::new(&LockManager::new(&limited), 1).acquire().await.unwrap();
+    assert!(timeout(MOST * 2, guard.lost()).await.is_err());
+    guard.release().await.unwrap();
 }
 
 #[tokio::test]

@@ -126,6 +126,18 @@ fn name<'k>(key: &'k Key, tools: &'k Tools) -> Option<&'k str> {
     key.name().or_else(|| tools.name(key))
 }
 
+/// When an idle holder counts as silent. One that uses pglock sends a heartbeat every 2 s by default.
+const SILENT: Duration = Duration::from_mins(1);
+
+/// The state of a holder's session, and how long it lasts.
+fn describe(state: &str, lasts: Option<Duration>) -> String {
+    match lasts {
+        Some(lasts) if state == "idle" && lasts >= SILENT => format!("silent {}", age(lasts)),
+        Some(lasts) => format!("{state} {}", age(lasts)),
+        None => state.to_owned(),
+    }
+}
+
 /// The cells of a row.
 pub(crate) fn cells(row: &Row<'_>, tools: &Tools) -> [String; 8] {
     let Row { lock, branches } = row;
@@ -142,10 +154,8 @@ pub(crate) fn cells(row: &Row<'_>, tools: &Tools) -> [String; 8] {
     };
     let unknown = || "?".to_owned();
     let state = if lock.held {
-        session.state.as_ref().map(|state| match since(session.state_since) {
-            Some(since) => format!("{state} {since}"),
-            None => state.clone(),
-        })
+        let lasts = session.state_since.map(|time| lock.ago(time));
+        session.state.as_ref().map(|state| describe(state, lasts))
     } else {
         Some(match since(lock.waiting_since) {
             Some(since) => format!("waiting {since}"),
@@ -211,4 +221,24 @@ pub(crate) fn json(locks: &[LockInfo], database: &str) -> Value {
         value
     };
     locks.iter().map(as_json).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_that_sends_nothing_is_marked() {
+        let lasts = |seconds| Some(Duration::from_secs(seconds));
+        for (state, lasts, expected) in [
+            ("idle", lasts(2), "idle 2s"),
+            ("idle", lasts(59), "idle 59s"),
+            ("idle", lasts(60), "silent 1m"),
+            ("active", lasts(7200), "active 2h"),
+            ("idle in transaction", lasts(60), "idle in transaction 1m"),
+            ("idle", None, "idle"),
+        ] {
+            assert_eq!(describe(state, lasts), expected);
+        }
+    }
 }
