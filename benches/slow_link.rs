@@ -87,7 +87,8 @@ impl Contestants {
         let cycles = |of| Cycles { of, measured };
         [
             Contest::new("a round trip", cycles(Cycle::RoundTrip(self.round_trip))),
-            Contest::new("pglock", cycles(Cycle::Pglock(self.pglock))).target(words, is_met),
+            Contest::new("pglock", cycles(Cycle::Pglock(Box::new(self.pglock))))
+                .target(words, is_met),
             Contest::new("sqlx's PgAdvisoryLock", cycles(Cycle::Sqlx(self.sqlx, sqlx))),
             Contest::new("SQL by hand", cycles(Cycle::ByHand(self.by_hand))),
         ]
@@ -113,7 +114,7 @@ struct Cycles {
 
 enum Cycle {
     ByHand(PgPool),
-    Pglock(Lock),
+    Pglock(Box<Lock>),
     /// The least that it takes to have an answer.
     RoundTrip(PgConnection),
     Sqlx(PgPool, PgAdvisoryLock),

@@ -55,7 +55,7 @@ impl Release {
 enum Answer {
     Released,
     /// It was not asked to: the lock is this call's now.
-    HandedOn(Waiter),
+    HandedOn(Box<Waiter>),
     NotHeld,
     /// Another backend has answered than the one that was asked.
     Elsewhere,
@@ -115,7 +115,7 @@ impl Session {
                     return Ok(Answer::Elsewhere);
                 }
                 match self.next_in_line(request, is_clean) {
-                    Some(waiter) => Ok(Answer::HandedOn(waiter)),
+                    Some(waiter) => Ok(Answer::HandedOn(Box::new(waiter))),
                     None => self.give_up_surplus(conn, keys, protocol, &mut locks).await,
                 }
             });
@@ -132,7 +132,7 @@ impl Session {
                 return Ok(());
             }
             Ok(Answer::HandedOn(waiter)) => {
-                self.hand_on(slot, waiter);
+                self.hand_on(slot, *waiter);
                 return Ok(());
             }
             Ok(Answer::NotHeld) => Loss::NotHeld,
