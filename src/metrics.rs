@@ -24,7 +24,7 @@
 //! |---|---|
 //! | `outcome` | `acquired`; `busy`, for a call that does not wait; `timed_out`; `error`; `cancelled`, if the future was dropped |
 //! | `mode` | `exclusive`, `shared`; of several keys with different modes, the mode of the first key |
-//! | `reason` | the variant of [`Loss`](crate::Loss): `disconnected`, `no_exclusion`, `not_held`, `runtime_shutdown`, `unresponsive` |
+//! | `reason` | the variant of [`Loss`](crate::Loss): `disconnected`, `held_too_long`, `no_exclusion`, `not_held`, `runtime_shutdown`, `unresponsive` |
 //! | `key` | only with [`LockOptions::label_metrics_by_key`](crate::LockOptions::label_metrics_by_key), and only where the table has `mode` as a label, and for elections |
 //!
 //! All labels but `key` have few values, so the number of time series does not grow with the number of keys.

@@ -113,7 +113,15 @@ pub fn describe() {
         drop(histogram(name));
     }
     drop((gauge(&CONNECTIONS), gauge(&QUEUE), counter(&ABANDONED)));
-    for reason in ["disconnected", "no_exclusion", "not_held", "runtime_shutdown", "unresponsive"] {
+    let reasons = [
+        "disconnected",
+        "held_too_long",
+        "no_exclusion",
+        "not_held",
+        "runtime_shutdown",
+        "unresponsive",
+    ];
+    for reason in reasons {
         drop(losses(reason));
     }
 }
