@@ -41,7 +41,9 @@ pub(crate) async fn of_waiters(db: &TestDb, who: Who, tasks: u32) -> Result<u32,
     let mut holder = db.admin().await;
     query("SELECT pg_advisory_lock($1)").bind(BUSY).execute(&mut holder).await?;
     let mut scene = Scene::start(db, who, tasks, |_| BUSY).await?;
-    let queue = if who.is_manager() { 1 } else { i64::from(tasks) };
+    // The others of a manager, and of a pool, are in line behind it.
+    let is_one = who.is_manager() || who == Who::Lock;
+    let queue = if is_one { 1 } else { i64::from(tasks) };
     while scene.started.load(Ordering::Relaxed) < tasks || queued(&mut holder).await? < queue {
         scene.rest().await?;
     }
