@@ -195,7 +195,7 @@ async fn an_engine_without_locks_is_named() {
     }
     let stub = async |admin: &mut sqlx::PgConnection, product: &str| {
         let call_itself = format!(
-            "SET allow_system_table_mods = on; CREATE OR REPLACE FUNCTION pg_catalog.version() RETURNS text \
+            "CREATE OR REPLACE FUNCTION pg_catalog.version() RETURNS text \
              LANGUAGE sql AS $$ SELECT '{product}'::text $$"
         );
         sqlx::raw_sql(AssertSqlSafe(call_itself)).execute(admin).await.unwrap();
