@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::metrics::Connection;
 
-const A_YEAR: Duration = Duration::from_hours(24 * 365);
+/// Longer than any wait.
+pub(super) const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
 /// The connections of one pool.
 #[derive(Debug)]

@@ -342,13 +342,7 @@ impl KeeperTask {
         // The pool must not have it, whichever of the two it is.
         drop(slot.take());
         drop(slot);
-        let loss = Loss::broken(error);
-        // Without a guard, it is just being released, and the release reports this.
-        if session.ledger().has_guards() {
-            session.give_up(&loss);
-        } else {
-            session.connection_error.set(loss).ok();
-        }
+        session.give_up(&Loss::broken(error));
         true
     }
 }

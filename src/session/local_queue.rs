@@ -23,6 +23,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{timeout, timeout_at};
 
+use super::budget::A_YEAR;
 use super::hand_on::Handed;
 use super::policy::WaitPolicy;
 use super::servers::Server;
@@ -31,9 +32,6 @@ use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::Request;
-
-/// Longer than any wait.
-const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
 /// The lines of a pool.
 #[derive(Debug, Default)]

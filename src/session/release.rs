@@ -110,9 +110,12 @@ impl Session {
                 if matches!(protocol, Protocol::Extended)
                     && is_clean
                     && self.has_next_in_line(request)
-                    && sql::backend::heartbeat(conn.pg()?, None).await? != self.backend_pid()
                 {
-                    return Ok(Answer::Elsewhere);
+                    let answer = sql::backend::heartbeat(conn.pg()?, None).await;
+                    // An answer that is an error is a sign of life.
+                    if !is_failed_statement(&answer) && answer? != self.backend_pid() {
+                        return Ok(Answer::Elsewhere);
+                    }
                 }
                 match self.next_in_line(request, is_clean) {
                     Some(waiter) => Ok(Answer::HandedOn(Box::new(waiter))),

@@ -27,27 +27,23 @@ async fn begin<F: Future>(future: &mut Pin<&mut F>) {
     assert!(poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await.is_pending());
 }
 
-/// A guard of the lock, after the one that was passed to it; `None` if that took too long for it to be passed on.
-async fn pass_on(
+/// The guard of the first, which has waited on the server, and the acquire of the second, which is in line behind it.
+async fn line_up<'l>(
     pool: &PgPool,
     admin: &mut PgConnection,
-    first: &mut Lock,
-    second: &mut Lock,
-) -> Option<(ExclusiveGuard, i32)> {
+    first: &'l mut Lock,
+    second: &'l mut Lock,
+) -> (ExclusiveGuard, Pin<Box<impl Future<Output = pglock::Result<ExclusiveGuard>> + use<'l>>>) {
     let held = Lock::new(pool, KEY).acquire().await.unwrap();
     let mut front = pin!(first.acquire());
-    let mut behind = pin!(second.acquire());
+    let mut behind = Box::pin(second.acquire());
     tokio::select! {
         _ = &mut front => panic!("the lock is held"),
         () = locks_are(admin, 2, soon()) => {}
     }
-    begin(&mut behind).await;
+    begin(&mut behind.as_mut()).await;
     held.release().await.unwrap();
-    let guard = front.await.unwrap();
-    let pid = guard.backend_pid();
-    guard.release().await.unwrap();
-    let passed = behind.await.unwrap();
-    (passed.backend_pid() == pid).then_some((passed, pid))
+    (front.await.unwrap(), behind)
 }
 
 /// Tries again until a lock is passed on: a busy machine may be too slow for it.
@@ -62,8 +58,13 @@ async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
     let (pool, mut admin) = (db.pool(6).await, db.admin().await);
     until_passed_on(async || {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
-        let passed = pass_on(&pool, &mut admin, &mut first, &mut second).await;
-        let Some((guard, _)) = passed else { return false };
+        let (before, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
+        let pid = before.backend_pid();
+        before.release().await.unwrap();
+        let guard = behind.await.unwrap();
+        if guard.backend_pid() != pid {
+            return false;
+        }
         assert!(first.try_acquire().await.unwrap().is_none());
         assert!(first.try_acquire_shared().await.unwrap().is_none());
         // It is the one of the handle that has it now.
@@ -85,16 +86,8 @@ async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
     let db = TestDb::new().await;
     let (pool, mut admin) = (db.pool(9).await, db.admin().await);
     until_passed_on(async || {
-        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
-        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
-        tokio::select! {
-            _ = &mut front => panic!("the lock is held"),
-            () = locks_are(&mut admin, 2, soon()) => {}
-        }
-        begin(&mut behind).await;
-        held.release().await.unwrap();
-        let guard = front.await.unwrap();
+        let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
         let pid = guard.backend_pid();
         let mut same = Lock::new(&guard, KEY);
         let mut other = Lock::new(&guard, "another");
@@ -122,16 +115,8 @@ async fn a_connection_that_the_application_has_used_is_not_passed_on() {
     let pool = pool.connect_with(db.options()).await.unwrap();
     let mut admin = db.admin().await;
     for _ in 0..20 {
-        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
-        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
-        tokio::select! {
-            _ = &mut front => panic!("the lock is held"),
-            () = locks_are(&mut admin, 2, soon()) => {}
-        }
-        begin(&mut behind).await;
-        held.release().await.unwrap();
-        let guard = front.await.unwrap();
+        let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
         let mut connection = guard.connection().await.unwrap();
         let leave = "SET test.mark = 'left'; SELECT pg_advisory_unlock_all()";
         sqlx::raw_sql(leave).execute(&mut *connection).await.unwrap();
@@ -154,16 +139,8 @@ async fn a_release_that_is_awaited_asks_a_session_that_it_passes_on() {
     let db = TestDb::new().await;
     let (pool, mut admin) = (db.pool(6).await, db.admin().await);
     for _ in 0..20 {
-        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
-        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
-        tokio::select! {
-            _ = &mut front => panic!("the lock is held"),
-            () = locks_are(&mut admin, 2, soon()) => {}
-        }
-        begin(&mut behind).await;
-        held.release().await.unwrap();
-        let guard = front.await.unwrap();
+        let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
         let end = format!("SELECT pg_terminate_backend({})", guard.backend_pid());
         sqlx::raw_sql(sqlx::AssertSqlSafe(end)).execute(&mut admin).await.unwrap();
         let gone =
@@ -503,15 +480,8 @@ async fn a_lock_with_other_keepalives_gets_no_session_that_is_passed_on() {
     let others = LockOptions::new().keepalives_idle(Duration::from_secs(2)).on(&pool).unwrap();
     for _ in 0..20 {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&others, KEY));
-        let held = Lock::new(&pool, KEY).acquire().await.unwrap();
-        let (mut front, mut behind) = (pin!(first.acquire()), pin!(second.acquire()));
-        tokio::select! {
-            _ = &mut front => panic!("the lock is held"),
-            () = locks_are(&mut admin, 2, soon()) => {}
-        }
-        begin(&mut behind).await;
-        held.release().await.unwrap();
-        front.await.unwrap().release().await.unwrap();
+        let (before, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
+        before.release().await.unwrap();
         let guard = behind.await.unwrap();
         let mut connection = guard.connection().await.unwrap();
         let idle = sqlx::query_scalar("SHOW tcp_keepalives_idle").fetch_one(&mut *connection);
