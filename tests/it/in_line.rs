@@ -126,7 +126,7 @@ async fn a_connection_that_the_application_has_used_is_not_passed_on() {
         let next = behind.await.unwrap();
         next.verify().await.unwrap();
         let mut connection = next.connection().await.unwrap();
-        let mark = "SELECT current_setting('test.mark', true)";
+        let mark = "SELECT pg_catalog.current_setting('test.mark', true)";
         let row = sqlx::raw_sql(mark).fetch_one(&mut *connection).await.unwrap();
         let mark: Option<String> = row.get(0);
         assert!(mark.is_none_or(|mark| mark.is_empty()), "it meets what the one before has left");

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use pglock::{Error, Lock, LockManager};
 use pglock_testkit::{TestDb, advisory_locks};
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{locks_are, no_locks};
@@ -73,12 +74,15 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
     let mut admin = db.admin().await;
     let dropped = AtomicBool::new(false);
     let lock = Lock::new(&pool, KEY);
+    // If the answer to the acquire got lost with the connection, the acquire would try another one.
+    let (begin, begun) = oneshot::channel();
     let run = lock.run(async {
         let _flag = Flag(&dropped);
+        begin.send(()).unwrap();
         pending::<()>().await;
     });
     let end = async {
-        locks_are(&mut admin, 1, PATIENCE).await;
+        begun.await.unwrap();
         let locks = advisory_locks(&mut admin).await;
         let pid = locks.first().map(|lock| lock.pid);
         sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
