@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use tokio::runtime::is_rt_shutdown_err;
+
 use crate::key::Key;
 
 /// The result of an operation on a lock.
@@ -435,6 +437,12 @@ impl Error {
             None if !matches!(*source, sqlx::Error::Io(_)) => Self::Database { key, source },
             Some(_) | None => Self::Disconnected { key, source },
         }
+    }
+
+    /// Whether the connection was made by a runtime that has ended: no one else can use it.
+    pub(crate) fn is_of_ended_runtime(&self) -> bool {
+        let Self::Disconnected { source, .. } = self else { return false };
+        matches!(&**source, sqlx::Error::Io(error) if is_rt_shutdown_err(error))
     }
 }
 

@@ -262,8 +262,9 @@ impl Owner {
         let mut in_line = request.is_in_line() && policy.waits();
         let mut waiting = metrics::Waiting::new(request.labels(options));
         let mut place = if in_line { queues.join(line, request, options) } else { None };
+        let mut front = None;
         loop {
-            let (mut front, has_waited) = (None, place.is_some());
+            let has_waited = place.is_some();
             if let Some(place) = place.take() {
                 waiting.start();
                 let next = Box::pin(place.next(request.key(), pool, options, policy)).await?;
@@ -284,7 +285,10 @@ impl Owner {
                     front.fail(error);
                 }
             }
-            let (pending, verdict) = opened?;
+            let (pending, verdict) = match opened {
+                Err(error) if error.is_of_ended_runtime() => continue,
+                opened => opened?,
+            };
             if matches!(verdict, Verdict::Busy) && in_line && front.is_none() {
                 match queues.enter(line, request, options) {
                     Ok(first) => front = Some(first),
@@ -295,7 +299,11 @@ impl Owner {
                     }
                 }
             }
-            let granted = pending.settle(verdict, policy, &mut waiting).await?;
+            let granted = match pending.settle(verdict, policy, &mut waiting).await {
+                // Of a connection of the pool; the next one may be of this runtime, or a new one.
+                Err(error) if error.is_of_ended_runtime() => continue,
+                granted => granted?,
+            };
             if let (Some(front), Some(_)) = (front.and_then(Arc::into_inner), &granted) {
                 front.granted(request.mode(), Instant::now() + hand_on::TIME);
             }
