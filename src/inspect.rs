@@ -27,8 +27,9 @@
 //! # Names
 //!
 //! The server stores only numbers. A name was hashed, and can't be recovered from its hash. A program that
-//! has the names can hash them again: [`name_keys`] does that. The name of an election's leader is shown on
-//! the server: [`LockInfo::leader`].
+//! has the names can hash them again: [`name_keys`] does that, and [`locks`] with those that sessions show, with
+//! [`LockOptions::application_name`](crate::LockOptions::application_name). The name of an election's leader is shown on
+//! the server, too: [`LockInfo::leader`].
 //!
 //! # Since when
 //!
@@ -59,11 +60,12 @@
 //! superuser can end a superuser's session. And it takes the right to see when the session was started,
 //! as above.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sqlx::PgExecutor;
 
+use crate::application_name;
 use crate::election::Leader;
 use crate::error::{Error, Result};
 use crate::key::{Key, KeyId};
@@ -101,7 +103,12 @@ use crate::sql::inspect::{self as sql, LockRow};
 /// ```
 pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
     let rows = sql::locks(db, None).await.map_err(not_listed)?;
-    Ok(rows.into_iter().map(LockInfo::from).collect())
+    let mut locks: Vec<_> = rows.into_iter().map(LockInfo::from).collect();
+    let sessions = locks.iter().filter_map(|lock| lock.session.as_ref());
+    let shown: BTreeSet<_> =
+        sessions.filter_map(|session| session.application_name.clone()).collect();
+    name_keys(&mut locks, shown.iter().flat_map(|shown| application_name::names(shown)));
+    Ok(locks)
 }
 
 /// Returns the holders and the waiters of one lock of this database.
@@ -247,7 +254,8 @@ fn not_listed(source: sqlx::Error) -> Error {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct LockInfo {
-    /// The key, without a name unless it was asked for by name: see [`name_keys`].
+    /// The key, without a name unless it was asked for by name, or a session shows it: see
+    /// [names](crate::inspect#names).
     #[cfg_attr(
         feature = "serde",
         serde(flatten, serialize_with = "crate::serialize::key_and_name")

@@ -128,6 +128,7 @@ pub mod metrics;
 #[cfg(not(feature = "metrics"))]
 #[path = "metrics/off.rs"]
 mod metrics;
+mod application_name;
 mod holdings;
 mod owner;
 mod request;

@@ -34,6 +34,7 @@ pub struct LockOptions {
     allow_standby: bool,
     reserve_connections: Option<u32>,
     max_hold: Option<Duration>,
+    application_name: Option<Arc<str>>,
     key_label: KeyLabel,
 }
 
@@ -119,6 +120,7 @@ impl LockOptions {
             allow_standby: false,
             reserve_connections: None,
             max_hold: None,
+            application_name: None,
             key_label: KeyLabel::default(),
         }
     }
@@ -347,6 +349,40 @@ impl LockOptions {
         self
     }
 
+    /// Shows each lock on the server: while a session waits for one or holds one, its `application_name` is this name, a
+    /// space, and the key. Default: it stays what the connection has.
+    ///
+    /// So a DBA sees in `pg_stat_activity` which lock, and of which application or task. The key is its name, or its
+    /// number if it has none. Of several locks of a session, the last one is shown that was acquired or waited for. At the
+    /// end of the session, the old value is put back. The server shows 63 characters: the name is cut first, to 16. What
+    /// is not printable ASCII is shown as `?`. [`inspect`](crate::inspect) finds the names of keys in it.
+    ///
+    /// Takes one more statement for each lock that is acquired or waited for. The sessions of a
+    /// [`LockManager`](crate::LockManager), which its locks share, show only the name. A leader shows what
+    /// [`Election`](crate::Election) says.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Lock, LockOptions, inspect};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let configured = LockOptions::new().application_name("billing").on(&pool)?;
+    /// let _guard = Lock::new(&configured, "nightly-report").acquire().await?;
+    ///
+    /// let lock = inspect::locks(&pool).await?.remove(0);
+    /// assert_eq!(lock.key.name(), Some("nightly-report"));
+    /// let session = lock.session.expect("a session holds it");
+    /// assert_eq!(session.application_name.as_deref(), Some("billing nightly-report"));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn application_name(mut self, name: &str) -> Self {
+        self.application_name = Some(name.into());
+        self
+    }
+
     /// Adds the label `key` to the [metrics](crate::metrics) of these locks: the key's name, or its number if it has
     /// none. Default: no such label.
     ///
@@ -483,6 +519,10 @@ impl LockOptions {
 
     pub(crate) fn longest_hold(&self) -> Option<Duration> {
         self.max_hold
+    }
+
+    pub(crate) fn shown_name(&self) -> Option<&str> {
+        self.application_name.as_deref()
     }
 
     pub(crate) fn key_label(&self) -> KeyLabel {

@@ -49,6 +49,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use crate::application_name;
 use crate::error::{Loss, chain, is_answer};
 use crate::key::{Key, KeyId};
 use crate::metrics;
@@ -92,6 +93,8 @@ pub(crate) struct Session {
     has_long_settings: AtomicBool,
     /// The server rejects those settings.
     settings_refused: AtomicBool,
+    /// The key that it shows in `application_name`.
+    shown_key: Mutex<Option<KeyId>>,
     /// What a session had locked that was lost behind a pooler while its connection was in use.
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
@@ -134,6 +137,7 @@ impl Session {
             settings_to_restore: AtomicBool::new(false),
             has_long_settings: AtomicBool::new(false),
             settings_refused: AtomicBool::new(false),
+            shown_key: Mutex::default(),
             left_behind: Mutex::default(),
             managed_locks: AtomicUsize::new(0),
             leading: metrics::Leading::default(),
@@ -257,6 +261,14 @@ impl Session {
     /// Has the settings put back at the end that the application would notice.
     fn restore_settings(&self) {
         self.settings_to_restore.store(true, Ordering::Relaxed);
+    }
+
+    /// What to show in `application_name` for a request, if it is not shown already.
+    fn to_show(&self, request: &Request) -> Option<String> {
+        let name = self.options.shown_name()?;
+        let key = request.key().id();
+        let mut shown = self.shown_key.lock().unwrap_or_else(PoisonError::into_inner);
+        (shown.replace(key) != Some(key)).then(|| application_name::of(name, request))
     }
 
     /// Whether a guard of this key is alive, and may be trusted.

@@ -11,6 +11,7 @@ use futures_core::Stream;
 use tokio::time::{Instant, sleep_until};
 
 use super::Election;
+use crate::application_name;
 use crate::error::Result;
 use crate::sql::election::Holder;
 
@@ -46,16 +47,8 @@ pub struct Leader {
 impl Leader {
     /// As it shows: the name, then term and time in a form that is short and can be read back.
     pub(super) fn show(name: &str, term: u64, since: SystemTime) -> String {
-        // NAMEDATALEN - 1.
-        const MOST: usize = 63;
-
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let suffix = format!(" {term}@{since}");
-        // The server would do so too, but from PostgreSQL 16 on with four characters for each byte,
-        // for which the suffix would be cut off.
-        let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
-        let room = MOST.saturating_sub(suffix.len());
-        name.chars().map(printable).take(room).chain(suffix.chars()).collect()
+        application_name::with_suffix(name, &format!(" {term}@{since}"))
     }
 
     fn read(shown: &str) -> Option<(String, u64, SystemTime)> {

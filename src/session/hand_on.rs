@@ -114,6 +114,7 @@ impl Session {
             && mine.keepalives() == other.keepalives()
             && mine.settings_required() == other.settings_required()
             && mine.standby_allowed() == other.standby_allowed()
+            && mine.shown_name() == other.shown_name()
     }
 
     /// Becomes a session that holds the lock, on the connection of another one.
@@ -124,6 +125,8 @@ impl Session {
         copy(&self.settings_to_restore, &other.settings_to_restore);
         copy(&self.has_long_settings, &other.has_long_settings);
         copy(&self.settings_refused, &other.settings_refused);
+        *self.shown_key.lock().unwrap_or_else(PoisonError::into_inner) =
+            *other.shown_key.lock().unwrap_or_else(PoisonError::into_inner);
         self.backend_pid.get_or_init(|| other.backend_pid());
         *self.last_answered.lock().unwrap_or_else(PoisonError::into_inner) = other.last_answered();
         let mut ledger = self.ledger();

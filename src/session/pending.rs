@@ -324,11 +324,21 @@ impl Pending {
         within(DEADLINE, async { sql::settings::lift_idle_timeout(self.pg()?).await }).await
     }
 
+    /// Shows in `application_name` what the session holds or waits for, if the application wants that.
+    async fn show(&mut self) -> Result<(), sqlx::Error> {
+        let Some(name) = self.session.to_show(&self.request) else { return Ok(()) };
+        self.session.restore_settings();
+        Box::pin(within(DEADLINE, async { sql::settings::show_name(self.pg()?, &name).await })).await
+    }
+
     /// Counts what the server has granted.
     async fn granted(mut self, policy: WaitPolicy) -> Result<Granted> {
         if self.idle_limited
             && let Err(error) = Box::pin(self.lift_idle_timeout()).await
         {
+            return Err(Box::pin(self.fail(error)).await);
+        }
+        if let Err(error) = self.show().await {
             return Err(Box::pin(self.fail(error)).await);
         }
         let Session { server, pool, .. } = &*self.session;

@@ -5,12 +5,12 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use pglock::{Key, Lock, Loss};
+use pglock::{Key, Lock, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb};
 use sqlx::postgres::PgRow;
-use sqlx::{AssertSqlSafe, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Column, PgConnection, Row};
 
-use crate::support::{locks_are, spawn};
+use crate::support::{has_waiter, locks_are, spawn};
 use crate::tidy::rust_files;
 
 /// Longer than anything here takes, unless it hangs.
@@ -116,6 +116,40 @@ async fn the_queries_for_psql_find_what_they_say() {
     let pages = pages.map(|file| fs::read_to_string(file.unwrap().path()).unwrap());
     let written: usize = pages.map(|page| queries(&page).len()).sum();
     assert_eq!(tried, written, "a query is not tried here");
+}
+
+/// The query for postgres_exporter returns the columns that the file describes.
+#[tokio::test]
+async fn the_query_for_postgres_exporter_tells_holders_from_waiters() {
+    let file = root().join("migrations-free-docker/monitoring/postgres_exporter.yaml");
+    let file = fs::read_to_string(file).unwrap();
+    let (_, rest) = file.split_once("  query: |\n").unwrap();
+    let (query, metrics) = rest.split_once("  metrics:\n").unwrap();
+    let described = metrics.lines().filter_map(|line| line.strip_prefix("    - "));
+    let described: Vec<_> = described.map(|name| name.strip_suffix(':').unwrap()).collect();
+
+    let db = TestDb::new().await;
+    let (pool, mut psql) = (db.pool(3).await, db.admin().await);
+    let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
+    let holder = Lock::new(&named, "nightly-report").acquire().await.unwrap();
+    let mut lock = Lock::new(&named, "nightly-report");
+    let waiting = spawn(async move { lock.acquire_shared().await });
+    has_waiter(&mut psql).await;
+    if psql.server_version_num() < Some(140_000) {
+        return;
+    }
+    let rows = run(&mut psql, query).await;
+    let columns: Vec<_> = rows.first().unwrap().columns().iter().map(|c| c.name()).collect();
+    assert_eq!(columns, described);
+    let mut seen: Vec<(&str, &str, i64)> =
+        rows.iter().map(|row| (row.get("mode"), row.get("state"), row.get("sessions"))).collect();
+    seen.sort();
+    assert_eq!(seen, [("ExclusiveLock", "held", 1), ("ShareLock", "awaited", 1)]);
+    for row in &rows {
+        assert_eq!(row.get::<&str, _>("application_name"), "billing nightly-report");
+    }
+    holder.release().await.unwrap();
+    drop(waiting.await.unwrap().unwrap());
 }
 
 /// What the table of settings says that a session gets.

@@ -36,6 +36,7 @@ mod quiet;
 mod scoped;
 mod semaphore;
 mod service;
+mod shown;
 mod standby;
 mod statements;
 mod tidy;

@@ -66,6 +66,9 @@ impl Pending {
                     "still waiting for a busy lock"
                 );
             }
+            if let Err(error) = self.show().await {
+                return Err(self.fail(error).await);
+            }
             let limit = self.slice(left).await;
             let keepalives = (!session.settings_refused.load(Ordering::Relaxed))
                 .then(|| self.session.options().keepalives());

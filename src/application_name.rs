@@ -1,0 +1,44 @@
+//! What sessions show in `application_name`, which is all that others see of a session without asking it.
+
+use crate::request::{Need, Request};
+
+/// How long it can be: `NAMEDATALEN` - 1.
+const LONGEST: usize = 63;
+
+/// What is left of a name beside a long suffix.
+const SHORTEST: usize = 16;
+
+/// A name and a suffix that says more, of which the name is cut first.
+///
+/// Characters that are not printable ASCII are replaced. The server would do so too, but from PostgreSQL 16 on by four
+/// characters for each byte.
+pub(crate) fn with_suffix(name: &str, suffix: &str) -> String {
+    let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
+    let room = LONGEST.saturating_sub(suffix.chars().count()).max(SHORTEST);
+    name.chars().take(room).chain(suffix.chars()).map(printable).take(LONGEST).collect()
+}
+
+/// What a session shows for a request: the name that the application has chosen, and the key.
+pub(crate) fn of(name: &str, request: &Request) -> String {
+    let key = request.key();
+    match (request.need, key.name()) {
+        // Several locks will share the session.
+        (Need::Nothing, _) => with_suffix(name, ""),
+        (Need::All | Need::Any, Some(key)) => with_suffix(name, &format!(" {key}")),
+        (Need::All | Need::Any, None) => with_suffix(name, &format!(" {}", key.id())),
+    }
+}
+
+/// The names of keys that a session may show. Whether it does, their hashes say.
+///
+/// Those of the program come in the middle: `pglock run KEY COMMAND@HOST`.
+pub(crate) fn names(shown: &str) -> impl Iterator<Item = &str> {
+    let suffixes = shown.match_indices(' ').filter_map(|(at, _)| shown.get(at + 1..));
+    let run = shown.strip_prefix("pglock run ").and_then(|rest| rest.rsplit_once(' '));
+    let names = run.map(|(key, _)| key).into_iter().chain(suffixes);
+    names.flat_map(|name| {
+        // Of a semaphore, whose queue and permits have keys that are derived from its own.
+        let semaphore = name.rsplit_once(", ").map(|(semaphore, _)| semaphore);
+        [Some(name), semaphore].into_iter().flatten()
+    })
+}
