@@ -37,7 +37,7 @@ pub(crate) async fn play() -> Result<()> {
     let (leader, other) = demo.one_leads(one, two).await?;
     demo.one_at_a_time(&leader, &other).await?;
     demo.who_comes_second_finds_it_paid(&leader, &other).await?;
-    demo.no_connection_is_left(&leader, &other).await?;
+    demo.locks_take_no_connections(&other).await?;
     demo.the_lock_is_lost(&other).await?;
     demo.clients_hang_up(&leader, &other).await?;
     demo.the_leader_is_shut_down(leader, &other).await?;
@@ -72,6 +72,7 @@ impl Demo {
                     by_one.0,
                     leader.name
                 );
+                tokio::try_join!(leader.probes(200), other.probes(200))?;
                 println!("GET /leader: {}, say both; {} says that it leads", by_one.0, leader.name);
                 #[cfg(feature = "metrics")]
                 tokio::try_join!(
@@ -137,45 +138,30 @@ impl Demo {
         self.was_charged_once(2)
     }
 
-    async fn no_connection_is_left(&self, spare: &Process, full: &Process) -> Result<()> {
-        title("A server has no connection left");
-        let invoices = [11, 12, 13, 14, 15];
-        // One is used by the candidate.
-        ensure!(invoices.len() + 1 == CONNECTIONS as usize, "just as many as use it up");
+    async fn locks_take_no_connections(&self, server: &Process) -> Result<()> {
+        title("More invoices are paid at once than the server has connections");
+        let invoices: Vec<i64> = (101..=120).collect();
+        ensure!(invoices.len() > CONNECTIONS as usize, "{CONNECTIONS} connections are enough");
         self.invoices(&invoices).await?;
-        self.invoices(&[16]).await?;
         self.bank.is_busy(true);
         let mut clients = JoinSet::new();
-        for invoice in invoices {
-            clients.spawn(pay(full.address, invoice));
+        for &invoice in &invoices {
+            clients.spawn(pay(server.address, invoice));
         }
         self.bank.until_asking(invoices.len(), &invoices).await?;
-        println!("{} invoices are being paid at once: none waits for another", invoices.len());
+        self.until_locks("all of them are locked", invoices.len() + 1, 1).await?;
+        server.leader().await?;
+        println!("{} invoices are locked, and queries are answered", invoices.len());
 
-        let refused = full.pay(16).await?;
-        let retry_after = refused.header("Retry-After").and_then(|seconds| seconds.parse().ok());
-        ensure!(refused.status == 503, "not 503: {} {}", refused.status, refused.body);
-        ensure!(retry_after == Some(1_u64), "it does not say when to come back");
-        let leader = http::get(full.address, "/leader").await?;
-        ensure!(leader.status == 503, "who leads, without asking: {}", leader.body);
-        println!(
-            "a sixth: 503 Service Unavailable, Retry-After: 1; no request was busy with invoice 16"
-        );
-
-        // The other server has connections, and nothing of the refused client is in its way.
-        clients.spawn(pay(spare.address, 16));
-        self.bank.until_asking(1, &[16]).await?;
         self.bank.is_busy(false);
         while !clients.is_empty() {
             let answer = next(&mut clients).await?;
             ensure!(answer.body == "paid\n", "{} {}", answer.status, answer.body);
         }
-        for invoice in invoices.into_iter().chain([16]) {
+        for invoice in invoices {
             self.was_charged_once(invoice)?;
         }
-        let again = full.pay(16).await?;
-        ensure!(again.status == 200, "it does not recover: {} {}", again.status, again.body);
-        println!("at the other server, and here a moment later: 200 OK");
+        println!("all are paid");
         Ok(())
     }
 
@@ -250,6 +236,8 @@ impl Demo {
             sleep(Duration::from_millis(5)).await;
         }
         println!("{} ms later, {} leads", told.elapsed().as_millis(), other.name);
+        leader.probes(503).await?;
+        other.probes(200).await?;
         while TcpStream::connect(leader.address).await.is_ok() {
             ensure!(told.elapsed() < PATIENCE, "{} still lets clients in", leader.name);
             sleep(Duration::from_millis(5)).await;
@@ -259,7 +247,7 @@ impl Demo {
         self.bank.is_busy(false);
         let paid = next(&mut clients).await?;
         ensure!(paid.body == "paid\n", "{} {}", paid.status, paid.body);
-        println!("the payment that was under way: 200 OK");
+        println!("the payment in progress: 200 OK");
         self.was_charged_once(41)?;
         let name = leader.name;
         leader.ended().await?;

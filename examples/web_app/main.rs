@@ -11,6 +11,7 @@
 //! psql "$DATABASE_URL" -c 'INSERT INTO invoice VALUES (17)'
 //! curl -i -X POST http://127.0.0.1:8080/invoices/17/pay
 //! curl -i http://127.0.0.1:8080/leader
+//! curl -i http://127.0.0.1:8080/readyz # and /livez
 //! curl -i http://127.0.0.1:8080/metrics # with `cargo run --features metrics`
 //! ```
 

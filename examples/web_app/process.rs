@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use crate::Result;
 use crate::http::{self, Answer};
+use crate::server::DRAIN_VARIABLE;
 
 /// How long a process may take to start, or to end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,6 +33,7 @@ impl Process {
             .env("NODE", name)
             .env("DATABASE_URL", url)
             .env("BANK", bank.to_string())
+            .env(DRAIN_VARIABLE, "1")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -56,6 +58,16 @@ impl Process {
         ensure!(status == 200, "{} does not say who leads: {status} {body}", self.name);
         let leader = leader.ok_or_else(|| format!("no leader is named: {body}"))?;
         Ok((leader.to_owned(), body.contains("leads: true")))
+    }
+
+    /// Makes sure that it is alive, and that its readiness probe is answered like this.
+    pub(crate) async fn probes(&self, readyz: u16) -> Result<()> {
+        let alive = http::get(self.address, "/livez").await?;
+        ensure!(alive.status == 200, "{} is not alive: {}", self.name, alive.body);
+        let ready = http::get(self.address, "/readyz").await?;
+        ensure!(ready.status == readyz, "{}: {} {}", self.name, ready.status, ready.body);
+        println!("GET /readyz on {}: {readyz} {}", self.name, ready.body.trim());
+        Ok(())
     }
 
     /// Makes sure that it exports a metric with this value.

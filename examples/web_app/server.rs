@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pglock::{Election, Leadership, Lock};
+use pglock::{Election, Leadership, Lock, LockManager};
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::net::TcpListener;
@@ -20,8 +20,13 @@ use crate::Result;
 use crate::bank::Bank;
 use crate::service::{self, POST, Service};
 
-/// One for the election, and one for each payment in progress, or waiting for another.
+/// One for the election, some for locks, and the others for queries. Payments that wait for the bank need none.
 pub(crate) const CONNECTIONS: u32 = 6;
+
+/// For how many seconds requests are accepted after SIGTERM, and where another number comes from. Kubernetes removes a
+/// pod from its services while it sends the signal, and not before.
+const DRAIN: &str = "5";
+pub(crate) const DRAIN_VARIABLE: &str = "DRAIN_SECONDS";
 
 /// Serves until SIGTERM or Ctrl-C. Then it ends what is in progress, and leaves nothing behind.
 pub(crate) async fn serve(address: &str) -> Result<()> {
@@ -46,12 +51,21 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
     };
     let mut election = Election::new(&pool, POST).candidate(&name);
     let status = election.status();
-    let router = service::router(Service { name: name.clone(), pool: pool.clone(), bank, status });
+    let (end, ending) = watch::channel(false);
+    let router = service::router(Service {
+        name: name.clone(),
+        pool: pool.clone(),
+        manager: LockManager::new(&pool),
+        bank,
+        status,
+        ending: ending.clone(),
+    });
     #[cfg(feature = "metrics")]
     let router = router.merge(metrics);
 
+    let drain = env::var(DRAIN_VARIABLE).unwrap_or_else(|_| DRAIN.to_owned());
+    let drain = Duration::from_secs(drain.parse()?);
     let mut terminate = signal(SignalKind::terminate())?;
-    let (end, ending) = watch::channel(false);
     let listener = TcpListener::bind(address).await?;
     println!("{name} listens on {}", listener.local_addr()?);
 
@@ -64,10 +78,14 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
             end.send_replace(true);
             io::Result::Ok(())
         },
-        // Accepts no more clients, and ends when all requests are answered.
+        // After a while, accepts no more clients; ends when all requests are answered.
         async {
-            let serving = axum::serve(listener, router);
-            serving.with_graceful_shutdown(told(ending.clone())).await
+            let told = told(ending.clone());
+            let drained = async move {
+                told.await;
+                sleep(drain).await;
+            };
+            axum::serve(listener, router).with_graceful_shutdown(drained).await
         },
         // Resigns, so that another leads at once.
         async {

@@ -10,13 +10,17 @@ use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use pglock::{Election, Error, ExclusiveGuard, LeaderStatus, Lock, LockOptions};
+use pglock::{Election, Error, LeaderState, LeaderStatus, Lock, LockManager};
 use sqlx::PgPool;
+use tokio::sync::watch;
 
 use crate::http;
 
 /// How long a payment may wait for another of the same invoice: less than a client waits for us.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a candidate may fail before this process is not ready.
+const OUTAGE: Duration = Duration::from_secs(30);
 
 /// What is elected: the one that sends reminders.
 pub(crate) const POST: &str = "reminders";
@@ -25,14 +29,18 @@ pub(crate) const POST: &str = "reminders";
 pub(crate) struct Service {
     pub(crate) name: String,
     pub(crate) pool: PgPool,
+    pub(crate) manager: LockManager,
     pub(crate) bank: SocketAddr,
     pub(crate) status: LeaderStatus,
+    pub(crate) ending: watch::Receiver<bool>,
 }
 
 pub(crate) fn router(service: Service) -> Router {
     Router::new()
         .route("/invoices/{invoice}/pay", post(pay))
         .route("/leader", get(leader))
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(is_ready))
         .with_state(service)
 }
 
@@ -44,28 +52,21 @@ async fn pay(
     State(service): State<Service>,
     Path(invoice): Path<i64>,
 ) -> Result<(StatusCode, &'static str), Failure> {
-    // On the pool, and not on a `LockManager` as in most services, because the payment is written through
-    // the lock's own connection, and a manager's locks have none. All work runs on that connection, so no
-    // other ones need to be left for it. Handlers that query the pool use a manager.
-    let options = LockOptions::new().reserve_connections(0);
-    let mut lock = Lock::new(&options.on(&service.pool)?, format!("invoice-{invoice}"));
-    let Some(guard) = lock.try_acquire_for(PATIENCE).await? else {
-        return Ok((StatusCode::CONFLICT, "another request is busy with this invoice\n"));
-    };
+    // On the manager, so that a lock takes no connection: the queries under it have the pool.
+    let lock = Lock::new(&service.manager, format!("invoice-{invoice}"));
     // If the lock is lost, the payment is stopped there, before another request can begin one.
-    guard.while_held(Box::pin(service.pay(invoice, &guard))).await?
+    match lock.try_run_for(PATIENCE, service.pay(invoice)).await? {
+        Some(paid) => paid,
+        None => Ok((StatusCode::CONFLICT, "another request is busy with this invoice\n")),
+    }
 }
 
 impl Service {
     /// Pays an invoice, under its lock.
-    async fn pay(
-        &self,
-        invoice: i64,
-        guard: &ExclusiveGuard,
-    ) -> Result<(StatusCode, &'static str), Failure> {
+    async fn pay(&self, invoice: i64) -> Result<(StatusCode, &'static str), Failure> {
         let paid = sqlx::query_scalar("SELECT paid FROM invoice WHERE id = $1")
             .bind(invoice)
-            .fetch_optional(&mut *guard.connection().await?)
+            .fetch_optional(&self.pool)
             .await?;
         match paid {
             None => return Ok((StatusCode::NOT_FOUND, "there is no such invoice\n")),
@@ -80,10 +81,11 @@ impl Service {
             return Ok((StatusCode::BAD_GATEWAY, "the bank refuses\n"));
         }
 
-        // On the session that holds the lock: a request that has lost the lock can't write it.
+        // If the lock was lost a moment ago, another request writes the same, which does no harm. Where it would, lock
+        // the pool instead, and write through the guard's own connection.
         sqlx::query("UPDATE invoice SET paid = true WHERE id = $1")
             .bind(invoice)
-            .execute(&mut *guard.connection().await?)
+            .execute(&self.pool)
             .await?;
         Ok((StatusCode::OK, "paid\n"))
     }
@@ -96,6 +98,17 @@ async fn leader(State(service): State<Service>) -> Result<String, Failure> {
     let leader = leader.map_or_else(|| "nobody".to_owned(), |leader| leader.name);
     let Service { name, status, .. } = service;
     Ok(format!("leader: {leader}\n{name} leads: {}\n", status.is_leader()))
+}
+
+/// Whether requests should be sent here: not after SIGTERM, and not if the candidate has failed for long, because then
+/// requests will, too. One that waits is as ready as the leader.
+async fn is_ready(State(service): State<Service>) -> (StatusCode, String) {
+    let reason = match service.status.state() {
+        _ if *service.ending.borrow() => "is shutting down".to_owned(),
+        LeaderState::Failing { error, since } if since.elapsed() > OUTAGE => error.to_string(),
+        _ => return (StatusCode::OK, "ready\n".to_owned()),
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, reason + "\n")
 }
 
 /// Why there is no answer.

@@ -328,7 +328,8 @@ impl Pending {
     async fn show(&mut self) -> Result<(), sqlx::Error> {
         let Some(name) = self.session.to_show(&self.request) else { return Ok(()) };
         self.session.restore_settings();
-        Box::pin(within(DEADLINE, async { sql::settings::show_name(self.pg()?, &name).await })).await
+        Box::pin(within(DEADLINE, async { sql::settings::show_name(self.pg()?, &name).await }))
+            .await
     }
 
     /// Counts what the server has granted.

@@ -133,7 +133,8 @@ async fn other_handles_show_their_names_too() {
     held.release().await.unwrap();
     drop(manager);
 
-    let leadership = Election::new(&named, "scheduler").candidate("node-7").campaign().await.unwrap();
+    let leadership =
+        Election::new(&named, "scheduler").candidate("node-7").campaign().await.unwrap();
     let term = leadership.term();
     let name = shown(&mut admin).await.pop().unwrap();
     assert!(name.starts_with(&format!("node-7 {term}@")), "{name}");
