@@ -4,8 +4,12 @@ mod exclusive;
 mod shared;
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
+
+use tracing::Span;
+use tracing::field::{Empty, display};
 
 use crate::error::{Error, Loss, Result};
 use crate::holdings::Holding;
@@ -13,7 +17,7 @@ use crate::key::Key;
 use crate::manager::{Managed, PendingRelease};
 use crate::metrics::{self, Held};
 use crate::owner::Owner;
-use crate::request::Request;
+use crate::request::{Need, Request};
 use crate::session::Session;
 use crate::session::ledger::Join;
 use crate::session::lend::SessionConnection;
@@ -69,6 +73,8 @@ pub struct Guard {
     /// A manager took it, and has others on the session, too.
     managed: Option<Managed>,
     held: Held,
+    // A subscriber is told of the end, and of nothing else.
+    span: AssertUnwindSafe<Span>,
 }
 
 impl Guard {
@@ -385,7 +391,8 @@ impl Guard {
     pub(crate) fn new(session: Arc<Session>, request: Request) -> Self {
         let token = OnceLock::new();
         let held = Held::start(&request.labels(session.options()));
-        Self { session, request, token, released: false, holding: None, managed: None, held }
+        let (span, released) = (AssertUnwindSafe(Span::none()), false);
+        Self { session, request, token, released, holding: None, managed: None, held, span }
     }
 
     /// What a manager took for one of its owners.
@@ -436,7 +443,7 @@ impl Guard {
             // If the session was lost meanwhile, it was granted on another.
             let is_elsewhere =
                 more.as_ref().is_some_and(|more| !Arc::ptr_eq(&more.session, session));
-            return if is_elsewhere { Err(ended()) } else { Ok(more) };
+            return if is_elsewhere { Err(ended()) } else { Ok(more.map(Self::traced)) };
         }
         let joined = match session.join(request) {
             Join::Covered => Some(Self::new(Arc::clone(session), request.clone())),
@@ -451,7 +458,7 @@ impl Guard {
             }
             Join::Lost | Join::Released => return Err(ended()),
         };
-        Ok(joined.map(|joined| match &self.holding {
+        Ok(joined.map(Self::traced).map(|joined| match &self.holding {
             Some(holding) => joined.held_by(|session, request| holding.another(session, request)),
             None => joined,
         }))
@@ -471,6 +478,32 @@ impl Guard {
         self.closed().map_or(Ok(()), |closed| Err(Error::lost(self.key(), closed)))
     }
 
+    /// Begins the span of the hold, a child of the current one. A session of a manager is no lock.
+    pub(crate) fn traced(mut self) -> Self {
+        if self.request.need == Need::Nothing {
+            return self;
+        }
+        let key = self.key();
+        *self.span = tracing::debug_span!(
+            "hold",
+            lock.key = %key.id(),
+            lock.name = key.name(),
+            mode = %self.request.mode(),
+            backend_pid = self.backend_pid(),
+            outcome = Empty,
+        );
+        self
+    }
+
+    /// The span ends with the guard, or when its release begins.
+    fn end_span(&mut self) {
+        if !self.span.is_disabled() {
+            let outcome = if self.loss().is_some() { "lost" } else { "released" };
+            self.span.record("outcome", display(outcome));
+            *self.span = Span::none();
+        }
+    }
+
     /// Starts the release, once. The only path by which a guard is released.
     fn start_release(&mut self, protocol: Protocol) -> Option<Releasing> {
         if self.released {
@@ -478,6 +511,7 @@ impl Guard {
         }
         self.released = true;
         self.held.end();
+        self.end_span();
         if let Some(managed) = &self.managed {
             let pending = managed.leave(self.key(), self.request.mode(), &self.session);
             return Some(Releasing::ByManager(pending));

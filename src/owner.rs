@@ -158,6 +158,7 @@ impl Owner {
         let ending = Ending { span: span.clone(), started: Instant::now(), outcome: "cancelled" };
         let acquire = metrics::Acquire::start(request.labels(&self.options));
         let taken = self.take_from_session(request, policy).instrument(span).await;
+        let taken = taken.map(|guard| guard.map(Guard::traced));
         ending.was(match &taken {
             Ok(Some(_)) => "acquired",
             Ok(None) => "busy",

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::{DefaultGuard, set_default};
-use tracing::{Dispatch, Event, Level, Metadata, Subscriber};
+use tracing::{Dispatch, Event, Instrument, Level, Metadata, Subscriber};
 use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
@@ -176,6 +176,57 @@ async fn every_acquire_has_a_span() {
     let moment = u64::try_from((MOMENT * 9 / 10).as_millis()).unwrap();
     let long = waited.iter().map(|&waited| waited >= moment);
     assert_eq!(long.skip(3).take(2).collect::<Vec<_>>(), [true, true], "{waited:?}");
+}
+
+/// It is no part of the acquire, whose span ends before.
+#[tokio::test]
+async fn every_hold_has_a_span() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let told = Told::from_now_on();
+    let holds = || {
+        let all = told.all().into_iter();
+        let holds = all.filter(|entry| entry.metadata.name() == "hold").collect::<Vec<_>>();
+        let field = |entry: &Entry, name| entry.field(name).unwrap().to_owned();
+        let told = holds.iter().map(|hold| {
+            assert!(hold.is_ours() && *hold.metadata.level() == Level::DEBUG);
+            (field(hold, "lock.name"), field(hold, "mode"), field(hold, "outcome"))
+        });
+        told.collect::<Vec<_>>()
+    };
+    let hold = |name: &str, mode: &str, outcome: &str| {
+        (name.to_owned(), mode.to_owned(), outcome.to_owned())
+    };
+    let parent = tracing::debug_span!("request");
+
+    let mut lock = Lock::new(&pool, "invoice-17");
+    let guard = lock.acquire().instrument(parent.clone()).await.unwrap();
+    let again = lock.acquire_shared().await.unwrap();
+    assert_eq!((told.acquires().len(), holds().len()), (2, 0));
+    drop(again);
+    assert_eq!(holds(), [hold("invoice-17", "shared", "released")]);
+    drop(parent);
+    let is_request = |entry: &Entry| entry.metadata.name() == "request";
+    assert!(!told.all().iter().any(is_request), "the hold is a part of the request");
+    let shared = guard.downgrade().await.unwrap();
+    shared.release().await.unwrap();
+    assert!(told.all().iter().any(is_request));
+
+    let manager = LockManager::new(&pool);
+    let managed = Lock::new(&manager, "managed").acquire().await.unwrap();
+    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(managed.backend_pid());
+    end.execute(&mut admin).await.unwrap();
+    managed.lost().await;
+    drop(managed);
+    assert_eq!(
+        holds(),
+        [
+            hold("invoice-17", "shared", "released"),
+            hold("invoice-17", "exclusive", "released"),
+            hold("invoice-17", "shared", "released"),
+            hold("managed", "exclusive", "lost"),
+        ]
+    );
 }
 
 /// A number has no name, and a pair is one field.
