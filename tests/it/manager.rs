@@ -337,9 +337,9 @@ async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
     }
     drop(guards);
     assert!(again.iter().all(|guard| !guard.is_lost()));
-    locks_are(&mut admin, usize::try_from(GUARDS).unwrap(), SOON).await;
+    locks_are(&mut admin, usize::try_from(GUARDS).unwrap(), PATIENCE).await;
     drop(again);
-    no_locks(&mut admin).await;
+    locks_are(&mut admin, 0, PATIENCE).await;
     borrow_all(&pool).await;
 }
 

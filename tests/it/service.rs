@@ -448,7 +448,7 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
 async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let beat = Duration::from_millis(300);
+    let beat = SOON;
     let options = LockOptions::new()
         .heartbeat_interval(beat)
         .heartbeat_timeout(beat)
