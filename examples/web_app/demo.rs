@@ -76,8 +76,8 @@ impl Demo {
                 println!("GET /leader: {}, say both; {} says that it leads", by_one.0, leader.name);
                 #[cfg(feature = "metrics")]
                 tokio::try_join!(
-                    leader.exports("pglock_leader 1"),
-                    other.exports("pglock_leader 0")
+                    leader.exports(r#"pglock_leader{key="reminders"} 1"#),
+                    other.exports(r#"pglock_leader{key="reminders"} 0"#)
                 )?;
                 return Ok((leader, other));
             }

@@ -49,7 +49,11 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
         let own = Bank::open().await?;
         (own.address(), Some(own))
     };
-    let mut election = Election::new(&pool, POST).candidate(&name);
+    #[cfg(not(feature = "metrics"))]
+    let election = Election::new(&pool, POST);
+    #[cfg(feature = "metrics")]
+    let election = Election::new(&crate::metrics::labelled(&pool)?, POST);
+    let mut election = election.candidate(&name);
     let status = election.status();
     let (end, ending) = watch::channel(false);
     let router = service::router(Service {
