@@ -51,12 +51,11 @@
 //! use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 //! use pglock::Lock;
 //!
+//! // Some between 2 s and 4 s, or the age of the last answer, usually just over 2 s, could be anything up to the next one.
+//! let bounds = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 2.2, 3.0, 4.0, 10.0, 60.0, 600.0];
 //! let handle = PrometheusBuilder::new()
 //!     // Without buckets, histograms are exported as summaries.
-//!     .set_buckets_for_metric(
-//!         Matcher::Suffix("_seconds".to_owned()),
-//!         &[0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 600.0],
-//!     )?
+//!     .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &bounds)?
 //!     .install_recorder()?;
 //! pglock::metrics::describe();
 //!
