@@ -1,7 +1,9 @@
 //! A service of several processes: tasks that draw a key, work under its lock on the pool that the process has
 //! for everything, and draw the next one.
 //!
-//! Without an argument, the services of [`SERVICES`]. With `matrix` in `PGLOCK_BENCH_SERVICE`, every
+//! Without an argument, the services of [`SERVICES`], each in a closed loop, in which a task begins a cycle when it has
+//! ended the one before; and in open loops, in which cycles begin at random times, as often as [`LOADS`] says. Draws
+//! what it has measured, as `benches/service.svg`. With `matrix` in `PGLOCK_BENCH_SERVICE`, every
 //! combination of pools, processes, tasks and keys, with row locks and the manager alone, each for a shorter
 //! time.
 
@@ -17,20 +19,24 @@ mod support;
     reason = "a part of it is enough here, and is the tests' own"
 )]
 mod dice;
+mod picture;
 mod process;
 #[path = "../quantile.rs"]
 mod quantile;
 mod way;
 
 use std::env;
+use std::fs;
 use std::time::Duration;
 
 use pglock_testkit::{Proxy, Server, TestDb};
 use sqlx::error::BoxDynError;
-use sqlx::{AssertSqlSafe, ConnectOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection};
 use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
 
-use process::{Measured, Process};
+use picture::Row;
+use process::{Measured, Process, WARM_UP, cpu_of};
 use way::Way;
 
 /// Its value is `matrix`, or what a process of a service is to do.
@@ -57,6 +63,9 @@ const SERVICES: [Service; 3] = [
     Service { round_trip: Duration::from_millis(1), ..SERVICE },
 ];
 
+/// How many cycles begin in an open loop: hundredths of those that row locks do in the closed one.
+const LOADS: [u64; 2] = [60, 90];
+
 fn main() -> Result<(), BoxDynError> {
     let told = env::var(VARIABLE).unwrap_or_default();
     if told.contains(' ') {
@@ -82,9 +91,10 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
     };
     let (turns, time) = match (quick, matrix) {
         (true, _) => (1, Duration::from_millis(200)),
-        (false, false) => (3, Duration::from_secs(5)),
+        (false, false) => (3, Duration::from_secs(4)),
         (false, true) => (1, Duration::from_secs(3)),
     };
+    let mut rows = Vec::new();
     for service in services {
         let proxy = Proxy::to(server.port()).await;
         proxy.delay(service.round_trip / 2);
@@ -93,16 +103,28 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
             options = options.port(proxy.address().port());
         }
         let url = options.to_url_lossy().to_string();
-        let mut measured: Vec<_> = ways.iter().map(|&way| (way, Measured::default())).collect();
-        for turn in 0..turns {
-            for (way, measured) in &mut measured {
-                measured.add(run(service, *way, &url, time, turn).await?);
-                let leave = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                             WHERE datname = current_database() AND pid <> pg_backend_pid()";
-                sqlx::raw_sql(AssertSqlSafe(leave)).execute(&mut admin).await?;
+        let mut row_locks = 0;
+        let loads: &[u64] = if matrix { &[] } else { &LOADS };
+        for load in [0].iter().chain(loads) {
+            let arrivals = row_locks * load / 100 / service.processes;
+            let mut measured: Vec<_> = ways.iter().map(|&way| (way, Measured::default())).collect();
+            for turn in 0..turns {
+                for (way, measured) in &mut measured {
+                    let run = Run { service, way: *way, url: &url, time, turn, arrivals };
+                    measured.add(run.all(&mut admin, server.postmaster_pid()).await?);
+                    let leave = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                                 WHERE datname = current_database() AND pid <> pg_backend_pid()";
+                    sqlx::raw_sql(AssertSqlSafe(leave)).execute(&mut admin).await?;
+                }
             }
+            let row = Row { service, load: *load, time: time * turns, measured };
+            row_locks = row_locks.max(row.rate_of_row_locks());
+            print(&row, (WARM_UP + time) * turns);
+            rows.push(row);
         }
-        print(service, &measured, time * turns);
+    }
+    if !quick && !matrix {
+        picture::draw(&rows)?;
     }
     Ok(())
 }
@@ -119,47 +141,100 @@ fn all_services() -> Vec<Service> {
     services
 }
 
-/// Runs all processes of a service at once.
-async fn run(
+/// A turn of a way to serialize work.
+struct Run<'r> {
     service: Service,
     way: Way,
-    url: &str,
+    url: &'r str,
     time: Duration,
     turn: u32,
-) -> Result<Measured, BoxDynError> {
-    let mut running = JoinSet::new();
-    for number in 0..service.processes {
-        let seed = u64::from(turn) * 1000 + number;
-        let Service { tasks, keys, pool, .. } = service;
-        let process = Process { way, tasks, keys, pool, time, seed, url: url.to_owned() };
-        running.spawn(process.start());
+    arrivals: u64,
+}
+
+impl Run<'_> {
+    /// Runs all processes of the service at once.
+    async fn all(self, admin: &mut PgConnection, postmaster: u32) -> Result<Measured, BoxDynError> {
+        let Self { service, way, url, time, turn, arrivals } = self;
+        let mut running = JoinSet::new();
+        for number in 0..service.processes {
+            let seed = u64::from(turn) * 1000 + number;
+            let Service { tasks, keys, pool, .. } = service;
+            let url = url.to_owned();
+            let process = Process { way, tasks, keys, pool, time, seed, arrivals, url };
+            running.spawn(process.start());
+        }
+        let mut all = Measured::default();
+        let before = cpu_of_server(postmaster)?;
+        let mut tick = interval(Duration::from_millis(100));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                ended = running.join_next() => match ended {
+                    Some(ended) => all.add(ended??),
+                    None => break,
+                },
+                _ = tick.tick() => {
+                    let count = "SELECT count(*) FROM pg_stat_activity
+                                 WHERE datname = current_database() AND pid <> pg_backend_pid()";
+                    let count: i64 = sqlx::query_scalar(count).fetch_one(&mut *admin).await?;
+                    all.connections = all.connections.max(count);
+                }
+            }
+        }
+        all.server_cpu = cpu_of_server(postmaster)?.saturating_sub(before);
+        Ok(all)
     }
-    let mut all = Measured::default();
-    while let Some(ended) = running.join_next().await {
-        all.add(ended??);
+}
+
+/// The time of a processor that the server has taken.
+fn cpu_of_server(postmaster: u32) -> Result<Duration, BoxDynError> {
+    let children = fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"))?;
+    let mut all = cpu_of(postmaster)?;
+    for child in children.split_whitespace() {
+        // It may have ended meanwhile; then it counts for the postmaster.
+        all += cpu_of(child.parse()?).unwrap_or_default();
     }
     Ok(all)
 }
 
 /// The first one is the one that the others are compared with.
-fn print(service: Service, measured: &[(Way, Measured)], time: Duration) {
-    let Service { processes, tasks, keys, pool, round_trip } = service;
+fn print(row: &Row, all_time: Duration) {
+    let Service { processes, tasks, keys, pool, round_trip } = row.service;
+    let load = match row.load {
+        0 => format!("{tasks} tasks each"),
+        load => format!("cycles begin as often as {load} % of row locks' above"),
+    };
     println!(
-        "\n{processes} processes of {tasks} tasks and a pool of {pool}, {keys} keys, round trip {round_trip:?}"
+        "\n{processes} processes, a pool of {pool} each, {keys} keys, round trip {round_trip:?}, {load}"
     );
     println!(
-        "{:<34}{:>7}{:>9}{:>10}{:>10}{:>10}{:>9}{:>9}{:>8}",
-        "", "ratio", "cycles/s", "p50 ms", "p99 ms", "max ms", "query", "q. p99", "errors"
+        "{:<31}{:>6}{:>8}{:>9}{:>9}{:>9}{:>8}{:>8}{:>7}{:>7}{:>7}{:>7}",
+        "",
+        "ratio",
+        "cycles",
+        "p50 ms",
+        "p99 ms",
+        "max ms",
+        "query",
+        "q. p99",
+        "conns",
+        "CPU",
+        "server",
+        "errors"
     );
     let mut first = None;
-    for (way, measured) in measured {
-        let rate = measured.cycles() / time.as_secs_f64();
+    for (way, measured) in &row.measured {
+        let rate = row.rate(measured);
         let ratio = rate / *first.get_or_insert(rate);
         let [p50, p99, max] = [0.5, 0.99, 1.0].map(|q| measured.wait(q));
         let [query, query_p99] = [0.5, 0.99].map(|q| measured.query(q));
-        let errors = measured.errors;
+        let cpu = [measured.client_cpu, measured.server_cpu]
+            .map(|cpu| cpu.as_secs_f64() / all_time.as_secs_f64());
+        let [client, server] = cpu;
+        let Measured { connections, errors, .. } = measured;
         println!(
-            "{:<34}{ratio:>7.2}{rate:>9.0}{p50:>10.2}{p99:>10.1}{max:>10.1}{query:>9.2}{query_p99:>9.1}{errors:>8}",
+            "{:<31}{ratio:>6.2}{rate:>8.0}{p50:>9.2}{p99:>9.1}{max:>9.1}{query:>8.2}{query_p99:>8.1}\
+             {connections:>7}{client:>7.2}{server:>7.2}{errors:>7}",
             way.name()
         );
     }

@@ -1,6 +1,7 @@
 //! One process of a service, and what is measured in it.
 
 use std::env;
+use std::fs;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use crate::quantile::quantile;
 use crate::way::{Means, Way};
 
 /// How long all processes run before the measurement begins.
-const WARM_UP: Duration = Duration::from_secs(1);
+pub(crate) const WARM_UP: Duration = Duration::from_secs(1);
 
 /// How often a query is made that has nothing to do with locks.
 const QUERY_INTERVAL: Duration = Duration::from_millis(20);
@@ -31,25 +32,34 @@ pub(crate) struct Process {
     pub(crate) pool: u32,
     pub(crate) time: Duration,
     pub(crate) seed: u64,
+    /// How many cycles begin in a second, whether or not others have ended. Zero if each task begins one when it has
+    /// ended the one before.
+    pub(crate) arrivals: u64,
     pub(crate) url: String,
 }
 
 /// What was measured.
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
-    /// How long each cycle waited for its lock, until it had it.
+    /// How long each cycle waited for its lock, until it had it, from the time at which it was to begin.
     waits: Vec<Duration>,
     /// How long the other queries took, in microseconds.
     queries: Vec<Duration>,
     pub(crate) errors: u64,
+    /// The time of a processor that the processes took, and the server.
+    pub(crate) client_cpu: Duration,
+    pub(crate) server_cpu: Duration,
+    /// How many connections the server had at most.
+    pub(crate) connections: i64,
 }
 
 impl Process {
     /// Starts it, and returns what it has measured.
     pub(crate) async fn start(self) -> Result<Measured, BoxDynError> {
-        let Self { way, tasks, keys, pool, time, seed, url } = self;
+        let Self { way, tasks, keys, pool, time, seed, arrivals, url } = self;
         let way = Way::ALL.iter().position(|known| *known == way).unwrap_or_default();
-        let told = format!("{way} {tasks} {keys} {pool} {} {seed} {url}", time.as_millis());
+        let millis = time.as_millis();
+        let told = format!("{way} {tasks} {keys} {pool} {millis} {seed} {arrivals} {url}");
         let mut command = Command::new(env::current_exe()?);
         let command = command.env(VARIABLE, told).stdin(Stdio::null()).stderr(Stdio::inherit());
         let output = command.kill_on_drop(true).output().await?;
@@ -62,7 +72,7 @@ impl Process {
     /// The process that was told so.
     pub(crate) fn parse(told: &str) -> Result<Self, BoxDynError> {
         let fields: Vec<_> = told.split(' ').collect();
-        let [way, tasks, keys, pool, time, seed, url] = fields[..] else {
+        let [way, tasks, keys, pool, time, seed, arrivals, url] = fields[..] else {
             return Err("not the fields of a process".into());
         };
         Ok(Self {
@@ -72,6 +82,7 @@ impl Process {
             pool: pool.parse()?,
             time: Duration::from_millis(time.parse()?),
             seed: seed.parse()?,
+            arrivals: arrivals.parse()?,
             url: url.to_owned(),
         })
     }
@@ -79,7 +90,7 @@ impl Process {
 
 /// Does what the process is there for, and prints what it has measured.
 pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
-    let Process { way, tasks, keys, pool, time, seed, url } = process;
+    let Process { way, tasks, keys, pool, time, seed, arrivals, url } = process;
     let pool =
         PgPoolOptions::new().max_connections(pool).min_connections(pool).connect(&url).await?;
     let means = Means::new(way, pool.clone());
@@ -88,35 +99,80 @@ pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
     let end = begin + time;
 
     let mut running = JoinSet::new();
-    for task in 0..tasks {
-        let (means, zipf) = (means.clone(), Arc::clone(&zipf));
-        let mut dice = Dice::new(seed * 100_000 + task);
-        running.spawn(async move {
-            let mut measured = Measured::default();
-            loop {
-                let key = zipf.draw(&mut dice);
+    if arrivals > 0 {
+        let dice = Dice::new(seed * 100_000);
+        running.spawn(arrive(means, zipf, dice, arrivals, begin, end));
+    } else {
+        for task in 0..tasks {
+            let (means, zipf) = (means.clone(), Arc::clone(&zipf));
+            let mut dice = Dice::new(seed * 100_000 + task);
+            running.spawn(async move {
+                let mut measured = Measured::default();
                 // A cycle that has not ended by then does not count.
-                match timeout_at(end.into(), means.cycle(key)).await {
-                    Err(_) => return measured,
-                    Ok(_) if Instant::now() < begin => {}
-                    Ok(Ok(waited)) => measured.waits.push(waited),
-                    Ok(Err(error)) => {
-                        measured.errors += 1;
-                        if measured.errors == 1 {
-                            report(&*error);
-                        }
+                while let Ok(waited) =
+                    timeout_at(end.into(), means.cycle(zipf.draw(&mut dice))).await
+                {
+                    if Instant::now() > begin {
+                        measured.count(waited);
                     }
                 }
-            }
-        });
+                measured
+            });
+        }
     }
     running.spawn(ask(pool.clone(), begin, end));
     let mut all = Measured::default();
     while let Some(measured) = running.join_next().await {
         all.add(measured?);
     }
+    all.client_cpu = cpu_of(std::process::id())?;
     all.write();
     Ok(())
+}
+
+/// Begins cycles at random times, `rate` a second, as requests arrive. One that begins late has waited since.
+async fn arrive(
+    means: Means,
+    zipf: Arc<Zipf>,
+    mut dice: Dice,
+    rate: u64,
+    begin: Instant,
+    end: Instant,
+) -> Measured {
+    let mut cycles = JoinSet::new();
+    let mut due = Instant::now();
+    while due < end {
+        sleep_until(due.into()).await;
+        let (key, means, arrived) = (zipf.draw(&mut dice), means.clone(), due);
+        cycles.spawn(async move {
+            let late = arrived.elapsed();
+            let cycle = timeout_at(end.into(), means.cycle(key)).await.ok()?;
+            (arrived > begin).then(|| cycle.map(|waited| late + waited))
+        });
+        #[expect(clippy::cast_precision_loss, reason = "there are few enough")]
+        let pause = -(1.0 - dice.share()).ln() / rate as f64;
+        due += Duration::from_secs_f64(pause);
+    }
+    let mut measured = Measured::default();
+    while let Some(cycle) = cycles.join_next().await {
+        if let Ok(Some(waited)) = cycle {
+            measured.count(waited);
+        }
+    }
+    measured
+}
+
+/// The time of a processor that a process has taken, and its children that have ended.
+pub(crate) fn cpu_of(pid: u32) -> Result<Duration, BoxDynError> {
+    /// How many clock ticks a second has for Linux's `/proc`, on every machine.
+    const TICKS: u64 = 100;
+
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name of the program comes before, in parentheses, and may contain anything.
+    let (_, fields) = stat.rsplit_once(')').ok_or("no stat")?;
+    let times = fields.split_whitespace().skip(11).take(4).map(str::parse::<u64>);
+    let ticks: u64 = times.collect::<Result<Vec<_>, _>>()?.into_iter().sum();
+    Ok(Duration::from_millis(ticks * (1000 / TICKS)))
 }
 
 /// Makes queries that have nothing to do with locks.
@@ -144,6 +200,21 @@ impl Measured {
         self.waits.extend(other.waits);
         self.queries.extend(other.queries);
         self.errors += other.errors;
+        self.client_cpu += other.client_cpu;
+        self.server_cpu += other.server_cpu;
+        self.connections = self.connections.max(other.connections);
+    }
+
+    fn count(&mut self, cycle: Result<Duration, BoxDynError>) {
+        match cycle {
+            Ok(waited) => self.waits.push(waited),
+            Err(error) => {
+                self.errors += 1;
+                if self.errors == 1 {
+                    report(&*error);
+                }
+            }
+        }
     }
 
     #[expect(clippy::cast_precision_loss, reason = "the counts are small enough")]
@@ -166,17 +237,35 @@ impl Measured {
         let micros = |times: &[Duration]| -> String {
             times.iter().map(|time| time.as_micros().to_string()).collect::<Vec<_>>().join(" ")
         };
-        println!("{}\n{}\n{}", micros(&self.waits), micros(&self.queries), self.errors);
+        let Self { waits, queries, errors, client_cpu, .. } = self;
+        let cpu = client_cpu.as_micros();
+        println!("{}\n{}\n{errors}\n{cpu}", micros(waits), micros(queries));
     }
 
     fn parse(written: &str) -> Result<Self, BoxDynError> {
         let lines: Vec<_> = written.lines().collect();
-        let [waits, queries, errors] = lines[..] else { return Err("not three lines".into()) };
+        let [waits, queries, errors, cpu] = lines[..] else { return Err("not four lines".into()) };
         let times = |micros: &str| -> Result<Vec<Duration>, BoxDynError> {
             let micros = micros.split_whitespace().map(str::parse);
             Ok(micros.map(|micros| micros.map(Duration::from_micros)).collect::<Result<_, _>>()?)
         };
-        Ok(Self { waits: times(waits)?, queries: times(queries)?, errors: errors.parse()? })
+        Ok(Self {
+            waits: times(waits)?,
+            queries: times(queries)?,
+            errors: errors.parse()?,
+            client_cpu: Duration::from_micros(cpu.parse()?),
+            ..Self::default()
+        })
+    }
+}
+
+impl Dice {
+    /// From zero to less than one.
+    fn share(&mut self) -> f64 {
+        const STEPS: u64 = 1 << 32;
+        #[expect(clippy::cast_precision_loss, reason = "both have 32 bits")]
+        let share = self.below(STEPS) as f64 / STEPS as f64;
+        share
     }
 }
 
@@ -198,10 +287,7 @@ impl Zipf {
     }
 
     fn draw(&self, dice: &mut Dice) -> i64 {
-        const STEPS: u64 = 1 << 32;
-        let all = self.sums.last().copied().unwrap_or_default();
-        #[expect(clippy::cast_precision_loss, reason = "both have 32 bits")]
-        let drawn = all * (dice.below(STEPS) as f64 / STEPS as f64);
+        let drawn = self.sums.last().copied().unwrap_or_default() * dice.share();
         let place = self.sums.partition_point(|sum| *sum <= drawn);
         i64::try_from(place + 1).unwrap_or(i64::MAX)
     }

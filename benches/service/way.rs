@@ -30,6 +30,18 @@ impl Way {
         Self::Manager,
     ];
 
+    /// For a picture.
+    pub(crate) fn short_name(self) -> &'static str {
+        match self {
+            Self::Lock => "Lock",
+            Self::LockConnection => "its conn.",
+            Self::Manager => "Manager",
+            Self::RowLock => "row lock",
+            Self::Sqlx => "sqlx",
+            Self::Transaction => "transact.",
+        }
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Lock => "Lock, work on the pool",
