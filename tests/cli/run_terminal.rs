@@ -1,5 +1,6 @@
 //! `pglock run` in a terminal: keys that are signals, jobs, and programs that talk.
 
+use std::fs;
 use std::time::Duration;
 
 use pglock_testkit::{TestDb, eventually};
@@ -131,4 +132,79 @@ async fn a_shell_in_it_has_the_terminal() {
     terminal.types("exit 3");
     terminal.exit_code_is(3).await;
     locks_are(&mut admin, 0, 0).await;
+}
+
+/// timeout(1) and setsid(1) leave the process group that ^Z stops.
+#[tokio::test]
+async fn ctrl_z_stops_what_has_left_the_group() {
+    let db = TestDb::new().await;
+    let Some(terminal) = Terminal::open(&db).await else { return };
+    let file = terminal.file("tick");
+    let ticks = || fs::read_to_string(&file).unwrap_or_default();
+    let goes_on = async |since: String| {
+        eventually("the command works", LIMIT, || async { ticks() != since }).await;
+    };
+    for before in ["timeout 1000", "setsid"] {
+        let script = format!("while :; do date +%s%N >{}; sleep 0.02; done", file.display());
+        terminal.types(&format!("pglock run key -- {before} sh -c '{script}'"));
+        goes_on(ticks()).await;
+        terminal.presses("C-z");
+        terminal.shows("Stopped").await;
+        // The guardian stops the command a moment after the shell has noticed.
+        let still = || async {
+            let now = ticks();
+            sleep(Duration::from_millis(200)).await;
+            now == ticks()
+        };
+        eventually("the command stands still", LIMIT, still).await;
+        let stood_still = ticks();
+        terminal.types("fg");
+        let ended = || async { ticks() != stood_still || terminal.screen().contains("is lost") };
+        eventually("it goes on, or it stood still for too long", LIMIT, ended).await;
+        terminal.presses("C-c");
+        terminal.types("ended=$?; clear; echo; echo \"ended by $ended\"");
+        terminal.shows("\nended by 1").await;
+    }
+}
+
+#[tokio::test]
+async fn a_shell_in_it_that_suspends_itself_stops_the_job() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let Some(terminal) = Terminal::open(&db).await else { return };
+    terminal.types("pglock run key -- bash --norc --noprofile -i");
+    locks_are(&mut admin, 1, 0).await;
+    terminal.types("echo \"inner=$PGLOCK_KEY\"; suspend");
+    terminal.shows("\ninner=key\n").await;
+    terminal.shows("Stopped").await;
+    terminal.types("echo \"outer=$PGLOCK_KEY\"");
+    terminal.shows("\nouter=\n").await;
+    terminal.types("fg");
+    let again = || async { terminal.screen().matches("bash --norc --noprofile -i").count() == 3 };
+    eventually("the shell says what goes on", LIMIT, again).await;
+    terminal.types("echo \"again=$PGLOCK_KEY\"");
+    let answered = || async {
+        let screen = terminal.screen();
+        screen.contains("\nagain=key\n") || screen.contains("is lost")
+    };
+    eventually("it goes on, or it stood still for too long", LIMIT, answered).await;
+    terminal.types("exit 3");
+    locks_are(&mut admin, 0, 0).await;
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_what_the_command_has_left_behind() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let Some(terminal) = Terminal::open(&db).await else { return };
+    terminal.types(
+        "pglock run --wait-descendants key -- sh -c 'setsid -f sleep 1000; echo st\"\"arted'",
+    );
+    terminal.shows("\nstarted\n").await;
+    locks_are(&mut admin, 1, 0).await;
+    // The command may not have ended yet.
+    sleep(Duration::from_millis(200)).await;
+    terminal.presses("C-c");
+    locks_are(&mut admin, 0, 0).await;
+    terminal.exit_code_is(0).await;
 }

@@ -47,6 +47,11 @@ impl Terminal {
         Some(terminal)
     }
 
+    /// A file of this terminal, which is removed with it.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     /// Types a line.
     pub(crate) fn types(&self, line: &str) {
         assert!(self.tmux(&["send-keys", "-l", line]).status().unwrap().success());

@@ -75,10 +75,10 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
     let dropped = AtomicBool::new(false);
     let lock = Lock::new(&pool, KEY);
     // If the answer to the acquire got lost with the connection, the acquire would try another one.
-    let (begin, begun) = oneshot::channel();
+    let (ready, begun) = oneshot::channel();
     let run = lock.run(async {
         let _flag = Flag(&dropped);
-        begin.send(()).unwrap();
+        ready.send(()).unwrap();
         pending::<()>().await;
     });
     let end = async {

@@ -115,7 +115,7 @@ impl Child {
                         ended.exit = exit;
                         break;
                     }
-                    Event::Ended(..) | Event::NoChildren => {}
+                    Event::Ended(..) | Event::NoChildren | Event::Stopped(_) => {}
                     Event::Received(received) => {
                         ended.received.push(received);
                         self.forward(received);
@@ -136,7 +136,8 @@ impl Child {
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     (deadline, killed) = (None, true);
-                    say(format_args!("the command has not ended within {:?}, so it is killed", self.grace));
+                    let grace = self.grace.as_secs_f64();
+                    say(format_args!("the command has not ended within {grace} s, so it is killed"));
                     self.kill();
                 }
             }

@@ -24,6 +24,7 @@ use tokio::time::sleep;
 use crate::become_command;
 use crate::descendants::{self, Sender};
 use crate::exit::{Exit, Failure};
+use crate::jobs::Jobs;
 use crate::signals::{Event, Received, Signals};
 
 /// Run a command for pglock, and end all that it has started when pglock asks for it, or dies
@@ -68,6 +69,7 @@ struct Guardian {
     /// The bytes from pglock; closed if that has died.
     control: UnboundedReceiver<u8>,
     sender: Sender,
+    jobs: Jobs,
     report: File,
 }
 
@@ -81,7 +83,7 @@ pub(crate) async fn run(args: GuardianArgs) -> Result<Exit, Failure> {
         // Not found by `pkill pglock`: it has to outlive pglock.
         set_name(c"lock-guardian").ok();
     }
-    let signals = Signals::listen()?;
+    let signals = Signals::listen_with_job()?;
     let control = File::open(inherited(args.control)).map_err(no_pipe)?;
     let report = OpenOptions::new().write(true).open(inherited(args.report)).map_err(no_pipe)?;
     // The command does not get them: those that were opened are closed by its exec.
@@ -92,7 +94,8 @@ pub(crate) async fn run(args: GuardianArgs) -> Result<Exit, Failure> {
         .spawn(&mut become_command::of(&args.command))
         .map_err(|error| Failure::System("cannot start the command", error))?;
     let control = listen(control);
-    let mut guardian = Guardian { command, signals, control, sender: Sender::default(), report };
+    let (sender, jobs) = (Sender::default(), Jobs::default());
+    let mut guardian = Guardian { command, signals, control, sender, jobs, report };
     if !guardian.serve(args.wait_descendants).await {
         if let Some(file) = args.remove {
             fs::remove_file(file).ok();
@@ -144,13 +147,22 @@ impl Guardian {
                         self.kill_all(false).await;
                         return true;
                     }
-                    Some(byte) => if let Ok(signal) = Signal::try_from(i32::from(byte)) && !has_ended {
-                        forward(self.command, Received { signal, from_terminal: false }, &mut self.sender);
+                    Some(byte) => if let Ok(signal) = Signal::try_from(i32::from(byte)) {
+                        self.forward(Received { signal, from_terminal: false }, has_ended);
                     }
                 },
                 event = self.signals.event() => match event {
-                    Event::Received(received) if received.from_terminal && !has_ended => {
-                        forward(self.command, received, &mut self.sender);
+                    Event::Received(Received { signal: Signal::SIGTSTP, .. }) => {
+                        self.jobs.stop(&mut self.sender);
+                    }
+                    Event::Received(Received { signal: Signal::SIGCONT, .. }) => {
+                        self.jobs.resume(&mut self.sender);
+                    }
+                    Event::Received(received) if received.from_terminal => {
+                        self.forward(received, has_ended);
+                    }
+                    Event::Stopped(pid) if pid == self.command => {
+                        self.jobs.command_has_stopped(pid, &mut self.sender);
                     }
                     Event::Ended(pid, exit) if pid == self.command => {
                         has_ended = true;
@@ -160,7 +172,7 @@ impl Guardian {
                         }
                     }
                     // pglock sends its signals through the pipe.
-                    Event::Ended(..) | Event::Received(_) => {}
+                    Event::Ended(..) | Event::Received(_) | Event::Stopped(_) => {}
                     Event::NoChildren => return true,
                 },
             }
@@ -184,11 +196,21 @@ impl Guardian {
                     event = self.signals.event() => match event {
                         Event::Ended(pid, exit) if pid == self.command => self.report(exit),
                         Event::NoChildren => return,
-                        Event::Ended(..) | Event::Received(_) => {}
+                        Event::Ended(..) | Event::Received(_) | Event::Stopped(_) => {}
                     },
                     () = &mut round => break,
                 }
             }
+        }
+    }
+
+    /// Passes a signal on to the command, or if that has ended, to all that it has left behind.
+    fn forward(&mut self, received: Received, has_ended: bool) {
+        if !has_ended {
+            return forward(self.command, received, &mut self.sender);
+        }
+        for pid in descendants::of(Pid::this()) {
+            forward(pid, received, &mut self.sender);
         }
     }
 

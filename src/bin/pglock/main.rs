@@ -20,6 +20,7 @@ mod database;
 mod connection;
 mod child;
 mod guardian;
+mod jobs;
 mod descendants;
 mod become_command;
 mod signals;

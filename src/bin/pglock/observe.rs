@@ -94,7 +94,7 @@ async fn run_hook(
                 return None;
             }
             Event::Received(received) => return Some(received.signal.into()),
-            Event::Ended(..) | Event::NoChildren => {}
+            Event::Ended(..) | Event::NoChildren | Event::Stopped(_) => {}
         }
     }
 }

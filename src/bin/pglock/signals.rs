@@ -26,11 +26,16 @@ const HEARD: [Signal; 6] = [
     Signal::SIGUSR2,
 ];
 
+/// Those of a job that is stopped and continued from a terminal.
+const JOB: [Signal; 2] = [Signal::SIGTSTP, Signal::SIGCONT];
+
 /// What happens to a process that runs a command.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
     /// A child process has ended, and was reaped.
     Ended(Pid, Exit),
+    /// A child process was stopped.
+    Stopped(Pid),
     /// This process has no children any more.
     NoChildren,
     Received(Received),
@@ -69,8 +74,17 @@ pub(crate) struct Signals {
 
 impl Signals {
     pub(crate) fn listen() -> Result<Self, Failure> {
+        Self::listen_to(&HEARD)
+    }
+
+    /// The same, and those of a job: the caller stops itself.
+    pub(crate) fn listen_with_job() -> Result<Self, Failure> {
+        Self::listen_to(&[&HEARD[..], &JOB[..]].concat())
+    }
+
+    fn listen_to(heard: &[Signal]) -> Result<Self, Failure> {
         let ignored = ignored();
-        let heard = HEARD.iter().filter(|&&signal| ignored >> (signal as i32 - 1) & 1 == 0);
+        let heard = heard.iter().filter(|&&signal| ignored >> (signal as i32 - 1) & 1 == 0);
         let heard = heard.chain(&[Signal::SIGCHLD]).map(|&signal| signal as i32);
         let mut signals = SignalsInfo::<WithOrigin>::new(heard)
             .map_err(|error| Failure::System("cannot listen to signals", error))?;
@@ -147,11 +161,12 @@ impl Signals {
 /// Reaps the children that have ended.
 fn reap(sender: &UnboundedSender<Event>) {
     loop {
-        let event = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        let event = match waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
             Ok(WaitStatus::Exited(pid, code)) => {
                 Event::Ended(pid, Exit::Code(u8::try_from(code).unwrap_or(u8::MAX)))
             }
             Ok(WaitStatus::Signaled(pid, signal, _)) => Event::Ended(pid, signal.into()),
+            Ok(WaitStatus::Stopped(pid, _)) => Event::Stopped(pid),
             Ok(WaitStatus::StillAlive) => return,
             Ok(_) | Err(nix::Error::EINTR) => continue,
             Err(_) => {
