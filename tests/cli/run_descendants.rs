@@ -151,7 +151,7 @@ async fn after_sigterm_a_stubborn_command_is_killed() {
     holder.send(Signal::SIGTERM);
     let ended = holder.finish().await;
     assert_eq!(ended.code(), Some(128 + 9));
-    assert!(ended.errors.contains("has not ended within 500ms"), "{}", ended.errors);
+    assert!(ended.errors.contains("has not ended within 0.5 s"), "{}", ended.errors);
     assert!(started.elapsed() >= Duration::from_millis(500));
     assert!(pids.into_iter().all(|pid| !is_alive(pid)));
 }

@@ -162,8 +162,11 @@ async fn ctrl_z_stops_what_has_left_the_group() {
         let ended = || async { ticks() != stood_still || terminal.screen().contains("is lost") };
         eventually("it goes on, or it stood still for too long", LIMIT, ended).await;
         terminal.presses("C-c");
-        terminal.types("ended=$?; clear; echo; echo \"ended by $ended\"");
-        terminal.shows("\nended by 1").await;
+        let prompts = || async { terminal.screen().trim_end().ends_with("shell>") };
+        eventually("it has ended", LIMIT, prompts).await;
+        terminal.types("clear");
+        let clear = || async { !terminal.screen().contains("Stopped") };
+        eventually("the terminal is clear", LIMIT, clear).await;
     }
 }
 

@@ -3,14 +3,16 @@
 use std::path::PathBuf;
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 use std::{env, fs};
 
 use pglock_testkit::{TestDb, eventually, program};
+use tokio::time::{sleep, timeout};
 
 use crate::support::{LIMIT, PGLOCK};
 
 /// Whose prompt can be waited for.
-const SHELL: &str = "PS1='shell> ' HISTFILE= exec bash --norc --noprofile -i";
+const SHELL: &str = "PS1='[$?] shell> ' HISTFILE= exec bash --norc --noprofile -i";
 
 /// A terminal of tmux(1), in which bash runs.
 ///
@@ -75,10 +77,16 @@ impl Terminal {
         String::from_utf8(captured.stdout).unwrap()
     }
 
-    /// Has the shell say the exit code of what ran last.
+    /// Waits until the shell prompts, with the exit code of what ran last. What is typed too early may be discarded.
     pub(crate) async fn exit_code_is(&self, code: u8) {
-        self.types("echo \"<$?>\"");
-        self.shows(&format!("\n<{code}>\n")).await;
+        let prompt = format!("[{code}] shell>");
+        let prompts = async {
+            while !self.screen().trim_end().ends_with(&prompt) {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let prompted = timeout(LIMIT, prompts).await;
+        assert!(prompted.is_ok(), "no {prompt:?}:\n{}", self.screen());
     }
 
     fn tmux(&self, args: &[&str]) -> Command {

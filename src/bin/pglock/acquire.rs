@@ -6,20 +6,22 @@ use std::future::pending;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pglock::inspect::LockInfo;
-use pglock::{Error, ExclusiveGuard, Lock, Loss, Permit, Result, Semaphore, SharedGuard};
+use pglock::{Guard, Lock, Permit, Result, Semaphore};
 use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
 
 use crate::connection::{CLOSING, silent};
-use crate::exit::{Failure, complain, say};
+use crate::exit::{Failure, chain, complain, say};
 use crate::target::Target;
 use crate::who;
 
 /// A lock that is held.
-pub(crate) enum Held {
-    Exclusive(ExclusiveGuard),
-    Shared(SharedGuard),
-    Permit(Permit),
+pub(crate) struct Held {
+    pub(crate) guard: Guard,
+    /// Greater than that of every previous holder.
+    pub(crate) token: u64,
+    /// The number of the permit.
+    pub(crate) slot: Option<usize>,
 }
 
 /// What is to be acquired, and how long that may take.
@@ -68,52 +70,46 @@ impl Wanted {
     }
 
     /// Acquires it once, and draws a token. `None` if it was not free in time.
-    async fn attempt(&self, pool: &PgPool) -> Result<Option<(Held, u64)>> {
+    async fn attempt(&self, pool: &PgPool) -> Result<Option<Held>> {
         let key = &self.key.key;
         let limit = self.limit.map(|_| self.remaining().unwrap_or_default());
-        let held = if let Some(permits) = self.permits {
+        let mut slot = None;
+        let guard: Option<Guard> = if let Some(permits) = self.permits {
             let semaphore = Semaphore::new(pool, key, permits)?;
             let permit = match limit {
                 Some(limit) => semaphore.try_acquire_for(limit).await?,
                 None => Some(semaphore.acquire().await?),
             };
-            permit.map(Held::Permit)
+            slot = permit.as_ref().map(Permit::slot);
+            permit.map(Guard::from)
         } else if self.shared {
             let mut lock = Lock::new(pool, key);
-            let guard = match limit {
-                Some(limit) => lock.try_acquire_shared_for(limit).await?,
-                None => Some(lock.acquire_shared().await?),
-            };
-            guard.map(Held::Shared)
+            match limit {
+                Some(limit) => lock.try_acquire_shared_for(limit).await?.map(Guard::from),
+                None => Some(lock.acquire_shared().await?.into()),
+            }
         } else {
             let mut lock = Lock::new(pool, key);
-            let guard = match limit {
-                Some(limit) => lock.try_acquire_for(limit).await?,
-                None => Some(lock.acquire().await?),
-            };
-            guard.map(Held::Exclusive)
+            match limit {
+                Some(limit) => lock.try_acquire_for(limit).await?.map(Guard::from),
+                None => Some(lock.acquire().await?.into()),
+            }
         };
-        let Some(held) = held else { return Ok(None) };
-        let token = held.token().await?;
-        Ok(Some((held, token)))
+        let Some(guard) = guard else { return Ok(None) };
+        let token = guard.fencing_token().await?;
+        Ok(Some(Held { guard, token, slot }))
     }
 }
 
 /// Acquires the lock, and draws a token. `None` if it was not free in time.
-pub(crate) async fn acquire(
-    pool: &PgPool,
-    wanted: &Wanted,
-) -> Result<Option<(Held, u64)>, Failure> {
+pub(crate) async fn acquire(pool: &PgPool, wanted: &Wanted) -> Result<Option<Held>, Failure> {
     tokio::select! {
         acquired = acquire_with_retries(pool, wanted) => acquired,
         never = narrate(pool, &wanted.key) => match never {},
     }
 }
 
-async fn acquire_with_retries(
-    pool: &PgPool,
-    wanted: &Wanted,
-) -> Result<Option<(Held, u64)>, Failure> {
+async fn acquire_with_retries(pool: &PgPool, wanted: &Wanted) -> Result<Option<Held>, Failure> {
     let mut failing = false;
     loop {
         let attempt = wanted.attempt(pool);
@@ -168,7 +164,7 @@ async fn narrate(pool: &PgPool, key: &Target) -> Infallible {
                     holders.join(", ")
                 );
             }
-            Err(error) => tracing::info!("waiting for {key} since {since}: {error}"),
+            Err(error) => tracing::info!("waiting for {key} since {since}: {}", chain(&error)),
         }
         sleep(NARRATE[1]).await;
     }
@@ -189,30 +185,4 @@ fn describe(lock: &LockInfo) -> String {
 pub(crate) fn clock(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
     format!("{:02}:{:02}:{:02} UTC", seconds / 3600, seconds / 60 % 60, seconds % 60)
-}
-
-impl Held {
-    async fn token(&self) -> Result<u64> {
-        match self {
-            Self::Exclusive(guard) => guard.fencing_token().await,
-            Self::Shared(guard) => guard.fencing_token().await,
-            Self::Permit(permit) => permit.fencing_token().await,
-        }
-    }
-
-    pub(crate) async fn lost(&self) -> Loss {
-        match self {
-            Self::Exclusive(guard) => guard.lost().await,
-            Self::Shared(guard) => guard.lost().await,
-            Self::Permit(permit) => permit.lost().await,
-        }
-    }
-
-    pub(crate) async fn release(self) -> Result<(), Error> {
-        match self {
-            Self::Exclusive(guard) => guard.release().await,
-            Self::Shared(guard) => guard.release().await,
-            Self::Permit(permit) => permit.release().await,
-        }
-    }
 }

@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::{CommandExt, parent_id};
+use std::path::Path;
 use std::process::{self, Command};
 
 use clap::Args;
@@ -49,6 +50,12 @@ pub(crate) fn run(args: &BecomeArgs) -> Exit {
 
 /// Reports a command that can't be run. Returns the exit code of a shell for that.
 pub(crate) fn cannot_run(program: &OsString, error: &io::Error) -> Exit {
-    say(format_args!("cannot run {}: {error}", program.display()));
-    Exit::Code(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 })
+    let is_missing = error.kind() == io::ErrorKind::NotFound;
+    let program = Path::new(program);
+    if is_missing && program.components().count() == 1 {
+        say(format_args!("{}: command not found", program.display()));
+    } else {
+        say(format_args!("cannot run {}: {error}", program.display()));
+    }
+    Exit::Code(if is_missing { 127 } else { 126 })
 }

@@ -107,6 +107,13 @@ impl Child {
         let mut ended = Ended { exit: Exit::FINE, lost: false, received: Vec::new() };
         let mut deadline = None;
         let mut killed = false;
+        for received in signals.received_until_now().await {
+            ended.received.push(received);
+            self.forward(Received { from_terminal: false, ..received });
+            if received.signal == Signal::SIGTERM {
+                deadline.get_or_insert_with(|| Instant::now() + self.grace);
+            }
+        }
         loop {
             tokio::select! {
                 biased;
@@ -115,7 +122,7 @@ impl Child {
                         ended.exit = exit;
                         break;
                     }
-                    Event::Ended(..) | Event::NoChildren | Event::Stopped(_) => {}
+                    Event::Ended(..) | Event::NoChildren | Event::Stopped(_) | Event::UntilNow => {}
                     Event::Received(received) => {
                         ended.received.push(received);
                         self.forward(received);

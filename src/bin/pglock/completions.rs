@@ -12,6 +12,7 @@ use crate::exit::{Exit, Failure, print, say};
 /// For bash, in ~/.bashrc: source <(pglock completions bash)
 #[derive(Args, Debug)]
 pub(crate) struct CompletionsArgs {
+    /// The shell
     shell: Shell,
 }
 
@@ -27,6 +28,7 @@ pub(crate) fn completions(args: &CompletionsArgs) -> Result<Exit, Failure> {
 /// To read one: pglock man run | man -l -
 #[derive(Args, Debug)]
 pub(crate) struct ManArgs {
+    /// The command; without one, pglock as a whole
     command: Option<String>,
 }
 

@@ -7,6 +7,7 @@ mod url;
 use std::collections::BTreeMap;
 use std::env;
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use clap::Args;
 use nix::unistd::{User, geteuid};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 use crate::exit::Failure;
@@ -144,7 +146,7 @@ fn options(settings: &Settings, application: &str) -> Result<PgConnectOptions, F
     let mut options = raw_options(settings)?;
     let port = match settings.get("port") {
         Some(port) if port.text.contains(',') => return Err(list(port)),
-        Some(port) => parse(port, "port", "a number from 1 to 65535")?,
+        Some(port) => parse::<NonZeroU16>(port, "port", "a number from 1 to 65535")?.get(),
         None => 5432,
     };
     let host = host(settings, port)?;
@@ -163,7 +165,17 @@ fn options(settings: &Settings, application: &str) -> Result<PgConnectOptions, F
     options = options.password(password.as_deref().unwrap_or_default());
     options = encryption(settings, options, &host)?;
     let name = text("application_name").or_else(|| text("fallback_application_name"));
-    Ok(options.application_name(name.unwrap_or(application)))
+    let name = name.unwrap_or(application);
+    // A slow server shows otherwise, and the statements are not the user's.
+    Ok(settings_of_session(settings, options).application_name(name).disable_statement_logging())
+}
+
+/// What libpq sets in each session.
+fn settings_of_session(settings: &Settings, options: PgConnectOptions) -> PgConnectOptions {
+    let names = ["datestyle", "timezone", "geqo"];
+    let set = names.into_iter().filter_map(|name| Some((name, &*settings.get(name)?.text)));
+    // Not without any: some poolers refuse the parameter that carries them.
+    set.fold(options, |options, set| options.options([set]))
 }
 
 /// Starts with the parameter `options`, which sqlx reads only from a URL and from the environment.
@@ -229,9 +241,10 @@ fn encryption(
     };
     let root = found("sslrootcert", "root.crt");
     if root.as_deref() == Some("system") {
-        return refuse(
-            "sslrootcert=system is what sslmode=verify-full does here without sslrootcert",
-        );
+        let source = settings.get("sslrootcert").map_or(source, |root| &*root.source);
+        return Err(Failure::Usage(format!(
+            "{source}: sslrootcert=system is what sslmode=verify-full does here without sslrootcert"
+        )));
     }
     // libpq has no encryption on a unix socket, whatever the mode.
     let default = if requires { "require" } else { "prefer" };

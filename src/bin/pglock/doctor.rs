@@ -25,8 +25,8 @@ const MORE: &str = "\
 Exit codes:
    0  all is fine
    1  there are warnings: locks work, but with a limit
-   2  something is broken: locks can't be acquired, or would exclude nothing; or the command line or the
-      environment is wrong
+   2  something is broken: locks can't be acquired, or would exclude nothing;
+      or the command line or the environment is wrong
   69  the database can't be reached, or failed";
 
 pub(crate) async fn run(args: &DoctorArgs, database: DatabaseArgs) -> Result<Exit, Failure> {

@@ -65,7 +65,7 @@ pub(crate) struct ElectArgs {
     #[arg(allow_negative_numbers = true)]
     key: Target,
 
-    /// The command, and its arguments
+    /// The command, and its arguments: all that follows is for the command
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     #[arg(required_unless_present = "observe", conflicts_with = "observe")]
     command: Vec<OsString>,
@@ -74,34 +74,44 @@ pub(crate) struct ElectArgs {
 const MORE: &str = "\
 The command finds in its environment:
   PGLOCK_KEY    the key, as it was given
-  PGLOCK_TOKEN  the term: a number greater than that of every previous leader; what the command writes
-                to can refuse a smaller one than the greatest it has seen
+  PGLOCK_TOKEN  the term: a number greater than that of every previous leader;
+                what the command writes to can refuse a smaller one than the
+                greatest it has seen
 
-Signals: SIGINT, SIGQUIT and SIGTERM are passed on to the command; when it has ended, pglock resigns and
-exits. It also exits if the command dies of a SIGHUP, SIGUSR1 or SIGUSR2 that was passed on to it.
-While no command runs, SIGHUP, SIGINT, SIGQUIT and SIGTERM end pglock at once.
+Signals: SIGINT, SIGQUIT and SIGTERM are passed on to the command; when it has
+ended, pglock resigns and exits. It also exits if the command dies of a
+SIGHUP, SIGUSR1 or SIGUSR2 that was passed on to it. While no command runs,
+SIGHUP, SIGINT, SIGQUIT and SIGTERM end pglock at once.
 
-Under systemd with Type=notify, the service is ready when it is first elected, and its status shows whether it
-waits or leads; with TimeoutStartSec=infinity, candidates may wait for as long as they have to.
+Under systemd with Type=notify, the service is ready when it is first elected,
+and its status shows whether it waits or leads; with TimeoutStartSec=infinity,
+candidates may wait for as long as they have to.
 
-With --observe, one line is printed for each change: the time, the name, the term, the address and the pid of the
-session, or that there is no leader. With --json it is an object: name, term, since, client_addr, pid; null without
-a leader. The command of --hook finds PGLOCK_KEY, PGLOCK_LEADER and PGLOCK_TOKEN, both empty
-without a leader.
+With --observe, one line is printed for each change: the time, the name, the
+term, the address and the pid of the session, or that there is no leader. With
+--json it is an object: name, term, since, client_addr, pid; null without a
+leader. The command of --hook finds PGLOCK_KEY, PGLOCK_LEADER and
+PGLOCK_TOKEN, both empty without a leader.
 
 Exit codes:
-    0  a signal stopped it while no command ran, or the command died of the signal that was passed on
+    0  a signal stopped it while no command ran, or the command died of the
+       signal that was passed on
     2  the command line or the environment is wrong
-   69  the database can't be reached at the start, or failed for a reason that does not pass
+   69  the database can't be reached at the start, or failed for a reason that
+       does not pass
    71  the operating system refused something
-   78  a lock would exclude nothing there: a standby, a pooler in transaction mode, wrong settings
+   78  a lock would exclude nothing there: a standby, a pooler in transaction
+       mode, wrong settings
   125  with --once: the leadership was lost before the command had ended
-  126  the command can't be run (after three terms; with --once, after the first)
+  126  the command can't be run (after three terms; with --once, after the
+       first)
   127  the command was not found (the same)
-otherwise that of the command; 128 and more is the number of the signal that ended it.
+otherwise that of the command; 128 and more is the number of the signal that
+ended it.
 
-While no campaign succeeds for a reason that passes, such as a restart of the server, it is retried every
-second. For terminals, and for what happens if pglock is killed, see pglock run --help.
+While no campaign succeeds for a reason that passes, such as a restart of the
+server, it is retried every second. For terminals, and for what happens if
+pglock is killed, see pglock run --help.
 
 Examples:
   pglock elect billing -- ./send-invoices --daemon
@@ -112,6 +122,9 @@ Examples:
 const ATTEMPTS: u8 = 3;
 
 pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
+    if !args.observe && args.observing.is_given() {
+        return Err(Failure::Usage("--json and --hook are for --observe".to_owned()));
+    }
     // First, because it removes a file that an earlier process has left.
     let ready = (!args.observe).then(|| Readiness::new(args.ready_file.clone(), &args.key));
     let verb = if args.observe { "observe" } else { "elect" };

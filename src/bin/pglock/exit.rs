@@ -164,7 +164,9 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        let reason = error.to_string();
+        // Otherwise with the line of the server's source code.
+        let database = error.downcast_ref().and_then(sqlx::Error::as_database_error);
+        let reason = database.map_or_else(|| error.to_string(), |error| error.message().to_owned());
         // Some errors of others repeat their cause.
         if !line.ends_with(&reason) {
             line = format!("{line}: {reason}");

@@ -131,6 +131,9 @@ impl Guardian {
     /// Does what pglock asks for until all has ended. Returns `false` if pglock died before.
     async fn serve(&mut self, mut wait_for_all: bool) -> bool {
         let mut has_ended = false;
+        for received in self.signals.received_until_now().await {
+            self.forward(Received { from_terminal: false, ..received }, has_ended);
+        }
         loop {
             tokio::select! {
                 biased;
@@ -172,7 +175,7 @@ impl Guardian {
                         }
                     }
                     // pglock sends its signals through the pipe.
-                    Event::Ended(..) | Event::Received(_) | Event::Stopped(_) => {}
+                    Event::Ended(..) | Event::Received(_) | Event::Stopped(_) | Event::UntilNow => {}
                     Event::NoChildren => return true,
                 },
             }
@@ -196,7 +199,7 @@ impl Guardian {
                     event = self.signals.event() => match event {
                         Event::Ended(pid, exit) if pid == self.command => self.report(exit),
                         Event::NoChildren => return,
-                        Event::Ended(..) | Event::Received(_) | Event::Stopped(_) => {}
+                        Event::Ended(..) | Event::Received(_) | Event::Stopped(_) | Event::UntilNow => {}
                     },
                     () = &mut round => break,
                 }

@@ -38,20 +38,27 @@ pub(crate) struct KillArgs {
 }
 
 const MORE: &str = "\
-A number is a pid: pglock who 42 shows the pids of the lock 42. name:42 is a name that looks like a number.
+A number is a pid. To end the holder of the lock 42, take its pid from
+pglock who 42. name:42 is a name that looks like a number.
 
 Exit codes:
    0  the session is ended
-   1  it is not: it holds no lock and waits for none, has ended before, or the answer was no
-   2  there is no terminal to ask on, and no --yes; or several sessions hold the lock
+   1  it is not: it holds no lock and waits for none, has ended before, or the
+      answer was no
+   2  there is no terminal to ask on, and no --yes; or several sessions hold
+      the lock
   69  the database can't be reached, or failed
-  77  the role is not allowed to end it; that takes the session's own role or pg_signal_backend, and
-      pg_read_all_stats to see which session it is; and a superuser for a superuser's";
+  77  the role is not allowed to end it; that takes the session's own role or
+      pg_signal_backend, and pg_read_all_stats to see which session it is; and
+      a superuser for a superuser's";
 
 const NOT_ENDED: Exit = Exit::Code(1);
 
 /// `EX_NOPERM` of sysexits.h.
 const FORBIDDEN: Exit = Exit::Code(77);
+
+/// How many of a session's locks are shown.
+const SHOWN: usize = 20;
 
 /// How long to wait until the session has ended.
 const ENDING: Duration = Duration::from_secs(10);
@@ -86,7 +93,11 @@ async fn kill(
     };
     inspect::name_keys(&mut locks, args.names.keys()?);
     inspect::name_keys(&mut locks, [&args.target.key]);
-    print(show::table(&locks, database.name(), table::width()).as_bytes())?;
+    let shown = locks.get(..SHOWN).unwrap_or(&locks);
+    print(show::table(shown, database.name(), table::width()).as_bytes())?;
+    if locks.len() > SHOWN {
+        say(format_args!("and {} more locks, which pglock ls shows", locks.len() - SHOWN));
+    }
     if session.started_at.is_none() {
         say(format_args!("this role can't see which session {pid} is; grant it pg_read_all_stats"));
         return Ok(FORBIDDEN);

@@ -24,7 +24,7 @@ use crate::watch;
 #[derive(Args, Debug)]
 #[command(after_long_help = format!("{LONG}\n\n{}", show::JSON))]
 pub(crate) struct LsArgs {
-    /// Continue, and show it again every N seconds; with --json, one line each
+    /// Continue, and show it again every N seconds, 1 by default; with --json, one line each
     #[arg(short, long, value_name = "N", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     watch: Option<u16>,
@@ -38,12 +38,13 @@ pub(crate) struct LsArgs {
 }
 
 const LONG: &str = "\
-In a terminal, --watch fills the screen: q or ^C quits, s sorts by key, by the time of a wait or by the age
-of the session, arrows, Page Up, Page Down, Home and End scroll.
+In a terminal, --watch fills the screen: q or ^C quits, s sorts by key, by the
+time of a wait or by the age of the session, arrows, Page Up, Page Down, Home
+and End scroll.
 
-The keys of migrations of Prisma, node-pg-migrate, goose, golang-migrate, Flyway, sqlx and Rails are shown by
-name; other names that were hashed can't be read back, but are recognized if they are given with --name or
---names.";
+The keys of migrations of Prisma, node-pg-migrate, goose, golang-migrate,
+Flyway, sqlx and Rails are shown by name; other names that were hashed can't
+be read back, but are recognized if they are given with --name or --names.";
 
 pub(crate) async fn run(args: LsArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
     let database = database.database("pglock ls")?;

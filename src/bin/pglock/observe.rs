@@ -18,12 +18,19 @@ use crate::target::Target;
 #[derive(Args, Debug)]
 pub(crate) struct ObserveArgs {
     /// With --observe: print JSON, a line each
-    #[arg(long, requires = "observe")]
+    #[arg(long)]
     json: bool,
 
     /// With --observe: run this string in sh(1) after each change, and wait until it has ended
-    #[arg(long, value_name = "STRING", requires = "observe")]
+    #[arg(long, value_name = "STRING")]
     hook: Option<String>,
+}
+
+impl ObserveArgs {
+    /// clap can't say that they need --observe, because that conflicts with a command.
+    pub(crate) fn is_given(&self) -> bool {
+        self.json || self.hook.is_some()
+    }
 }
 
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -94,7 +101,7 @@ async fn run_hook(
                 return None;
             }
             Event::Received(received) => return Some(received.signal.into()),
-            Event::Ended(..) | Event::NoChildren | Event::Stopped(_) => {}
+            Event::Ended(..) | Event::NoChildren | Event::Stopped(_) | Event::UntilNow => {}
         }
     }
 }

@@ -73,7 +73,7 @@ pub(crate) struct RunArgs {
     #[arg(allow_negative_numbers = true)]
     key: Target,
 
-    /// The command, and its arguments
+    /// The command, and its arguments: all that follows is for the command
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required_unless_present = "script")]
     command: Vec<OsString>,
 }
@@ -81,36 +81,47 @@ pub(crate) struct RunArgs {
 const MORE: &str = "\
 The command finds in its environment:
   PGLOCK_KEY    the key, as it was given
-  PGLOCK_TOKEN  a number greater than that of every previous holder; what the command writes to can
-                refuse a smaller one than the greatest it has seen
-  PGLOCK_SLOT   with --permits, the number of the permit, from 0; no other holder has it
+  PGLOCK_TOKEN  a number greater than that of every previous holder; what the
+                command writes to can refuse a smaller one than the greatest
+                it has seen
+  PGLOCK_SLOT   with --permits, the number of the permit, from 0; no other
+                holder has it
 
 Exit codes, beside those of the command:
     1  the lock was not acquired (-n, -w); another code with -E
     2  the command line or the environment is wrong
    69  the database can't be reached, or failed
    71  the operating system refused something
-   78  a lock would exclude nothing there: a standby, a pooler in transaction mode, wrong settings
-  125  the lock was lost before the command had ended; nothing of the command runs any more
+   78  a lock would exclude nothing there: a standby, a pooler in transaction
+       mode, wrong settings
+  125  the lock was lost before the command had ended; nothing of the command
+       runs any more
   126  the command can't be run
   127  the command was not found
-  128  and more: the number of the signal that ended the command, or the wait for the lock
+  128  and more: the number of the signal that ended the command, or the wait
+       for the lock
 
-Processes: if the lock is lost, pglock ends all that the command has started, daemons and processes in
-other process groups included, and exits after the last one has ended. If pglock is killed (SIGKILL), all of it is
-killed. That is so on Linux with /proc; elsewhere, only the command itself is ended, and nothing if pglock is
-killed. What runs with the rights of another user, as with sudo(8), can't be killed; pglock waits for it.
-By default the lock is released when the command itself has ended, and what it leaves in the
-background continues without the lock; with --wait-descendants, the lock is held for that, too.
+Processes: if the lock is lost, pglock ends all that the command has started,
+daemons and processes in other process groups included, and exits after the
+last one has ended. If pglock is killed (SIGKILL), all of it is killed. That
+is so on Linux with /proc; elsewhere, only the command itself is ended, and
+nothing if pglock is killed. What runs with the rights of another user, as
+with sudo(8), can't be killed; pglock waits for it. By default the lock is
+released when the command itself has ended, and what it leaves in the
+background continues without the lock; with --wait-descendants, the lock is
+held for that, too.
 
-Signals: SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to the command; while the
-lock is waited for, they end the wait. After SIGTERM, the command has the time of --grace before all that it has
-started is killed. The keys of a terminal (^C) reach the command from the terminal. ^Z stops
-both; a pglock that is stopped for more than 4 s can't know whether the lock is still held: when it
-continues, the lock counts as lost.
+Signals: SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on
+to the command; while the lock is waited for, they end the wait. After
+SIGTERM, the command has the time of --grace before all that it has started is
+killed. The keys of a terminal (^C) reach the command from the terminal. ^Z
+stops all of it: pglock, the command, and all that it has started. A pglock
+that is stopped for more than 4 s can't know whether the lock is still held:
+when it continues, the lock counts as lost.
 
-A wait survives a restart of the server, unless --no-retry is given; its place in the queue is lost. At the
-start, the database has to be there. With -n, connecting is limited by --connect-timeout only.
+A wait survives a restart of the server, unless --no-retry is given; its place
+in the queue is lost. At the start, the database has to be there. With -n,
+connecting is limited by --connect-timeout only.
 
 Examples:
   pglock run nightly-report -- ./report.sh
@@ -133,7 +144,7 @@ pub(crate) async fn run(mut args: RunArgs, database: DatabaseArgs) -> Result<Exi
         pool = database.pool(wanted.remaining()) => pool?,
     };
     let (ended, limit) = match wait(&pool, &mut signals, &args, &wanted).await {
-        Ok(Ok((held, token))) => (run_under(held, token, &mut signals, args).await, CLOSING),
+        Ok(Ok(held)) => (run_under(held, &mut signals, args).await, CLOSING),
         Ok(Err(exit)) => (Ok(exit), wanted.closing_limit()),
         Err(failure) => (Err(failure), wanted.closing_limit()),
     };
@@ -147,7 +158,7 @@ async fn wait(
     signals: &mut Signals,
     args: &RunArgs,
     wanted: &Wanted,
-) -> Result<Result<(Held, u64), Exit>, Failure> {
+) -> Result<Result<Held, Exit>, Failure> {
     let acquired = tokio::select! {
         biased;
         received = signals.next() => return Ok(Err(received.signal.into())),
@@ -160,20 +171,14 @@ async fn wait(
 }
 
 /// Runs the command, and releases the lock.
-async fn run_under(
-    held: Held,
-    token: u64,
-    signals: &mut Signals,
-    args: RunArgs,
-) -> Result<Exit, Failure> {
+async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<Exit, Failure> {
+    let Held { guard, token, slot } = held;
     tracing::info!("acquired {}, token {token}", args.key);
     let mut env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", token.to_string())];
-    if let Held::Permit(permit) = &held {
-        env.push(("PGLOCK_SLOT", permit.slot().to_string()));
-    }
+    env.extend(slot.map(|slot| ("PGLOCK_SLOT", slot.to_string())));
     // From now on, signals are for the command.
     if let Some(received) = signals.try_next() {
-        held.release().await?;
+        guard.release().await?;
         return Ok(received.signal.into());
     }
     let how = How {
@@ -186,17 +191,22 @@ async fn run_under(
     let child = match Child::start(&args.command, &how, signals)? {
         Ok(child) => child,
         Err(exit) => {
-            held.release().await?;
+            guard.release().await?;
             return Ok(exit);
         }
     };
-    let ended = child.supervise(signals, held.lost(), |_| ()).await;
+    let ended = child.supervise(signals, guard.lost(), |_| ()).await;
     tracing::info!("the command ended with {}", ended.exit);
     if ended.lost {
         return Ok(Exit::Code(LOST));
     }
-    // It may have been lost without a notice.
-    match held.release().await {
+    // It may have been lost without a notice. A server that does not answer is not waited for against the user's will.
+    let released = tokio::select! {
+        biased;
+        received = signals.next() => return Ok(received.signal.into()),
+        released = guard.release() => released,
+    };
+    match released {
         Ok(()) => {
             tracing::info!("released {}", args.key);
             Ok(ended.exit)

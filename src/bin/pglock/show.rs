@@ -16,21 +16,35 @@ use crate::tree::{self, Row};
 
 /// What `--json` prints, for the help of each command that has it.
 pub(crate) const JSON: &str = "\
-With --json the output is an array of locks; later versions may add to it, and take nothing away:
+With --json the output is an array of locks; later versions may add to it, and
+take nothing away:
   key          as on the command line, without its name: \"42\", or \"1,2\"
-  name         the name of the key, or of the tool that locks it, if it is known
+  name         the name of the key, or of the tool that locks it, if it is
+               known
   classid, objid, objsubid   where pg_locks shows it
   mode         \"exclusive\" or \"shared\"
   held         true if it is held, false if it is waited for
   waiting_since   for a waiter; from PostgreSQL 14 on
-  blocked_by   for a waiter, the pids that it waits for; 0 is a prepared transaction
+  blocked_by   for a waiter, the pids that it waits for; 0 is a prepared
+               transaction
   prepared     the identifier of the prepared transaction that holds it
-  leader       null, or the leader of an election: name, term, since, backend_pid, client_addr
-  session      null for a prepared transaction; otherwise: backend_pid, started_at, user,
-               application_name, client_addr, state, state_since, transaction_since, query_since
+  leader       null, or the leader of an election: name, term, since,
+               backend_pid, client_addr
+  session      null for a prepared transaction; otherwise: backend_pid,
+               started_at, user, application_name, client_addr, state,
+               state_since, transaction_since, query_since
   seen_at      when the server was asked
-Times are in seconds since 1970, by the server's clock. What is not known, or not visible to this role,
-is null.";
+Times are in seconds since 1970, by the server's clock. What is not known, or
+not visible to this role, is null.";
+
+/// A key as the server knows it.
+pub(crate) fn nameless(key: &Key) -> Key {
+    match PgAdvisoryLockKey::from(key) {
+        PgAdvisoryLockKey::BigInt(number) => number.into(),
+        PgAdvisoryLockKey::IntPair(first, second) => (first, second).into(),
+        _ => key.clone(),
+    }
+}
 
 /// Names that are known, as arguments of several commands.
 #[derive(clap::Args, Debug)]

@@ -1,13 +1,15 @@
 //! The signals that this process receives, and the ends of its child processes.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::future::pending;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::thread;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use signal_hook::iterator::SignalsInfo;
@@ -38,6 +40,8 @@ pub(crate) enum Event {
     Stopped(Pid),
     /// This process has no children any more.
     NoChildren,
+    /// All that was received before [`Signals::received_until_now`] was called has been reported.
+    UntilNow,
     Received(Received),
 }
 
@@ -69,7 +73,10 @@ impl Received {
 #[derive(Debug)]
 pub(crate) struct Signals {
     events: UnboundedReceiver<Event>,
+    /// Events that were put off.
+    kept: VecDeque<Event>,
     reaping: Arc<Mutex<()>>,
+    asked: Arc<AtomicBool>,
 }
 
 impl Signals {
@@ -91,12 +98,18 @@ impl Signals {
         let (sender, events) = unbounded_channel();
         let reaping = Arc::new(Mutex::new(()));
         let lock = Arc::clone(&reaping);
+        let asked = Arc::new(AtomicBool::new(false));
+        let question = Arc::clone(&asked);
         thread::spawn(move || {
             for origin in signals.forever() {
                 let Ok(signal) = Signal::try_from(origin.signal) else { continue };
                 if signal == Signal::SIGCHLD {
                     let _reaping = lock.lock().unwrap_or_else(PoisonError::into_inner);
                     reap(&sender);
+                    // Comes last of the signals of a round, because they come in the order of their numbers.
+                    if question.swap(false, Ordering::Relaxed) {
+                        sender.send(Event::UntilNow).ok();
+                    }
                     continue;
                 }
                 let from_terminal = matches!(origin.cause, Cause::Kernel);
@@ -105,7 +118,24 @@ impl Signals {
                 }
             }
         });
-        Ok(Self { events, reaping })
+        Ok(Self { events, kept: VecDeque::new(), reaping, asked })
+    }
+
+    /// Returns the signals that this process has received since the last event, and before a process that it has just
+    /// started was there: a key of the terminal did not reach that one.
+    pub(crate) async fn received_until_now(&mut self) -> Vec<Received> {
+        self.asked.store(true, Ordering::Relaxed);
+        let mut received = Vec::new();
+        if raise(Signal::SIGCHLD).is_err() {
+            return received;
+        }
+        loop {
+            match self.events.recv().await {
+                Some(Event::Received(signal)) => received.push(signal),
+                Some(Event::UntilNow) | None => return received,
+                Some(event) => self.kept.push_back(event),
+            }
+        }
     }
 
     /// Starts a process. Until that has succeeded or failed, nothing is reaped: the standard library waits for a
@@ -118,6 +148,9 @@ impl Signals {
 
     /// Waits for the next event. Cancel safe.
     pub(crate) async fn event(&mut self) -> Event {
+        if let Some(kept) = self.kept.pop_front() {
+            return kept;
+        }
         match self.events.recv().await {
             Some(event) => event,
             None => pending().await,

@@ -20,10 +20,20 @@ pub(crate) struct Target {
 }
 
 impl FromStr for Target {
-    type Err = Infallible;
+    type Err = &'static str;
 
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(Self { key: key(text), text: text.to_owned() })
+    /// Refuses what is probably a mistake: a variable that is not set, and a number that is too large.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.is_empty() {
+            return Err("a key can't be empty");
+        }
+        let key = key(text);
+        let is_pair =
+            text.split_once([',', '/']).is_some_and(|(a, b)| is_integer(a) && is_integer(b));
+        if key.name().is_some() && (is_integer(text) || is_pair) {
+            return Err("not a number of 64 bits, or a pair of 32 bits; write name: before a name");
+        }
+        Ok(Self { key, text: text.to_owned() })
     }
 }
 
@@ -63,6 +73,12 @@ pub(crate) fn host() -> String {
     name.unwrap_or_else(|| format!("process-{}", std::process::id()))
 }
 
+/// Whether a text is a whole number, of any size.
+fn is_integer(text: &str) -> bool {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit())
+}
+
 /// Reads a key as the library does, and a pair with a slash too.
 fn key(text: &str) -> Key {
     if let Some((first, second)) = text.split_once('/')
@@ -84,6 +100,18 @@ mod tests {
         assert!(name.len() <= 63, "{name}");
         let name = application("run", "größe", Some(&"./report.sh".into()));
         assert!(name.starts_with("pglock run gr??e report.sh@"), "{name}");
+    }
+
+    #[test]
+    fn a_key_that_looks_like_a_mistake_is_refused() {
+        for text in
+            ["", "9223372036854775808", "-9223372036854775809", "1,3000000000", "1/3000000000"]
+        {
+            assert!(text.parse::<Target>().is_err(), "{text:?}");
+        }
+        for text in ["-", "2026-11-29", "1/2/3", "name:99999999999999999999", "-1,-2", "42"] {
+            assert!(text.parse::<Target>().is_ok(), "{text:?}");
+        }
     }
 
     #[test]

@@ -252,6 +252,7 @@ impl View {
             let last = (self.offset + room).min(rows);
             status = format!("{status}  rows {} to {last}", self.offset + 1);
         }
-        status + "  (q quits, s sorts)"
+        // First, because the end is cut off where the screen is narrow.
+        format!("q quits, s sorts | {status}")
     }
 }

@@ -56,6 +56,10 @@ pub(crate) async fn run(args: WhoArgs, database: DatabaseArgs) -> Result<Exit, F
 /// Returns the holders and waiters of a key, and of the permits of its semaphore.
 pub(crate) async fn locks_of(db: impl PgExecutor<'_>, key: &Key) -> pglock::Result<Vec<LockInfo>> {
     let mut locks = inspect::locks(db).await?;
+    for lock in &mut locks {
+        // A session may show the name of another key.
+        lock.key = show::nameless(&lock.key);
+    }
     inspect::name_keys(&mut locks, [key]);
     // What has a name now is of the key, or of its semaphore.
     locks.retain(|lock| lock.key == *key || lock.key.name().is_some());

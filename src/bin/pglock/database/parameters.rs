@@ -29,11 +29,13 @@ const fn parameter(keyword: &'static str, env: &'static str, use_: Use) -> Param
 }
 
 /// All of PostgreSQL 18, and those of a URL of sqlx.
-pub(super) const PARAMETERS: [Parameter; 60] = [
+pub(super) const PARAMETERS: [Parameter; 63] = [
     parameter("application_name", "PGAPPNAME", Honoured),
     parameter("connect_timeout", "PGCONNECT_TIMEOUT", Honoured),
+    parameter("datestyle", "PGDATESTYLE", Honoured),
     parameter("dbname", "PGDATABASE", Honoured),
     parameter("fallback_application_name", "", Honoured),
+    parameter("geqo", "PGGEQO", Honoured),
     parameter("host", "PGHOST", Honoured),
     parameter("hostaddr", "PGHOSTADDR", Honoured),
     parameter("options", "PGOPTIONS", Honoured),
@@ -48,6 +50,7 @@ pub(super) const PARAMETERS: [Parameter; 60] = [
     parameter("sslmode", "PGSSLMODE", Honoured),
     parameter("sslrootcert", "PGSSLROOTCERT", Honoured),
     parameter("target_session_attrs", "PGTARGETSESSIONATTRS", Honoured),
+    parameter("timezone", "PGTZ", Honoured),
     parameter("user", "PGUSER", Honoured),
     parameter("channel_binding", "PGCHANNELBINDING", Only(&["disable", "prefer"])),
     parameter("client_encoding", "PGCLIENTENCODING", Only(&["auto", "unicode", "utf-8", "utf8"])),
