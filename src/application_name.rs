@@ -31,14 +31,47 @@ pub(crate) fn of(name: &str, request: &Request) -> String {
 
 /// The names of keys that a session may show. Whether it does, their hashes say.
 ///
-/// Those of the program come in the middle: `pglock run KEY COMMAND@HOST`.
+/// Those of the program come in the middle: `pglock run KEY COMMAND@HOST`, and the same with `elect`.
 pub(crate) fn names(shown: &str) -> impl Iterator<Item = &str> {
     let suffixes = shown.match_indices(' ').filter_map(|(at, _)| shown.get(at + 1..));
-    let run = shown.strip_prefix("pglock run ").and_then(|rest| rest.rsplit_once(' '));
-    let names = run.map(|(key, _)| key).into_iter().chain(suffixes);
+    let program = shown.strip_prefix("pglock ").and_then(|rest| rest.split_once(' '));
+    let program = program.and_then(|(_, rest)| rest.rsplit_once(' '));
+    let names = program.map(|(key, _)| key).into_iter().chain(suffixes);
     names.flat_map(|name| {
         // Of a semaphore, whose queue and permits have keys that are derived from its own.
         let semaphore = name.rsplit_once(", ").map(|(semaphore, _)| semaphore);
         [Some(name), semaphore].into_iter().flatten()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_cut_before_what_follows_it() {
+        let long = "x".repeat(100);
+        assert_eq!(with_suffix("billing", " key"), "billing key");
+        assert_eq!(with_suffix("größe", " 1"), "gr??e 1");
+        assert_eq!(with_suffix(&long, " key"), format!("{} key", "x".repeat(59)));
+        let both = with_suffix(&long, &format!(" {long}"));
+        assert_eq!(both, format!("{} {}", "x".repeat(16), "x".repeat(46)));
+    }
+
+    #[test]
+    fn a_name_is_found_behind_any_space() {
+        let found = |shown| names(shown).collect::<Vec<_>>();
+        assert_eq!(found("psql"), [""; 0]);
+        assert_eq!(
+            found("my app nightly report"),
+            ["app nightly report", "nightly report", "report"]
+        );
+        assert_eq!(
+            found("app printers, permit 2"),
+            ["printers, permit 2", "printers", "permit 2", "2"]
+        );
+        assert!(found("pglock run nightly report sh@db-1").contains(&"nightly report"));
+        assert!(found("pglock elect scheduler sh@db-1").contains(&"scheduler"));
+        assert_eq!(found("pglock doctor"), ["doctor"]);
+    }
 }

@@ -88,6 +88,9 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// * [`connection`](crate::Guard::connection) returns [`Error::SharedSession`], because the guard has
 ///   no connection of its own.
 /// * A loss of the shared session is a loss of all locks on it; every guard reports it.
+/// * The sessions are on the runtime of a task that has acquired a lock, and if that runtime is shut down, all locks of
+///   the manager are lost. actix-web has a runtime for each worker, and ends idle workers first: acquire and work on the
+///   runtime of `main` there, by [`Handle::spawn`](tokio::runtime::Handle::spawn).
 /// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
 ///   guards share, does not unlock it. It asks whether the session still lives; one question serves all that
 ///   are released at the same time.

@@ -7,6 +7,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "metrics")]
+use pglock::LockOptions;
 use pglock::{Election, Leadership, Lock, LockManager};
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -52,7 +54,8 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
     #[cfg(not(feature = "metrics"))]
     let election = Election::new(&pool, POST);
     #[cfg(feature = "metrics")]
-    let election = Election::new(&crate::metrics::labelled(&pool)?, POST);
+    // A key that deserves time series of its own: alerts tell elections apart by it.
+    let election = Election::new(&LockOptions::new().label_metrics_by_key().on(&pool)?, POST);
     let mut election = election.candidate(&name);
     let status = election.status();
     let (end, ending) = watch::channel(false);

@@ -103,10 +103,14 @@ async fn leader(State(service): State<Service>) -> Result<String, Failure> {
 /// Whether requests should be sent here: not after SIGTERM, and not if the candidate has failed for long, because then
 /// requests will, too. One that waits is as ready as the leader.
 async fn is_ready(State(service): State<Service>) -> (StatusCode, String) {
-    let reason = match service.status.state() {
-        _ if *service.ending.borrow() => "is shutting down".to_owned(),
-        LeaderState::Failing { error, since } if since.elapsed() > OUTAGE => error.to_string(),
-        _ => return (StatusCode::OK, "ready\n".to_owned()),
+    let reason = if *service.ending.borrow() {
+        "is shutting down".to_owned()
+    } else if let LeaderState::Failing { error, since } = service.status.state()
+        && since.elapsed() > OUTAGE
+    {
+        error.to_string()
+    } else {
+        return (StatusCode::OK, "ready\n".to_owned());
     };
     (StatusCode::SERVICE_UNAVAILABLE, reason + "\n")
 }

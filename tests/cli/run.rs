@@ -188,6 +188,11 @@ async fn a_wrong_command_line_is_told() {
         &["run", "--typo", "key", "true"],
         &["run", "--permits", "0", "key", "true"],
         &["run", "-c", "true", "key", "true"],
+        // Which a variable that is not set comes to, and a number of another database.
+        &["run", "", "true"],
+        &["run", "99999999999999999999", "true"],
+        &["elect", "--json", "key", "true"],
+        &["elect", "--hook", "true", "key", "true"],
     ] {
         assert_eq!(run(&db, args).await.code(), Some(2), "{args:?}");
     }

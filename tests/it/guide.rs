@@ -118,7 +118,7 @@ async fn the_queries_for_psql_find_what_they_say() {
     assert_eq!(tried, written, "a query is not tried here");
 }
 
-/// The query for postgres_exporter returns the columns that the file describes.
+/// The query for the exporter returns the columns that the file describes.
 #[tokio::test]
 async fn the_query_for_postgres_exporter_tells_holders_from_waiters() {
     let file = root().join("migrations-free-docker/monitoring/postgres_exporter.yaml");
@@ -139,11 +139,11 @@ async fn the_query_for_postgres_exporter_tells_holders_from_waiters() {
         return;
     }
     let rows = run(&mut psql, query).await;
-    let columns: Vec<_> = rows.first().unwrap().columns().iter().map(|c| c.name()).collect();
+    let columns: Vec<_> = rows.first().unwrap().columns().iter().map(Column::name).collect();
     assert_eq!(columns, described);
     let mut seen: Vec<(&str, &str, i64)> =
         rows.iter().map(|row| (row.get("mode"), row.get("state"), row.get("sessions"))).collect();
-    seen.sort();
+    seen.sort_unstable();
     assert_eq!(seen, [("ExclusiveLock", "held", 1), ("ShareLock", "awaited", 1)]);
     for row in &rows {
         assert_eq!(row.get::<&str, _>("application_name"), "billing nightly-report");

@@ -102,7 +102,8 @@ async fn a_lock_that_is_passed_on_still_shows_its_name() {
         let mut lock = Lock::new(&named, KEY);
         spawn(async move { drop(lock.acquire().await.unwrap()) })
     });
-    for task in Vec::from_iter(tasks) {
+    let tasks: Vec<_> = tasks.collect();
+    for task in tasks {
         task.await.unwrap();
     }
     let held = Lock::new(&named, KEY).acquire().await.unwrap();

@@ -213,11 +213,11 @@ async fn every_hold_has_a_span() {
     assert!(told.all().iter().any(is_request));
 
     let manager = LockManager::new(&pool);
-    let managed = Lock::new(&manager, "managed").acquire().await.unwrap();
-    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(managed.backend_pid());
+    let guard = Lock::new(&manager, "managed").acquire().await.unwrap();
+    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(guard.backend_pid());
     end.execute(&mut admin).await.unwrap();
-    managed.lost().await;
-    drop(managed);
+    guard.lost().await;
+    drop(guard);
     assert_eq!(
         holds(),
         [

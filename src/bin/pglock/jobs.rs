@@ -45,7 +45,7 @@ impl Jobs {
     }
 
     /// The job continues, in the foreground or not.
-    pub(crate) fn resume(&mut self, sender: &mut Sender) {
+    pub(crate) fn resume(&self, sender: &mut Sender) {
         if let Some(group) = self.foreground
             && let Ok(terminal) = terminal()
             && tcgetpgrp(&terminal) == Ok(getpgrp())

@@ -59,12 +59,7 @@ impl Pending {
             };
             waiting.start();
             if slices > 0 {
-                tracing::debug!(
-                    lock.key = %key,
-                    backend_pid = session.backend_pid(),
-                    waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-                    "still waiting for a busy lock"
-                );
+                self.is_waiting_since(started, key);
             }
             if let Err(error) = self.show().await {
                 return Err(self.fail(error).await);
@@ -151,6 +146,15 @@ impl Pending {
                 Err(reason) => return Err(reason.error(self.request.key())),
             }
         }
+    }
+
+    fn is_waiting_since(&self, started: Instant, key: KeyId) {
+        tracing::debug!(
+            lock.key = %key,
+            backend_pid = self.session.backend_pid(),
+            waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "still waiting for a busy lock"
+        );
     }
 
     /// Waits for a slice.
