@@ -696,7 +696,7 @@ async fn a_candidate_waits_in_long_slices() {
     locks_are(&mut admin, 2, SOON).await;
     let limit: String = sqlx::query_scalar(
         "SELECT substring(query FROM 'lock_timeout[^0-9]*([0-9]+)') FROM pg_stat_activity \
-         WHERE wait_event_type = 'Lock' AND wait_event = 'advisory'",
+         WHERE datname = current_database() AND wait_event_type = 'Lock' AND wait_event = 'advisory'",
     )
     .fetch_one(&mut admin)
     .await

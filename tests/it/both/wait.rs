@@ -59,7 +59,7 @@ async fn a_long_wait_costs_others_nothing() {
         while started.elapsed() < WAIT {
             let xmin: Option<String> = sqlx::query_scalar(
                 "SELECT backend_xmin::text FROM pg_stat_activity \
-                 WHERE wait_event_type = 'Lock' AND wait_event = 'advisory' \
+                 WHERE datname = current_database() AND wait_event_type = 'Lock' AND wait_event = 'advisory' \
                    AND txid_current() IS NOT NULL",
             )
             .fetch_optional(&mut admin)
