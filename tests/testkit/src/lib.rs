@@ -37,6 +37,7 @@ mod clock;
 mod server;
 mod options;
 mod pgbouncer;
+mod daemon;
 mod data;
 mod watchdog;
 mod process;

@@ -1,26 +1,17 @@
 //! A PgBouncer in front of a server, started by us and gone with us.
 
 use std::fmt::Write;
-use std::fs::{self, File};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Child;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use sqlx::postgres::PgConnectOptions;
 
-use crate::account::Account;
-use crate::data::{make_dir, write_settings};
+use crate::daemon::Daemon;
 use crate::server::Server;
 use crate::skip::program;
-use crate::watchdog::Watchdog;
 
 /// A part of the socket's name, in a directory of its own.
 const PORT: u16 = 6432;
-
-const PID_FILE: &str = "pgbouncer.pid";
 
 /// A PgBouncer in front of a server, started by us and gone with us.
 ///
@@ -33,10 +24,8 @@ const PID_FILE: &str = "pgbouncer.pid";
 /// in any other manner, SIGKILL included.
 #[derive(Debug)]
 pub struct PgBouncer {
-    account: Account,
-    dir: PathBuf,
-    watchdog: Watchdog,
-    process: Option<Child>,
+    program: PathBuf,
+    daemon: Daemon,
 }
 
 impl PgBouncer {
@@ -75,7 +64,7 @@ impl PgBouncer {
     /// How to connect to the server's database `postgres`, through the PgBouncer.
     pub fn connect_options(&self) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
-            .socket(&self.dir)
+            .socket(self.daemon.dir())
             .port(PORT)
             .username("postgres")
             .database("postgres")
@@ -83,7 +72,15 @@ impl PgBouncer {
 
     /// All that it has logged so far.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.join("log")).expect("the log is readable")
+        self.daemon.log()
+    }
+
+    /// Kills it, and starts it again in the same place.
+    pub fn restart(&mut self) {
+        self.daemon.stop(Signal::SIGKILL);
+        if let Err(reason) = self.run() {
+            panic!("{reason}");
+        }
     }
 
     fn launch(
@@ -92,68 +89,32 @@ impl PgBouncer {
         port: u16,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
-        let account = Account::for_server()?;
-        let dir = make_dir(&account)?;
         // It has nothing to tidy, and ignores SIGQUIT if the process that started us does.
-        let watchdog = Watchdog::over(&dir, PID_FILE, "KILL");
-        let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
-        let mut pooler = Self { account, dir, watchdog, process: None };
-        let ini = ini(server, port, &pooler.dir.display().to_string(), settings);
-        pooler.run(program, &ini)?;
+        let daemon = Daemon::place("pgbouncer", "KILL")?;
+        daemon.write("pgbouncer.ini", &ini(server, port, &daemon, settings))?;
+        let mut pooler = Self { program, daemon };
+        pooler.run()?;
         Ok(pooler)
     }
 
     /// Runs it until it takes clients.
-    fn run(&mut self, program: PathBuf, ini: &str) -> Result<(), String> {
-        let path = self.dir.join("pgbouncer.ini");
-        write_settings(&self.account, &path, ini)?;
-        let log = File::create(self.dir.join("log"));
-        let log = log.map_err(|error| format!("cannot write the log: {error}"))?;
-        let mut command = self.account.command(program);
-        // In a process group of its own: Ctrl-C is not for it.
-        command.arg(&path).stderr(log).process_group(0);
-
-        self.watchdog.tell("starting")?;
-        let process = command.spawn();
-        let process = process.map_err(|error| format!("pgbouncer does not run: {error}"))?;
-        let process = self.process.insert(process);
-        let socket = self.dir.join(format!(".s.PGSQL.{PORT}"));
-        // It listens before it writes the file by which the watchdog knows it.
-        let pid = format!("{}\n", process.id());
-        let is_known = || fs::read_to_string(self.dir.join(PID_FILE)).is_ok_and(|is| is == pid);
-        let start = Instant::now();
-        while UnixStream::connect(&socket).is_err() || !is_known() {
-            let ended = process.try_wait().map_err(|error| error.to_string())?.is_some();
-            if ended || start.elapsed() > Duration::from_mins(1) {
-                return Err(format!("pgbouncer does not start:\n{}", self.log()));
-            }
-            sleep(Duration::from_millis(1));
-        }
-        self.watchdog.tell("started")
-    }
-}
-
-impl Drop for PgBouncer {
-    fn drop(&mut self) {
-        self.watchdog.release();
-        if let Some(mut process) = self.process.take() {
-            // Gone already, unless the watchdog was killed.
-            drop(process.kill());
-            drop(process.wait());
-        }
-        drop(fs::remove_dir_all(&self.dir));
+    fn run(&mut self) -> Result<(), String> {
+        let mut command = self.daemon.command(&self.program);
+        command.arg(self.daemon.dir().join("pgbouncer.ini"));
+        self.daemon.run(command, &format!(".s.PGSQL.{PORT}"))
     }
 }
 
 /// The content of `pgbouncer.ini`. The last of two lines for one setting counts.
-fn ini(server: &Path, port: u16, dir: &str, settings: &[(&str, &str)]) -> String {
+fn ini(server: &Path, port: u16, daemon: &Daemon, settings: &[(&str, &str)]) -> String {
     let host = server.display();
     let port_of_ours = PORT.to_string();
-    let pidfile = format!("{dir}/{PID_FILE}");
+    let (dir, pidfile) = (daemon.dir().display().to_string(), daemon.pid_file());
+    let pidfile = pidfile.display().to_string();
     let usual = [
         ("listen_addr", ""),
         ("listen_port", &port_of_ours),
-        ("unix_socket_dir", dir),
+        ("unix_socket_dir", &dir),
         ("pidfile", &pidfile),
         ("auth_type", "any"),
         // sqlx sends it, and PgBouncer refuses what it does not know.
@@ -169,6 +130,8 @@ fn ini(server: &Path, port: u16, dir: &str, settings: &[(&str, &str)]) -> String
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -176,8 +139,8 @@ mod tests {
         let server = Server::shared();
         for _ in 0..10 {
             let Some(pooler) = PgBouncer::start(server, &[]) else { return };
-            let pid = fs::read_to_string(pooler.dir.join(PID_FILE)).unwrap();
-            assert_eq!(pid.trim(), pooler.process.as_ref().unwrap().id().to_string());
+            let pid = fs::read_to_string(pooler.daemon.pid_file()).unwrap();
+            assert_eq!(pid.trim(), pooler.daemon.pid().to_string());
         }
     }
 

@@ -1,0 +1,133 @@
+//! A program that is no PostgreSQL server, such as a pooler: started by us and gone with us.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::account::Account;
+use crate::data::{make_dir, write_settings};
+use crate::process;
+use crate::watchdog::Watchdog;
+
+/// A program in a directory of its own, with the account of a server.
+///
+/// # Drop
+///
+/// Stops it and removes its directory. The same happens, by way of a watchdog, when this process ends
+/// in any other manner, SIGKILL included.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    name: &'static str,
+    account: Account,
+    dir: PathBuf,
+    watchdog: Watchdog,
+    process: Option<Child>,
+}
+
+impl Daemon {
+    /// Makes the directory. `signal` ends the program.
+    pub(crate) fn place(name: &'static str, signal: &str) -> Result<Self, String> {
+        let account = Account::for_server()?;
+        let dir = make_dir(&account)?;
+        let watchdog = Watchdog::over(&dir, &pid_file(name), signal);
+        let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+        Ok(Self { name, account, dir, watchdog, process: None })
+    }
+
+    /// The directory.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The file that the program is to write its process id to.
+    pub(crate) fn pid_file(&self) -> PathBuf {
+        self.dir.join(pid_file(self.name))
+    }
+
+    /// The process id of the program. Panics if it does not run.
+    #[cfg(test)]
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.as_ref().expect("the program runs").id()
+    }
+
+    /// All that it has logged so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).expect("the log is readable")
+    }
+
+    /// Writes a file into the directory, for the program to read.
+    pub(crate) fn write(&self, file: &str, content: &str) -> Result<PathBuf, String> {
+        let path = self.dir.join(file);
+        write_settings(&self.account, &path, content)?;
+        Ok(path)
+    }
+
+    /// A command that is run by the account. One of its arguments must be a file in the directory: by that the
+    /// watchdog knows the process.
+    pub(crate) fn command(&self, program: &Path) -> Command {
+        self.account.command(program)
+    }
+
+    /// Runs a command until it takes clients on `socket`, a file in the directory.
+    pub(crate) fn run(&mut self, mut command: Command, socket: &str) -> Result<(), String> {
+        let name = self.name;
+        let log = File::options().create(true).append(true).open(self.dir.join("log"));
+        let log = log.map_err(|error| format!("cannot write the log: {error}"))?;
+        let output = log.try_clone().map_err(|error| format!("cannot write the log: {error}"))?;
+        // In a process group of its own: Ctrl-C is not for it.
+        command.stdout(output).stderr(log).process_group(0);
+
+        self.watchdog.tell("starting")?;
+        let process = command.spawn();
+        let process = process.map_err(|error| format!("{name} does not run: {error}"))?;
+        let process = self.process.insert(process);
+        // By this file the watchdog knows it.
+        let pid_file = self.dir.join(pid_file(name));
+        let pid = process.id().to_string();
+        // pgpool-II writes a NUL after it.
+        let is_end = |c: char| c.is_whitespace() || c == '\0';
+        let is_known =
+            || fs::read_to_string(&pid_file).is_ok_and(|is| is.trim_end_matches(is_end) == pid);
+        let socket = self.dir.join(socket);
+        let start = Instant::now();
+        while !is_known() || UnixStream::connect(&socket).is_err() {
+            let ended = process.try_wait().map_err(|error| error.to_string())?.is_some();
+            if ended || start.elapsed() > Duration::from_mins(1) {
+                return Err(format!("{name} does not start:\n{}", self.log()));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        self.watchdog.tell("started")
+    }
+
+    /// Ends the program by a signal, and waits until it has ended.
+    pub(crate) fn stop(&mut self, signal: Signal) {
+        let mut ended = self.process.take().expect("the program runs");
+        process::signal(ended.id(), signal).expect("the program takes signals");
+        process::wait_until("the program has ended", || {
+            ended.try_wait().expect("a child can be waited for").is_some()
+        });
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.watchdog.release();
+        if let Some(mut process) = self.process.take() {
+            // Gone already, unless the watchdog was killed.
+            drop(process.kill());
+            drop(process.wait());
+        }
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}
+
+fn pid_file(name: &str) -> String {
+    format!("{name}.pid")
+}
