@@ -129,8 +129,12 @@ pub(super) async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<
 
 /// A server that is known to call itself so, and is no PostgreSQL.
 fn engine(product: &str) -> Option<&'static str> {
-    let engines =
-        [("CockroachDB", "CockroachDB"), ("-YB-", "YugabyteDB"), ("Redshift", "Amazon Redshift")];
+    let engines = [
+        ("CockroachDB", "CockroachDB"),
+        ("(PGlite ", "PGlite"),
+        ("-YB-", "YugabyteDB"),
+        ("Redshift", "Amazon Redshift"),
+    ];
     engines.into_iter().find(|(mark, _)| product.contains(mark)).map(|(_, name)| name)
 }
 

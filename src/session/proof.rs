@@ -207,19 +207,28 @@ async fn ask(
         }
         answer => answer?,
     };
-    let (unlocking, unlocked) = sql::proof::unlock(holder, key).await?;
-    let excludes = locked && !granted && holding != asked && holding == unlocking && unlocked;
-    // The backend may be another client's, and would keep what it was granted.
-    if granted {
-        sql::proof::unlock(other, key).await?;
-    }
-    let left = locked && !unlocked;
-    if left && holding == asked {
-        sql::proof::unlock(other, key).await?;
+    let same = holding == asked;
+    let mut excludes = locked && !granted && !same;
+    let mut unlocked = None;
+    if excludes {
+        unlocked = Some(sql::proof::unlock(holder, key).await?);
+    } else {
+        // The backend may be another client's, and would keep what it was granted. A server that runs all clients
+        // in one session lets the holder wait until the transaction ends.
+        for _ in 0..u8::from(granted) + u8::from(locked && same) {
+            sql::proof::unlock(other, key).await?;
+        }
     }
     sql::proof::end_transaction(other).await?;
-    if left && holding != asked {
-        retrieve(options, holding, &[(KeyId::BigInt(key), Mode::Exclusive)]).await?;
+    if locked && !same {
+        let (unlocking, unlocked) = match unlocked {
+            Some(answer) => answer,
+            None => sql::proof::unlock(holder, key).await?,
+        };
+        excludes &= unlocked && unlocking == holding;
+        if !unlocked {
+            retrieve(options, holding, &[(KeyId::BigInt(key), Mode::Exclusive)]).await?;
+        }
     }
     Ok(excludes)
 }

@@ -206,6 +206,7 @@ async fn an_engine_without_locks_is_named() {
     for (product, engine) in [
         ("CockroachDB CCL v24.1.0 (x86_64-pc-linux-gnu)", "CockroachDB"),
         ("PostgreSQL 11.2-YB-2.21.0.0-b0 on x86_64", "YugabyteDB"),
+        ("PostgreSQL 18.6 (PGlite 0.5.14) on wasm32-unknown-emscripten", "PGlite"),
     ] {
         let seen = stub(&mut admin, product).await;
         assert!(seen.starts_with(&format!("the server is {engine},")), "{seen}");

@@ -31,6 +31,7 @@ mod multi;
 mod one_session;
 mod own_session;
 mod partition;
+mod pglite;
 mod pooler;
 mod quiet;
 mod scoped;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, Result, transaction};
-use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks};
+use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks, eventually};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, PgPool, Row};
 use tokio::task::JoinSet;
@@ -113,6 +113,24 @@ mod in_transaction_mode {
         // Acquires wait for the proof for 250 ms; a busy machine may take longer.
         let by_acquire = found.get("acquire").copied().unwrap_or_default();
         assert!(by_acquire * 10 > POOLERS * CACHES.len() * 9, "hardly by the acquire: {found:?}");
+    }
+
+    /// A transaction keeps all other clients from the only server connection.
+    #[tokio::test]
+    async fn one_with_a_single_server_connection_is_found_out() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        for cache in CACHES {
+            let settings = [("pool_mode", "transaction"), ("default_pool_size", "1")];
+            let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
+            let options = pooler.connect_options().database(db.name());
+            let pool = pool(options.statement_cache_capacity(cache), 2).await;
+            // Acquires wait for the proof for 250 ms; a busy machine may take longer.
+            let is_refused =
+                async || is_found(Lock::new(&pool, KEY).acquire().await.map(drop)).is_none();
+            eventually("an acquire is refused", PATIENCE, is_refused).await;
+            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+        }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
