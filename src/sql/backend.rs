@@ -17,12 +17,15 @@ pub(super) const TIME_STANDS_STILL: &str =
 
 /// Returns the process id of the backend that answers; first sets what a session has that is held for
 /// longer, if asked to.
+///
+/// Calls a volatile function as well, because pgpool-II sends a query of stable functions to a standby.
 pub(crate) async fn heartbeat(
     conn: &mut PgConnection,
     set: Option<Keepalives>,
 ) -> Result<i32, sqlx::Error> {
     let Some(keepalives) = set else {
-        return fetch(conn, "SELECT pg_catalog.pg_backend_pid()").await?.try_get(0);
+        let statement = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.clock_timestamp()";
+        return fetch(conn, statement).await?.try_get(0);
     };
     let settings = keepalives.settings(conn.server_version_num());
     fetch(conn, format!("SELECT pg_catalog.pg_backend_pid(), {settings}true")).await?.try_get(0)

@@ -77,13 +77,16 @@ pub(crate) async fn locks(
 }
 
 /// Ends a session if it was started at this time. Returns whether a signal was sent.
+///
+/// The process id is a constant, by which pgpool-II knows which of its connections ends. Otherwise it would detach
+/// the server.
 pub(crate) async fn terminate(
     db: impl PgExecutor<'_>,
     backend_pid: i32,
     backend_start: i64,
 ) -> Result<bool, sqlx::Error> {
     let statement = format!(
-        "SELECT pg_catalog.pg_terminate_backend(a.pid) \
+        "SELECT pg_catalog.pg_terminate_backend({backend_pid}) \
          FROM pg_catalog.pg_stat_get_activity(CASE WHEN {CLEAR_SNAPSHOT} THEN {backend_pid} END) AS a \
          WHERE a.pid OPERATOR(pg_catalog.=) {backend_pid} \
          AND {} OPERATOR(pg_catalog.=) {backend_start}",

@@ -32,6 +32,7 @@ mod one_session;
 mod own_session;
 mod partition;
 mod pglite;
+mod pgpool;
 mod pooler;
 mod quiet;
 mod scoped;

@@ -1,6 +1,7 @@
 //! What several tests ask of the server and of the pool.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
@@ -185,6 +186,22 @@ pub(crate) async fn backend_is(admin: &mut PgConnection, pid: i32, state: &str, 
         }
         assert!(started.elapsed() < limit, "backend {pid} is {now:?}, not {state}");
         sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Waits until a backend has answered several heartbeats.
+pub(crate) async fn several_heartbeats(admin: &mut PgConnection, pid: i32) {
+    let (mut times, started) = (HashSet::new(), Instant::now());
+    while times.len() < 4 {
+        let time: String =
+            sqlx::query_scalar("SELECT query_start::text FROM pg_stat_activity WHERE pid = $1")
+                .bind(pid)
+                .fetch_one(&mut *admin)
+                .await
+                .unwrap();
+        times.insert(time);
+        assert!(started.elapsed() < SOON * 20, "hardly a heartbeat: {times:?}");
+        sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -3,7 +3,7 @@
 //! [`pool`] is all that an example needs. A test takes a [`TestDb`], a database of its own, so
 //! that tests run side by side with the same keys. A test that breaks the server takes a
 //! [`Server`] of its own: it can be stopped, killed, paused and started again, have a hot standby that
-//! is promoted, or a [`PgBouncer`] in front. [`Pglite`] is a server of another kind.
+//! is promoted, or a [`PgBouncer`] or a [`Pgpool`] in front. [`Pglite`] is a server of another kind.
 //!
 //! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server
 //! is started for the process, from the binaries found on this machine; it goes away with the
@@ -37,6 +37,7 @@ mod clock;
 mod server;
 mod options;
 mod pgbouncer;
+mod pgpool;
 mod pglite;
 mod daemon;
 mod data;
@@ -57,6 +58,7 @@ pub use crate::network::{Direction, Network};
 pub use crate::options::ServerOptions;
 pub use crate::pgbouncer::PgBouncer;
 pub use crate::pglite::Pglite;
+pub use crate::pgpool::Pgpool;
 pub use crate::proxy::Proxy;
 pub use crate::role::{Cues, Role, cues, say, stand_still};
 pub use crate::server::{Server, Shutdown};

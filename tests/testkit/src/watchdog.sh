@@ -15,7 +15,8 @@ pause() { sleep 0.02 2>/dev/null || sleep 1; }
 # The server's pid, if it still is one: a pid in a stale file may be anybody's by now.
 server() {
     pid=
-    read -r pid 2>/dev/null <"$pid_file" || return 1
+    # pgpool-II writes no end of the line.
+    read -r pid 2>/dev/null <"$pid_file" || [ -n "$pid" ] || return 1
     if [ -d /proc/self ]; then
         command=$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline")
     else

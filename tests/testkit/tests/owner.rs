@@ -19,7 +19,7 @@ use std::{env, process};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
-use pglock_testkit::{PgBouncer, Server, Shutdown};
+use pglock_testkit::{PgBouncer, Pgpool, Server, Shutdown};
 
 const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
 
@@ -27,9 +27,11 @@ const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
 #[ignore = "is the owner: the other tests run it as a process to be killed"]
 fn owner() {
     let server = Server::shared();
-    let is_pooled = env::var(SITUATION).as_deref() == Ok("pooled");
-    let _pooler = is_pooled.then(|| PgBouncer::start(server, &[]).unwrap());
-    match env::var(SITUATION).as_deref() {
+    let situation = env::var(SITUATION);
+    let is_in = |name| situation.as_deref() == Ok(name);
+    let _pooler = is_in("pooled").then(|| PgBouncer::start(server, &[]).unwrap());
+    let _balancer = is_in("balanced").then(|| Pgpool::start(server, server, &[]).unwrap());
+    match situation.as_deref() {
         Ok("paused") => server.pause(),
         Ok("killed") => server.kill(),
         Ok("stopped") => server.stop(Shutdown::Fast),
@@ -126,6 +128,12 @@ fn an_owner_that_is_killed_leaves_nothing() {
 fn an_owner_of_a_pgbouncer_that_is_killed_leaves_nothing() {
     let Some(_) = PgBouncer::find() else { return };
     killed_it_leaves_nothing("pooled");
+}
+
+#[test]
+fn an_owner_of_a_pgpool_that_is_killed_leaves_nothing() {
+    let Some(_) = Pgpool::find() else { return };
+    killed_it_leaves_nothing("balanced");
 }
 
 fn killed_it_leaves_nothing(situation: &str) {

@@ -1,0 +1,162 @@
+//! Behind pgpool-II: locks are on the primary, and are held there; or an acquire is refused.
+
+use std::time::Duration;
+
+use pglock::doctor::{Severity, examine};
+use pglock::{Error, Lock, LockManager, LockOptions, Loss, inspect, transaction};
+use pglock_testkit::{Pgpool, Server, advisory_locks};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{ConnectOptions, PgPool};
+use tokio::time::timeout;
+
+use crate::support::{has_waiter, locks_are, several_heartbeats};
+
+const KEY: &str = "nightly-report";
+/// Longer than anything here takes, unless it hangs.
+const LIMIT: Duration = Duration::from_secs(20);
+/// With all queries on the standby, the same by a list of functions, with each query on either node, and with all on
+/// the primary.
+const WORKING: [&[(&str, &str)]; 4] = [
+    &[],
+    &[("write_function_list", "nextval,setval,pg_.*,set_config,clock_timestamp")],
+    &[("statement_level_load_balance", "on"), ("backend_weight0", "1")],
+    &[("load_balance_mode", "off")],
+];
+/// What replaces the question whether a function is volatile. The lock functions are not in it.
+const LIST: (&str, &str) = ("write_function_list", "nextval,setval");
+
+async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(max_connections);
+    pool.connect_with(options).await.unwrap()
+}
+
+/// Locks with a quick heartbeat.
+fn options() -> LockOptions {
+    let options = LockOptions::new().heartbeat_interval(Duration::from_millis(100));
+    options.heartbeat_timeout(Duration::from_secs(3))
+}
+
+/// What doctor looks at, and how bad it finds it.
+async fn severities(pool: &PgPool) -> Vec<(&'static str, Severity)> {
+    let findings = examine(pool, &LockOptions::new()).await.unwrap();
+    findings.iter().map(|finding| (finding.check, finding.severity)).collect()
+}
+
+#[tokio::test]
+async fn locks_exclude_on_the_primary_and_are_held() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let mut admin = primary.connect_options().connect().await.unwrap();
+    let direct = pool(primary.connect_options(), 2).await;
+    for settings in WORKING {
+        let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
+        let pool = pool(pooler.connect_options(), 3).await;
+        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let (mut other, mut of_primary) = (lock.clone(), Lock::new(&direct, KEY));
+
+        let guard = lock.acquire().await.unwrap();
+        assert!(other.try_acquire().await.unwrap().is_none());
+        assert!(of_primary.try_acquire().await.unwrap().is_none());
+        tokio::select! {
+            loss = guard.lost() => panic!("{settings:?}: {loss:?}"),
+            () = several_heartbeats(&mut admin, guard.backend_pid()) => {}
+        }
+        guard.verify().await.unwrap();
+        assert!(guard.fencing_token().await.unwrap() > 0);
+
+        // A wait is in the primary's queue.
+        let (waited, ()) = tokio::join!(other.acquire_shared(), async {
+            has_waiter(&mut admin).await;
+            guard.release().await.unwrap();
+        });
+        let shared = waited.unwrap();
+        shared.verify().await.unwrap();
+
+        // A loss is reported. Its session is ended through pgpool-II, which would detach the primary otherwise.
+        let held = inspect::locks_of(&pool, KEY).await.unwrap();
+        let session = held.first().unwrap().session.as_ref().unwrap();
+        assert!(inspect::terminate(&pool, session).await.unwrap());
+        let lost = timeout(LIMIT, shared.lost()).await.unwrap();
+        assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
+        assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
+
+        lock.acquire().await.unwrap().release().await.unwrap();
+        locks_are(&mut admin, 0, LIMIT).await;
+    }
+}
+
+#[tokio::test]
+async fn a_manager_holds_its_locks() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let mut admin = primary.connect_options().connect().await.unwrap();
+    for settings in WORKING {
+        let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
+        let pool = pool(pooler.connect_options(), 3).await;
+        let manager = LockManager::new(&options().on(&pool).unwrap());
+        let guard = Lock::new(&manager, KEY).acquire().await.unwrap();
+        let another = Lock::new(&manager, "another").acquire_shared().await.unwrap();
+        assert!(Lock::new(&pool, KEY).try_acquire().await.unwrap().is_none());
+        tokio::select! {
+            loss = guard.lost() => panic!("{settings:?}: {loss:?}"),
+            () = several_heartbeats(&mut admin, guard.backend_pid()) => {}
+        }
+        assert!(!another.is_lost());
+        another.release().await.unwrap();
+        guard.release().await.unwrap();
+        locks_are(&mut admin, 0, LIMIT).await;
+    }
+}
+
+#[tokio::test]
+async fn locks_of_a_transaction_exclude_on_the_primary() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let mut admin = primary.connect_options().connect().await.unwrap();
+    let direct = pool(primary.connect_options(), 2).await;
+    for settings in WORKING {
+        let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
+        let pool = pool(pooler.connect_options(), 2).await;
+        let (mut tx, mut other) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
+        transaction::acquire(&mut tx, KEY).await.unwrap();
+        assert!(!transaction::try_acquire(&mut other, KEY).await.unwrap());
+        assert!(Lock::new(&direct, KEY).try_acquire().await.unwrap().is_none());
+        let (waited, ()) = tokio::join!(transaction::acquire(&mut other, KEY), async {
+            has_waiter(&mut admin).await;
+            tx.commit().await.unwrap();
+        });
+        waited.unwrap();
+        other.rollback().await.unwrap();
+        locks_are(&mut admin, 0, LIMIT).await;
+    }
+}
+
+#[tokio::test]
+async fn doctor_finds_the_same_as_on_the_primary() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let direct = severities(&pool(primary.connect_options(), 3).await).await;
+    for settings in WORKING {
+        let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
+        let through = severities(&pool(pooler.connect_options(), 3).await).await;
+        assert_eq!(through, direct, "{settings:?}");
+    }
+}
+
+/// With a list of functions, volatility does not count, and the lock functions go to the standby.
+#[tokio::test]
+async fn lock_functions_on_the_standby_are_refused() {
+    let (primary, standby) = Server::options().start_with_standby();
+    let Some(pooler) = Pgpool::start(&primary, &standby, &[LIST]) else { return };
+    let pool = pool(pooler.connect_options(), 3).await;
+    let mut lock = Lock::new(&pool, KEY);
+    let refused = |error| assert!(matches!(error, Error::Standby { .. }), "{error:?}");
+    refused(lock.acquire().await.unwrap_err());
+    refused(lock.try_acquire_shared().await.unwrap_err());
+    refused(Lock::new(&LockManager::new(&pool), KEY).acquire().await.unwrap_err());
+    let mut tx = pool.begin().await.unwrap();
+    refused(transaction::acquire(&mut tx, KEY).await.unwrap_err());
+    tx.rollback().await.unwrap();
+    for server in [&primary, &standby] {
+        let mut admin = server.connect_options().connect().await.unwrap();
+        assert_eq!(advisory_locks(&mut admin).await, []);
+    }
+    let found = severities(&pool).await;
+    assert!(found.contains(&("primary", Severity::Broken)), "{found:?}");
+}
