@@ -33,6 +33,7 @@ mod own_session;
 mod partition;
 mod pglite;
 mod pgpool;
+mod pinning;
 mod pooler;
 mod quiet;
 mod scoped;

@@ -3,7 +3,8 @@
 //! [`pool`] is all that an example needs. A test takes a [`TestDb`], a database of its own, so
 //! that tests run side by side with the same keys. A test that breaks the server takes a
 //! [`Server`] of its own: it can be stopped, killed, paused and started again, have a hot standby that
-//! is promoted, or a [`PgBouncer`] or a [`Pgpool`] in front. [`Pglite`] is a server of another kind.
+//! is promoted, or a [`PgBouncer`], a [`Pgpool`] or a [`PinningPooler`] in front. [`Pglite`] is a
+//! server of another kind.
 //!
 //! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server
 //! is started for the process, from the binaries found on this machine; it goes away with the
@@ -33,6 +34,7 @@ mod cancel;
 mod role;
 mod network;
 mod proxy;
+mod pinning;
 mod clock;
 mod server;
 mod options;
@@ -59,6 +61,7 @@ pub use crate::options::ServerOptions;
 pub use crate::pgbouncer::PgBouncer;
 pub use crate::pglite::Pglite;
 pub use crate::pgpool::Pgpool;
+pub use crate::pinning::PinningPooler;
 pub use crate::proxy::Proxy;
 pub use crate::role::{Cues, Role, cues, say, stand_still};
 pub use crate::server::{Server, Shutdown};

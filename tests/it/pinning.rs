@@ -1,0 +1,134 @@
+//! Behind a pooler that pins a client to its server connection, as RDS Proxy and PgDog do: all works.
+
+use std::time::Duration;
+
+use pglock::doctor::{Severity, examine};
+use pglock::{Error, Lock, LockManager, LockOptions, Loss, transaction};
+use pglock_testkit::{PinningPooler, Server, TestDb};
+use sqlx::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::time::timeout;
+
+use crate::support::{borrow_all, execute, has_waiter, locks_are, several_heartbeats};
+
+const KEY: &str = "nightly-report";
+/// Longer than anything here takes, unless it hangs.
+const LIMIT: Duration = Duration::from_secs(20);
+/// With sqlx's cache of prepared statements, whose named statements pin too, and without.
+const CACHES: [usize; 2] = [100, 0];
+/// Enough for those that are pinned: three of a pool, the monitor, and one for others.
+const CONNECTIONS: usize = 5;
+
+async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(max_connections);
+    pool.connect_with(options).await.unwrap()
+}
+
+/// Locks with a quick heartbeat.
+fn options() -> LockOptions {
+    let options = LockOptions::new().heartbeat_interval(Duration::from_millis(100));
+    options.heartbeat_timeout(Duration::from_secs(3))
+}
+
+#[tokio::test]
+async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    for cache in CACHES {
+        let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+        let through = pooler.connect_options().database(db.name()).statement_cache_capacity(cache);
+        let pool = pool(through, 3).await;
+        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut other = lock.clone();
+        let mut direct = Lock::new(&db.pool(1).await, KEY);
+
+        let guard = lock.acquire().await.unwrap();
+        assert!(other.try_acquire().await.unwrap().is_none());
+        assert!(direct.try_acquire().await.unwrap().is_none());
+        several_heartbeats(&mut admin, guard.backend_pid()).await;
+        guard.verify().await.unwrap();
+        assert!(guard.fencing_token().await.unwrap() > 0);
+
+        // A wait that is dropped, one that times out, one that is granted.
+        let moment = Duration::from_millis(300);
+        timeout(moment, other.acquire()).await.unwrap_err();
+        locks_are(&mut admin, 1, LIMIT).await;
+        assert!(other.try_acquire_for(moment).await.unwrap().is_none());
+        let (waited, ()) = tokio::join!(other.acquire_shared(), async {
+            has_waiter(&mut admin).await;
+            guard.release().await.unwrap();
+        });
+        let shared = waited.unwrap();
+        several_heartbeats(&mut admin, shared.backend_pid()).await;
+        shared.verify().await.unwrap();
+        assert!(direct.try_acquire().await.unwrap().is_none());
+
+        let pid = shared.backend_pid();
+        execute(&mut admin, format!("SELECT pg_terminate_backend({pid})")).await;
+        let lost = timeout(LIMIT, shared.lost()).await.unwrap();
+        assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
+        assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
+
+        lock.acquire().await.unwrap().release().await.unwrap();
+        locks_are(&mut admin, 0, LIMIT).await;
+        borrow_all(&pool).await;
+    }
+}
+
+#[tokio::test]
+async fn a_manager_holds_its_locks() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut admin = db.admin().await;
+    let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+    let pool = pool(pooler.connect_options().database(db.name()), 3).await;
+    let manager = LockManager::new(&options().on(&pool).unwrap());
+    let mut direct = Lock::new(&db.pool(1).await, KEY);
+
+    let guard = Lock::new(&manager, KEY).acquire().await.unwrap();
+    let another = Lock::new(&manager, "another").acquire_shared().await.unwrap();
+    several_heartbeats(&mut admin, guard.backend_pid()).await;
+    assert!(direct.try_acquire().await.unwrap().is_none());
+    guard.release().await.unwrap();
+    another.release().await.unwrap();
+
+    // The manager waits on another session, and holds there what it is granted.
+    let held = direct.acquire().await.unwrap();
+    let mut lock = Lock::new(&manager, KEY);
+    let (waited, ()) = tokio::join!(lock.acquire(), async {
+        has_waiter(&mut admin).await;
+        held.release().await.unwrap();
+    });
+    let guard = waited.unwrap();
+    several_heartbeats(&mut admin, guard.backend_pid()).await;
+    assert!(direct.try_acquire().await.unwrap().is_none());
+    guard.release().await.unwrap();
+    locks_are(&mut admin, 0, LIMIT).await;
+}
+
+#[tokio::test]
+async fn locks_of_a_transaction_exclude() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+    let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+    let (mut tx, mut other) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
+    transaction::acquire(&mut tx, KEY).await.unwrap();
+    assert!(!transaction::try_acquire(&mut other, KEY).await.unwrap());
+    tx.commit().await.unwrap();
+    transaction::acquire(&mut other, KEY).await.unwrap();
+    other.commit().await.unwrap();
+}
+
+#[tokio::test]
+async fn doctor_finds_that_locks_exclude() {
+    let server = Server::start();
+    let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+    let pool = pool(pooler.connect_options(), 3).await;
+    let findings = examine(&pool, &LockOptions::new()).await.unwrap();
+    let broken = findings.iter().any(|finding| finding.severity == Severity::Broken);
+    assert!(!broken, "{findings:#?}");
+    let found = findings.iter().find(|finding| finding.check == "exclusion").unwrap();
+    assert_eq!(found.seen, "locks exclude other sessions");
+}
