@@ -1,16 +1,20 @@
 //! Behind a pooler: in session mode all works; in transaction mode no lock is granted silently.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::error::Error as _;
+use std::time::{Duration, Instant};
 
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, Result, transaction};
 use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks, eventually};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, PgPool, Row};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Row};
+use tokio::runtime::Builder;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use crate::support::{borrow_all, execute, locks_are, report};
+use crate::support::{
+    borrow_all, execute, has_waiter, locks_are, report, several_heartbeats, spawn,
+};
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
@@ -448,6 +452,231 @@ mod in_session_mode {
             locks_are(&mut admin, 0, PATIENCE).await;
             borrow_all(&pool).await;
             drop(others);
+        }
+    }
+
+    /// One with this number of server connections, whose console lets the tests in.
+    ///
+    /// `None` if there is no PgBouncer.
+    fn start(server: &Server, connections: &str, more: &[(&str, &str)]) -> Option<PgBouncer> {
+        let usual = [
+            ("pool_mode", "session"),
+            ("admin_users", "postgres"),
+            ("default_pool_size", connections),
+        ];
+        PgBouncer::start(server, &[&usual, more].concat())
+    }
+
+    async fn console(pooler: &PgBouncer) -> PgConnection {
+        pooler.connect_options().database("pgbouncer").connect().await.unwrap()
+    }
+
+    /// Waits until a list of the console shows such a number for the database.
+    async fn shows(
+        console: &mut PgConnection,
+        list: &'static str,
+        db: &TestDb,
+        column: &str,
+        is_such: impl Fn(i32) -> bool,
+    ) {
+        let started = Instant::now();
+        loop {
+            let rows = sqlx::raw_sql(list).fetch_all(&mut *console).await.unwrap();
+            let row = rows.iter().find(|row| row.get::<&str, _>("database") == db.name());
+            // Whatever type it is, it is text.
+            let seen = row.map(|row| row.get_unchecked::<&str, _>(column).parse().unwrap());
+            if seen.is_some_and(&is_such) {
+                return;
+            }
+            assert!(started.elapsed() < PATIENCE, "{column} is {seen:?}");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Locks with a quick heartbeat.
+    fn options() -> LockOptions {
+        let options = LockOptions::new().heartbeat_interval(Duration::from_millis(100));
+        options.heartbeat_timeout(Duration::from_secs(3))
+    }
+
+    /// A pool that connects when it is used.
+    fn lazy_pool(options: PgConnectOptions) -> PgPool {
+        PgPoolOptions::new().max_connections(1).connect_lazy_with(options)
+    }
+
+    #[tokio::test]
+    async fn a_full_one_lets_an_acquire_wait() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let Some(pooler) = start(&server, "1", &[]) else { return };
+        let options = pooler.connect_options().database(db.name());
+        let mut console = console(&pooler).await;
+        let mut other = options.connect().await.unwrap();
+        execute(&mut other, "SELECT 1").await;
+
+        let mut lock = Lock::new(&lazy_pool(options), KEY);
+        let (acquired, ()) = tokio::join!(lock.acquire(), async {
+            shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
+            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+            other.close().await.unwrap();
+        });
+        let guard = acquired.unwrap();
+        guard.verify().await.unwrap();
+        guard.release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_full_one_that_ends_its_clients_fails_an_acquire() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let Some(pooler) = start(&server, "1", &[("query_wait_timeout", "1")]) else { return };
+        let options = pooler.connect_options().database(db.name());
+        let mut other = options.connect().await.unwrap();
+        execute(&mut other, "SELECT 1").await;
+
+        let mut lock = Lock::new(&lazy_pool(options), KEY);
+        let error = lock.acquire().await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+        let cause = error.source().unwrap().to_string();
+        assert!(cause.contains("query_wait_timeout"), "{cause}");
+        other.close().await.unwrap();
+        lock.acquire().await.unwrap().release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_restart_loses_what_is_held_and_the_next_acquire_works() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let Some(mut pooler) = start(&server, "10", &[]) else { return };
+        let pool = pool(pooler.connect_options().database(db.name()), 3).await;
+        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut other = lock.clone();
+        let guard = lock.acquire().await.unwrap();
+        several_heartbeats(&mut admin, guard.backend_pid()).await;
+
+        let (waited, ()) = tokio::join!(other.acquire(), async {
+            has_waiter(&mut admin).await;
+            pooler.restart();
+        });
+        assert!(waited.as_ref().is_err_and(Error::is_transient), "{waited:?}");
+        let lost = timeout(PATIENCE, guard.lost()).await.unwrap();
+        assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
+        assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+        locks_are(&mut admin, 0, PATIENCE).await;
+        for lock in [&mut lock, &mut other] {
+            let guard = lock.acquire().await.unwrap();
+            guard.verify().await.unwrap();
+            guard.release().await.unwrap();
+        }
+    }
+
+    /// The sessions that clients have go on. A client that connects waits for the end.
+    #[tokio::test]
+    async fn a_pause_ends_nothing_and_delays_new_sessions() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let Some(pooler) = start(&server, "10", &[]) else { return };
+        let through = pooler.connect_options().database(db.name());
+        let pool = pool(through.clone(), 3).await;
+        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut waiter = lock.clone();
+        let mut late = Lock::new(&lazy_pool(through), KEY);
+        let guard = lock.acquire().await.unwrap();
+        several_heartbeats(&mut admin, guard.backend_pid()).await;
+
+        let mut pausing = console(&pooler).await;
+        let mut console = console(&pooler).await;
+        let waiting = spawn(async move { waiter.acquire().await });
+        has_waiter(&mut admin).await;
+        // Ends when the last of the clients disconnects.
+        let pause = format!("PAUSE {}", db.name());
+        let pausing = spawn(async move { execute(&mut pausing, pause).await });
+        shows(&mut console, "SHOW DATABASES", &db, "paused", |paused| paused == 1).await;
+
+        // The holder holds, and a lock of its session is granted.
+        several_heartbeats(&mut admin, guard.backend_pid()).await;
+        guard.verify().await.unwrap();
+        let another = Lock::new(&guard, "another").acquire().await.unwrap();
+        another.release().await.unwrap();
+        // The waiter has its session too.
+        guard.release().await.unwrap();
+        let guard = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();
+        guard.verify().await.unwrap();
+
+        // A new client waits outside of the server.
+        let acquiring = spawn(async move { late.acquire().await });
+        shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
+        assert_eq!(pids(&mut admin).await, [guard.backend_pid()]);
+        guard.release().await.unwrap();
+        locks_are(&mut admin, 0, PATIENCE).await;
+        assert!(!acquiring.is_finished() && !pausing.is_finished());
+
+        execute(&mut console, format!("RESUME {}", db.name())).await;
+        let guard = timeout(PATIENCE, acquiring).await.unwrap().unwrap().unwrap();
+        assert_eq!(pids(&mut admin).await, [guard.backend_pid()]);
+        guard.verify().await.unwrap();
+        guard.release().await.unwrap();
+        pausing.abort();
+    }
+
+    /// The backends that hold or wait for an advisory lock.
+    async fn pids(admin: &mut PgConnection) -> Vec<i32> {
+        advisory_locks(admin).await.iter().map(|lock| lock.pid).collect()
+    }
+
+    #[tokio::test]
+    async fn a_reconnect_ends_a_held_lock_only_with_its_client() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let Some(pooler) = start(&server, "10", &[]) else { return };
+        let through = pooler.connect_options().database(db.name());
+        let pool = pool(through.clone(), 2).await;
+        let guard = Lock::new(&options().on(&pool).unwrap(), KEY).acquire().await.unwrap();
+        let pid = guard.backend_pid();
+        execute(&mut console(&pooler).await, "RECONNECT").await;
+
+        several_heartbeats(&mut admin, pid).await;
+        guard.verify().await.unwrap();
+        let mut other = Lock::new(&lazy_pool(through), KEY);
+        assert!(other.try_acquire().await.unwrap().is_none());
+        guard.release().await.unwrap();
+        pool.close().await;
+        let ended = async || {
+            let there = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1";
+            let there = sqlx::query_scalar::<_, i64>(there).bind(pid);
+            there.fetch_one(&mut db.admin().await).await.unwrap() == 0
+        };
+        eventually("the server connection is closed", PATIENCE, ended).await;
+        other.acquire().await.unwrap().release().await.unwrap();
+    }
+
+    /// The end of a process closes its sockets, and says nothing to the server.
+    #[tokio::test]
+    async fn the_reset_query_releases_the_lock_of_a_client_that_dies() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        for (reset, left) in [("DISCARD ALL", 0), ("", 1)] {
+            let more = [("server_reset_query", reset)];
+            let Some(pooler) = start(&server, "10", &more) else { return };
+            let options = pooler.connect_options().database(db.name());
+            let client = std::thread::spawn(|| {
+                let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build();
+                let runtime = runtime.unwrap();
+                let mut lock = runtime.block_on(async { Lock::new(&lazy_pool(options), KEY) });
+                let guard = runtime.block_on(lock.acquire()).unwrap();
+                drop(runtime);
+                assert!(guard.is_lost());
+            });
+            client.join().unwrap();
+            let mut console = console(&pooler).await;
+            shows(&mut console, "SHOW POOLS", &db, "cl_active", |clients| clients == 0).await;
+            locks_are(&mut admin, left, PATIENCE).await;
+            let free = Lock::new(&db.pool(1).await, KEY).try_acquire().await.unwrap();
+            assert_eq!(free.is_some(), left == 0);
         }
     }
 }
