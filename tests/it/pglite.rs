@@ -29,8 +29,8 @@ async fn locks_are_refused_and_doctor_names_the_engine() {
     let shared = async || is_refused(Lock::new(&pool, KEY).try_acquire_shared().await);
     eventually("a shared lock is refused", LIMIT, shared).await;
     let manager = LockManager::new(&pool);
-    let managed = async || is_refused(Lock::new(&manager, KEY).acquire().await);
-    eventually("a manager's lock is refused", LIMIT, managed).await;
+    let through_it = async || is_refused(Lock::new(&manager, KEY).acquire().await);
+    eventually("a manager's lock is refused", LIMIT, through_it).await;
 
     let is_named = async || {
         let findings = examine(&pool, &LockOptions::new()).await.unwrap();
