@@ -73,7 +73,7 @@ pub struct Guard {
     /// A manager took it, and has others on the session, too.
     managed: Option<Managed>,
     held: Held,
-    // A subscriber is told of the end, and of nothing else.
+    // A subscriber receives the end, and nothing else.
     span: AssertUnwindSafe<Span>,
 }
 

@@ -15,7 +15,7 @@ use crate::clock::now;
 use crate::timeline::{Looks, Span};
 
 /// How long an actor may take for a cue, before the tour gives up.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A copy of this program, run as another process, that executes commands.
 ///
@@ -70,7 +70,7 @@ impl Actor {
 
     /// Waits until it has done what it was told.
     pub(crate) async fn reply(&mut self) -> Result<Reply> {
-        let line = match timeout(PATIENCE, self.from.next_line()).await {
+        let line = match timeout(TIMEOUT, self.from.next_line()).await {
             Ok(line) => line?.ok_or_else(|| self.complaint("fell off the stage"))?,
             Err(_) => return Err(self.complaint("took too long").into()),
         };
@@ -92,7 +92,7 @@ impl Actor {
     pub(crate) async fn die(&mut self) -> Result<()> {
         self.process.start_kill()?;
         let killed = now();
-        let status = timeout(PATIENCE, self.process.wait()).await??;
+        let status = timeout(TIMEOUT, self.process.wait()).await??;
         ensure!(status.signal() == Some(9), "{}", self.complaint(status));
         self.close_span(killed);
         self.spans.push(Span { from: killed, to: killed, what: Looks::Dies });
@@ -103,7 +103,7 @@ impl Actor {
     pub(crate) async fn leave(self) -> Result<()> {
         let Self { name, mut process, to, .. } = self;
         drop(to);
-        let status: ExitStatus = timeout(PATIENCE, process.wait()).await??;
+        let status: ExitStatus = timeout(TIMEOUT, process.wait()).await??;
         ensure!(status.success(), "{name} did not leave in peace: {status}");
         Ok(())
     }

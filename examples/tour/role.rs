@@ -43,8 +43,8 @@ pub(crate) async fn play() -> Result<()> {
                 yes_or_no(guard, &mut guards)
             }
             ["try_acquire_for", ms] => {
-                let patience = Duration::from_millis(ms.parse()?);
-                let guard = lock.try_acquire_for(patience).await?;
+                let limit = Duration::from_millis(ms.parse()?);
+                let guard = lock.try_acquire_for(limit).await?;
                 yes_or_no(guard, &mut guards)
             }
             ["release"] => {

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use crate::Result;
 
 /// How long the bank waits for customers that should come.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A bank that charges invoices at `/charge/{invoice}`, each once, however often it is asked.
 pub(crate) struct Bank {
@@ -79,7 +79,7 @@ impl Bank {
             let asking = invoices.iter().map(|invoice| book.account(*invoice).asking);
             asking.sum::<usize>() == count
         };
-        let waiting = timeout(PATIENCE, book.wait_for(asking));
+        let waiting = timeout(TIMEOUT, book.wait_for(asking));
         ensure!(waiting.await.is_ok(), "not {count} ask the bank to charge {invoices:?}");
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::process::Process;
 use crate::server::CONNECTIONS;
 
 /// How long what must come to pass may take, on a machine that is busy.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) async fn play() -> Result<()> {
     let started = Instant::now();
@@ -81,7 +81,7 @@ impl Demo {
                 )?;
                 return Ok((leader, other));
             }
-            ensure!(asked.elapsed() < PATIENCE, "no leader yet: {by_one:?}, {by_two:?}");
+            ensure!(asked.elapsed() < TIMEOUT, "no leader yet: {by_one:?}, {by_two:?}");
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -232,14 +232,14 @@ impl Demo {
 
         let told = Instant::now();
         while other.leader().await? != (other.name.to_owned(), true) {
-            ensure!(told.elapsed() < PATIENCE, "{} does not become leader", other.name);
+            ensure!(told.elapsed() < TIMEOUT, "{} does not become leader", other.name);
             sleep(Duration::from_millis(5)).await;
         }
         println!("{} ms later, {} leads", told.elapsed().as_millis(), other.name);
         leader.probes(503).await?;
         other.probes(200).await?;
         while TcpStream::connect(leader.address).await.is_ok() {
-            ensure!(told.elapsed() < PATIENCE, "{} still lets clients in", leader.name);
+            ensure!(told.elapsed() < TIMEOUT, "{} still lets clients in", leader.name);
             sleep(Duration::from_millis(5)).await;
         }
         println!("{} accepts no more clients", leader.name);
@@ -296,7 +296,7 @@ impl Demo {
             if (granted, locks.len() - granted) == (held, awaited) {
                 return Ok(());
             }
-            ensure!(asked.elapsed() < PATIENCE, "waited in vain until {what}: {locks:#?}");
+            ensure!(asked.elapsed() < TIMEOUT, "waited in vain until {what}: {locks:#?}");
             sleep(Duration::from_millis(5)).await;
         }
     }
@@ -313,7 +313,7 @@ impl Demo {
                 ensure!(by == leader, "{by} sent a reminder, but {leader} leads");
                 return Ok(());
             }
-            ensure!(asked.elapsed() < PATIENCE, "the leader {leader} does not send reminders");
+            ensure!(asked.elapsed() < TIMEOUT, "the leader {leader} does not send reminders");
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -333,7 +333,7 @@ impl Demo {
                 println!("{name} has ended, and nothing is left of it on the database's server");
                 return Ok(());
             }
-            ensure!(asked.elapsed() < PATIENCE, "{sessions} sessions of {name} are left");
+            ensure!(asked.elapsed() < TIMEOUT, "{sessions} sessions of {name} are left");
             sleep(Duration::from_millis(5)).await;
         }
     }
@@ -345,7 +345,7 @@ async fn pay(server: SocketAddr, invoice: i64) -> Result<Answer> {
 
 /// The answer that comes next.
 async fn next(clients: &mut JoinSet<Result<Answer>>) -> Result<Answer> {
-    let answer = timeout(PATIENCE, clients.join_next()).await.map_err(|_| "no answer comes")?;
+    let answer = timeout(TIMEOUT, clients.join_next()).await.map_err(|_| "no answer comes")?;
     answer.ok_or("no client has asked")??
 }
 

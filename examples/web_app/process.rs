@@ -14,7 +14,7 @@ use crate::http::{self, Answer};
 use crate::server::DRAIN_VARIABLE;
 
 /// How long a process may take to start, or to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A copy of this program that serves. Killed when dropped.
 pub(crate) struct Process {
@@ -40,7 +40,7 @@ impl Process {
             .spawn()?;
         let output = child.stdout.take().ok_or("standard output is a pipe")?;
         let mut output = BufReader::new(output).lines();
-        let line = timeout(PATIENCE, output.next_line()).await??;
+        let line = timeout(TIMEOUT, output.next_line()).await??;
         let line = line.ok_or_else(|| format!("{name} ended before it listened"))?;
         let (_, address) = line.rsplit_once(' ').ok_or("it says where it listens")?;
         Ok(Self { name, address: address.parse()?, child, _output: output })
@@ -90,7 +90,7 @@ impl Process {
 
     /// Waits until it has ended, in peace.
     pub(crate) async fn ended(mut self) -> Result<()> {
-        let status = timeout(PATIENCE, self.child.wait()).await;
+        let status = timeout(TIMEOUT, self.child.wait()).await;
         let status = status.map_err(|_| format!("{} does not end", self.name))??;
         ensure!(status.success(), "{} ended with {status}", self.name);
         Ok(())

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use crate::http;
 
 /// How long a payment may wait for another of the same invoice: less than a client waits for us.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a candidate may fail before this process is not ready.
 const OUTAGE: Duration = Duration::from_secs(30);
@@ -55,7 +55,7 @@ async fn pay(
     // On the manager, so that a lock takes no connection: the queries under it have the pool.
     let lock = Lock::new(&service.manager, format!("invoice-{invoice}"));
     // If the lock is lost, the payment is stopped there, before another request can begin one.
-    match lock.try_run_for(PATIENCE, service.pay(invoice)).await? {
+    match lock.try_run_for(TIMEOUT, service.pay(invoice)).await? {
         Some(paid) => paid,
         None => Ok((StatusCode::CONFLICT, "another request is busy with this invoice\n")),
     }
@@ -95,7 +95,7 @@ impl Service {
 /// two leaders, one can be a moment ahead of the other.
 async fn leader(State(service): State<Service>) -> Result<String, Failure> {
     let leader = Election::new(&service.pool, POST).leader().await?;
-    let leader = leader.map_or_else(|| "nobody".to_owned(), |leader| leader.name);
+    let leader = leader.map_or_else(|| "none".to_owned(), |leader| leader.name);
     let Service { name, status, .. } = service;
     Ok(format!("leader: {leader}\n{name} leads: {}\n", status.is_leader()))
 }

@@ -91,7 +91,7 @@ impl Managed {
 
     fn want(&self, request: &Request, policy: WaitPolicy) -> Result<Option<Wish<'_>>> {
         let (key, mode) = (request.key(), request.mode());
-        let patient = matches!(policy, WaitPolicy::Forever | WaitPolicy::Until(_));
+        let waits = matches!(policy, WaitPolicy::Forever | WaitPolicy::Until(_));
         let mut answer = None;
         let tell = || {
             let (tell, told) = oneshot::channel();
@@ -107,7 +107,7 @@ impl Managed {
             return Err(Error::PoolClosed { key: key.clone() });
         }
         let now = Instant::now();
-        let wants = (mode, patient);
+        let wants = (mode, waits);
         let mut effects = state.effects();
         let want = state.table.want(key.id(), self.owner.id, wants, tell, now, &mut effects);
         manager.settle(&mut state, effects);
@@ -247,8 +247,8 @@ impl Drop for Waiting<'_> {
                 && let Ok(Told::Granted(place)) = self.answer.try_recv()
             {
                 let guard = (owner.id, self.mode);
-                let nobody = None::<fn() -> Tell>;
-                state.table.leave(self.key, guard, &place, nobody, now, effects);
+                let no_waiter = None::<fn() -> Tell>;
+                state.table.leave(self.key, guard, &place, no_waiter, now, effects);
             }
         });
     }

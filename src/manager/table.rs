@@ -196,7 +196,7 @@ impl<S: Seat, W: Caller> Table<S, W> {
         &mut self,
         key: KeyId,
         owner: OwnerId,
-        (mode, patient): (Mode, bool),
+        (mode, waits): (Mode, bool),
         tell: impl FnOnce() -> W,
         now: Instant,
         effects: &mut Vec<Effect<S, W>>,
@@ -214,16 +214,16 @@ impl<S: Seat, W: Caller> Table<S, W> {
                 entry.holders.count(owner, mode);
                 return Want::Granted(seat);
             }
-            if !patient && entry.holders.len() > 1 {
+            if !waits && entry.holders.len() > 1 {
                 return Want::Busy;
             }
             // Two owners that share the lock would wait for each other for ever.
             let by_another = |first: &Waiter<W>| first.owner != owner && entry.upgrades(first);
             if entry.queue.front().is_some_and(by_another) {
-                return if patient { Want::Deadlock } else { Want::Busy };
+                return if waits { Want::Deadlock } else { Want::Busy };
             }
         }
-        if !patient && mine.is_none() && entry.is_plainly_busy(mode) {
+        if !waits && mine.is_none() && entry.is_plainly_busy(mode) {
             return Want::Busy;
         }
         // Usually no number is needed: a lock that can be handed off is granted at once.
@@ -239,7 +239,7 @@ impl<S: Seat, W: Caller> Table<S, W> {
             advance(slot, self.bound, &mut self.line, now, effects);
             return Want::Granted(seat);
         }
-        let mut waiter = Waiter { owner, mode, patient, tell: tell() };
+        let mut waiter = Waiter { owner, mode, waits, tell: tell() };
         // An owner that upgrades its lock waits for others only.
         if entry.is_plainly_busy(mode) && (mine.is_none() || entry.holders.len() > 1) {
             waiter.tell.waits();

@@ -36,7 +36,7 @@ const KEYS: i64 = 2;
 const ROUNDS: usize = 3;
 
 #[test]
-fn nobody_is_let_in_beside_another_or_left_waiting() {
+fn no_caller_enters_beside_another_or_waits_forever() {
     // A runtime is required, but nothing runs on it. It is never dropped, because the drivers that are started
     // there would be dropped with it, and the manager's lock does not work outside of shuttle.
     let runtime = ManuallyDrop::new(Builder::new_current_thread().enable_all().build().unwrap());

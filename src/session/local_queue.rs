@@ -8,7 +8,7 @@
 //! see [`Session::next_in_line`](super::Session::next_in_line).
 //!
 //! Only a call whose handle holds nothing waits here: the server, which looks for deadlocks, can't see it. What
-//! is in line here decides only who asks the server when. Only the server excludes.
+//! is in line here decides only which call asks the server, and when. Only the server excludes.
 //!
 //! What is done for one call takes O(log n), for n calls that wait. No call is notified under the mutex.
 

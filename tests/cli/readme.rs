@@ -73,7 +73,7 @@ async fn play(db: &TestDb, Example { command, shown }: &Example) -> String {
     let (typed, comment) = command.split_once(" # ").unwrap_or((command, ""));
     let (holds, waits) = match comment.trim() {
         "" => (false, false),
-        "somebody else holds it" => (true, false),
+        "another machine holds it" => (true, false),
         "one holds it, another waits" => (true, true),
         unknown => unreachable!("when is that? {unknown}"),
     };
@@ -100,8 +100,8 @@ async fn play(db: &TestDb, Example { command, shown }: &Example) -> String {
     } else {
         printed = shell.finish().await.output;
     }
-    for somebody in holder.into_iter().chain(waiter) {
-        assert_eq!(somebody.finish().await.code(), Some(0));
+    for process in holder.into_iter().chain(waiter) {
+        assert_eq!(process.finish().await.code(), Some(0));
     }
     printed
 }

@@ -31,7 +31,7 @@ use support::locks_are;
 use worker::{KEYS, SCHEMA};
 
 /// How long what was killed may take to be gone.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[tokio::test]
 async fn a_history_full_of_faults_breaks_no_rule() {
@@ -55,8 +55,8 @@ async fn a_history_full_of_faults_breaks_no_rule() {
     let faults = chaos.rage(Duration::from_secs(seconds)).await;
 
     let mut admin = db.admin().await;
-    locks_are(&mut admin, 0, PATIENCE).await;
-    nobody_else_is_connected(&mut admin).await;
+    locks_are(&mut admin, 0, TIMEOUT).await;
+    nothing_else_is_connected(&mut admin).await;
     let history = read(&mut admin).await;
     let count = |kind| history.iter().filter(|row| row.kind == kind).count();
     let (holds, losses, refused) = (count(Kind::Begin), count(Kind::Lost), count(Kind::Refused));
@@ -83,7 +83,7 @@ fn tell(line: &str) {
     writeln!(stdout(), "\n{line}").unwrap();
 }
 
-async fn nobody_else_is_connected(admin: &mut PgConnection) {
+async fn nothing_else_is_connected(admin: &mut PgConnection) {
     let admin = tokio::sync::Mutex::new(admin);
     let alone = async || {
         let others = sqlx::query_scalar(
@@ -92,7 +92,7 @@ async fn nobody_else_is_connected(admin: &mut PgConnection) {
         );
         others.fetch_one(&mut **admin.lock().await).await.unwrap()
     };
-    eventually("the workers' sessions are gone", PATIENCE, alone).await;
+    eventually("the workers' sessions are gone", TIMEOUT, alone).await;
 }
 
 async fn read(admin: &mut PgConnection) -> Vec<Row> {

@@ -193,12 +193,12 @@ impl Task {
             // Another owner; the first one may still be releasing.
             *lock = lock.clone();
         }
-        let patience = Duration::from_millis(self.dice.below(100));
+        let limit = Duration::from_millis(self.dice.below(100));
         let polls = self.dice.place(6);
         let acquired = match self.dice.below(7) {
             0 => lock.try_acquire().await?,
-            1 => lock.try_acquire_for(patience).await?,
-            2 => timeout(patience, lock.acquire()).await.ok().transpose()?,
+            1 => lock.try_acquire_for(limit).await?,
+            2 => timeout(limit, lock.acquire()).await.ok().transpose()?,
             3 | 4 => cancel_after(polls, lock.acquire()).await.transpose()?,
             _ => Some(lock.acquire().await?),
         };

@@ -82,7 +82,7 @@ fn three(pool: &PgPool) -> MultiLock {
 }
 
 async fn several_locks_dropped(held: usize, db: &TestDb) {
-    let patience = Duration::from_millis(30);
+    let limit = Duration::from_millis(30);
     dropped_at_every_poll_on(held, db, async |pool| {
         let guard = three(pool).acquire().await.unwrap();
         guard.release().await.unwrap();
@@ -93,7 +93,7 @@ async fn several_locks_dropped(held: usize, db: &TestDb) {
     })
     .await;
     dropped_at_every_poll_on(held, db, async |pool| {
-        drop(three(pool).try_acquire_for(patience).await);
+        drop(three(pool).try_acquire_for(limit).await);
     })
     .await;
     dropped_at_every_poll_on(held, db, async |pool| {
@@ -119,7 +119,7 @@ async fn acquiring_several_locks_of_which_one_is_busy() {
 }
 
 async fn another_lock_on_the_session_dropped(held: usize, db: &TestDb) {
-    let patience = Duration::from_millis(30);
+    let limit = Duration::from_millis(30);
     dropped_at_every_poll_on(held, db, async |pool| {
         let guard = Lock::new(pool, 1).acquire().await.unwrap();
         drop(Lock::new(&guard, "nightly-report").acquire().await.unwrap());
@@ -127,7 +127,7 @@ async fn another_lock_on_the_session_dropped(held: usize, db: &TestDb) {
     .await;
     dropped_at_every_poll_on(held, db, async |pool| {
         let guard = Lock::new(pool, 1).acquire_shared().await.unwrap();
-        let other = Lock::new(&guard, "nightly-report").try_acquire_for(patience).await.unwrap();
+        let other = Lock::new(&guard, "nightly-report").try_acquire_for(limit).await.unwrap();
         guard.release().await.unwrap();
         drop(other);
     })
@@ -149,7 +149,7 @@ async fn acquiring_another_lock_on_the_session_that_is_busy() {
 
 /// A semaphore of one permit, and of several: the server is asked in different ways.
 async fn permits_dropped(held: usize, permits: usize, db: &TestDb) {
-    let patience = Duration::from_millis(30);
+    let limit = Duration::from_millis(30);
     let semaphore = |pool: &PgPool| Semaphore::new(pool, "printers", permits).unwrap();
     dropped_at_every_poll_on(held, db, async |pool| {
         semaphore(pool).acquire().await.unwrap().release().await.unwrap();
@@ -160,7 +160,7 @@ async fn permits_dropped(held: usize, permits: usize, db: &TestDb) {
     })
     .await;
     dropped_at_every_poll_on(held, db, async |pool| {
-        drop(semaphore(pool).try_acquire_for(patience).await);
+        drop(semaphore(pool).try_acquire_for(limit).await);
     })
     .await;
 }

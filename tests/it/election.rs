@@ -12,8 +12,7 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
 
 use crate::support::{
-    SOON, WATCHED, borrow_all, dropped_at, impatient_pool, locks_are, no_locks, spawn,
-    unless_it_waits,
+    SOON, WATCHED, borrow_all, dropped_at, locks_are, no_locks, quick_pool, spawn, unless_it_waits,
 };
 
 /// More polls than any call that does not wait can take.
@@ -399,7 +398,7 @@ async fn an_observer_pauses_after_an_error() {
 async fn an_observer_goes_on_after_an_error() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let pool = impatient_pool(&db);
+    let pool = quick_pool(&db);
     let mut observer = election(&pool).observe();
     assert_eq!(observer.changed().await.unwrap(), None);
     let mut election = election(&pool);

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, WATCHED, impatient_pool, locks_are, no_locks, report};
+use crate::support::{SOON, WATCHED, locks_are, no_locks, quick_pool, report};
 
 fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")
@@ -352,7 +352,7 @@ async fn dropping_the_future_ends_what_leads_and_resigns() {
 async fn what_passes_is_tried_again() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let mut election = election(&impatient_pool(&db));
+    let mut election = election(&quick_pool(&db));
     let (told, mut leads) = mpsc::unbounded_channel();
     let run = election.run(std::future::pending(), |leadership| {
         told.send(leadership.term()).unwrap();
@@ -525,7 +525,7 @@ async fn closing_the_pool_ends_a_leader_a_candidate_an_observer_and_a_pause() {
 async fn a_status_can_be_awaited() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let pool = impatient_pool(&db);
+    let pool = quick_pool(&db);
     let first = election(&pool).campaign().await.unwrap();
     let mut candidate = election(&pool);
     let mut status = candidate.status();

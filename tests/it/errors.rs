@@ -15,7 +15,7 @@ use crate::support::{borrow_all, execute};
 pub(crate) const KEY: &str = "nightly-report";
 
 /// Longer than anything here takes, unless it hangs.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A wait that is meant to run out.
 pub(crate) const MOMENT: Duration = Duration::from_millis(300);
@@ -49,7 +49,7 @@ pub(crate) async fn becomes(admin: &mut PgConnection, holders: usize, waiters: u
             return waited.iter().map(|lock| lock.pid).collect();
         }
         let what = format!("not {holders} holders and {waiters} waiters");
-        assert!(started.elapsed() < PATIENCE, "{what}: {held:#?} {waited:#?}");
+        assert!(started.elapsed() < TIMEOUT, "{what}: {held:#?} {waited:#?}");
         sleep(Duration::from_millis(2)).await;
     }
 }
@@ -61,7 +61,7 @@ pub(crate) async fn nothing_is_left(admin: &mut PgConnection, pool: &PgPool) {
 }
 
 pub(crate) async fn works(lock: &mut Lock) {
-    let guard = timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap();
+    let guard = timeout(TIMEOUT, lock.acquire()).await.unwrap().unwrap();
     guard.release().await.unwrap();
 }
 
@@ -154,7 +154,7 @@ async fn a_wait_is_cancelled_without_harm_to_a_guard_of_the_same_handle() {
     let shared = lock.acquire_shared().await.unwrap();
     let other = Lock::new(&pool, KEY).acquire_shared().await.unwrap();
 
-    let (failed, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
+    let (failed, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
         let waiter = becomes(&mut admin, 2, 1).await.remove(0);
         assert_eq!(waiter, shared.backend_pid());
         execute(&mut admin, format!("SELECT pg_cancel_backend({waiter})")).await;
@@ -191,7 +191,7 @@ async fn a_deadlock_between_two_keys_hits_exactly_one() {
     };
     let ours = async {
         becomes(&mut admin, 3, 1).await;
-        let ours = timeout(PATIENCE, lock.acquire()).await.unwrap();
+        let ours = timeout(TIMEOUT, lock.acquire()).await.unwrap();
         if ours.is_err() {
             // Gives way: the other key first, which only this session uses.
             let mut other = shared.connection().await.unwrap();

@@ -20,13 +20,13 @@ use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which the impatient holder times out.
+/// After which a holder with a fast heartbeat times out.
 const BOUND: Duration = SECOND;
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-fn impatient() -> LockOptions {
+fn fast_heartbeat() -> LockOptions {
     LockOptions::new()
         .heartbeat_interval(BOUND / 2)
         .heartbeat_timeout(BOUND / 2)
@@ -53,7 +53,7 @@ impl Next {
             guard.release().await.unwrap();
             granted
         });
-        locks_are(&mut db.admin().await, others + 1, PATIENCE).await;
+        locks_are(&mut db.admin().await, others + 1, TIMEOUT).await;
         Self { pool, waiting }
     }
 
@@ -83,7 +83,7 @@ async fn service() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
     // A slice so long that it ends no wait here.
-    let mut lock = Lock::new(&impatient().wait_slice(PATIENCE * 3).on(&pool).unwrap(), 1);
+    let mut lock = Lock::new(&fast_heartbeat().wait_slice(TIMEOUT * 3).on(&pool).unwrap(), 1);
     let mut cues = cues();
     let mut guard = None;
     while let Some(cue) = cues.next_line().await.unwrap() {
@@ -125,7 +125,7 @@ async fn a_waiter_is_killed() {
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut waiter = Role::start("faults::service", &[("URL", &db.url())]);
     waiter.tell("acquire").await;
-    locks_are(&mut admin, 2, PATIENCE).await;
+    locks_are(&mut admin, 2, TIMEOUT).await;
     let next = Next::after(2, &db).await;
     waiter.kill().await;
     if admin.server_version_num() >= Some(140_000) {
@@ -143,8 +143,8 @@ async fn the_server_crashes() {
     let pool = db.pool(3).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut waiter = Lock::new(&pool, 1);
-    let (failed, loss) = tokio::join!(timeout(PATIENCE, waiter.acquire()), async {
-        locks_are(&mut db.admin().await, 2, PATIENCE).await;
+    let (failed, loss) = tokio::join!(timeout(TIMEOUT, waiter.acquire()), async {
+        locks_are(&mut db.admin().await, 2, TIMEOUT).await;
         server.kill();
         timeout(SOON * 5, guard.lost()).await.unwrap()
     });
@@ -200,15 +200,15 @@ impl Behind {
 async fn the_connection_is_reset() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
     for lent in [false, true] {
-        let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
         let mut waiter = Lock::new(&pool, 1);
         let ((failed, loss), next) = tokio::join!(
             async {
-                tokio::join!(timeout(PATIENCE, waiter.acquire()), timeout(SOON * 5, guard.lost()))
+                tokio::join!(timeout(TIMEOUT, waiter.acquire()), timeout(SOON * 5, guard.lost()))
             },
             async {
-                locks_are(&mut db.admin().await, 2, PATIENCE).await;
+                locks_are(&mut db.admin().await, 2, TIMEOUT).await;
                 let next = Next::after(2, &db).await;
                 proxy.reset();
                 next
@@ -256,14 +256,14 @@ async fn the_link_is_slow() {
 #[tokio::test]
 async fn the_link_is_too_slow() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     proxy.delay(SECOND * 2);
-    let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+    let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
     let told = monotonic();
     assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
     // The end of the connection arrives late, too.
-    let granted = next.had_it(PATIENCE, &db).await;
+    let granted = next.had_it(TIMEOUT, &db).await;
     assert!(told < granted, "told at {told:?}, granted at {granted:?}");
     proxy.delay(Duration::ZERO);
     drop(guard);
@@ -276,10 +276,10 @@ async fn the_link_is_too_slow() {
 #[tokio::test]
 async fn the_link_stands_still() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     proxy.freeze();
-    let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+    let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
     let told = monotonic();
     assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
     // For the server, the proxy lives, and so does the client.
@@ -306,13 +306,13 @@ async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
     );
     sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut admin).await.unwrap();
     let pool = db.pool(2).await;
-    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     let mut connection = guard.connection().await.unwrap();
     let write = format!("BEGIN; INSERT INTO entry VALUES (100); {last}");
     let (said, loss) = tokio::join!(
         sqlx::raw_sql(AssertSqlSafe(write)).execute(&mut *connection),
-        timeout(PATIENCE, guard.lost())
+        timeout(TIMEOUT, guard.lost())
     );
     next.had_it(SOON * 5, &db).await;
     let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM entry");
@@ -354,7 +354,7 @@ async fn the_server_has_no_connection_left() {
     let server = Server::options().setting("max_connections", "12").start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(1).await;
-    let mut lock = Lock::new(&impatient().on(&pool).unwrap(), 1);
+    let mut lock = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1);
     let guard = lock.acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     let mut filling = fill(&db).await;
@@ -368,7 +368,7 @@ async fn the_server_has_no_connection_left() {
 
     // But the heartbeat of a borrowed connection needs another connection, and the pool has none.
     let connection = guard.connection().await.unwrap();
-    let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+    let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
     assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
     drop(connection);
     drop(guard);
@@ -429,7 +429,7 @@ async fn the_clock_of_the_server_is_set() {
     let pool = db.pool(3).await;
     for hour in [1, -1] {
         clock.set(0);
-        let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         clock.set(hour * 3600);
         let shown: i64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::int8")
             .fetch_one(&pool)
@@ -456,12 +456,12 @@ async fn the_clock_of_the_server_is_set_while_another_waits() {
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     // How long it may take until the wait is cancelled. Set back by much, the clock makes our session
     // look like a newcomer's, so it leaves at the end of its slice.
-    for (seconds, limit) in [(3600, SOON * 4), (-1, SOON * 4), (-3600, PATIENCE)] {
+    for (seconds, limit) in [(3600, SOON * 4), (-1, SOON * 4), (-3600, TIMEOUT)] {
         clock.set(0);
         let mut waiter = Lock::new(&pool, 1);
         let acquired = tokio::select! {
             acquired = waiter.acquire() => Some(acquired),
-            () = locks_are(&mut admin, 2, PATIENCE) => None,
+            () = locks_are(&mut admin, 2, TIMEOUT) => None,
         };
         assert!(acquired.is_none(), "{acquired:?}");
         clock.set(seconds);
@@ -481,7 +481,7 @@ fn the_runtime_is_shut_down() {
     let db = watcher.block_on(TestDb::new());
     let guard = runtime.block_on(async {
         let pool = db.pool(2).await;
-        Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap()
+        Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap()
     });
     let next = watcher.block_on(Next::after(1, &db));
     runtime.shutdown_timeout(SECOND);
@@ -497,7 +497,7 @@ fn the_runtime_is_shut_down() {
 async fn the_pool_is_closed() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
-    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     // After which a hold is watched by listening.
     sleep(Duration::from_millis(100)).await;

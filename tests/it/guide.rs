@@ -14,7 +14,7 @@ use crate::support::{has_waiter, locks_are, spawn};
 use crate::tidy::rust_files;
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -62,7 +62,7 @@ async fn the_queries_for_psql_find_what_they_say() {
     let holder = lock.acquire().await.unwrap();
     let mut other = lock.clone();
     let waiting = spawn(async move { other.acquire().await });
-    locks_are(&mut psql, 3, PATIENCE).await;
+    locks_are(&mut psql, 3, TIMEOUT).await;
 
     let one_key = run(&mut psql, has(&cookbook, "blocked_by")).await;
     let [held, waits] = one_key.as_slice() else { panic!("{} rows", one_key.len()) };

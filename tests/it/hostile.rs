@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use crate::support::upgraded;
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// A wait that is meant to run out, in the server's queue.
 const MOMENT: Duration = Duration::from_millis(500);
 
@@ -73,7 +73,7 @@ async fn locks(pool: &PgPool, key: Key) {
     guard.fencing_token().await.unwrap();
     drop(guard.connection().await.unwrap());
     let shared = guard.downgrade().await.unwrap();
-    let also = timeout(PATIENCE, other.acquire_shared()).await.unwrap().unwrap();
+    let also = timeout(TIMEOUT, other.acquire_shared()).await.unwrap().unwrap();
     also.release().await.unwrap();
     let guard = upgraded(shared.try_upgrade().await.unwrap());
     drop(Lock::new(&guard, format!("{key} on the same session")).acquire().await.unwrap());

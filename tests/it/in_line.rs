@@ -264,11 +264,11 @@ async fn a_timeout_in_line_is_no_error() {
     let db = TestDb::new().await;
     let (pool, mut admin) = (db.pool(6).await, db.admin().await);
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
-    let (mut bounded, mut patient) = (JoinSet::new(), JoinSet::new());
+    let (mut bounded, mut unbounded) = (JoinSet::new(), JoinSet::new());
     for number in 0..100 {
         let mut lock = Lock::new(&pool, KEY);
         if number % 10 == 9 {
-            patient.spawn(async move { lock.acquire().await });
+            unbounded.spawn(async move { lock.acquire().await });
         } else {
             let time = Duration::from_millis(300 + 3 * number);
             bounded.spawn(async move { lock.try_acquire_for(time).await });
@@ -278,7 +278,7 @@ async fn a_timeout_in_line_is_no_error() {
         assert!(timed_out.unwrap().is_none());
     }
     held.release().await.unwrap();
-    while let Some(served) = timeout(LATE, patient.join_next()).await.unwrap() {
+    while let Some(served) = timeout(LATE, unbounded.join_next()).await.unwrap() {
         drop(served.unwrap().unwrap());
     }
     no_locks(&mut admin).await;

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::support::{SOON, locks_are, no_locks, spawn};
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 async fn run(conn: &mut PgConnection, statement: &str) {
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.unwrap();
@@ -79,9 +79,9 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
     // On another pool: of one pool, only one waits on the server.
     let mut reader = Lock::new(&db.pool(1).await, 42);
     let writer = spawn(async move { writer.acquire().await.unwrap() });
-    locks_are(&mut admin, 2, PATIENCE).await;
+    locks_are(&mut admin, 2, TIMEOUT).await;
     let reader = spawn(async move { reader.acquire_shared().await.unwrap() });
-    locks_are(&mut admin, 3, PATIENCE).await;
+    locks_are(&mut admin, 3, TIMEOUT).await;
 
     let locks = inspect::locks(&pool).await.unwrap();
     let [held, exclusive, shared] = locks.as_slice() else { panic!("{locks:#?}") };
@@ -103,7 +103,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
     let (started, began) = (seen.started_at.unwrap(), seen.transaction_since.unwrap());
     assert!(started <= began && began <= held.seen_at);
     assert!(seen.query_since.unwrap() <= seen.state_since.unwrap());
-    assert!(held.ago(started) >= held.ago(began) && held.ago(started) < PATIENCE);
+    assert!(held.ago(started) >= held.ago(began) && held.ago(started) < TIMEOUT);
     assert_eq!(held.waiting_since, None);
     assert_eq!(held.leader, None);
 
@@ -121,11 +121,11 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
     }
 
     run(&mut sql, "COMMIT").await;
-    let writer = timeout(PATIENCE, writer).await.unwrap().unwrap();
+    let writer = timeout(TIMEOUT, writer).await.unwrap().unwrap();
     let locks = inspect::locks(&pool).await.unwrap();
     assert_eq!((first(&locks).held, session(first(&locks)).transaction_since), (true, None));
     drop(writer);
-    drop(timeout(PATIENCE, reader).await.unwrap().unwrap());
+    drop(timeout(TIMEOUT, reader).await.unwrap().unwrap());
     no_locks(&mut admin).await;
 }
 
@@ -138,13 +138,13 @@ async fn who_holds_is_not_blocked() {
     let mut sql = db.admin().await;
     run(&mut sql, "SELECT pg_advisory_lock(1)").await;
     let waiter = spawn(async move { run(&mut sql, "SELECT pg_advisory_lock(2)").await });
-    locks_are(&mut admin, 3, PATIENCE).await;
+    locks_are(&mut admin, 3, TIMEOUT).await;
     let held = inspect::locks_of(&mut admin, 1).await.unwrap();
     assert!(first(&held).held && first(&held).blocked_by.is_empty(), "{held:#?}");
     let waiting = inspect::locks_of(&mut admin, 2).await.unwrap();
     assert_eq!(waiting.last().unwrap().blocked_by, [guard.backend_pid()]);
     guard.release().await.unwrap();
-    timeout(PATIENCE, waiter).await.unwrap().unwrap();
+    timeout(TIMEOUT, waiter).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -237,7 +237,7 @@ async fn the_queue_of_a_semaphore_has_a_name() {
     let permit = semaphore.acquire().await.unwrap();
     let waiter = semaphore.clone();
     let waiter = spawn(async move { waiter.acquire().await.unwrap() });
-    eventually("the queue shows", PATIENCE, || async {
+    eventually("the queue shows", TIMEOUT, || async {
         let mut locks = inspect::locks(&pool).await.unwrap();
         inspect::name_keys(&mut locks, [7]);
         let names: Vec<_> = locks.iter().filter_map(|lock| lock.key.name()).collect();
@@ -245,7 +245,7 @@ async fn the_queue_of_a_semaphore_has_a_name() {
     })
     .await;
     permit.release().await.unwrap();
-    drop(timeout(PATIENCE, waiter).await.unwrap().unwrap());
+    drop(timeout(TIMEOUT, waiter).await.unwrap().unwrap());
 }
 
 #[tokio::test]
@@ -347,7 +347,7 @@ async fn a_transaction_that_has_looked_before_sees_what_is() {
     run(&mut another, "SELECT pg_advisory_lock(2)").await;
     let shown = session(first(&inspect::locks_of(&pool, 2).await.unwrap())).clone();
     assert!(inspect::terminate(&mut *tx, &shown).await.unwrap());
-    eventually("it is ended", PATIENCE, || async {
+    eventually("it is ended", TIMEOUT, || async {
         inspect::locks_of(&pool, 2).await.unwrap().is_empty()
     })
     .await;
@@ -365,7 +365,7 @@ async fn a_role_sees_and_ends_what_it_may() {
         let mut lock = Lock::new(&pool, 1);
         async move { lock.acquire().await }
     });
-    locks_are(&mut admin, 2, PATIENCE).await;
+    locks_are(&mut admin, 2, TIMEOUT).await;
 
     // Keys, modes, processes and users are visible to every role.
     let mut onlooker = db.options().username("onlooker").connect().await.unwrap();
@@ -396,8 +396,8 @@ async fn a_role_sees_and_ends_what_it_may() {
 
     run(&mut admin, "GRANT pg_signal_backend TO onlooker").await;
     assert!(inspect::terminate(&mut onlooker, shown).await.unwrap());
-    timeout(PATIENCE, guard.lost()).await.unwrap();
-    drop(timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap());
+    timeout(TIMEOUT, guard.lost()).await.unwrap();
+    drop(timeout(TIMEOUT, waiter).await.unwrap().unwrap().unwrap());
 
     // Its own sessions a role sees whole.
     let _guard = Lock::new(&pool, 1).acquire().await.unwrap();
@@ -475,12 +475,12 @@ async fn a_prepared_transaction_is_shown_by_its_identifier() {
         let mut lock = Lock::new(&pool, 42);
         async move { lock.acquire().await.unwrap() }
     });
-    locks_are(&mut admin, 2, PATIENCE).await;
+    locks_are(&mut admin, 2, TIMEOUT).await;
     let locks = inspect::locks(&mut admin).await.unwrap();
     let [held, waiting] = locks.as_slice() else { panic!("{locks:#?}") };
     assert_eq!((held.held, held.session.as_ref()), (true, None));
     assert_eq!(held.prepared.as_deref(), Some("order 17"));
     assert_eq!(waiting.blocked_by, [0]);
     run(&mut admin, "ROLLBACK PREPARED 'order 17'").await;
-    drop(timeout(PATIENCE, waiter).await.unwrap().unwrap());
+    drop(timeout(TIMEOUT, waiter).await.unwrap().unwrap());
 }

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon};
 
 /// The holder times out after a second; the server after three.
-pub(crate) fn impatient() -> LockOptions {
+pub(crate) fn fast_heartbeat() -> LockOptions {
     let second = soon();
     LockOptions::new()
         .heartbeat_interval(second / 2)
@@ -23,7 +23,7 @@ pub(crate) fn impatient() -> LockOptions {
 }
 
 /// No heartbeat is due in the time that a test takes.
-pub(crate) fn patient() -> LockOptions {
+pub(crate) fn slow_heartbeat() -> LockOptions {
     let second = Duration::from_secs(1);
     LockOptions::new()
         .heartbeat_interval(second * 60)
@@ -88,7 +88,7 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(3).await;
-    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
     let query = sqlx::query("SELECT pg_sleep(60)").execute(&mut *conn);
     let told = async {
@@ -115,7 +115,8 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
 async fn a_session_is_polled_again_after_its_connection_was_borrowed() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let guard = Lock::new(&patient().on(&db.pool(3).await).unwrap(), 1).acquire().await.unwrap();
+    let guard =
+        Lock::new(&slow_heartbeat().on(&db.pool(3).await).unwrap(), 1).acquire().await.unwrap();
     sleep(WATCHED).await;
     let mut conn = guard.connection().await.unwrap();
     sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
@@ -148,7 +149,7 @@ async fn the_end_of_a_borrowed_connection_is_reported() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;
-    let guard = Lock::new(&impatient().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let conn = guard.connection().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 3, guard.lost()).await.unwrap();

@@ -16,7 +16,7 @@ use crate::support::{
     SOON, backend_is, borrow_all, locks_are, no_locks, refused, report, upgraded,
 };
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn a_thousand_locks_are_one_connection() {
@@ -84,7 +84,7 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
     let other = other.unwrap();
 
     sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0)").execute(&mut admin).await.unwrap();
-    let error = timeout(PATIENCE, guard.release()).await.unwrap().unwrap_err();
+    let error = timeout(TIMEOUT, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
     timeout(SOON, other.lost()).await.unwrap();
     assert!(matches!(other.release().await, Err(Error::Lost { reason: Loss::NotHeld, .. })));
@@ -163,10 +163,10 @@ async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
 
     sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0.3)").execute(&mut admin).await.unwrap();
     let mut late = Lock::new(&manager, 3);
-    let (released, late) = tokio::join!(timeout(PATIENCE, guard.release()), async {
+    let (released, late) = tokio::join!(timeout(TIMEOUT, guard.release()), async {
         // The server has the unlock.
         backend_is(&mut admin, other.backend_pid(), "active", SOON).await;
-        timeout(PATIENCE, late.acquire()).await
+        timeout(TIMEOUT, late.acquire()).await
     });
     let error = released.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
@@ -259,12 +259,12 @@ async fn two_managers_and_a_plain_lock_take_turns() {
     let two = contend(&LockManager::new(&second), &inside, 20, 50);
     let mut plain = Lock::new(&third, "busy");
     for _ in 0..10 {
-        let guard = timeout(PATIENCE, plain.acquire()).await.unwrap().unwrap();
+        let guard = timeout(TIMEOUT, plain.acquire()).await.unwrap().unwrap();
         inside.alone().await;
         guard.release().await.unwrap();
     }
-    timeout(PATIENCE, one.join_all()).await.unwrap();
-    timeout(PATIENCE, two.join_all()).await.unwrap();
+    timeout(TIMEOUT, one.join_all()).await.unwrap();
+    timeout(TIMEOUT, two.join_all()).await.unwrap();
     no_locks(&mut admin).await;
     for pool in [&first, &second, &third] {
         borrow_all(pool).await;
@@ -323,7 +323,7 @@ async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
         .await
         .unwrap();
     let mut last = killed;
-    while let Some(at) = timeout(PATIENCE, told.join_next()).await.unwrap() {
+    while let Some(at) = timeout(TIMEOUT, told.join_next()).await.unwrap() {
         last = last.max(at.unwrap());
     }
     report(format_args!("{GUARDS} guards told within {:?}", last - killed));
@@ -337,9 +337,9 @@ async fn ten_thousand_guards_are_told_of_a_loss_and_acquire_again() {
     }
     drop(guards);
     assert!(again.iter().all(|guard| !guard.is_lost()));
-    locks_are(&mut admin, usize::try_from(GUARDS).unwrap(), PATIENCE).await;
+    locks_are(&mut admin, usize::try_from(GUARDS).unwrap(), TIMEOUT).await;
     drop(again);
-    locks_are(&mut admin, 0, PATIENCE).await;
+    locks_are(&mut admin, 0, TIMEOUT).await;
     borrow_all(&pool).await;
 }
 
@@ -446,8 +446,8 @@ async fn one_connection_is_enough_to_wait_with() {
     let held = Lock::new(&other, 1).acquire().await.unwrap();
     let manager = LockManager::new(&pool);
     let mut lock = Lock::new(&manager, 1);
-    let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
-        eventually("it waits on the server", PATIENCE, || async {
+    let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
+        eventually("it waits on the server", TIMEOUT, || async {
             let mut admin = db.admin().await;
             advisory_locks(&mut admin).await.len() == 2
         })
@@ -572,8 +572,8 @@ async fn a_key_of_its_own_session_is_lost_alone() {
     let manager = LockManager::new(&pool);
     let free = Lock::new(&manager, 2).acquire().await.unwrap();
     let mut lock = Lock::new(&manager, 1);
-    let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
-        locks_are(&mut admin, 3, PATIENCE).await;
+    let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
+        locks_are(&mut admin, 3, TIMEOUT).await;
         held.release().await.unwrap();
     });
     let guard = waited.unwrap().unwrap();
@@ -585,7 +585,7 @@ async fn a_key_of_its_own_session_is_lost_alone() {
         .unwrap();
     timeout(SOON * 5, guard.lost()).await.unwrap();
     // The handle takes it again, on the session of the others.
-    let again = timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap();
+    let again = timeout(TIMEOUT, lock.acquire()).await.unwrap().unwrap();
     assert_eq!(again.backend_pid(), free.backend_pid());
     assert!(guard.release().await.is_err());
     assert!(!free.is_lost() && !again.is_lost());
@@ -607,7 +607,7 @@ async fn a_restart_of_the_server_loses_all_and_all_can_be_acquired_again() {
     server.restart();
     for (key, guard) in (0..).zip(&guards) {
         timeout(SOON * 5, guard.lost()).await.unwrap();
-        let again = timeout(PATIENCE, Lock::new(&manager, key).acquire()).await.unwrap().unwrap();
+        let again = timeout(TIMEOUT, Lock::new(&manager, key).acquire()).await.unwrap().unwrap();
         again.release().await.unwrap();
     }
     drop(guards);
@@ -643,7 +643,7 @@ fn a_runtime_that_goes_down_leaves_nobody_waiting() {
     // The waiter is usually in the queue; where it is late, it finds the key free.
     second.block_on(async { sleep(Duration::from_millis(50)).await });
     first.shutdown_timeout(SOON);
-    second.block_on(async { timeout(PATIENCE, waiter).await }).unwrap().unwrap();
+    second.block_on(async { timeout(TIMEOUT, waiter).await }).unwrap().unwrap();
     assert!(guard.is_lost());
     drop(guard);
     second.block_on(async {
@@ -668,14 +668,14 @@ async fn an_unused_manager_keeps_no_pool_alive() {
         let mut waits = Box::pin(lock.acquire());
         timeout(SOON * 2, &mut waits).await.unwrap_err();
         held.release().await.unwrap();
-        drop(timeout(PATIENCE, waits).await.unwrap().unwrap());
+        drop(timeout(TIMEOUT, waits).await.unwrap().unwrap());
     }
     other.close().await;
     let others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
         AND pid <> pg_backend_pid()";
     let started = Instant::now();
     while sqlx::query_scalar::<_, i64>(others).fetch_one(&mut admin).await.unwrap() > 0 {
-        assert!(started.elapsed() < PATIENCE, "a connection is left open");
+        assert!(started.elapsed() < TIMEOUT, "a connection is left open");
         sleep(Duration::from_millis(5)).await;
     }
 }

@@ -21,7 +21,7 @@ use crate::support::{acquire_with_each_outcome, has_waiter, spawn};
 mod exporter;
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const MOMENT: Duration = Duration::from_millis(200);
 
 const HELD: &str = "pglock_locks_held{mode=exclusive}";
@@ -115,7 +115,7 @@ impl Recorded {
 
     #[expect(clippy::future_not_send, reason = "the recorder is that of a thread")]
     async fn becomes(&self, name: &str, number: f64) {
-        eventually(name, PATIENCE, || async {
+        eventually(name, TIMEOUT, || async {
             (self.number(name).unwrap_or_default() - number).abs() < 0.5
         })
         .await;
@@ -356,7 +356,7 @@ async fn losses_are_counted_by_reason() {
     let one = Lock::new(&manager, 1).acquire().await.unwrap();
     let two = Lock::new(&manager, 2).acquire().await.unwrap();
     terminate(&mut admin, one.backend_pid()).await;
-    timeout(PATIENCE, one.lost()).await.unwrap();
+    timeout(TIMEOUT, one.lost()).await.unwrap();
     recorded.is("pglock_losses_total{reason=disconnected}", 4.0);
     assert_eq!(recorded.all("pglock_losses_total").len(), 2);
     drop((one, two));
@@ -436,11 +436,11 @@ async fn heartbeats_are_timed() {
     let guard = Lock::new(&options, 1).acquire().await.unwrap();
     let heartbeats = || recorded.samples("pglock_heartbeat_duration_seconds");
     let ages = || recorded.samples("pglock_last_answer_age_seconds");
-    eventually("two heartbeats", PATIENCE, || async { heartbeats().len() >= 2 }).await;
+    eventually("two heartbeats", TIMEOUT, || async { heartbeats().len() >= 2 }).await;
     // While the connection is in use, another one answers.
     let connection = guard.connection().await.unwrap();
     let before = heartbeats().len();
-    eventually("another one", PATIENCE, || async { heartbeats().len() > before }).await;
+    eventually("another one", TIMEOUT, || async { heartbeats().len() > before }).await;
     drop(connection);
     assert!(ages().iter().any(|&age| age >= interval.as_secs_f64()), "{:?}", ages());
     guard.release().await.unwrap();

@@ -137,8 +137,8 @@ async fn what_is_refused_half_way_holds_nothing() {
         let mut locks = shares_the_second(&pool);
         assert!(locks.try_acquire().await.unwrap().is_none());
         becomes(&mut admin, &[(busy, true)]).await;
-        let patience = Duration::from_millis(50);
-        assert!(locks.try_acquire_for(patience).await.unwrap().is_none());
+        let limit = Duration::from_millis(50);
+        assert!(locks.try_acquire_for(limit).await.unwrap().is_none());
         becomes(&mut admin, &[(busy, true)]).await;
         held.release().await.unwrap();
         locks.try_acquire().await.unwrap().unwrap().release().await.unwrap();
@@ -208,7 +208,7 @@ async fn more_than_the_lock_table_takes_is_an_error_that_holds_nothing() {
 
 #[tokio::test]
 async fn a_bounded_wait_has_one_bound_for_all_keys() {
-    const PATIENCE: Duration = Duration::from_secs(2);
+    const TIMEOUT: Duration = Duration::from_secs(2);
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(4).await;
@@ -217,16 +217,16 @@ async fn a_bounded_wait_has_one_bound_for_all_keys() {
     let third = Lock::new(&pool, 3).acquire().await.unwrap();
     let mut locks = exclusive(&pool, &[1, 2, 3]);
     let started = Instant::now();
-    let (refused, ()) = tokio::join!(timeout(SOON * 20, locks.try_acquire_for(PATIENCE)), async {
-        sleep(PATIENCE / 2).await;
+    let (refused, ()) = tokio::join!(timeout(SOON * 20, locks.try_acquire_for(TIMEOUT)), async {
+        sleep(TIMEOUT / 2).await;
         first.release().await.unwrap();
-        sleep(PATIENCE / 3).await;
+        sleep(TIMEOUT / 3).await;
         second.release().await.unwrap();
     });
     let waited = started.elapsed();
     assert!(refused.unwrap().unwrap().is_none());
     // With a bound for each key it would be 3.7 s.
-    assert!(waited >= PATIENCE && waited < PATIENCE * 7 / 4, "{waited:?}");
+    assert!(waited >= TIMEOUT && waited < TIMEOUT * 7 / 4, "{waited:?}");
     becomes(&mut admin, &[(3, true)]).await;
     third.release().await.unwrap();
 }

@@ -18,7 +18,7 @@ use crate::support::{
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// With sqlx's cache of prepared statements, and without.
 const CACHES: [usize; 2] = [100, 0];
 
@@ -68,7 +68,7 @@ mod in_transaction_mode {
         if is_found(guard.verify().await).is_none() {
             return "verify";
         }
-        let lost = timeout(PATIENCE, guard.lost()).await;
+        let lost = timeout(TIMEOUT, guard.lost()).await;
         assert!(matches!(lost, Ok(Loss::NoExclusion)), "{lost:?}");
         assert!(is_found(guard.release().await).is_none());
         "heartbeat"
@@ -103,7 +103,7 @@ mod in_transaction_mode {
                 *found.entry(when).or_default() += 1;
                 *total.entry(when).or_default() += 1;
                 // A caller that got the error holds nothing, on any server connection.
-                locks_are(&mut admin, 0, PATIENCE).await;
+                locks_are(&mut admin, 0, TIMEOUT).await;
                 drop(others);
             }
             println!("a pooler with {clients} other clients, statement cache {cache}: {found:?}");
@@ -132,8 +132,8 @@ mod in_transaction_mode {
             // Acquires wait for the proof for 250 ms; a busy machine may take longer.
             let is_refused =
                 async || is_found(Lock::new(&pool, KEY).acquire().await.map(drop)).is_none();
-            eventually("an acquire is refused", PATIENCE, is_refused).await;
-            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+            eventually("an acquire is refused", TIMEOUT, is_refused).await;
+            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
         }
     }
 
@@ -170,7 +170,7 @@ mod in_transaction_mode {
                         if (task + round) % 2 == 0 {
                             transaction::acquire(&mut tx, KEY).await.unwrap();
                         } else {
-                            let wait = transaction::try_acquire_for(&mut tx, KEY, PATIENCE);
+                            let wait = transaction::try_acquire_for(&mut tx, KEY, TIMEOUT);
                             assert!(wait.await.unwrap());
                         }
                         let read = sqlx::raw_sql("SELECT n FROM counter").fetch_one(&mut *tx).await;
@@ -186,7 +186,7 @@ mod in_transaction_mode {
             let read = sqlx::raw_sql("SELECT n FROM counter").fetch_one(&mut admin).await;
             let n: i32 = read.unwrap().get(0);
             assert_eq!(usize::try_from(n).unwrap(), TASKS * ROUNDS);
-            locks_are(&mut admin, 0, PATIENCE).await;
+            locks_are(&mut admin, 0, TIMEOUT).await;
             drop(others);
         }
     }
@@ -209,7 +209,7 @@ mod in_transaction_mode {
         let moment = Duration::from_millis(50);
         assert!(!transaction::try_acquire_for(&mut tx, KEY, moment).await.unwrap());
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-            locks_are(&mut admin, 2, PATIENCE).await;
+            locks_are(&mut admin, 2, TIMEOUT).await;
             holder.commit().await.unwrap();
         });
         acquired.unwrap();
@@ -266,7 +266,7 @@ mod that_turns_from_session_to_transaction_mode {
             };
             drop(guard);
             // On the server connection that has it, which the pooler keeps open.
-            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
             count += usize::from(found);
         }
         report(format!("found out {count} times of {ROUNDS}"));
@@ -291,7 +291,7 @@ mod that_turns_from_session_to_transaction_mode {
                 }
             }
             // A connection that is closed, the pooler does not close.
-            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
         }
         report(format!("a release found out {count} times of {ROUNDS}"));
         assert!(count > 0);
@@ -311,9 +311,9 @@ mod that_turns_from_session_to_transaction_mode {
             else {
                 continue;
             };
-            let loss = timeout(PATIENCE, guard.lost()).await.unwrap();
+            let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
             if matches!(loss, Loss::NoExclusion) {
-                locks_are(&mut db.admin().await, 0, PATIENCE).await;
+                locks_are(&mut db.admin().await, 0, TIMEOUT).await;
                 count += 1;
             } else {
                 // A pooler that is slow for a moment is as good as one that is gone.
@@ -336,7 +336,7 @@ mod that_turns_from_session_to_transaction_mode {
             let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
             let mut lock = Lock::new(&pool, KEY);
             let (waited, ()) = tokio::join!(lock.acquire(), async {
-                locks_are(&mut admin, 2, PATIENCE).await;
+                locks_are(&mut admin, 2, TIMEOUT).await;
                 held.release().await.unwrap();
             });
             let found = matches!(&waited, Err(Error::NoExclusion { .. }));
@@ -347,7 +347,7 @@ mod that_turns_from_session_to_transaction_mode {
                 let pids: Vec<i32> = locks.iter().map(|lock| lock.pid).collect();
                 assert_eq!(pids, [guard.backend_pid()]);
             }
-            locks_are(&mut admin, 0, PATIENCE).await;
+            locks_are(&mut admin, 0, TIMEOUT).await;
             count += usize::from(found);
         }
         report(format!("found out {count} times of {ROUNDS}"));
@@ -399,7 +399,7 @@ mod in_session_mode {
         assert!(waiting.is_err(), "the wait has ended: {waiting:?}");
         assert!(!other.is_lost());
         held.release().await.unwrap();
-        timeout(PATIENCE, lock.acquire()).await.unwrap().unwrap().release().await.unwrap();
+        timeout(TIMEOUT, lock.acquire()).await.unwrap().unwrap().release().await.unwrap();
         other.release().await.unwrap();
     }
 
@@ -431,11 +431,11 @@ mod in_session_mode {
             // A second is enough to get a connection in.
             let second = Duration::from_secs(1);
             timeout(second, other.acquire()).await.unwrap_err();
-            locks_are(&mut admin, 1, PATIENCE).await;
+            locks_are(&mut admin, 1, TIMEOUT).await;
             assert!(other.try_acquire_for(second).await.unwrap().is_none());
             guard.release().await.unwrap();
             let (waited, ()) = tokio::join!(other.acquire_shared(), async {
-                locks_are(&mut admin, 2, PATIENCE).await;
+                locks_are(&mut admin, 2, TIMEOUT).await;
                 stacked.release().await.unwrap();
             });
             let shared = waited.unwrap();
@@ -444,12 +444,12 @@ mod in_session_mode {
             // A loss is reported.
             let pid = shared.backend_pid();
             execute(&mut admin, &format!("SELECT pg_terminate_backend({pid})")).await;
-            let lost = timeout(PATIENCE, shared.lost()).await.unwrap();
+            let lost = timeout(TIMEOUT, shared.lost()).await.unwrap();
             assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
             assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
 
             lock.acquire().await.unwrap().release().await.unwrap();
-            locks_are(&mut admin, 0, PATIENCE).await;
+            locks_are(&mut admin, 0, TIMEOUT).await;
             borrow_all(&pool).await;
             drop(others);
         }
@@ -488,7 +488,7 @@ mod in_session_mode {
             if seen.is_some_and(&is_such) {
                 return;
             }
-            assert!(started.elapsed() < PATIENCE, "{column} is {seen:?}");
+            assert!(started.elapsed() < TIMEOUT, "{column} is {seen:?}");
             sleep(Duration::from_millis(5)).await;
         }
     }
@@ -517,7 +517,7 @@ mod in_session_mode {
         let mut lock = Lock::new(&lazy_pool(options), KEY);
         let (acquired, ()) = tokio::join!(lock.acquire(), async {
             shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
-            locks_are(&mut db.admin().await, 0, PATIENCE).await;
+            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
             other.close().await.unwrap();
         });
         let guard = acquired.unwrap();
@@ -560,10 +560,10 @@ mod in_session_mode {
             pooler.restart();
         });
         assert!(waited.as_ref().is_err_and(Error::is_transient), "{waited:?}");
-        let lost = timeout(PATIENCE, guard.lost()).await.unwrap();
+        let lost = timeout(TIMEOUT, guard.lost()).await.unwrap();
         assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
         assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
-        locks_are(&mut admin, 0, PATIENCE).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
         for lock in [&mut lock, &mut other] {
             let guard = lock.acquire().await.unwrap();
             guard.verify().await.unwrap();
@@ -602,7 +602,7 @@ mod in_session_mode {
         another.release().await.unwrap();
         // The waiter has its session too.
         guard.release().await.unwrap();
-        let guard = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();
+        let guard = timeout(TIMEOUT, waiting).await.unwrap().unwrap().unwrap();
         guard.verify().await.unwrap();
 
         // A new client waits outside of the server.
@@ -610,11 +610,11 @@ mod in_session_mode {
         shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
         assert_eq!(pids(&mut admin).await, [guard.backend_pid()]);
         guard.release().await.unwrap();
-        locks_are(&mut admin, 0, PATIENCE).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
         assert!(!acquiring.is_finished() && !pausing.is_finished());
 
         execute(&mut console, format!("RESUME {}", db.name())).await;
-        let guard = timeout(PATIENCE, acquiring).await.unwrap().unwrap().unwrap();
+        let guard = timeout(TIMEOUT, acquiring).await.unwrap().unwrap().unwrap();
         assert_eq!(pids(&mut admin).await, [guard.backend_pid()]);
         guard.verify().await.unwrap();
         guard.release().await.unwrap();
@@ -649,7 +649,7 @@ mod in_session_mode {
             let there = sqlx::query_scalar::<_, i64>(there).bind(pid);
             there.fetch_one(&mut db.admin().await).await.unwrap() == 0
         };
-        eventually("the server connection is closed", PATIENCE, ended).await;
+        eventually("the server connection is closed", TIMEOUT, ended).await;
         other.acquire().await.unwrap().release().await.unwrap();
     }
 
@@ -674,7 +674,7 @@ mod in_session_mode {
             client.join().unwrap();
             let mut console = console(&pooler).await;
             shows(&mut console, "SHOW POOLS", &db, "cl_active", |clients| clients == 0).await;
-            locks_are(&mut admin, left, PATIENCE).await;
+            locks_are(&mut admin, left, TIMEOUT).await;
             let free = Lock::new(&db.pool(1).await, KEY).try_acquire().await.unwrap();
             assert_eq!(free.is_some(), left == 0);
         }

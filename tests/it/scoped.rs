@@ -14,7 +14,7 @@ use crate::support::{locks_are, no_locks};
 const KEY: &str = "nightly-report";
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Sets a flag when it is dropped.
 struct Flag<'f>(&'f AtomicBool);
@@ -41,7 +41,7 @@ async fn calls_through_one_handle_exclude_each_other() {
             1
         };
         let both = async { tokio::join!(lock.run(work()), lock.run(work())) };
-        let (one, other) = timeout(PATIENCE, both).await.unwrap();
+        let (one, other) = timeout(TIMEOUT, both).await.unwrap();
         assert_eq!(one.unwrap() + other.unwrap(), 2);
     }
     no_locks(&mut db.admin().await).await;
@@ -59,7 +59,7 @@ async fn a_future_is_not_polled_while_another_session_holds_the_lock() {
     assert_eq!(lock.try_run_for(Duration::from_millis(100), work()).await.unwrap(), None);
     assert!(!ran.load(Ordering::SeqCst));
 
-    let waiting = async { tokio::join!(lock.try_run_for(PATIENCE, work()), held.release()) };
+    let waiting = async { tokio::join!(lock.try_run_for(TIMEOUT, work()), held.release()) };
     let (done, released) = waiting.await;
     released.unwrap();
     assert_eq!(done.unwrap(), Some(()));
@@ -87,7 +87,7 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
         let pid = locks.first().map(|lock| lock.pid);
         sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
     };
-    let (lost, ()) = timeout(PATIENCE, async { tokio::join!(run, end) }).await.unwrap();
+    let (lost, ()) = timeout(TIMEOUT, async { tokio::join!(run, end) }).await.unwrap();
     assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
     assert!(dropped.load(Ordering::SeqCst));
 }
@@ -104,10 +104,10 @@ async fn a_lock_that_other_code_unlocked_is_an_error_although_the_future_has_end
         let locks = advisory_locks(&mut admin).await;
         let pid = locks.iter().map(|lock| lock.pid).find(|pid| *pid != guard.backend_pid());
         sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
-        locks_are(&mut admin, 1, PATIENCE).await;
+        locks_are(&mut admin, 1, TIMEOUT).await;
         "done"
     };
-    let lost = timeout(PATIENCE, inner.run(work)).await.unwrap();
+    let lost = timeout(TIMEOUT, inner.run(work)).await.unwrap();
     assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
     guard.release().await.unwrap();
 }

@@ -80,11 +80,11 @@ async fn work(semaphore: Semaphore, seed: u64, stop: Arc<AtomicBool>) -> usize {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut had = 0;
     while !stop.load(Ordering::Relaxed) {
-        let patience = Duration::from_micros(random(&mut state) % 50_000);
+        let limit = Duration::from_micros(random(&mut state) % 50_000);
         let permit = match random(&mut state) % 4 {
             0 => semaphore.try_acquire().await,
-            1 => semaphore.try_acquire_for(patience).await,
-            2 => timeout(patience, semaphore.acquire()).await.ok().transpose(),
+            1 => semaphore.try_acquire_for(limit).await,
+            2 => timeout(limit, semaphore.acquire()).await.ok().transpose(),
             _ => semaphore.acquire().await.map(Some),
         };
         match permit {
@@ -652,7 +652,7 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
 
 #[tokio::test]
 async fn a_bounded_wait_ends_in_time() {
-    const PATIENCE: Duration = Duration::from_millis(300);
+    const TIMEOUT: Duration = Duration::from_millis(300);
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;
@@ -668,12 +668,11 @@ async fn a_bounded_wait_ends_in_time() {
         let mut waits = JoinSet::new();
         for _ in 0..waiters {
             let semaphore = semaphore.clone();
-            waits
-                .spawn(async move { semaphore.try_acquire_for(PATIENCE).await.unwrap().is_none() });
+            waits.spawn(async move { semaphore.try_acquire_for(TIMEOUT).await.unwrap().is_none() });
         }
         assert!(waits.join_all().await.iter().all(|&refused| refused));
         let took = started.elapsed();
-        assert!(took >= PATIENCE && took < PATIENCE + SOON * 2, "{waiters} waiters: {took:?}");
+        assert!(took >= TIMEOUT && took < TIMEOUT + SOON * 2, "{waiters} waiters: {took:?}");
         locks_are(&mut admin, 1, SOON).await;
     }
 
@@ -682,16 +681,16 @@ async fn a_bounded_wait_ends_in_time() {
     for _ in 1..pool.options().get_max_connections() {
         rest.push(pool.acquire().await.unwrap());
     }
-    for patience in [PATIENCE, Duration::from_millis(5)] {
+    for limit in [TIMEOUT, Duration::from_millis(5)] {
         let started = Instant::now();
-        let error = semaphore.try_acquire_for(patience).await.unwrap_err();
+        let error = semaphore.try_acquire_for(limit).await.unwrap_err();
         assert!(matches!(error, Error::PoolTimedOut { .. }) && error.is_transient(), "{error:?}");
-        assert!(started.elapsed() < patience + SOON * 2, "{:?}", started.elapsed());
+        assert!(started.elapsed() < limit + SOON * 2, "{:?}", started.elapsed());
     }
     // Unless the time was spent behind another waiter.
     let (first, second) = join!(
-        semaphore.try_acquire_for(PATIENCE),
-        semaphore.try_acquire_for(PATIENCE + Duration::from_millis(1)),
+        semaphore.try_acquire_for(TIMEOUT),
+        semaphore.try_acquire_for(TIMEOUT + Duration::from_millis(1)),
     );
     assert!(matches!(first, Err(Error::PoolTimedOut { .. })), "{first:?}");
     assert!(matches!(second, Ok(None)), "{second:?}");

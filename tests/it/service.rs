@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::support::{SOON, no_locks, spawn, without_runtime};
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What a task of a service does again and again.
 #[derive(Clone)]
@@ -45,7 +45,7 @@ async fn serve(connections: u32, managed: bool) {
     let mut tasks = JoinSet::new();
     let mut pools = Vec::new();
     for service in 0..3_i64 {
-        let pool = db.pool_options().max_connections(connections).acquire_timeout(PATIENCE);
+        let pool = db.pool_options().max_connections(connections).acquire_timeout(TIMEOUT);
         let pool = pool.connect_with(db.options()).await.unwrap();
         let way = if managed { Way::Manager(LockManager::new(&pool)) } else { Way::Lock };
         for task in 0..30_i64 {
@@ -63,7 +63,7 @@ async fn serve(connections: u32, managed: bool) {
     }
     let query = sqlx::query("SELECT 1").execute(pools.first().unwrap());
     timeout(SOON, query).await.unwrap().unwrap();
-    timeout(PATIENCE, async {
+    timeout(TIMEOUT, async {
         while let Some(task) = tasks.join_next().await {
             task.unwrap();
         }
@@ -119,14 +119,14 @@ async fn waits_on(wait_sessions: usize, locks: u32) {
     }
     let holder = held.first().unwrap().backend_pid();
     let waiting = async || sessions_at_locks(&db, holder).await.len() == wait_sessions;
-    eventually("as many connections as there should be wait", PATIENCE, waiting).await;
+    eventually("as many connections as there should be wait", TIMEOUT, waiting).await;
     let size = other.size();
     assert!(size <= u32::try_from(wait_sessions).unwrap() + 2, "{size} connections");
     // Waiters whose key no session waits for on the server get theirs too.
     for guard in held {
         guard.release().await.unwrap();
     }
-    timeout(PATIENCE, async { while waiters.join_next().await.is_some() {} }).await.unwrap();
+    timeout(TIMEOUT, async { while waiters.join_next().await.is_some() {} }).await.unwrap();
     no_locks(&mut db.admin().await).await;
 }
 
@@ -201,12 +201,12 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
             .into();
         let waiting = async || pool.num_idle() == 0;
         if connections > 1 {
-            eventually("it waits for one of them", PATIENCE, async || {
+            eventually("it waits for one of them", TIMEOUT, async || {
                 sessions_at_locks(&db, held.backend_pid()).await.len() == 2
             })
             .await;
         } else {
-            eventually("its only connection is used", PATIENCE, waiting).await;
+            eventually("its only connection is used", TIMEOUT, waiting).await;
         }
         let closing = spawn({
             let pool = pool.clone();
@@ -285,13 +285,13 @@ async fn a_waiter_without_a_connection_is_told_or_goes_on() {
         tokio::task::yield_now().await;
         guard.release().await.unwrap();
         // It was asked for before the wait session was.
-        let taken = timeout(PATIENCE, successor).await.unwrap().unwrap();
+        let taken = timeout(TIMEOUT, successor).await.unwrap().unwrap();
         if comes_back {
             drop(taken);
             held.release().await.unwrap();
-            timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap();
+            timeout(TIMEOUT, waiter).await.unwrap().unwrap().unwrap();
         } else {
-            let error = timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap_err();
+            let error = timeout(TIMEOUT, waiter).await.unwrap().unwrap().unwrap_err();
             assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
             held.release().await.unwrap();
         }
@@ -327,7 +327,7 @@ fn a_waiter_outlives_the_runtime_that_acquired_first() {
         });
         thread::yield_now();
         drop(first);
-        let acquired = second.block_on(async { timeout(PATIENCE, waiter).await });
+        let acquired = second.block_on(async { timeout(TIMEOUT, waiter).await });
         let next = acquired.unwrap().unwrap().unwrap();
         assert!(guard.is_lost());
         second.block_on(next.release()).unwrap();
@@ -369,10 +369,10 @@ fn a_runtime_that_is_not_driven_is_replaced() {
         told.await.unwrap();
         let mut other = Lock::new(&manager, 2);
         let started = Instant::now();
-        let guard = timeout(PATIENCE, other.acquire()).await.unwrap().unwrap();
+        let guard = timeout(TIMEOUT, other.acquire()).await.unwrap().unwrap();
         guard.release().await.unwrap();
         let waits = started.elapsed();
-        (waits, timeout(PATIENCE, async { tasks.join_next().await.unwrap().unwrap() }).await)
+        (waits, timeout(TIMEOUT, async { tasks.join_next().await.unwrap().unwrap() }).await)
     });
     both.unwrap();
     assert!(guard.is_lost());
@@ -399,7 +399,7 @@ async fn many_give_up_together() {
     }
     let mut others = 0;
     while gave_up.load(Ordering::Relaxed) < WAITERS {
-        timeout(PATIENCE, Lock::new(&manager, 2).acquire())
+        timeout(TIMEOUT, Lock::new(&manager, 2).acquire())
             .await
             .unwrap()
             .unwrap()
@@ -460,7 +460,7 @@ async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     // A heartbeat is in flight, and the guard is not lost yet.
     tokio::time::sleep(beat + beat / 2).await;
     assert!(!guard.is_lost());
-    let released = timeout(PATIENCE, guard.release()).await.unwrap();
+    let released = timeout(TIMEOUT, guard.release()).await.unwrap();
     server.resume();
     let error = released.unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error:?}");

@@ -11,7 +11,7 @@ use sqlx::{ConnectOptions, PgPool};
 use crate::support::{SOON, borrow_all, locks_are, no_locks};
 
 const KEY: &str = "nightly-report";
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 async fn pool(server: &Server) -> PgPool {
     let options = PgPoolOptions::new().max_connections(3);
@@ -43,20 +43,20 @@ async fn it_refuses_and_holds_nothing() {
         }
         is_refused(lock.acquire().await);
         is_refused(lock.try_acquire().await);
-        is_refused(lock.try_acquire_for(PATIENCE).await);
+        is_refused(lock.try_acquire_for(TIMEOUT).await);
         is_refused(lock.acquire_shared().await);
         is_refused(lock.try_acquire_shared().await);
-        is_refused(lock.try_acquire_shared_for(PATIENCE).await);
+        is_refused(lock.try_acquire_shared_for(TIMEOUT).await);
         assert_eq!(advisory_locks(&mut admin).await, []);
     }
 
     let mut tx = pool.begin().await.unwrap();
     is_refused(transaction::acquire(&mut tx, KEY).await);
     is_refused(transaction::try_acquire(&mut tx, KEY).await);
-    is_refused(transaction::try_acquire_for(&mut tx, KEY, PATIENCE).await);
+    is_refused(transaction::try_acquire_for(&mut tx, KEY, TIMEOUT).await);
     is_refused(transaction::acquire_shared(&mut tx, KEY).await);
     is_refused(transaction::try_acquire_shared(&mut tx, KEY).await);
-    is_refused(transaction::try_acquire_shared_for(&mut tx, KEY, PATIENCE).await);
+    is_refused(transaction::try_acquire_shared_for(&mut tx, KEY, TIMEOUT).await);
     assert_eq!(advisory_locks(&mut admin).await, []);
     // The transaction has not failed.
     sqlx::raw_sql("SELECT 1").execute(&mut *tx).await.unwrap();
@@ -87,7 +87,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     Lock::new(&guard, "another").try_acquire().await.unwrap().unwrap().release().await.unwrap();
 
     let (waited, ()) = tokio::join!(other.acquire_shared(), async {
-        locks_are(&mut admin, 2, PATIENCE).await;
+        locks_are(&mut admin, 2, TIMEOUT).await;
         guard.release().await.unwrap();
     });
     let shared = waited.unwrap();

@@ -82,11 +82,11 @@ async fn every_kind_of_first_acquire_costs_one_statement() {
     let mark = server.log_len();
 
     lock.try_acquire().await.unwrap().unwrap().release().await.unwrap();
-    let patience = Duration::from_secs(5);
-    lock.try_acquire_for(patience).await.unwrap().unwrap().release().await.unwrap();
+    let limit = Duration::from_secs(5);
+    lock.try_acquire_for(limit).await.unwrap().unwrap().release().await.unwrap();
     lock.acquire_shared().await.unwrap().release().await.unwrap();
     lock.try_acquire_shared().await.unwrap().unwrap().release().await.unwrap();
-    lock.try_acquire_shared_for(patience).await.unwrap().unwrap().release().await.unwrap();
+    lock.try_acquire_shared_for(limit).await.unwrap().unwrap().release().await.unwrap();
 
     let sent = statements(&server, mark);
     assert_eq!(sent.len(), 10, "{sent:#?}");

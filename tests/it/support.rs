@@ -295,7 +295,7 @@ async fn acquire(pool: &PgPool) -> PoolConnection<Postgres> {
 }
 
 /// A pool that soon says so when the server is gone: for half a minute it would go on connecting.
-pub(crate) fn impatient_pool(db: &TestDb) -> PgPool {
+pub(crate) fn quick_pool(db: &TestDb) -> PgPool {
     let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4);
     // Lazily, because the first connection may take longer on a busy machine.
     pool.connect_lazy_with(db.options())

@@ -20,7 +20,7 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::support::{acquire_with_each_outcome, has_waiter, spawn};
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 const MOMENT: Duration = Duration::from_millis(200);
 
 /// The fields of a span or an event, as text. An event's message is one of them.
@@ -321,7 +321,7 @@ async fn a_release_is_a_trace_event() {
     let pid = guard.backend_pid().to_string();
     guard.release().await.unwrap();
     drop(lock.acquire().await.unwrap());
-    eventually("both releases are logged", PATIENCE, || async {
+    eventually("both releases are logged", TIMEOUT, || async {
         told.events(Level::TRACE).len() == 2
     })
     .await;
@@ -347,7 +347,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
         _ = lock.acquire() => panic!("the lock is held"),
         () = has_waiter(&mut admin) => {}
     }
-    eventually("the abandonment is logged", PATIENCE, || async {
+    eventually("the abandonment is logged", TIMEOUT, || async {
         !told.events(Level::DEBUG).is_empty()
     })
     .await;
@@ -397,7 +397,7 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
 
     let told = Told::from_now_on();
     sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
-    timeout(PATIENCE, reading.lost()).await.unwrap();
+    timeout(TIMEOUT, reading.lost()).await.unwrap();
     let warnings = told.events(Level::WARN);
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(warning.field("locks"), Some("4"));
@@ -460,7 +460,7 @@ async fn the_normal_path_is_silent() {
 
     // A span is closed with the last future that was created in it.
     let closed = || async { told.acquires().len() == 5 };
-    eventually("five acquires are closed", PATIENCE, closed).await;
+    eventually("five acquires are closed", TIMEOUT, closed).await;
     told.nothing_loud();
     assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.events(Level::DEBUG));
 }
@@ -475,7 +475,7 @@ async fn each_slice_of_a_long_wait_is_told() {
     let mut lock = Lock::new(&slice, 42);
     let told = Told::from_now_on();
     let waiting = spawn(async move { lock.acquire().await.map(drop) });
-    eventually("two slices are told", PATIENCE, || async {
+    eventually("two slices are told", TIMEOUT, || async {
         told.events(Level::DEBUG).iter().filter(|event| event.field("waited_ms").is_some()).count()
             >= 2
     })

@@ -14,21 +14,21 @@ use crate::support::{
 
 const KEY: &str = "ledger";
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// A wait that is meant to run out.
 const MOMENT: Duration = Duration::from_millis(100);
 
 type Tx = Transaction<'static, Postgres>;
 
 /// The six ways to acquire, by number; `true` if the lock was acquired.
-async fn acquire_in_way(way: usize, tx: &mut Tx, patience: Duration) -> Result<bool> {
+async fn acquire_in_way(way: usize, tx: &mut Tx, limit: Duration) -> Result<bool> {
     match way {
         0 => transaction::acquire(tx, KEY).await.map(|()| true),
         1 => transaction::try_acquire(tx, KEY).await,
-        2 => transaction::try_acquire_for(tx, KEY, patience).await,
+        2 => transaction::try_acquire_for(tx, KEY, limit).await,
         3 => transaction::acquire_shared(tx, KEY).await.map(|()| true),
         4 => transaction::try_acquire_shared(tx, KEY).await,
-        _ => transaction::try_acquire_shared_for(tx, KEY, patience).await,
+        _ => transaction::try_acquire_shared_for(tx, KEY, limit).await,
     }
 }
 
@@ -56,7 +56,7 @@ async fn every_way_holds_until_the_transaction_ends() {
     for way in 0..6 {
         for end in ["commit", "rollback", "drop"] {
             let mut tx = pool.begin().await.unwrap();
-            assert!(acquire_in_way(way, &mut tx, PATIENCE).await.unwrap());
+            assert!(acquire_in_way(way, &mut tx, TIMEOUT).await.unwrap());
             let locks = advisory_locks(&mut admin).await;
             let mode = if way < 3 { "ExclusiveLock" } else { "ShareLock" };
             let modes: Vec<_> = locks.iter().map(|lock| lock.mode.as_str()).collect();
@@ -73,7 +73,7 @@ async fn every_way_holds_until_the_transaction_ends() {
 }
 
 #[tokio::test]
-async fn whoever_holds_a_key_excludes_whoever_wants_it() {
+async fn a_holder_excludes_every_other_session() {
     let db = TestDb::new().await;
     let pool = db.pool(3).await;
     for key in [Key::from("ledger"), Key::from(i64::MIN), Key::from((-1, 7))] {
@@ -107,8 +107,8 @@ async fn a_wait_ends_when_the_holder_commits() {
         let mut holder = pool.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
         let mut tx = pool.begin().await.unwrap();
-        let (granted, ()) = tokio::join!(acquire_in_way(way, &mut tx, PATIENCE), async {
-            locks_are(&mut admin, 2, PATIENCE).await;
+        let (granted, ()) = tokio::join!(acquire_in_way(way, &mut tx, TIMEOUT), async {
+            locks_are(&mut admin, 2, TIMEOUT).await;
             holder.commit().await.unwrap();
         });
         assert!(granted.unwrap());
@@ -137,7 +137,7 @@ async fn rolling_back_to_a_savepoint_releases_what_was_acquired_after_it() {
             let mut nested = tx.begin().await.unwrap();
             let (acquired, ()) = tokio::join!(transaction::acquire(&mut nested, KEY), async {
                 if busy {
-                    locks_are(&mut admin, 3, PATIENCE).await;
+                    locks_are(&mut admin, 3, TIMEOUT).await;
                 }
                 holder.rollback().await.unwrap();
             });
@@ -256,7 +256,7 @@ mod settings {
         execute(&mut tx, local).await;
         let before = ask(&mut tx, SETTINGS).await;
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-            locks_are(&mut admin, 3, PATIENCE).await;
+            locks_are(&mut admin, 3, TIMEOUT).await;
             // Not to wait for something, but to let the limits pass.
             sleep(Duration::from_millis(1200)).await;
             holder.commit().await.unwrap();
@@ -329,7 +329,7 @@ async fn a_slice_ends_the_snapshot_of_a_wait_and_a_dropped_wait() {
     };
 
     let (acquired, (), ()) = tokio::join!(transaction::acquire(&mut tx, KEY), dropped, async {
-        locks_are(&mut admin, 4, PATIENCE).await;
+        locks_are(&mut admin, 4, TIMEOUT).await;
         let xmin = format!("SELECT backend_xmin FROM pg_stat_activity WHERE pid = {pid}");
         let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
         let started = Instant::now();
@@ -378,7 +378,7 @@ mod limits {
 
             let mark = server.log_len();
             let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-                locks_are(&mut db.admin().await, 2, PATIENCE).await;
+                locks_are(&mut db.admin().await, 2, TIMEOUT).await;
                 holder.commit().await.unwrap();
             });
             acquired.unwrap();
@@ -432,7 +432,7 @@ mod logs {
         execute(&mut tx, set).await;
         let mark = server.log_len();
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-            locks_are(&mut admin, 2, PATIENCE).await;
+            locks_are(&mut admin, 2, TIMEOUT).await;
             // Not to wait for something, but to let the server log.
             sleep(MOMENT * 8).await;
             holder.commit().await.unwrap();
@@ -516,7 +516,7 @@ mod logs {
                 assert!(!transaction::try_acquire_for(&mut tx, &key, wait).await.unwrap());
                 assert!(!transaction::try_acquire_shared_for(&mut tx, &key, wait).await.unwrap());
             }
-            eventually("both have rolled back", PATIENCE, || async {
+            eventually("both have rolled back", TIMEOUT, || async {
                 pool.num_idle() == 1 && other.num_idle() == 1
             })
             .await;
@@ -564,7 +564,7 @@ async fn a_role_without_plpgsql_waits_all_the_same() {
                     }
                 };
                 let (acquired, ()) = tokio::join!(wait, async {
-                    locks_are(&mut admin, 2, PATIENCE).await;
+                    locks_are(&mut admin, 2, TIMEOUT).await;
                     holder.commit().await.unwrap();
                 });
                 acquired.unwrap();
@@ -600,7 +600,7 @@ mod isolation {
         transaction::acquire(&mut holder, KEY).await.unwrap();
         let mut tx = pool.begin_with(begin).await.unwrap();
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-            locks_are(&mut admin, 2, PATIENCE).await;
+            locks_are(&mut admin, 2, TIMEOUT).await;
             update(&mut holder).await.unwrap();
             holder.commit().await.unwrap();
         });
@@ -638,7 +638,7 @@ mod isolation {
         transaction::acquire(&mut holder, KEY).await.unwrap();
         let mut lock = Lock::new(&pool, KEY);
         let (guard, ()) = tokio::join!(lock.acquire(), async {
-            locks_are(&mut admin, 2, PATIENCE).await;
+            locks_are(&mut admin, 2, TIMEOUT).await;
             update(&mut holder).await.unwrap();
             holder.commit().await.unwrap();
         });
@@ -669,7 +669,7 @@ mod cancelled {
                 let cut = cancel_after(polls, acquire_in_way(way, &mut tx, MOMENT));
                 let outcome = cut.await;
                 if end == "rollback" {
-                    timeout(PATIENCE, tx.rollback()).await.unwrap().unwrap();
+                    timeout(TIMEOUT, tx.rollback()).await.unwrap().unwrap();
                 } else {
                     drop(tx);
                 }
@@ -711,9 +711,9 @@ mod cancelled {
         let held = Lock::new(&other, KEY).acquire().await.unwrap();
         let mut tx = pool.begin().await.unwrap();
         timeout(MOMENT, transaction::acquire(&mut tx, KEY)).await.unwrap_err();
-        locks_are(&mut admin, 2, PATIENCE).await;
+        locks_are(&mut admin, 2, TIMEOUT).await;
         held.release().await.unwrap();
-        locks_are(&mut admin, 1, PATIENCE).await;
+        locks_are(&mut admin, 1, TIMEOUT).await;
         assert_eq!(count_locks(&mut tx).await, "1");
         tx.rollback().await.unwrap();
         no_locks(&mut admin).await;
@@ -740,7 +740,7 @@ mod failing {
         let mut admin = db.admin().await;
         let pool = db.pool(2).await;
         let wait = async |mut tx: Tx| {
-            let waited = timeout(PATIENCE, transaction::acquire(&mut tx, KEY)).await.unwrap();
+            let waited = timeout(TIMEOUT, transaction::acquire(&mut tx, KEY)).await.unwrap();
             match &waited {
                 Ok(()) => tx.commit().await.unwrap(),
                 Err(error) => has_failed(error, tx).await,
@@ -772,7 +772,7 @@ mod failing {
             let mut tx = pool.begin().await.unwrap();
             let pid = ask(&mut tx, "pg_backend_pid()").await;
             let (failed, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
-                locks_are(&mut admin, 2, PATIENCE).await;
+                locks_are(&mut admin, 2, TIMEOUT).await;
                 execute(&mut admin, format!("SELECT {how}({pid})")).await;
             });
             let error = failed.unwrap_err();
@@ -795,7 +795,7 @@ mod failing {
         let pool = db.pool(1).await;
         let mut tx = pool.begin().await.unwrap();
         server.pause();
-        let waited = timeout(PATIENCE, transaction::try_acquire_for(&mut tx, KEY, MOMENT)).await;
+        let waited = timeout(TIMEOUT, transaction::try_acquire_for(&mut tx, KEY, MOMENT)).await;
         let error = waited.unwrap().unwrap_err();
         assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
         server.resume();

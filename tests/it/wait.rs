@@ -26,14 +26,14 @@ async fn a_deadlock_is_found_however_late_the_server_looks_for_it() {
     let both = async {
         tokio::join!(
             async {
-                let got_it = upgrade(&mut one).await.unwrap();
+                let upgraded = upgrade(&mut one).await.unwrap();
                 drop(readers_one);
-                got_it
+                upgraded
             },
             async {
-                let got_it = upgrade(&mut two).await.unwrap();
+                let upgraded = upgrade(&mut two).await.unwrap();
                 drop(readers_two);
-                got_it
+                upgraded
             },
         )
     };

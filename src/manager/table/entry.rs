@@ -34,7 +34,7 @@ pub(super) struct Entry<S, W> {
 pub(super) struct Waiter<W> {
     pub(super) owner: OwnerId,
     pub(super) mode: Mode,
-    pub(super) patient: bool,
+    pub(super) waits: bool,
     pub(super) tell: W,
 }
 
@@ -216,7 +216,7 @@ impl<S: Seat, W: Caller> Entry<S, W> {
 
     /// Refuses the requests that do not wait.
     pub(super) fn dismiss(&mut self, effects: &mut Vec<Effect<S, W>>) {
-        while let Some(waiter) = self.queue.pop_impatient() {
+        while let Some(waiter) = self.queue.pop_trying() {
             effects.push(Effect::Refused(waiter.tell));
         }
     }
@@ -288,6 +288,6 @@ impl<S: Seat, W: Caller> Entry<S, W> {
 impl<W> Waiter<W> {
     /// Another session shares the lock that this waiter wants exclusively.
     pub(super) fn turned_away<S>(self) -> Effect<S, W> {
-        if self.patient { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
+        if self.waits { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
     }
 }

@@ -9,7 +9,7 @@ use crate::mode::Mode;
 #[derive(Debug, Default)]
 pub(super) enum Holders {
     #[default]
-    Nobody,
+    Free,
     One(OwnerId, Holder),
     Many(Box<Many>),
 }
@@ -30,7 +30,7 @@ pub(super) struct Holder {
 impl Holders {
     pub(super) fn len(&self) -> usize {
         match self {
-            Self::Nobody => 0,
+            Self::Free => 0,
             Self::One(..) => 1,
             Self::Many(many) => many.holders.len(),
         }
@@ -43,14 +43,14 @@ impl Holders {
     pub(super) fn get(&self, owner: OwnerId) -> Option<Holder> {
         match self {
             Self::One(one, holder) if *one == owner => Some(*holder),
-            Self::Nobody | Self::One(..) => None,
+            Self::Free | Self::One(..) => None,
             Self::Many(many) => many.holders.get(&owner).copied(),
         }
     }
 
     pub(super) fn has_exclusive(&self) -> bool {
         match self {
-            Self::Nobody => false,
+            Self::Free => false,
             Self::One(_, holder) => holder.is_exclusive(),
             Self::Many(many) => many.exclusive > 0,
         }
@@ -78,7 +78,7 @@ impl Holders {
 
     fn set(&mut self, owner: OwnerId, holder: Holder) {
         match self {
-            Self::Nobody => *self = Self::One(owner, holder),
+            Self::Free => *self = Self::One(owner, holder),
             Self::One(one, before) if *one == owner => *before = holder,
             Self::One(one, before) => {
                 let mut many = Many { holders: BTreeMap::new(), exclusive: 0 };
@@ -96,7 +96,7 @@ impl Holders {
             return false;
         }
         match self {
-            Self::Nobody | Self::One(..) => *self = Self::Nobody,
+            Self::Free | Self::One(..) => *self = Self::Free,
             Self::Many(many) => {
                 let before = many.holders.remove(&owner);
                 many.exclusive -= usize::from(before.is_some_and(Holder::is_exclusive));

@@ -12,13 +12,13 @@ pub(super) struct Queue<W> {
     /// By the place in the queue: waiters that go before all others have negative places.
     waiters: BTreeMap<i64, Waiter<W>>,
     /// The places of the waiters that do not wait for a busy lock.
-    impatient: BTreeSet<i64>,
+    trying: BTreeSet<i64>,
     exclusive: usize,
 }
 
 impl<W> Default for Queue<W> {
     fn default() -> Self {
-        Self { waiters: BTreeMap::new(), impatient: BTreeSet::new(), exclusive: 0 }
+        Self { waiters: BTreeMap::new(), trying: BTreeSet::new(), exclusive: 0 }
     }
 }
 
@@ -39,8 +39,8 @@ impl<W> Queue<W> {
     pub(super) fn push(&mut self, place: u64, waiter: Waiter<W>, first: bool) -> i64 {
         let place = i64::try_from(place).unwrap_or(i64::MAX);
         let place = if first { -place } else { place };
-        if !waiter.patient {
-            self.impatient.insert(place);
+        if !waiter.waits {
+            self.trying.insert(place);
         }
         self.exclusive += usize::from(waiter.mode == Mode::Exclusive);
         self.waiters.insert(place, waiter);
@@ -54,14 +54,14 @@ impl<W> Queue<W> {
 
     pub(super) fn remove(&mut self, place: i64) -> Option<Waiter<W>> {
         let waiter = self.waiters.remove(&place)?;
-        self.impatient.remove(&place);
+        self.trying.remove(&place);
         self.exclusive -= usize::from(waiter.mode == Mode::Exclusive);
         Some(waiter)
     }
 
     /// Takes out a waiter that does not wait for a busy lock.
-    pub(super) fn pop_impatient(&mut self) -> Option<Waiter<W>> {
-        let &place = self.impatient.first()?;
+    pub(super) fn pop_trying(&mut self) -> Option<Waiter<W>> {
+        let &place = self.trying.first()?;
         self.remove(place)
     }
 

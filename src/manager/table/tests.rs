@@ -27,7 +27,7 @@ enum Act {
         owner: u64,
         key: i64,
         mode: Mode,
-        patient: bool,
+        waits: bool,
     },
     Leave {
         which: usize,
@@ -62,7 +62,7 @@ fn act() -> impl Strategy<Value = Act> {
     let key = 0..3_i64;
     prop_oneof![
         6 => (0..5_u64, key.clone(), mode(), any::<bool>())
-            .prop_map(|(owner, key, mode, patient)| Act::Want { owner, key, mode, patient }),
+            .prop_map(|(owner, key, mode, waits)| Act::Want { owner, key, mode, waits }),
         6 => (0..20_usize).prop_map(|which| Act::Leave { which }),
         2 => (0..20_usize).prop_map(|which| Act::Cancel { which }),
         1 => (0..5_u64, key.clone()).prop_map(|(owner, key)| Act::Close { owner, key }),
@@ -111,7 +111,7 @@ struct World {
     ids: HashSet<u64>,
 }
 
-const NOBODY: Option<fn() -> u64> = None;
+const NO_WAITER: Option<fn() -> u64> = None;
 
 impl World {
     fn new() -> Self {
@@ -136,7 +136,7 @@ impl World {
     fn act(&mut self, act: Act) {
         let mut effects = Vec::new();
         match act {
-            Act::Want { owner, key, mode, patient } => {
+            Act::Want { owner, key, mode, waits } => {
                 let key = KeyId::BigInt(key);
                 // An owner waits for one key at a time.
                 if self.waiting.values().any(|(wish, _)| wish.key == key && wish.owner == owner) {
@@ -144,21 +144,27 @@ impl World {
                 }
                 self.wishes += 1;
                 let wish = self.wishes;
-                let wants = (mode, patient);
+                let wants = (mode, waits);
                 let want = self.table.want(key, owner, wants, || wish, self.now, &mut effects);
                 let guard = Guard { key, owner, mode, seat: Session(0) };
                 match want {
                     Want::Granted(seat) => self.guards.push(Guard { seat, ..guard }),
                     Want::Queued(id) => drop(self.waiting.insert(wish, (guard, id))),
-                    Want::Busy => assert!(!patient),
-                    Want::Deadlock => assert!(patient && mode == Mode::Exclusive),
+                    Want::Busy => assert!(!waits),
+                    Want::Deadlock => assert!(waits && mode == Mode::Exclusive),
                 }
             }
             Act::Leave { which } => {
                 if which < self.guards.len() {
                     let Guard { key, owner, mode, seat } = self.guards.swap_remove(which);
-                    let left =
-                        self.table.leave(key, (owner, mode), &seat, NOBODY, self.now, &mut effects);
+                    let left = self.table.leave(
+                        key,
+                        (owner, mode),
+                        &seat,
+                        NO_WAITER,
+                        self.now,
+                        &mut effects,
+                    );
                     assert_ne!(left, Left::Stale);
                 }
             }
@@ -462,7 +468,7 @@ proptest! {
 fn others_get_their_turn() {
     let mut world = World::new();
     for owner in 0..5 {
-        world.act(Act::Want { owner, key: 1, mode: Mode::Exclusive, patient: true });
+        world.act(Act::Want { owner, key: 1, mode: Mode::Exclusive, waits: true });
     }
     let mut steps = Vec::new();
     for _ in 0..20 {
@@ -487,7 +493,7 @@ fn take(world: &mut World) -> Taken {
 fn shared_by(owners: u64) -> World {
     let mut world = World::new();
     for owner in 0..owners {
-        world.act(Act::Want { owner, key: 1, mode: Mode::Shared, patient: true });
+        world.act(Act::Want { owner, key: 1, mode: Mode::Shared, waits: true });
     }
     world.act(Act::Answer);
     world
@@ -520,7 +526,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
 
     let wanted = |mode| {
         let mut world = World::new();
-        world.act(Act::Want { owner: 0, key: 1, mode, patient: true });
+        world.act(Act::Want { owner: 0, key: 1, mode, waits: true });
         world
     };
     let held = |mode| {
@@ -531,7 +537,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
     let awaited = |mode| {
         let mut world = World::new();
         world.act(Act::Others { key: 1, mode: Some(Exclusive) });
-        world.act(Act::Want { owner: 0, key: 1, mode, patient: true });
+        world.act(Act::Want { owner: 0, key: 1, mode, waits: true });
         world.act(Act::Answer);
         world
     };
@@ -539,7 +545,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
     let closing = || {
         let mut world = shared_by(3);
         world.act(Act::Others { key: 1, mode: Some(Shared) });
-        world.act(Act::Want { owner: 3, key: 1, mode: Shared, patient: true });
+        world.act(Act::Want { owner: 3, key: 1, mode: Shared, waits: true });
         world.act(Act::Answer);
         world.act(Act::Cancel { which: 0 });
         world
@@ -604,7 +610,7 @@ fn the_last_to_leave_is_told() {
 fn answers_to_other_steps_do_not_count() {
     let mut world = World::new();
     world.act(Act::Hurry(false));
-    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
     let id = world.table.keys.get(&KEY).and_then(|entry| entry.turn).unwrap().id;
     let counts = |table: &mut Table<Session, u64>, id| {
         table.taken(KEY, id, (&SHARED_SESSION, true), world.now, &mut Vec::new())
@@ -622,7 +628,7 @@ fn what_the_server_has_granted_is_believed() {
     for granted in [true, false] {
         let mut world = World::new();
         world.act(Act::Hurry(false));
-        world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+        world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
         take(&mut world);
         let server = Modes { exclusive: granted, shared: false };
         let mut effects = Vec::new();
@@ -643,10 +649,10 @@ fn what_the_server_has_granted_is_believed() {
 fn an_upgrade_goes_before_who_holds_nothing() {
     let mut world = World::new();
     for owner in 0..2 {
-        world.act(Act::Want { owner, key: 1, mode: Mode::Shared, patient: true });
+        world.act(Act::Want { owner, key: 1, mode: Mode::Shared, waits: true });
     }
     world.act(Act::Answer);
-    world.act(Act::Want { owner: 2, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Want { owner: 2, key: 1, mode: Mode::Exclusive, waits: true });
     let mut effects = Vec::new();
     let wants = (Mode::Exclusive, true);
     let want = world.table.want(KeyId::BigInt(1), 0, wants, || 99, world.now, &mut effects);
@@ -660,8 +666,8 @@ fn an_upgrade_goes_before_who_holds_nothing() {
 fn a_step_follows_what_is_needed() {
     let mut world = World::new();
     world.act(Act::Hurry(false));
-    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
-    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, patient: true });
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, waits: true });
     let (guard, id) = world.waiting.remove(&1).unwrap();
     let mut effects = Vec::new();
     assert!(world.table.cancel(guard.key, id, world.now, &mut effects));
@@ -674,12 +680,12 @@ fn a_step_follows_what_is_needed() {
 #[test]
 fn nothing_is_asked_that_must_be_waited_for() {
     let mut world = shared_by(1);
-    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, waits: true });
     assert_eq!(world.under_way, []);
 
     let mut world = shared_by(3);
     world.act(Act::Others { key: 1, mode: Some(Mode::Shared) });
-    world.act(Act::Want { owner: 3, key: 1, mode: Mode::Shared, patient: true });
+    world.act(Act::Want { owner: 3, key: 1, mode: Mode::Shared, waits: true });
     let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Look]);
     world.act(Act::Answer);
@@ -692,8 +698,8 @@ fn nothing_is_asked_that_must_be_waited_for() {
 fn who_only_tries_is_refused_when_the_server_says_so() {
     let mut world = World::new();
     world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
-    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Shared, patient: false });
-    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, patient: true });
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Shared, waits: false });
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, waits: true });
     world.act(Act::Answer);
     let waiting: Vec<u64> = world.waiting.values().map(|(wish, _)| wish.owner).collect();
     assert_eq!(waiting, [1]);
@@ -706,12 +712,12 @@ fn who_only_tries_is_refused_when_the_server_says_so() {
 fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     let mut world = World::new();
     world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
-    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
     world.act(Act::Answer);
     world.act(Act::Others { key: 1, mode: None });
     world.act(Act::Answer);
     assert!(world.guards.iter().all(|guard| !guard.seat.is_shared()));
-    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, patient: true });
+    world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, waits: true });
     // It is another process's turn.
     world.act(Act::Later);
     world.act(Act::Leave { which: 0 });

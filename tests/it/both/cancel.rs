@@ -24,14 +24,14 @@ async fn dropped_at_every_poll(held: usize, db: &TestDb, call: impl AsyncFn(&mut
 
 /// The six ways to acquire, each dropped at every poll.
 async fn every_acquire_dropped(held: usize, db: &TestDb) {
-    let patience = Duration::from_millis(30);
+    let limit = Duration::from_millis(30);
     dropped_at_every_poll(held, db, async |lock| drop(lock.acquire().await)).await;
     dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire().await)).await;
-    dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire_for(patience).await)).await;
+    dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire_for(limit).await)).await;
     dropped_at_every_poll(held, db, async |lock| drop(lock.acquire_shared().await)).await;
     dropped_at_every_poll(held, db, async |lock| drop(lock.try_acquire_shared().await)).await;
     dropped_at_every_poll(held, db, async |lock| {
-        drop(lock.try_acquire_shared_for(patience).await);
+        drop(lock.try_acquire_shared_for(limit).await);
     })
     .await;
 }

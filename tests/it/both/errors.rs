@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
 use crate::errors::{
-    KEY, MOMENT, PATIENCE, becomes, is_deadlock, is_exhausted, is_told_well, lazy, nothing_is_left,
+    KEY, MOMENT, TIMEOUT, becomes, is_deadlock, is_exhausted, is_told_well, lazy, nothing_is_left,
     one_connection, works,
 };
 use crate::support::{all_are_idle, borrow_all, execute};
@@ -23,11 +23,11 @@ mod connecting {
     async fn fails(pool: PgPool, transient: bool) -> Error {
         let mut lock = new_lock(&pool, KEY);
         let mut failure = None;
-        for patience in [None, Some(Duration::ZERO), Some(PATIENCE)] {
-            let error = match patience {
+        for limit in [None, Some(Duration::ZERO), Some(TIMEOUT)] {
+            let error = match limit {
                 None => lock.acquire().await.unwrap_err(),
                 Some(Duration::ZERO) => lock.try_acquire().await.unwrap_err(),
-                Some(patience) => lock.try_acquire_shared_for(patience).await.unwrap_err(),
+                Some(limit) => lock.try_acquire_shared_for(limit).await.unwrap_err(),
             };
             assert!(matches!(error, Error::Connect { .. }), "{error:?}");
             is_told_well(&error, "check its address, that it runs, and the login");
@@ -52,7 +52,7 @@ mod connecting {
         let options = options.host("127.0.0.1").port(port);
         fails(lazy(options.clone(), MOMENT), true).await;
         // The caller's time ends before that of the pool, which has room for a connection.
-        let error = new_lock(&lazy(options, PATIENCE), KEY).try_acquire_for(MOMENT).await;
+        let error = new_lock(&lazy(options, TIMEOUT), KEY).try_acquire_for(MOMENT).await;
         assert!(matches!(error, Err(Error::Connect { .. })), "{error:?}");
     }
 
@@ -66,11 +66,11 @@ mod connecting {
         execute(&mut admin, password.to_owned()).await;
         let options = server.tcp_options().database(db.name());
 
-        let error = fails(lazy(options.clone().password("wrong"), PATIENCE), false).await;
+        let error = fails(lazy(options.clone().password("wrong"), TIMEOUT), false).await;
         let Error::Connect { source, .. } = error else { panic!("{error:?}") };
         assert_eq!(source.as_database_error().unwrap().code().unwrap(), "28P01");
         becomes(&mut admin, 0, 0).await;
-        works(&mut new_lock(&lazy(options.password("right"), PATIENCE), KEY)).await;
+        works(&mut new_lock(&lazy(options.password("right"), TIMEOUT), KEY)).await;
     }
 
     /// A server that went away and came back: the handle needs no help.
@@ -119,9 +119,9 @@ mod the_pool {
         let mut lock = new_lock(&pool, KEY);
         let taken = pool.acquire().await.unwrap();
 
-        let asked = timeout(PATIENCE, lock.try_acquire_for(MOMENT)).await;
+        let asked = timeout(TIMEOUT, lock.try_acquire_for(MOMENT)).await;
         is_exhausted(&asked.expect("the caller's timeout counts").unwrap_err());
-        let asked = timeout(PATIENCE, lock.try_acquire_shared_for(MOMENT)).await;
+        let asked = timeout(TIMEOUT, lock.try_acquire_shared_for(MOMENT)).await;
         is_exhausted(&asked.expect("the caller's timeout counts").unwrap_err());
         drop(taken);
         works(&mut lock).await;
@@ -131,10 +131,10 @@ mod the_pool {
     #[tokio::test]
     async fn is_closed() {
         let db = TestDb::new().await;
-        let pool = one_connection(&db, PATIENCE).await;
+        let pool = one_connection(&db, TIMEOUT).await;
         let mut lock = new_lock(&pool, KEY);
         works(&mut lock).await;
-        timeout(PATIENCE, pool.close()).await.expect("nothing keeps the pool from closing");
+        timeout(TIMEOUT, pool.close()).await.expect("nothing keeps the pool from closing");
 
         for error in [
             lock.acquire().await.unwrap_err(),
@@ -171,7 +171,7 @@ mod waiting {
         async fn struck_by(&mut self, statement: &str) -> Error {
             let holder = new_lock(&self.db.pool(1).await, KEY).acquire().await.unwrap();
             let admin = &mut self.admin;
-            let (failed, ()) = tokio::join!(timeout(PATIENCE, self.lock.acquire()), async {
+            let (failed, ()) = tokio::join!(timeout(TIMEOUT, self.lock.acquire()), async {
                 let waiter = becomes(admin, 1, 1).await.remove(0);
                 execute(admin, format!("SELECT {statement}({waiter})")).await;
             });
@@ -210,14 +210,14 @@ mod waiting {
     async fn fails_when_the_server_goes_away() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
-        let pool = lazy(db.options(), PATIENCE);
+        let pool = lazy(db.options(), TIMEOUT);
         let mut lock = new_lock(&pool, KEY);
         let mut admin = db.admin().await;
         execute(&mut admin, "SELECT pg_advisory_lock_shared(1)".to_owned()).await;
-        let mut holder = new_lock(&lazy(db.options(), PATIENCE), KEY);
+        let mut holder = new_lock(&lazy(db.options(), TIMEOUT), KEY);
         let guard = holder.acquire().await.unwrap();
 
-        let (failed, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
+        let (failed, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
             becomes(&mut admin, 2, 1).await;
             server.stop(Shutdown::Immediate);
         });
@@ -240,7 +240,7 @@ mod deadlock {
 
     /// Upgrades as long as it takes; the one that must give way releases what it holds.
     async fn upgrade(mut lock: Lock, shared: SharedGuard) -> (Lock, Result<ExclusiveGuard, Error>) {
-        let upgraded = timeout(PATIENCE, lock.acquire()).await.unwrap();
+        let upgraded = timeout(TIMEOUT, lock.acquire()).await.unwrap();
         if upgraded.is_err() {
             // The failure has taken nothing away.
             let still_shared = lock.try_acquire_shared().await.unwrap().unwrap();
@@ -300,7 +300,7 @@ async fn a_full_lock_table_is_out_of_locks() {
         lock.acquire().await.unwrap_err(),
         lock.try_acquire().await.unwrap_err(),
         lock.acquire_shared().await.unwrap_err(),
-        lock.try_acquire_for(PATIENCE).await.unwrap_err(),
+        lock.try_acquire_for(TIMEOUT).await.unwrap_err(),
     ] {
         assert!(matches!(error, Error::OutOfLocks { .. }), "{error:?}");
         is_told_well(&error, "raise max_locks_per_transaction or max_connections");
@@ -342,7 +342,7 @@ mod a_wait_outlasts {
         let pool = db.pool(1).await;
         let mut lock = new_lock(&pool, KEY);
 
-        let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
+        let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
             becomes(&mut admin, 1, 1).await;
             // Not to wait for something, but to let the limit pass.
             sleep(Duration::from_millis(1600)).await;
@@ -398,7 +398,7 @@ mod a_wait_outlasts {
         let guard = new_lock(&other, KEY).acquire().await.unwrap();
         let options = LockOptions::new().wait_slice(Duration::from_secs(2));
         let mut lock = new_lock_with(&options, &pool, KEY);
-        let (waited, ()) = tokio::join!(timeout(PATIENCE, lock.acquire()), async {
+        let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
             becomes(&mut admin, 1, 1).await;
             sleep(Duration::from_millis(4500)).await;
             guard.release().await.unwrap();
@@ -432,10 +432,10 @@ mod a_dead_idle_connection_is_replaced {
         while sqlx::query_scalar::<_, i64>(alive).bind(&before).fetch_one(&mut admin).await.unwrap()
             > 0
         {
-            assert!(started.elapsed() < PATIENCE, "the backends still live");
+            assert!(started.elapsed() < TIMEOUT, "the backends still live");
         }
 
-        let guard = timeout(PATIENCE, lock.try_acquire()).await.unwrap().unwrap().unwrap();
+        let guard = timeout(TIMEOUT, lock.try_acquire()).await.unwrap().unwrap().unwrap();
         assert!(!before.contains(&guard.backend_pid()));
         guard.release().await.unwrap();
         nothing_is_left(&mut admin, &pool).await;

@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use super::{new_lock, sessions};
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// The bound within which the server must show what was done: less than a slice of a wait.
 fn soon() -> Duration {
     Environment::current().limit(Duration::from_secs(3))
@@ -175,7 +175,7 @@ async fn acquire_waits_for_the_release() {
     let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
     let mut other = new_lock(&scene.two, 10);
 
-    let (acquired, ()) = tokio::join!(timeout(PATIENCE, other.acquire()), async {
+    let (acquired, ()) = tokio::join!(timeout(TIMEOUT, other.acquire()), async {
         scene.becomes(1, 1).await;
         guard.release().await.unwrap();
     });
@@ -220,7 +220,7 @@ async fn ten_workers_exclude_each_other_and_all_finish() {
             }
         });
     }
-    assert_eq!(timeout(PATIENCE, workers.join_all()).await.unwrap().len(), 10);
+    assert_eq!(timeout(TIMEOUT, workers.join_all()).await.unwrap().len(), 10);
     scene.becomes(0, 0).await;
 }
 
@@ -287,7 +287,7 @@ async fn three_can_share() {
     let mut scene = Scene::new().await;
     let first = new_lock(&scene.one, 10).acquire_shared().await.unwrap();
     let second = new_lock(&scene.one, 10).try_acquire_shared().await.unwrap().unwrap();
-    let third = new_lock(&scene.two, 10).try_acquire_shared_for(PATIENCE).await.unwrap().unwrap();
+    let third = new_lock(&scene.two, 10).try_acquire_shared_for(TIMEOUT).await.unwrap().unwrap();
     scene.becomes(sessions(3, 2), 0).await;
     for guard in [first, second, third] {
         assert!(!scene.two_can_lock(10).await);
@@ -304,7 +304,7 @@ async fn exclusive_blocks_shared() {
     assert!(reader.try_acquire_shared().await.unwrap().is_none());
     assert!(reader.try_acquire_shared_for(moment()).await.unwrap().is_none());
 
-    let (shared, ()) = tokio::join!(timeout(PATIENCE, reader.acquire_shared()), async {
+    let (shared, ()) = tokio::join!(timeout(TIMEOUT, reader.acquire_shared()), async {
         scene.becomes(1, 1).await;
         exclusive.release().await.unwrap();
     });
@@ -319,7 +319,7 @@ async fn shared_blocks_exclusive() {
     assert!(writer.try_acquire().await.unwrap().is_none());
     assert!(writer.try_acquire_for(moment()).await.unwrap().is_none());
 
-    let (exclusive, ()) = tokio::join!(timeout(PATIENCE, writer.acquire()), async {
+    let (exclusive, ()) = tokio::join!(timeout(TIMEOUT, writer.acquire()), async {
         scene.becomes(1, 1).await;
         shared.release().await.unwrap();
     });
@@ -341,7 +341,7 @@ async fn readers_wait_for_the_writer_and_then_all_share() {
     scene.becomes(1, sessions(2, 1)).await;
     exclusive.release().await.unwrap();
 
-    let shared = timeout(PATIENCE, readers.join_all()).await.unwrap();
+    let shared = timeout(TIMEOUT, readers.join_all()).await.unwrap();
     scene.becomes(sessions(10, 2), 0).await;
     assert!(!scene.two_can_lock(10).await);
     drop(shared);
@@ -422,7 +422,7 @@ async fn reads_and_writes_mix() {
             }
         });
     }
-    let limit = Environment::current().limit(PATIENCE);
+    let limit = Environment::current().limit(TIMEOUT);
     assert_eq!(timeout(limit, workers.join_all()).await.unwrap().len(), 12);
     scene.becomes(0, 0).await;
 }
@@ -443,6 +443,6 @@ async fn readers_are_parallel() {
             guard.release().await.unwrap();
         });
     }
-    assert_eq!(timeout(PATIENCE, readers.join_all()).await.unwrap().len(), 10);
+    assert_eq!(timeout(TIMEOUT, readers.join_all()).await.unwrap().len(), 10);
     assert!(scene.two_can_lock(10).await);
 }

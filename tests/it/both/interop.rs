@@ -13,7 +13,7 @@ use super::new_lock;
 use crate::support::locks_are;
 
 /// Longer than anything here takes, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Takes a lock as any SQL client would; returns whether it was free.
 async fn sql_try_lock(conn: &mut PgConnection, key: i64) -> bool {
@@ -159,18 +159,18 @@ async fn every_number_is_a_key() {
     }
     // A manager has only a few of them in the server's queue at a time.
     let waiting = async || advisory_locks(&mut db.admin().await).await.len() > keys.len();
-    eventually("some wait in the server's queue", PATIENCE, waiting).await;
+    eventually("some wait in the server's queue", TIMEOUT, waiting).await;
 
     drop(guards);
     let mut guards = Vec::new();
-    while let Some(guard) = timeout(PATIENCE, waits.join_next()).await.unwrap() {
+    while let Some(guard) = timeout(TIMEOUT, waits.join_next()).await.unwrap() {
         guards.push(guard.unwrap());
     }
-    locks_are(&mut admin, keys.len(), PATIENCE).await;
+    locks_are(&mut admin, keys.len(), TIMEOUT).await;
     for guard in guards {
         guard.release().await.unwrap();
     }
-    locks_are(&mut admin, 0, PATIENCE).await;
+    locks_are(&mut admin, 0, TIMEOUT).await;
 
     // A lock that was granted to an abandoned try is found by its number, and released.
     for key in &keys {
@@ -179,7 +179,7 @@ async fn every_number_is_a_key() {
         drop(cancel_after(1, lock.try_acquire()).await);
     }
     let idle = || async { ours.num_idle() == ours.size() as usize };
-    eventually("the tries are undone", PATIENCE, idle).await;
+    eventually("the tries are undone", TIMEOUT, idle).await;
     assert_eq!(advisory_locks(&mut admin).await, []);
 }
 

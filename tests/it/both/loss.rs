@@ -11,7 +11,7 @@ use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
-use crate::loss::{impatient, patient, says_lost, terminate};
+use crate::loss::{fast_heartbeat, says_lost, slow_heartbeat, terminate};
 use crate::support::{SOON, borrow_all, locks_are, no_locks, report, rounds, soon, watched};
 
 /// Ten sessions are held at a time, each in a pool of its own, and terminated one after another.
@@ -100,7 +100,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
     // With a pool that has a free connection, and with one that has none.
     for connections in [3, 1] {
         let pool = db.pool(connections).await;
-        let guard = new_lock_with(&impatient(), &pool, 1).acquire().await.unwrap();
+        let guard = new_lock_with(&fast_heartbeat(), &pool, 1).acquire().await.unwrap();
         sleep(soon() * 3 / 2).await;
         assert!(!guard.is_lost());
         let started = Instant::now();
@@ -119,7 +119,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
 async fn a_loss_that_is_seen_before_the_heartbeat_ends_frees_the_lock_under_its_guard() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let guard = new_lock_with(&impatient(), &db.pool(3).await, 1).acquire().await.unwrap();
+    let guard = new_lock_with(&fast_heartbeat(), &db.pool(3).await, 1).acquire().await.unwrap();
     server.pause();
     // By the clock; the heartbeat's timer is rounded up to the next millisecond.
     while !guard.is_lost() {
@@ -135,7 +135,7 @@ async fn a_loss_that_is_seen_before_the_heartbeat_ends_frees_the_lock_under_its_
 async fn the_end_of_a_session_is_reported_at_once_though_the_pool_is_exhausted() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let guard = new_lock_with(&patient(), &db.pool(1).await, 1).acquire().await.unwrap();
+    let guard = new_lock_with(&slow_heartbeat(), &db.pool(1).await, 1).acquire().await.unwrap();
     sleep(watched()).await;
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(soon() * 5, guard.lost()).await.unwrap();
@@ -172,7 +172,7 @@ async fn a_monitored_session_is_quiet_between_heartbeats() {
     };
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let guard = new_lock_with(&patient(), &db.pool(1).await, 1).acquire().await.unwrap();
+    let guard = new_lock_with(&slow_heartbeat(), &db.pool(1).await, 1).acquire().await.unwrap();
     let mut asked = async || -> String {
         let asked = "SELECT query_start::text FROM pg_stat_activity WHERE pid = $1";
         let asked = sqlx::query_scalar(asked).bind(guard.backend_pid());
@@ -196,7 +196,8 @@ fn a_lock_whose_runtime_is_shut_down_is_lost_at_once() {
     for held_for in [Duration::ZERO, watched()] {
         let goes_down = runtime();
         let guard = goes_down.block_on(async {
-            let guard = new_lock_with(&patient(), &db.pool(2).await, 1).acquire().await.unwrap();
+            let guard =
+                new_lock_with(&slow_heartbeat(), &db.pool(2).await, 1).acquire().await.unwrap();
             sleep(held_for).await;
             guard
         });

@@ -27,7 +27,7 @@ const GROUPS: usize = 2;
 /// How many owners hold something at a time.
 const SESSIONS: usize = 15;
 /// How long a release by drop may take to reach the server.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One step of a program that uses locks. Numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ enum Step {
     Acquire {
         handle: usize,
         mode: Mode,
-        patient: bool,
+        bounded: bool,
     },
     /// Acquires if the model says that the lock is free, and so may wait without a limit.
     AcquireIfFree {
@@ -66,7 +66,7 @@ enum Step {
     },
     AcquireGroup {
         group: usize,
-        patient: bool,
+        bounded: bool,
     },
     Close {
         handle: usize,
@@ -97,7 +97,7 @@ fn any_step() -> impl Strategy<Value = Step> {
     let guard = any::<usize>();
     prop_oneof![
         6 => (handle.clone(), any_mode(), prop::bool::weighted(0.2))
-            .prop_map(|(handle, mode, patient)| Step::Acquire { handle, mode, patient }),
+            .prop_map(|(handle, mode, bounded)| Step::Acquire { handle, mode, bounded }),
         3 => (handle.clone(), any_mode())
             .prop_map(|(handle, mode)| Step::AcquireIfFree { handle, mode }),
         1 => (handle.clone(), handle.clone()).prop_map(|(from, to)| Step::Clone { from, to }),
@@ -107,7 +107,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => (0..GROUPS, vec((0..KEYS, any_mode()), 1..5))
             .prop_map(|(group, locks)| Step::Group { group, locks }),
         2 => (0..GROUPS, prop::bool::weighted(0.2))
-            .prop_map(|(group, patient)| Step::AcquireGroup { group, patient }),
+            .prop_map(|(group, bounded)| Step::AcquireGroup { group, bounded }),
         1 => handle.prop_map(|handle| Step::Close { handle }),
         1 => (0..GROUPS).prop_map(|group| Step::CloseGroup { group }),
         1 => guard.prop_map(|guard| Step::Downgrade { guard }),
@@ -259,9 +259,9 @@ impl Run {
             // Each owner that holds something has a connection of the pool.
             Step::Acquire { .. } | Step::AcquireIfFree { .. } | Step::AcquireGroup { .. }
                 if self.model.guards.len() >= SESSIONS => {}
-            Step::Acquire { handle, mode, patient } => self.acquire(handle, mode, patient).await,
+            Step::Acquire { handle, mode, bounded } => self.acquire(handle, mode, bounded).await,
             Step::AcquireIfFree { handle, mode } => self.acquire_if_free(handle, mode).await,
-            Step::AcquireGroup { group, patient } => self.acquire_group(group, patient).await,
+            Step::AcquireGroup { group, bounded } => self.acquire_group(group, bounded).await,
             Step::Clone { from, to } => {
                 let owner = self.new_owner();
                 let (_, _, key, lock) = self.handle(from);
@@ -435,25 +435,25 @@ impl Run {
         }
     }
 
-    async fn acquire(&mut self, handle: usize, mode: Mode, patient: bool) {
+    async fn acquire(&mut self, handle: usize, mode: Mode, bounded: bool) {
         let &mut (owner, id, key, _) = self.handle(handle);
         let granted = self.model.grants(owner, &[(key, mode)]);
-        let patience = patience(granted);
+        let limit = limit(granted);
         let (_, _, _, lock) = self.handle(handle);
-        let answer = match (mode, patient) {
+        let answer = match (mode, bounded) {
             (Mode::Exclusive, false) => lock.try_acquire().await.map(exclusive),
-            (Mode::Exclusive, true) => lock.try_acquire_for(patience).await.map(exclusive),
+            (Mode::Exclusive, true) => lock.try_acquire_for(limit).await.map(exclusive),
             (Mode::Shared, false) => lock.try_acquire_shared().await.map(shared),
-            (Mode::Shared, true) => lock.try_acquire_shared_for(patience).await.map(shared),
+            (Mode::Shared, true) => lock.try_acquire_shared_for(limit).await.map(shared),
         };
-        let held = unless_out_of_patience(answer, patient && !granted);
+        let held = unless_timed_out(answer, bounded && !granted);
         assert_eq!(held.is_some(), granted, "owner {owner} wants key {key} {mode}");
         if let Some(guard) = held {
             self.hold(Hold { owner, handle: id, locks: vec![(key, mode)], guard });
         }
     }
 
-    async fn acquire_group(&mut self, group: usize, patient: bool) {
+    async fn acquire_group(&mut self, group: usize, bounded: bool) {
         let (owner, id, several) = self.group(group);
         let (owner, id) = (*owner, *id);
         let number = |key: &pglock::Key| key.to_string().parse().unwrap();
@@ -461,13 +461,13 @@ impl Run {
             several.keys().map(|(key, mode)| (number(key), mode)).collect();
         let granted = self.model.grants(owner, &locks);
         let (_, _, several) = self.group(group);
-        let answer = if patient {
-            several.try_acquire_for(patience(granted)).await
+        let answer = if bounded {
+            several.try_acquire_for(limit(granted)).await
         } else {
             several.try_acquire().await
         };
         let answer = answer.map(|held| held.map(Guard::Several));
-        let held = unless_out_of_patience(answer, patient && !granted);
+        let held = unless_timed_out(answer, bounded && !granted);
         assert_eq!(held.is_some(), granted, "owner {owner} wants {locks:?}");
         if let Some(guard) = held {
             self.hold(Hold { owner, handle: id, locks, guard });
@@ -537,7 +537,7 @@ impl Run {
                 return;
             }
             assert!(
-                started.elapsed() < PATIENCE,
+                started.elapsed() < TIMEOUT,
                 "the server has {found:?} and {unknown:?}, the model {expected:?}"
             );
             sleep(Duration::from_millis(1)).await;
@@ -546,12 +546,12 @@ impl Run {
 }
 
 /// A wait that is refused takes all its time, so it gets little.
-fn patience(granted: bool) -> Duration {
-    if granted { PATIENCE } else { Duration::from_millis(50) }
+fn limit(granted: bool) -> Duration {
+    if granted { TIMEOUT } else { Duration::from_millis(50) }
 }
 
 /// So short that it may pass before the pool has returned a connection.
-fn unless_out_of_patience(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
+fn unless_timed_out(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
     match answer {
         Err(Error::PoolTimedOut { .. } | Error::Connect { .. }) if hasty => None,
         // An owner that shares a lock through a manager and upgrades it does not wait for other processes.
@@ -591,7 +591,7 @@ fn the_server_agrees_with_the_model_after_every_step() {
     runtime.block_on(async {
         let started = Instant::now();
         while pool.num_idle() != pool.size() as usize {
-            assert!(started.elapsed() < PATIENCE, "{pool:?}");
+            assert!(started.elapsed() < TIMEOUT, "{pool:?}");
             sleep(Duration::from_millis(1)).await;
         }
     });

@@ -69,7 +69,7 @@ async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
             }
             _ => "released",
         };
-        let answer = holder.ask("let go").await;
+        let answer = holder.ask("release").await;
         // A server that ends its sessions one by one may grant the lock once more in between.
         let granted_at_the_end =
             [quarter + 2, half + 1, last_quarter + 1].contains(&turn) && answer == "lost";

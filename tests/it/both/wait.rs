@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{new_lock, new_lock_with, sessions};
-use crate::loss::patient;
+use crate::loss::slow_heartbeat;
 use crate::support::{borrow_all, locks_are, no_locks, rounds, soon};
 
 /// Waits that last many slices hold up neither index builds nor vacuum, and write nothing to the
@@ -138,19 +138,19 @@ async fn a_bounded_wait_gives_up_on_time() {
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
     let _held = new_lock(&other, 1).acquire().await.unwrap();
     let mut lock = new_lock(&pool, 1);
-    for patience in [0, 1, 50, 400].map(Duration::from_millis) {
+    for limit in [0, 1, 50, 400].map(Duration::from_millis) {
         borrow_one(&pool).await;
         let started = Instant::now();
-        match lock.try_acquire_for(patience).await {
+        match lock.try_acquire_for(limit).await {
             Ok(None) => {}
             // The only connection is on its way back from the last round.
             Err(Error::PoolTimedOut { .. } | Error::Connect { .. })
-                if patience < soon() / 10 && !Environment::current().has_connections(2) => {}
+                if limit < soon() / 10 && !Environment::current().has_connections(2) => {}
             acquired => panic!("{acquired:?}"),
         }
         let waited = started.elapsed();
-        assert!(waited >= patience, "gave up after {waited:?} of {patience:?}");
-        assert!(waited < patience + soon() * 2, "gave up only after {waited:?} of {patience:?}");
+        assert!(waited >= limit, "gave up after {waited:?} of {limit:?}");
+        assert!(waited < limit + soon() * 2, "gave up only after {waited:?} of {limit:?}");
         locks_are(&mut admin, 1, soon()).await;
     }
 }
@@ -173,7 +173,7 @@ async fn a_deadline_is_a_timeout_that_ends_then() {
 }
 
 #[tokio::test]
-async fn patience_too_long_to_count_is_for_ever() {
+async fn a_limit_too_long_to_count_is_for_ever() {
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let held = new_lock(&pool, 1).acquire().await.unwrap();
@@ -190,7 +190,7 @@ async fn patience_too_long_to_count_is_for_ever() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_grant_that_races_with_the_timeout_is_never_lost() {
     const TASKS: u32 = 6;
-    const PATIENCE: Duration = Duration::from_millis(10);
+    const TIMEOUT: Duration = Duration::from_millis(10);
 
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
@@ -202,7 +202,7 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
         tasks.spawn(async move {
             let (mut granted, mut refused) = (0, 0);
             for round in 0..u32::try_from(rounds(500)).unwrap() {
-                let guard = match lock.try_acquire_for(PATIENCE).await {
+                let guard = match lock.try_acquire_for(TIMEOUT).await {
                     Ok(Some(guard)) => guard,
                     Ok(None) => {
                         refused += 1;
@@ -247,7 +247,7 @@ async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
-    let held = new_lock_with(&patient(), &other, 1).acquire().await.unwrap();
+    let held = new_lock_with(&slow_heartbeat(), &other, 1).acquire().await.unwrap();
     let mut lock = new_lock(&pool, 1);
     let started = Instant::now();
     let (got, ()) = tokio::join!(lock.try_acquire_for(TIME), async {

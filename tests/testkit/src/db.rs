@@ -20,7 +20,7 @@ use crate::proxy::Proxy;
 use crate::server::Server;
 
 /// How long the server may take to drop a database, at the end of a test.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A pool on a database of its own, on a server found or started. For examples and doctests.
 ///
@@ -229,7 +229,7 @@ impl Drop for TestDb {
         // A thread with a runtime of its own, as ours may be about to end.
         let dropping = thread::spawn(move || {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            let dropped = async { timeout(PATIENCE, drop_database(&server, &name)).await };
+            let dropped = async { timeout(TIMEOUT, drop_database(&server, &name)).await };
             Ok::<_, sqlx::Error>(runtime.block_on(dropped))
         });
         // Best effort: a database left behind is no reason for a test to fail.

@@ -37,7 +37,7 @@ pub struct Pglite {
 }
 
 impl Pglite {
-    /// Starts one that takes so many clients at a time.
+    /// Starts one that takes this number of clients at a time.
     ///
     /// `None`, and the test is skipped, if there is no Node.js or npm on this machine, or no network to fetch PGlite
     /// with. Panics, saying why, if it does not start.

@@ -33,7 +33,7 @@ pub struct PinningPooler {
 }
 
 impl PinningPooler {
-    /// Starts one with room for so many server connections.
+    /// Starts one with room for this number of server connections.
     pub async fn start(server: &Server, connections: usize) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");

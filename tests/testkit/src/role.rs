@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::cancel::eventually;
 
 /// How long a role may take to answer before a test fails.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What stands before the words of a role, so that they are not taken for the test runner's.
 const MARK: &str = "» ";
@@ -91,7 +91,7 @@ impl Role {
 
     /// What the role says next. Panics if its process ends instead, or says nothing for a minute.
     pub async fn answer(&mut self) -> String {
-        let next = timeout(PATIENCE, self.next());
+        let next = timeout(TIMEOUT, self.next());
         let Ok(next) = next.await else { panic!("{} says nothing", self.name) };
         next.unwrap_or_else(|| panic!("{} ended instead of an answer", self.name))
     }
@@ -120,7 +120,7 @@ impl Role {
     /// Waits until the process stands still by itself: see [`stand_still`].
     pub async fn stands_still(&self) {
         let still = || async { crate::process::stands_still(self.pid()) };
-        eventually("the role stands still", PATIENCE, still).await;
+        eventually("the role stands still", TIMEOUT, still).await;
     }
 
     /// Lets it go on.
