@@ -325,11 +325,11 @@ impl Pending {
     }
 
     /// Shows in `application_name` what the session holds or waits for, if the application wants that.
-    async fn show(&mut self) -> Result<(), sqlx::Error> {
+    async fn show(&mut self, policy: WaitPolicy) -> Result<(), sqlx::Error> {
         let Some(name) = self.session.to_show(&self.request) else { return Ok(()) };
         self.session.restore_settings();
-        Box::pin(within(DEADLINE, async { sql::settings::show_name(self.pg()?, &name).await }))
-            .await
+        let showing = async { sql::settings::show_name(self.pg()?, &name).await };
+        Box::pin(within(policy.answer_limit(), showing)).await
     }
 
     /// Counts what the server has granted.
@@ -339,7 +339,7 @@ impl Pending {
         {
             return Err(Box::pin(self.fail(error)).await);
         }
-        if let Err(error) = self.show().await {
+        if let Err(error) = self.show(policy).await {
             return Err(Box::pin(self.fail(error)).await);
         }
         let Session { server, pool, .. } = &*self.session;

@@ -61,7 +61,7 @@ impl Pending {
             if slices > 0 {
                 self.is_waiting_since(started, key);
             }
-            if let Err(error) = self.show().await {
+            if let Err(error) = self.show(policy).await {
                 return Err(self.fail(error).await);
             }
             let limit = self.slice(left).await;
