@@ -1,5 +1,6 @@
 //! What sessions show in `application_name`, which is all that others see of a session without asking it.
 
+use crate::key::Key;
 use crate::request::{Need, Request};
 
 /// How long it can be: `NAMEDATALEN` - 1.
@@ -20,13 +21,16 @@ pub(crate) fn with_suffix(name: &str, suffix: &str) -> String {
 
 /// What a session shows for a request: the name that the application has chosen, and the key.
 pub(crate) fn of(name: &str, request: &Request) -> String {
-    let key = request.key();
-    match (request.need, key.name()) {
+    match request.need {
         // Several locks will share the session.
-        (Need::Nothing, _) => with_suffix(name, ""),
-        (Need::All | Need::Any, Some(key)) => with_suffix(name, &format!(" {key}")),
-        (Need::All | Need::Any, None) => with_suffix(name, &format!(" {}", key.id())),
+        Need::Nothing => with_suffix(name, ""),
+        Need::All | Need::Any => with_suffix(name, &format!(" {}", of_key(request.key()))),
     }
+}
+
+/// The name of a key, or its number.
+pub(crate) fn of_key(key: &Key) -> String {
+    key.name().map_or_else(|| key.id().to_string(), ToOwned::to_owned)
 }
 
 /// The names of keys that a session may show. Whether it does, their hashes say.

@@ -32,7 +32,7 @@ pub use status::{LeaderState, LeaderStatus};
 /// A candidate for a post that one candidate holds at a time.
 ///
 /// Candidates wait in the server's queue, so the next one is elected as soon as the leader
-/// resigns or its session ends, without polling. The leader's name, term and time of election are shown
+/// resigns or its session ends, without polling. The leader's name, term, time of election and key are shown
 /// on the server, in `application_name`, where every session can [look up the leader](Self::leader);
 /// there is no table.
 ///
@@ -531,7 +531,7 @@ impl Election {
             return Ok(self.leadership(held, term));
         }
         let term = held.fencing_token().await?;
-        let name = Leader::show(&self.candidate, term, SystemTime::now());
+        let name = Leader::show(&self.candidate, term, SystemTime::now(), &self.key);
         held.session().show_name(&self.key, &name).await?;
         held.session().leading.start(&self.request().labels(&self.owner.options));
         self.status.leads(Arc::downgrade(held.session()), self.key.clone(), term);

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::Election;
 use crate::application_name;
 use crate::error::Result;
+use crate::key::Key;
 use crate::sql::election::Holder;
 
 /// How long after a look an observer looks again: after a change.
@@ -45,17 +46,25 @@ pub struct Leader {
 }
 
 impl Leader {
-    /// As it shows: the name, then term and time in a form that is short and can be read back.
-    pub(super) fn show(name: &str, term: u64, since: SystemTime) -> String {
+    /// As it shows: the name, then term and time in a form that is short and can be read back, and the key.
+    pub(super) fn show(name: &str, term: u64, since: SystemTime, key: &Key) -> String {
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        application_name::with_suffix(name, &format!(" {term}@{since}"))
+        let key = application_name::of_key(key);
+        application_name::with_suffix(name, &format!(" {term}@{since} {key}"))
     }
 
     fn read(shown: &str) -> Option<(String, u64, SystemTime)> {
-        let (name, suffix) = shown.rsplit_once(' ')?;
-        let (term, since) = suffix.split_once('@')?;
-        let since = UNIX_EPOCH.checked_add(Duration::from_secs(since.parse().ok()?))?;
-        Some((name.to_owned(), term.parse().ok()?, since))
+        /// The digits of the Unix time until the year 2286. A key may contain a shorter number.
+        const DIGITS: usize = 10;
+
+        // From the end: a name may look like this too.
+        shown.match_indices(' ').rev().find_map(|(at, _)| {
+            let (name, rest) = (shown.get(..at)?, shown.get(at + 1..)?);
+            let (word, _) = rest.split_once(' ').unwrap_or((rest, ""));
+            let (term, since) = word.split_once('@').filter(|(_, since)| since.len() == DIGITS)?;
+            let since = UNIX_EPOCH.checked_add(Duration::from_secs(since.parse().ok()?))?;
+            Some((name.to_owned(), term.parse().ok()?, since))
+        })
     }
 }
 
@@ -261,15 +270,21 @@ mod tests {
             ("node-7", "node-7"),
             ("two words", "two words"),
             ("", ""),
-            (&"long-".repeat(20), &"long-".repeat(20)[..41]),
+            ("it's mine 1@2", "it's mine 1@2"),
+            (&"long-".repeat(20), &"long-".repeat(20)[..36]),
             ("café \n\0", "caf? ??"),
-            (&"é".repeat(50), &"?".repeat(41)),
+            (&"é".repeat(50), &"?".repeat(36)),
         ] {
-            let shown = Leader::show(name, 4_711_000_000, since);
-            assert!(shown.len() <= 63, "{shown}");
+            let shown = Leader::show(name, 4_711_000_000, since, &Key::from("jobs"));
+            assert!(shown.len() <= 63 && shown.ends_with(" jobs"), "{shown}");
             let read = Leader::read(&shown);
             assert_eq!(read, Some((shown_name.to_owned(), 4_711_000_000, since)));
         }
+        let shown = Leader::show("node-7", 17, since, &Key::from("1@2"));
+        assert_eq!(Leader::read(&shown), Some(("node-7".to_owned(), 17, since)));
+        let long = Key::from("a key ".repeat(20));
+        let shown = Leader::show(&"long-".repeat(20), 17, since, &long);
+        assert_eq!(Leader::read(&shown), Some(("long-long-long-l".to_owned(), 17, since)));
         assert_eq!(Leader::read("psql"), None);
         assert_eq!(Leader::read("a b@c"), None);
     }

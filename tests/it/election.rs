@@ -33,7 +33,7 @@ async fn pool_of(options: PgConnectOptions, connections: u32) -> PgPool {
 /// How many sessions show the name of a leader.
 async fn names_shown(admin: &mut PgConnection) -> i64 {
     let count = "SELECT count(*) FROM pg_stat_activity \
-         WHERE datname = current_database() AND application_name ~ ' [0-9]+@[0-9]{10}$'";
+         WHERE datname = current_database() AND application_name ~ ' [0-9]+@[0-9]{10} billing$'";
     sqlx::query_scalar(count).fetch_one(admin).await.unwrap()
 }
 
