@@ -35,8 +35,19 @@ pub(crate) fn spawn<F>(task: F) -> Result<(), BoxDynError>
 where
     F: Future<Output = Result<(), BoxDynError>> + Send + 'static,
 {
+    #[cfg(feature = "metrics")]
+    record_metrics()?;
     let runtime = Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     runtime.block_on(runtime.spawn(task))?
+}
+
+/// Records the metrics of the feature as an application does, so that two runs show what they cost.
+#[cfg(feature = "metrics")]
+fn record_metrics() -> Result<(), BoxDynError> {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new();
+    recorder.set_buckets(&[0.001, 0.01, 0.1, 1.0, 10.0])?.install_recorder()?;
+    pglock::metrics::describe();
+    Ok(())
 }
 
 /// Prints what was measured, and under which conditions.
