@@ -14,9 +14,18 @@ const SHORTEST: usize = 16;
 /// Characters that are not printable ASCII are replaced. The server would do so too, but from PostgreSQL 16 on by four
 /// characters for each byte.
 pub(crate) fn with_suffix(name: &str, suffix: &str) -> String {
-    let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
     let room = LONGEST.saturating_sub(suffix.chars().count()).max(SHORTEST);
-    name.chars().take(room).chain(suffix.chars()).map(printable).take(LONGEST).collect()
+    shown(name.chars().take(room).chain(suffix.chars()))
+}
+
+/// The same, and a rest that is cut before all else.
+pub(crate) fn with_rest(name: &str, suffix: &str, rest: &str) -> String {
+    shown(with_suffix(name, suffix).chars().chain(rest.chars()))
+}
+
+fn shown(text: impl Iterator<Item = char>) -> String {
+    let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
+    text.map(printable).take(LONGEST).collect()
 }
 
 /// What a session shows for a request: the name that the application has chosen, and the key.

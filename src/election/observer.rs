@@ -50,7 +50,8 @@ impl Leader {
     pub(super) fn show(name: &str, term: u64, since: SystemTime, key: &Key) -> String {
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let key = application_name::of_key(key);
-        application_name::with_suffix(name, &format!(" {term}@{since} {key}"))
+        // Others find the leader by its name, so the key is cut first.
+        application_name::with_rest(name, &format!(" {term}@{since}"), &format!(" {key}"))
     }
 
     fn read(shown: &str) -> Option<(String, u64, SystemTime)> {
@@ -271,20 +272,21 @@ mod tests {
             ("two words", "two words"),
             ("", ""),
             ("it's mine 1@2", "it's mine 1@2"),
-            (&"long-".repeat(20), &"long-".repeat(20)[..36]),
+            (&"long-".repeat(20), &"long-".repeat(20)[..41]),
             ("café \n\0", "caf? ??"),
-            (&"é".repeat(50), &"?".repeat(36)),
+            (&"é".repeat(50), &"?".repeat(41)),
         ] {
             let shown = Leader::show(name, 4_711_000_000, since, &Key::from("jobs"));
-            assert!(shown.len() <= 63 && shown.ends_with(" jobs"), "{shown}");
+            assert!(shown.len() <= 63, "{shown}");
+            assert_eq!(shown.ends_with(" jobs"), name.chars().count() < 30, "{shown}");
             let read = Leader::read(&shown);
             assert_eq!(read, Some((shown_name.to_owned(), 4_711_000_000, since)));
         }
         let shown = Leader::show("node-7", 17, since, &Key::from("1@2"));
         assert_eq!(Leader::read(&shown), Some(("node-7".to_owned(), 17, since)));
         let long = Key::from("a key ".repeat(20));
-        let shown = Leader::show(&"long-".repeat(20), 17, since, &long);
-        assert_eq!(Leader::read(&shown), Some(("long-long-long-l".to_owned(), 17, since)));
+        let shown = Leader::show("node-7", 17, since, &long);
+        assert_eq!(Leader::read(&shown), Some(("node-7".to_owned(), 17, since)));
         assert_eq!(Leader::read("psql"), None);
         assert_eq!(Leader::read("a b@c"), None);
     }
