@@ -43,7 +43,8 @@
 //! # Setting it up
 //!
 //! Install the recorder, and then call [`describe`], both before the first lock is acquired. A guard, a wait or a
-//! leader that began before is not counted. Without the call, the feature costs some nanoseconds for each lock.
+//! leader that began before is not counted. Without the call, the feature costs some nanoseconds for each lock; with
+//! it, and the exporter for Prometheus, 2 to 3 % of the time in which a free lock is acquired and released.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
