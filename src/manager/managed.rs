@@ -107,9 +107,9 @@ impl Managed {
             return Err(Error::PoolClosed { key: key.clone() });
         }
         let now = Instant::now();
-        let wants = (mode, waits);
+        let wanted = (mode, waits);
         let mut effects = state.effects();
-        let want = state.table.want(key.id(), self.owner.id, wants, tell, now, &mut effects);
+        let want = state.table.want(key.id(), self.owner.id, wanted, tell, now, &mut effects);
         manager.settle(&mut state, effects);
         manager.drive(&runtime, &mut state);
         drop(state);

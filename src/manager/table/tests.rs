@@ -144,8 +144,8 @@ impl World {
                 }
                 self.wishes += 1;
                 let wish = self.wishes;
-                let wants = (mode, waits);
-                let want = self.table.want(key, owner, wants, || wish, self.now, &mut effects);
+                let wanted = (mode, waits);
+                let want = self.table.want(key, owner, wanted, || wish, self.now, &mut effects);
                 let guard = Guard { key, owner, mode, seat: Session(0) };
                 match want {
                     Want::Granted(seat) => self.guards.push(Guard { seat, ..guard }),
@@ -505,8 +505,8 @@ fn an_upgrade_is_tried_by_who_is_alone() {
     for sharers in [1, 2] {
         let mut world = shared_by(sharers);
         let mut effects = Vec::new();
-        let wants = (Mode::Exclusive, false);
-        let want = world.table.want(KEY, 0, wants, || 99, world.now, &mut effects);
+        let wanted = (Mode::Exclusive, false);
+        let want = world.table.want(KEY, 0, wanted, || 99, world.now, &mut effects);
         if sharers == 1 {
             assert!(matches!(want, Want::Queued(_)), "{want:?}");
             assert_eq!(take(&mut world).step, Step::Upgrade);
@@ -654,10 +654,10 @@ fn an_upgrade_goes_before_who_holds_nothing() {
     world.act(Act::Answer);
     world.act(Act::Want { owner: 2, key: 1, mode: Mode::Exclusive, waits: true });
     let mut effects = Vec::new();
-    let wants = (Mode::Exclusive, true);
-    let want = world.table.want(KeyId::BigInt(1), 0, wants, || 99, world.now, &mut effects);
+    let wanted = (Mode::Exclusive, true);
+    let want = world.table.want(KeyId::BigInt(1), 0, wanted, || 99, world.now, &mut effects);
     assert!(matches!(want, Want::Queued(_)), "{want:?}");
-    let want = world.table.want(KeyId::BigInt(1), 1, wants, || 100, world.now, &mut effects);
+    let want = world.table.want(KeyId::BigInt(1), 1, wanted, || 100, world.now, &mut effects);
     assert_eq!(want, Want::Deadlock);
 }
 
@@ -733,8 +733,8 @@ fn a_wait_is_short_while_other_keys_stand_in_the_line() {
         let World { mut table, now, .. } = World::new();
         let mut effects = Vec::new();
         for key in 0..keys {
-            let (key, wants) = (KeyId::BigInt(key), (Mode::Exclusive, true));
-            table.want(key, 0, wants, || 99, now, &mut effects);
+            let (key, wanted) = (KeyId::BigInt(key), (Mode::Exclusive, true));
+            table.want(key, 0, wanted, || 99, now, &mut effects);
             let lock = table.take_for_shared(key).unwrap();
             table.taken(key, lock.id, (&SHARED_SESSION, false), now, &mut effects);
         }
