@@ -162,9 +162,19 @@ async fn a_role_that_becomes_another_is_examined() {
                  CREATE ROLE app LOGIN CONNECTION LIMIT 3 IN ROLE owner; \
                  ALTER ROLE app SET role = owner";
     sqlx::raw_sql(roles).execute(&mut admin).await.unwrap();
-    let mut doctor = pglock(&db, &["doctor", "--json"]);
-    doctor.env("DATABASE_URL", db.url().replace("postgres@", "app@"));
-    let ended = Running::start(doctor).finish().await;
+    let examine = async || {
+        let mut doctor = pglock(&db, &["doctor", "--json"]);
+        doctor.env("DATABASE_URL", db.url().replace("postgres@", "app@"));
+        Running::start(doctor).finish().await
+    };
+    let mut ended = examine().await;
+    // The server may still count the connection that the program has opened first, and closed.
+    for _ in 0..20 {
+        if finding(&ended, "connections")["seen"] == "2 more are free" {
+            break;
+        }
+        ended = examine().await;
+    }
     assert_eq!(finding(&ended, "connections")["seen"], "2 more are free", "{}", ended.output);
     let advice = finding(&ended, "other roles")["advice"].as_str().unwrap().to_owned();
     assert!(advice.contains("TO \"owner\""), "{advice}");

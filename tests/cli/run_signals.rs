@@ -1,7 +1,10 @@
 //! `pglock run`: signals.
 
+use std::time::Duration;
+
 use nix::sys::signal::Signal;
-use pglock_testkit::TestDb;
+use pglock_testkit::{Server, TestDb};
+use tokio::time::sleep;
 
 use crate::support::{PGLOCK, Running, hold, is_gone, locks_are, pglock, run};
 
@@ -111,4 +114,23 @@ async fn what_was_ignored_stays_ignored() {
     holder.tell("alive").await;
     holder.says("alive").await;
     assert_eq!(holder.finish().await.code(), Some(0));
+}
+
+/// The command has ended, and the server does not answer to the release.
+#[tokio::test]
+async fn a_signal_ends_a_release_that_is_not_answered() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let mut listener = Running::start(pglock(&db, &["run", "key", "--", "sh", "-c", LISTEN]));
+    listener.says("ready").await;
+    server.pause();
+    listener.tell("end").await;
+    // The first ones may reach the command, which ignores them. Without them, the heartbeat would end it by code 125.
+    for _ in 0..15 {
+        listener.send(Signal::SIGTERM);
+        sleep(Duration::from_millis(100)).await;
+    }
+    let ended = listener.finish().await;
+    server.resume();
+    assert_eq!(ended.code(), Some(128 + Signal::SIGTERM as i32), "{}", ended.errors);
 }

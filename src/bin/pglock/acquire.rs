@@ -40,7 +40,7 @@ pub(crate) struct Wanted {
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How much later than its limit an answer may come before the server counts as silent.
-const SLACK: Duration = Duration::from_millis(300);
+pub(crate) const SLACK: Duration = Duration::from_millis(300);
 
 /// After how long a wait is worth a line, and after how long another one.
 const NARRATE: [Duration; 2] = [Duration::from_millis(200), Duration::from_mins(1)];

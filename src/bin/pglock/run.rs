@@ -1,12 +1,15 @@
 //! `pglock run`: a command that runs while a lock is held.
 
 use std::ffi::OsString;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::time::Duration;
 
 use clap::Args;
 use sqlx::PgPool;
+use tokio::time::timeout;
 
-use crate::acquire::{Held, Wanted, acquire};
+use crate::acquire::{Held, SLACK, Wanted, acquire};
 use crate::child::{Child, How};
 use crate::connection::{CLOSING, disconnect};
 use crate::database::DatabaseArgs;
@@ -200,11 +203,20 @@ async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<E
     if ended.lost {
         return Ok(Exit::Code(LOST));
     }
-    // It may have been lost without a notice. A server that does not answer is not waited for against the user's will.
+    // Those until now were for the command.
+    while signals.try_next().is_some() {}
+    let mut releasing = pin!(guard.release());
+    // It may have been lost without a notice.
     let released = tokio::select! {
         biased;
-        received = signals.next() => return Ok(received.signal.into()),
-        released = guard.release() => released,
+        released = &mut releasing => released,
+        received = poll_fn(|cx| signals.poll_stop(cx)) => {
+            // A server that does not answer is not waited for against the user's will.
+            match timeout(SLACK, releasing).await {
+                Ok(released) => released,
+                Err(_) => return Ok(received.signal.into()),
+            }
+        }
     };
     match released {
         Ok(()) => {
