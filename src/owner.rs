@@ -155,7 +155,7 @@ impl Owner {
             outcome = Empty,
             waited_ms = Empty,
         );
-        let ending = Ending { span: span.clone(), started: Instant::now(), outcome: "cancelled" };
+        let ending = Ending::of(&span);
         let acquire = metrics::Acquire::start(request.labels(&self.options));
         let taken = self.take_from_session(request, policy).instrument(span).await;
         let taken = taken.map(|guard| guard.map(Guard::traced));
@@ -329,11 +329,17 @@ fn policy(timeout: Duration) -> WaitPolicy {
 /// Writes into the span how the acquire ended, even if its future was dropped.
 struct Ending {
     span: tracing::Span,
-    started: Instant,
+    /// If the span is enabled.
+    started: Option<Instant>,
     outcome: &'static str,
 }
 
 impl Ending {
+    fn of(span: &tracing::Span) -> Self {
+        let started = (!span.is_disabled()).then(Instant::now);
+        Self { span: span.clone(), started, outcome: "cancelled" }
+    }
+
     fn was(mut self, outcome: &'static str) {
         self.outcome = outcome;
     }
@@ -341,10 +347,8 @@ impl Ending {
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        if self.span.is_disabled() {
-            return;
-        }
-        let waited = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let Some(started) = self.started else { return };
+        let waited = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.span.record("outcome", display(self.outcome)).record("waited_ms", waited);
     }
 }

@@ -3,14 +3,14 @@
 //! A value that is counted in a gauge keeps the handle by which it was added, so that it is taken out of the same one:
 //! on whatever thread it is dropped, and whatever recorder was installed meanwhile.
 
-use std::borrow::Cow;
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use ::metrics::{
-    Counter, Gauge, Histogram, Key as Name, Label, Level, Metadata, Unit, describe_counter,
-    describe_gauge, describe_histogram, with_recorder,
+    Counter, Gauge, Histogram, Key as Name, Label, Level, Metadata, Recorder, Unit,
+    describe_counter, describe_gauge, describe_histogram, with_recorder,
 };
 
 use crate::error::Loss;
@@ -31,35 +31,6 @@ const MANAGER_BATCH_SIZE: &str = "pglock_manager_batch_size";
 const MANAGER_QUEUE_LENGTH: &str = "pglock_manager_queue_length";
 const HEARTBEAT_DURATION: &str = "pglock_heartbeat_duration_seconds";
 const LAST_ANSWER_AGE: &str = "pglock_last_answer_age_seconds";
-
-const EXCLUSIVE: Label = Label::from_static_parts("mode", "exclusive");
-const SHARED: Label = Label::from_static_parts("mode", "shared");
-
-static MODES: [[Label; 1]; 2] = [[EXCLUSIVE], [SHARED]];
-static ACQUIRED_LABELS: [[Label; 2]; 2] = with_outcome("acquired");
-static BUSY_LABELS: [[Label; 2]; 2] = with_outcome("busy");
-static CANCELLED_LABELS: [[Label; 2]; 2] = with_outcome("cancelled");
-static ERROR_LABELS: [[Label; 2]; 2] = with_outcome("error");
-static TIMED_OUT_LABELS: [[Label; 2]; 2] = with_outcome("timed_out");
-
-// Static, so that a recorder finds the hash of each in it.
-static ACQUIRED: ByMode = ByMode::new(ACQUIRE_DURATION, &ACQUIRED_LABELS);
-static BUSY: ByMode = ByMode::new(ACQUIRE_DURATION, &BUSY_LABELS);
-static CANCELLED: ByMode = ByMode::new(ACQUIRE_DURATION, &CANCELLED_LABELS);
-static ERROR: ByMode = ByMode::new(ACQUIRE_DURATION, &ERROR_LABELS);
-static TIMED_OUT: ByMode = ByMode::new(ACQUIRE_DURATION, &TIMED_OUT_LABELS);
-static HELD: ByMode = ByMode::new(LOCKS_HELD, &MODES);
-static HOLD: ByMode = ByMode::new(HOLD_DURATION, &MODES);
-static WAIT: ByMode = ByMode::new(WAIT_DURATION, &MODES);
-static WAITS: ByMode = ByMode::new(LOCKS_WAITING, &MODES);
-static ABANDONED: Name = Name::from_static_name(ABANDONED_WAITS);
-static AGE: Name = Name::from_static_name(LAST_ANSWER_AGE);
-static BATCH: Name = Name::from_static_name(MANAGER_BATCH_SIZE);
-static CONNECTIONS: Name = Name::from_static_name(CONNECTIONS_IN_USE);
-static HEARTBEAT: Name = Name::from_static_name(HEARTBEAT_DURATION);
-static LEADERS: Name = Name::from_static_name(LEADER);
-static QUEUE: Name = Name::from_static_name(MANAGER_QUEUE_LENGTH);
-static TERM: Name = Name::from_static_name(TERMS);
 
 /// Whether [`describe`] was called. Until then not even the clock is read.
 static RECORDING: AtomicBool = AtomicBool::new(false);
@@ -102,17 +73,7 @@ pub fn describe() {
     describe_histogram!(MANAGER_BATCH_SIZE, count, "Keys that go into one statement of a manager");
     describe_gauge!(MANAGER_QUEUE_LENGTH, count, "Calls that wait for a manager");
 
-    for mode in [Mode::Exclusive, Mode::Shared] {
-        for acquire in [&ACQUIRED, &BUSY, &CANCELLED, &ERROR, &TIMED_OUT] {
-            drop(histogram(acquire.name(mode)));
-        }
-        drop((histogram(HOLD.name(mode)), histogram(WAIT.name(mode))));
-        drop((gauge(HELD.name(mode)), gauge(WAITS.name(mode))));
-    }
-    for name in [&AGE, &BATCH, &HEARTBEAT] {
-        drop(histogram(name));
-    }
-    drop((gauge(&CONNECTIONS), gauge(&QUEUE), counter(&ABANDONED)));
+    METRICS.set(Metrics::register());
     let reasons = [
         "disconnected",
         "held_too_long",
@@ -126,22 +87,72 @@ pub fn describe() {
     }
 }
 
-/// A metric whose label is the mode, and others.
-struct ByMode {
-    exclusive: Name,
-    shared: Name,
+thread_local! {
+    // Registered once for each thread, because a recorder takes longer to look a metric up than to record it. Not
+    // once for all threads: a thread can have a recorder of its own.
+    static METRICS: RefCell<Metrics> = RefCell::new(Metrics::register());
 }
 
-impl ByMode {
-    const fn new<const N: usize>(name: &'static str, labels: &'static [[Label; N]; 2]) -> Self {
-        let [exclusive, shared] = labels;
+/// The metrics whose labels are known before anything happens.
+struct Metrics {
+    abandoned: Metric<Counter>,
+    acquired: ByMode<Histogram>,
+    age: Metric<Histogram>,
+    batch: Metric<Histogram>,
+    busy: ByMode<Histogram>,
+    cancelled: ByMode<Histogram>,
+    connections: Metric<Gauge>,
+    error: ByMode<Histogram>,
+    heartbeat: Metric<Histogram>,
+    held: ByMode<Gauge>,
+    hold: ByMode<Histogram>,
+    queue: Metric<Gauge>,
+    timed_out: ByMode<Histogram>,
+    wait: ByMode<Histogram>,
+    waiting: ByMode<Gauge>,
+}
+
+impl Metrics {
+    fn register() -> Self {
+        let acquire = |outcome| {
+            ByMode::register(ACQUIRE_DURATION, &[Label::from_static_parts("outcome", outcome)])
+        };
         Self {
-            exclusive: Name::from_static_parts(name, exclusive),
-            shared: Name::from_static_parts(name, shared),
+            abandoned: Metric::register(ABANDONED_WAITS, Vec::new()),
+            acquired: acquire("acquired"),
+            age: Metric::register(LAST_ANSWER_AGE, Vec::new()),
+            batch: Metric::register(MANAGER_BATCH_SIZE, Vec::new()),
+            busy: acquire("busy"),
+            cancelled: acquire("cancelled"),
+            connections: Metric::register(CONNECTIONS_IN_USE, Vec::new()),
+            error: acquire("error"),
+            heartbeat: Metric::register(HEARTBEAT_DURATION, Vec::new()),
+            held: ByMode::register(LOCKS_HELD, &[]),
+            hold: ByMode::register(HOLD_DURATION, &[]),
+            queue: Metric::register(MANAGER_QUEUE_LENGTH, Vec::new()),
+            timed_out: acquire("timed_out"),
+            wait: ByMode::register(WAIT_DURATION, &[]),
+            waiting: ByMode::register(LOCKS_WAITING, &[]),
         }
     }
+}
 
-    fn name(&self, mode: Mode) -> &Name {
+/// A metric whose label is the mode, and others.
+struct ByMode<T> {
+    exclusive: Metric<T>,
+    shared: Metric<T>,
+}
+
+impl<T: Record> ByMode<T> {
+    fn register(name: &'static str, labels: &[Label]) -> Self {
+        let metric = |mode| {
+            let mode = Label::from_static_parts("mode", mode);
+            Metric::register(name, [labels, &[mode]].concat())
+        };
+        Self { exclusive: metric("exclusive"), shared: metric("shared") }
+    }
+
+    fn by(&self, mode: Mode) -> &Metric<T> {
         match mode {
             Mode::Exclusive => &self.exclusive,
             Mode::Shared => &self.shared,
@@ -149,40 +160,82 @@ impl ByMode {
     }
 }
 
-const fn with_outcome(outcome: &'static str) -> [[Label; 2]; 2] {
-    [
-        [Label::from_static_parts("outcome", outcome), EXCLUSIVE],
-        [Label::from_static_parts("outcome", outcome), SHARED],
-    ]
+struct Metric<T> {
+    name: Name,
+    handle: T,
+}
+
+impl<T: Record> Metric<T> {
+    fn register(name: &'static str, labels: Vec<Label>) -> Self {
+        let name = Name::from_parts(name, labels);
+        let handle = T::of(&name);
+        Self { name, handle }
+    }
+
+    fn of(&self, key: Option<&Key>) -> T {
+        key.map_or_else(|| self.handle.clone(), |key| T::of(&with_key(&self.name, key)))
+    }
+}
+
+/// What is recorded by.
+trait Record: Clone {
+    /// Records nothing.
+    const OFF: Self;
+
+    fn register(recorder: &dyn Recorder, name: &Name) -> Self;
+
+    fn of(name: &Name) -> Self {
+        if is_recording() {
+            with_recorder(|recorder| Self::register(recorder, name))
+        } else {
+            Self::OFF
+        }
+    }
+}
+
+impl Record for Counter {
+    const OFF: Self = Self::noop();
+
+    fn register(recorder: &dyn Recorder, name: &Name) -> Self {
+        recorder.register_counter(name, &METADATA)
+    }
+}
+
+impl Record for Gauge {
+    const OFF: Self = Self::noop();
+
+    fn register(recorder: &dyn Recorder, name: &Name) -> Self {
+        recorder.register_gauge(name, &METADATA)
+    }
+}
+
+impl Record for Histogram {
+    const OFF: Self = Self::noop();
+
+    fn register(recorder: &dyn Recorder, name: &Name) -> Self {
+        recorder.register_histogram(name, &METADATA)
+    }
 }
 
 fn is_recording() -> bool {
     RECORDING.load(Ordering::Relaxed)
 }
 
-fn counter(name: &Name) -> Counter {
+fn metric<T: Record>(choose: impl FnOnce(&Metrics) -> &Metric<T>, key: Option<&Key>) -> T {
     if !is_recording() {
-        return Counter::noop();
+        return T::OFF;
     }
-    with_recorder(|recorder| recorder.register_counter(name, &METADATA))
-}
-
-fn gauge(name: &Name) -> Gauge {
-    if !is_recording() {
-        return Gauge::noop();
-    }
-    with_recorder(|recorder| recorder.register_gauge(name, &METADATA))
-}
-
-fn histogram(name: &Name) -> Histogram {
-    if !is_recording() {
-        return Histogram::noop();
-    }
-    with_recorder(|recorder| recorder.register_histogram(name, &METADATA))
+    // A thread that ends may have none left.
+    METRICS.try_with(|metrics| choose(&metrics.borrow()).of(key)).unwrap_or(T::OFF)
 }
 
 fn losses(reason: &'static str) -> Counter {
-    counter(&Name::from_parts(LOSSES, vec![Label::from_static_parts("reason", reason)]))
+    Counter::of(&Name::from_parts(LOSSES, vec![Label::from_static_parts("reason", reason)]))
+}
+
+fn with_key(name: &Name, key: &Key) -> Name {
+    let value = key.name().map_or_else(|| key.to_string(), str::to_owned);
+    name.with_extra_labels(vec![Label::new("key", value)])
 }
 
 /// Whether the application wants the key as a label.
@@ -231,14 +284,13 @@ impl Labels {
         self.counted == Counted::Yes
     }
 
-    fn of(&self, metric: &'static ByMode) -> Cow<'static, Name> {
-        self.by_key(metric.name(self.mode))
+    fn metric<T: Record>(&self, choose: impl FnOnce(&Metrics) -> &ByMode<T>) -> T {
+        metric(|metrics| choose(metrics).by(self.mode), self.key.as_ref())
     }
 
-    fn by_key(&self, name: &'static Name) -> Cow<'static, Name> {
-        let Some(key) = &self.key else { return Cow::Borrowed(name) };
-        let value = key.name().map_or_else(|| key.to_string(), str::to_owned);
-        Cow::Owned(name.with_extra_labels(vec![Label::new("key", value)]))
+    fn of_election<T: Record>(&self, name: &'static str) -> T {
+        let name = Name::from_static_name(name);
+        T::of(&self.key.as_ref().map_or_else(|| name.clone(), |key| with_key(&name, key)))
     }
 }
 
@@ -284,14 +336,14 @@ impl Acquire {
 impl Drop for Acquire {
     fn drop(&mut self) {
         let Some(started) = self.started else { return };
-        let metric = match self.outcome {
-            Outcome::Acquired => &ACQUIRED,
-            Outcome::Busy => &BUSY,
-            Outcome::Cancelled => &CANCELLED,
-            Outcome::Error => &ERROR,
-            Outcome::TimedOut => &TIMED_OUT,
-        };
-        histogram(&self.labels.of(metric)).record(started.elapsed());
+        let duration = self.labels.metric(|metrics| match self.outcome {
+            Outcome::Acquired => &metrics.acquired,
+            Outcome::Busy => &metrics.busy,
+            Outcome::Cancelled => &metrics.cancelled,
+            Outcome::Error => &metrics.error,
+            Outcome::TimedOut => &metrics.timed_out,
+        });
+        duration.record(started.elapsed());
     }
 }
 
@@ -329,11 +381,15 @@ struct Lasting {
 }
 
 impl Lasting {
-    fn start(labels: &Labels, number: &'static ByMode, duration: &'static ByMode) -> Option<Self> {
+    fn start(
+        labels: &Labels,
+        number: fn(&Metrics) -> &ByMode<Gauge>,
+        duration: fn(&Metrics) -> &ByMode<Histogram>,
+    ) -> Option<Self> {
         labels.are_counted().then(|| Self {
             since: Instant::now(),
-            duration: histogram(&labels.of(duration)),
-            _one: One::of(gauge(&labels.of(number))),
+            duration: labels.metric(duration),
+            _one: One::of(labels.metric(number)),
         })
     }
 }
@@ -363,7 +419,7 @@ impl Waiting {
     /// From now on it waits, if it did not before.
     pub(crate) fn start(&mut self) {
         if let Some(labels) = self.labels.take() {
-            self.lasting = Lasting::start(&labels, &WAITS, &WAIT);
+            self.lasting = Lasting::start(&labels, |m| &m.waiting, |m| &m.wait);
         }
     }
 
@@ -378,7 +434,7 @@ pub(crate) struct Held(Option<Lasting>);
 
 impl Held {
     pub(crate) fn start(labels: &Labels) -> Self {
-        Self(Lasting::start(labels, &HELD, &HOLD))
+        Self(Lasting::start(labels, |m| &m.held, |m| &m.hold))
     }
 
     pub(crate) fn end(&mut self) {
@@ -392,7 +448,7 @@ pub(crate) struct Connection(#[expect(dead_code, reason = "its drop counts")] On
 
 impl Connection {
     pub(crate) fn taken() -> Self {
-        Self(One::of(gauge(&CONNECTIONS)))
+        Self(One::of(metric(|metrics| &metrics.connections, None)))
     }
 }
 
@@ -402,7 +458,7 @@ pub(crate) struct Queued(#[expect(dead_code, reason = "its drop counts")] One);
 
 impl Queued {
     pub(crate) fn start() -> Self {
-        Self(One::of(gauge(&QUEUE)))
+        Self(One::of(metric(|metrics| &metrics.queue, None)))
     }
 }
 
@@ -413,8 +469,8 @@ pub(crate) struct Leading(Mutex<Option<One>>);
 impl Leading {
     /// The candidate was elected.
     pub(crate) fn start(&self, labels: &Labels) {
-        counter(&labels.by_key(&TERM)).increment(1);
-        self.set(Some(One::of(gauge(&labels.by_key(&LEADERS)))));
+        labels.of_election::<Counter>(TERMS).increment(1);
+        self.set(Some(One::of(labels.of_election(LEADER))));
     }
 
     /// The candidate leads no longer, if it did.
@@ -429,8 +485,8 @@ impl Leading {
 
 /// There is a candidate: from now on it is shown whether it leads.
 pub(crate) fn candidate(labels: &Labels) {
-    counter(&labels.by_key(&TERM)).increment(0);
-    gauge(&labels.by_key(&LEADERS)).increment(0.0);
+    labels.of_election::<Counter>(TERMS).increment(0);
+    labels.of_election::<Gauge>(LEADER).increment(0.0);
 }
 
 /// A session was lost that held this number of locks.
@@ -451,20 +507,20 @@ pub(crate) fn lost(loss: &Loss, locks: usize) {
 /// An acquire was dropped, or has failed. `waits` if it was in the server's queue.
 pub(crate) fn abandoned(waits: bool) {
     if waits {
-        counter(&ABANDONED).increment(1);
+        metric(|metrics| &metrics.abandoned, None).increment(1);
     }
 }
 
 /// A manager sends a statement with this number of steps.
 #[expect(clippy::cast_precision_loss, reason = "there are at most a thousand")]
 pub(crate) fn batch(steps: usize) {
-    histogram(&BATCH).record(steps as f64);
+    metric(|metrics| &metrics.batch, None).record(steps as f64);
 }
 
 /// A heartbeat was answered that was sent at `asked`, in a session that was last known to live at `last_answered`.
 pub(crate) fn heartbeat(asked: Instant, last_answered: impl FnOnce() -> Instant) {
-    histogram(&HEARTBEAT).record(asked.elapsed());
-    histogram(&AGE).record(last_answered().elapsed());
+    metric(|metrics| &metrics.heartbeat, None).record(asked.elapsed());
+    metric(|metrics| &metrics.age, None).record(last_answered().elapsed());
 }
 
 /// Does what is done for the sake of a metric only.
