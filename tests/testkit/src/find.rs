@@ -7,7 +7,7 @@ use std::process::Command;
 use std::{env, fs};
 
 use crate::account::{Account, run};
-use crate::npm;
+use crate::{apt, npm};
 
 /// The oldest version that `pglock` supports.
 const OLDEST: u32 = 12;
@@ -61,7 +61,7 @@ pub(crate) struct Search {
     pub(crate) path: OsString,
     /// Under which the well-known places are; `/` unless in a test.
     pub(crate) root: PathBuf,
-    /// Where npm's packages are kept.
+    /// Where fetched packages are kept.
     pub(crate) cache: PathBuf,
 }
 
@@ -109,7 +109,11 @@ impl Search {
         if let Some(found) = self.well_known(&mut refused) {
             return Ok(found);
         }
-        self.npm(None).map_err(|reason| refused.with("npm".to_owned(), reason))
+        match self.npm(None) {
+            Ok(found) => return Ok(found),
+            Err(reason) => refused.add("npm", reason),
+        }
+        self.apt().map_err(|reason| refused.with("apt-get".to_owned(), reason))
     }
 
     fn bin(&self, bin: &Path) -> Result<Installation, String> {
@@ -172,6 +176,16 @@ impl Search {
             let npm =
                 self.which("npm").ok_or_else(|| format!("no npm on PATH to fetch {package}"))?;
             package.fetch(&npm, &self.path, &self.cache)?
+        };
+        Installation::check(&bin, &self.account)
+    }
+
+    fn apt(&self) -> Result<Installation, String> {
+        let bin = if let Some(bin) = apt::cached(&self.cache) {
+            bin
+        } else {
+            let apt = self.which("apt-get").ok_or("no apt-get on PATH to fetch a server")?;
+            apt::fetch(&apt, &self.path, &self.cache)?
         };
         Installation::check(&bin, &self.account)
     }
@@ -309,6 +323,7 @@ mod tests {
             "linuxbrew/opt/postgresql@*/bin: nothing there",
             "Postgres.app/Contents/Versions/*/bin: nothing there",
             "npm: no npm on PATH",
+            "apt-get: no apt-get on PATH",
             "set DATABASE_URL",
             "distribution's package",
             "migrations-free-docker/",

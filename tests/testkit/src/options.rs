@@ -78,7 +78,7 @@ impl ServerOptions {
     pub fn start_with_standby(self) -> (Server, Server) {
         let options = self.setting("wal_level", "replica").setting("max_wal_senders", "2");
         let primary = options.clone().start();
-        match primary.launch_standby(options) {
+        match primary.launch_standby(&options) {
             Ok(standby) => (primary, standby),
             Err(reason) => panic!("{reason}"),
         }

@@ -25,8 +25,10 @@ pub struct Proxy {
 }
 
 /// What the link is like just now.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Link {
+    /// Where new connections lead.
+    port: u16,
     delay: Duration,
     frozen: bool,
     resets: u32,
@@ -37,7 +39,8 @@ impl Proxy {
     pub async fn to(port: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");
-        let link = watch::Sender::new(Link::default());
+        let (delay, frozen, resets) = (Duration::ZERO, false, 0);
+        let link = watch::Sender::new(Link { port, delay, frozen, resets });
         let watched = link.subscribe();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
@@ -45,7 +48,7 @@ impl Proxy {
             while let Ok((client, _)) = listener.accept().await {
                 let link = watched.clone();
                 // An error of one side closes the other.
-                connections.spawn(async move { drop(pass(client, port, link).await) });
+                connections.spawn(async move { drop(pass(client, link).await) });
             }
         });
         Self { address, link, _tasks: tasks }
@@ -54,6 +57,11 @@ impl Proxy {
     /// Where the proxy listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Leads new connections to another port, as a name does that moves. The others stay where they are.
+    pub fn move_to(&self, port: u16) {
+        self.link.send_modify(|link| link.port = port);
     }
 
     /// Makes everything that is sent from now on arrive so much later.
@@ -78,8 +86,8 @@ impl Proxy {
 }
 
 /// Passes on between a client and the server until one of them closes, or the link breaks.
-async fn pass(mut client: TcpStream, port: u16, mut link: watch::Receiver<Link>) -> io::Result<()> {
-    let resets = link.borrow().resets;
+async fn pass(mut client: TcpStream, mut link: watch::Receiver<Link>) -> io::Result<()> {
+    let Link { port, resets, .. } = *link.borrow();
     let mut server = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;

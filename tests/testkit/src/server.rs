@@ -203,6 +203,15 @@ impl Server {
         }
     }
 
+    /// Starts again, as a hot standby of `primary`, from a copy of what that has; that stands still meanwhile. This
+    /// one must be stopped, and its own data is lost.
+    pub fn demote(&self, primary: &Self) {
+        let demoted = self.follow(primary);
+        if let Err(reason) = demoted {
+            panic!("{reason}");
+        }
+    }
+
     /// Lets the postmaster and all its children stand still, as a machine that hangs.
     pub fn pause(&self) {
         let pid = self.running().pid();
@@ -259,21 +268,46 @@ impl Server {
     }
 
     /// Starts a hot standby, from a copy of what this server has; stands still meanwhile.
-    pub(crate) fn launch_standby(&self, options: ServerOptions) -> Result<Self, String> {
-        let primary = format!("host={} port={} user=postgres", self.dir.display(), self.port);
-        let options = options
-            .setting("primary_conninfo", &primary)
-            // It may look for the primary before that is there.
-            .setting("wal_retrieve_retry_interval", "50ms");
-        let mut standby = Self::place(&options)?;
+    pub(crate) fn launch_standby(&self, options: &ServerOptions) -> Result<Self, String> {
+        let mut standby = Self::place(options)?;
         standby.port = options.port()?;
-        self.stop(Shutdown::Fast);
-        run(self.account.command("cp").arg("-a").arg(&self.data).arg(&standby.data))?;
-        self.run()?;
-        standby.configure(&options)?;
-        write_settings(&standby.account, &standby.data.join("standby.signal"), "")?;
-        standby.run()?;
+        standby.copy(self)?;
+        standby.configure(options, &self.conninfo())?;
+        standby.run_as_standby()?;
         Ok(standby)
+    }
+
+    fn follow(&self, primary: &Self) -> Result<(), String> {
+        let conf = self.data.join("postgresql.conf");
+        let mut text = fs::read_to_string(&conf).map_err(|error| error.to_string())?;
+        text.push_str(&primary.conninfo());
+        fs::remove_dir_all(&self.data).map_err(|error| error.to_string())?;
+        self.copy(primary)?;
+        write_settings(&self.account, &conf, &text)?;
+        self.run_as_standby()
+    }
+
+    /// Copies what `primary` has, which stands still meanwhile.
+    fn copy(&self, primary: &Self) -> Result<(), String> {
+        primary.stop(Shutdown::Fast);
+        run(self.account.command("cp").arg("-a").arg(&primary.data).arg(&self.data))?;
+        primary.run()
+    }
+
+    /// The settings with which another server follows this one.
+    fn conninfo(&self) -> String {
+        format!(
+            "primary_conninfo = 'host={} port={} user=postgres'\n\
+             # It may look for the primary before that is there.\n\
+             wal_retrieve_retry_interval = '50ms'\n",
+            self.dir.display(),
+            self.port
+        )
+    }
+
+    fn run_as_standby(&self) -> Result<(), String> {
+        write_settings(&self.account, &self.data.join("standby.signal"), "")?;
+        self.run()
     }
 
     /// A server's place, with nothing in it yet.
@@ -301,7 +335,7 @@ impl Server {
         let base = self.dir.parent().unwrap_or(&self.dir);
         let template = Template::of(&self.installation, &self.account, base);
         if template.copy_to(&self.data) {
-            if self.configure(options).and_then(|()| self.run()).is_ok() {
+            if self.configure(options, "").and_then(|()| self.run()).is_ok() {
                 return Ok(());
             }
             // Was it the template? Then a fresh cluster starts.
@@ -309,15 +343,16 @@ impl Server {
             drop(fs::remove_dir_all(&self.data));
         }
         template.initdb(&self.data)?;
-        self.configure(options)?;
+        self.configure(options, "")?;
         self.run()
     }
 
-    fn configure(&self, options: &ServerOptions) -> Result<(), String> {
+    fn configure(&self, options: &ServerOptions, more: &str) -> Result<(), String> {
         let socket_dir = self.dir.to_str().ok_or("the temporary directory is not UTF-8")?;
         let conf = self.data.join("postgresql.conf");
         let mut text = fs::read_to_string(&conf).map_err(|error| error.to_string())?;
         text.push_str(&options.postgresql_conf(socket_dir, self.port));
+        text.push_str(more);
         write_settings(&self.account, &conf, &text)?;
         write_settings(&self.account, &self.data.join("pg_hba.conf"), &options.pg_hba_conf())
     }
