@@ -80,7 +80,7 @@ pub enum Severity {
 /// Examines the server behind a pool, for locks with these options.
 ///
 /// Reads settings, privileges, and the free space for locks and connections, and acquires a lock.
-/// Sends about ten statements, and those of a first acquire, and opens two connections beside the pool. A check that the role may not make is a
+/// Sends some fifty statements, and opens two connections at a time beside the pool. A check that the role may not make is a
 /// finding too: "cannot tell", and why.
 ///
 /// # Cancel safety
@@ -131,7 +131,11 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
         checks::plpgsql(&seen),
         checks::lock_list(&seen),
     ];
-    findings.extend(checks::try_out(lock, &seen).await?);
+    // Otherwise the checks above have said why not.
+    if !seen.standby && !matches!(seen.forbidden, Ok(Some(_))) {
+        findings.push(checks::exclusion(pool, &seen).await);
+        findings.extend(checks::token(lock).await?);
+    }
     findings.extend(checks::end_of_session(pool).await);
     findings.extend([
         checks::dead_holder(&seen, options, refused.as_ref()),

@@ -342,8 +342,8 @@ impl Error {
     /// Returns whether a retry of the same call may succeed.
     ///
     /// `true` if the reason is temporary: a deadlock, a broken connection, a lost lock, a cancelled
-    /// statement, a full lock table, a busy pool, a borrowed connection, a server that is starting. `false`
-    /// if something has to be changed: a closed pool, a wrong password, a standby, an invalid argument.
+    /// statement, a full lock table, a busy pool, a borrowed connection, a server that is starting, a standby that may be
+    /// promoted. `false` if something has to be changed: a closed pool, a wrong password, an invalid argument.
     ///
     /// # Examples
     ///
@@ -371,6 +371,7 @@ impl Error {
                     | Self::Lost { .. }
                     | Self::OutOfLocks { .. }
                     | Self::PoolTimedOut { .. }
+                    | Self::Standby { .. }
             );
         };
         // Connection exceptions, insufficient resources, and a server that starts or stops:

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use sqlx::{Connection, PgConnection, PgPool};
+use tokio::time::timeout;
 
 use super::{Finding, Severity};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use crate::lock::Lock;
 use crate::options::LockOptions;
-use crate::session::{DEADLINE, within};
+use crate::session::{DEADLINE, proof, within};
 use crate::sql::doctor::{self as statements, Circumstances};
 
 /// How few connections or locks are few.
@@ -79,40 +80,64 @@ pub(super) fn lock_list(seen: &Circumstances) -> Finding {
     }
 }
 
+/// Tries out whether a lock that one session holds is refused to another.
+pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
+    let check = "exclusion";
+    let elsewhere = "use a PostgreSQL server for locks";
+    match timeout(DEADLINE, proof::excludes(&pool.connect_options())).await {
+        Ok(Ok(true)) => Finding::fine(check, "locks exclude other sessions"),
+        Ok(Ok(false)) => match engine(&seen.product) {
+            Some(engine) => {
+                let seen = format!("the server is {engine}, where locks exclude no other session");
+                Finding::fine(check, seen).but(Severity::Broken, elsewhere)
+            }
+            None => Finding::fine(
+                check,
+                "locks exclude no other session: a pooler in transaction mode or a load balancer sits in \
+                 between, or the server's locks do nothing",
+            )
+            .but(
+                Severity::Broken,
+                "connect to the server directly, or through a pooler in session mode",
+            ),
+        },
+        // The server's answer, such as a function that it does not have.
+        Ok(Err(error)) if error.as_database_error().is_some() => {
+            let refused = chain(&error);
+            match engine(&seen.product) {
+                Some(engine) => {
+                    let seen = format!("the server is {engine}, and a lock can't be acquired: {refused}");
+                    Finding::fine(check, seen).but(Severity::Broken, elsewhere)
+                }
+                None => Finding::fine(check, format!("a lock can't be acquired: {refused}")).but(
+                    Severity::Broken,
+                    "remove the cause, and check that the server is a PostgreSQL server",
+                ),
+            }
+        }
+        Ok(Err(error)) => Finding::unknown(check, &chain(&error), CONNECT_TWICE),
+        Err(_) => Finding::unknown(check, "no answer within ten seconds", CONNECT_TWICE),
+    }
+}
+
+const CONNECT_TWICE: &str = "let the role open two connections more than the pool has";
+
 /// Takes a lock, and draws a token.
-pub(super) async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<Finding>> {
+pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
     const PATIENCE: Duration = Duration::from_secs(5);
 
-    if matches!(seen.forbidden, Ok(Some(_))) {
-        return Ok(Vec::new());
-    }
-    let direct = |seen: &str| Finding::fine("exclusion", seen);
     let guard = match lock.try_acquire_for(PATIENCE).await {
         Ok(Some(guard)) => guard,
         // Another doctor is here.
-        Ok(None) => return Ok(vec![direct("locks exclude other sessions")]),
-        Err(Error::NoExclusion { .. }) => {
-            let finding = match engine(&seen.product) {
-                Some(engine) => direct(&format!("the server is {engine}, where locks exclude no other session"))
-                    .but(Severity::Broken, "use a PostgreSQL server for locks"),
-                None => direct(
-                    "locks exclude no other session: a pooler in transaction mode or a load balancer sits in \
-                     between, or the server's locks do nothing",
-                )
-                .but(Severity::Broken, "connect to the server directly, or through a pooler in session mode"),
-            };
-            return Ok(vec![finding]);
+        Ok(None) => return Ok(None),
+        // All are findings of their own.
+        Err(Error::NoExclusion { .. } | Error::SettingsRejected { .. } | Error::Standby { .. }) => {
+            return Ok(None);
         }
-        // Both are findings of their own.
-        Err(Error::Standby { .. } | Error::SettingsRejected { .. }) => return Ok(Vec::new()),
-        // The server's answer, such as a function that it does not have.
         Err(error @ Error::Database { .. }) => {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            let seen = format!("a lock can't be acquired: {}", cause.unwrap_or_default());
-            return Ok(vec![Finding::fine("acquire", seen).but(
-                Severity::Broken,
-                "remove the cause, and check that the server is a PostgreSQL server",
-            )]);
+            let seen = format!("a lock can't be acquired: {}", chain(&error));
+            let advice = "remove the cause, and check that the server is a PostgreSQL server";
+            return Ok(Some(Finding::fine("acquire", seen).but(Severity::Broken, advice)));
         }
         Err(error) => return Err(error),
     };
@@ -124,7 +149,7 @@ pub(super) async fn try_out(mut lock: Lock, seen: &Circumstances) -> Result<Vec<
         ),
     };
     guard.release().await?;
-    Ok(vec![direct("locks exclude other sessions"), token])
+    Ok(Some(token))
 }
 
 /// A server that is known to call itself so, and is no PostgreSQL.

@@ -106,7 +106,7 @@ impl Pending {
     ///
     /// Where the pool has idle connections, they are taken as they are, without sqlx's ping: the try
     /// shows whether a connection is alive, and a dead one is replaced. (The pool's `before_acquire`
-    /// hook goes with the ping.) Only then the pool is asked properly, which may wait and connect.
+    /// hook goes with the ping.) So is one to a standby: after a failover the primary may be elsewhere. Only then the pool is asked properly, which may wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
         server: &mut PoolServer,
@@ -123,21 +123,22 @@ impl Pending {
             let mut pending = Self::start(pool, server, idle, permit, &runtime, request, options);
             // A connection on which nothing arrives must not use up the time of the others.
             let limit = policy.answer_limit().min(options.beat().answer_limit());
-            let error = match pending.ask(limit).await {
+            let failed = match pending.ask(limit).await {
+                Ok(Verdict::Standby) => Error::Standby { key: request.key().clone() },
                 Ok(verdict) => return Ok((pending, verdict)),
                 Err(error) if is_answer(&error) => return Err(Box::pin(pending.fail(error)).await),
-                Err(error) => error,
+                Err(error) => Error::acquiring(request.key(), error),
             };
             tracing::debug!(
                 lock.key = %request.key().id(),
                 lock.name = request.key().name(),
-                error = %chain(&error),
-                "an idle connection of the pool was dead; taking another"
+                error = %chain(&failed),
+                "an idle connection of the pool was of no use; taking another"
             );
             // Before the pool is asked: this may be its only connection.
             pending.close();
             if started.elapsed() >= policy.answer_limit() {
-                return Err(Error::acquiring(request.key(), error));
+                return Err(failed);
             }
             permit = budget.permit(request.key(), options.reserve(), policy).await?;
         }

@@ -171,7 +171,7 @@ fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes
 const PROTOCOL_VIOLATION: &str = "08P01";
 
 /// Asks whether what one session has locked is refused to another.
-async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
+pub(crate) async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let started = Instant::now();
     let mut holder = PgConnection::connect_with(options).await?;
     let limit = 2 * started.elapsed() + GRACE;

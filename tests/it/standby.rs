@@ -22,7 +22,7 @@ fn is_refused<T: std::fmt::Debug>(acquired: Result<T>) {
     let error = acquired.unwrap_err();
     assert!(matches!(error, Error::Standby { .. }), "{error:?}");
     assert!(error.to_string().contains(KEY));
-    assert!(!error.is_transient());
+    assert!(error.is_transient());
 }
 
 #[tokio::test]
@@ -106,9 +106,9 @@ async fn a_promotion_ends_no_session_and_takes_no_lock() {
     let (primary, standby) = Server::options().start_with_standby();
     let (there, here) = (pool(&primary).await, pool(&standby).await);
     let mut admin = standby.connect_options().connect().await.unwrap();
-    let old = borrow_all(&here).await;
     let mut lock = Lock::new(&here, KEY);
     is_refused(lock.try_acquire().await);
+    let old = borrow_all(&here).await;
 
     let theirs = Lock::new(&there, KEY).acquire().await.unwrap();
     let allowed = LockOptions::new().allow_standby();

@@ -6,7 +6,7 @@ use std::future::pending;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pglock::inspect::LockInfo;
-use pglock::{Guard, Lock, Permit, Result, Semaphore};
+use pglock::{Error, Guard, Lock, Permit, Result, Semaphore};
 use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
 
@@ -121,6 +121,8 @@ async fn acquire_with_retries(pool: &PgPool, wanted: &Wanted) -> Result<Option<H
             None => attempt.await,
         };
         let error = match acquired {
+            // A script that names a standby is more likely wrong than early for a promotion.
+            Err(error @ Error::Standby { .. }) => return Err(error.into()),
             Err(error) if wanted.retry && error.is_transient() => error,
             acquired => return Ok(acquired?),
         };

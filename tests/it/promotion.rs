@@ -1,0 +1,198 @@
+//! A failover: a standby is promoted, and the name of the primary leads to it from then on.
+
+use std::time::{Duration, Instant};
+
+use pglock::{Election, Error, Lock, LockManager, Loss};
+use pglock_testkit::{Proxy, Server, Shutdown, eventually};
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{ConnectOptions, PgPool};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{SOON, has_waiter, report, spawn};
+
+const KEY: &str = "invoice-7";
+
+/// After how long a loss is reported at the latest, by the defaults: a heartbeat and its timeout.
+const LOST: Duration = Duration::from_secs(4);
+
+/// A primary and its standby, behind a name that leads to one of them.
+struct Pair {
+    primary: Server,
+    standby: Server,
+    name: Proxy,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let (primary, standby) = Server::options().tcp().start_with_standby();
+        let name = Proxy::to(primary.port()).await;
+        Self { primary, standby, name }
+    }
+
+    /// The pool of a process.
+    async fn pool(&self) -> PgPool {
+        let options = self.primary.tcp_options().port(self.name.address().port());
+        PgPoolOptions::new().max_connections(5).connect_with(options).await.unwrap()
+    }
+
+    fn fail_over(&self) {
+        self.standby.promote();
+        self.name.move_to(self.standby.port());
+    }
+}
+
+/// A candidate of a process, and what it tells: the number of each server on which it begins to lead.
+struct Candidate {
+    terms: mpsc::UnboundedReceiver<u16>,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<pglock::Result<()>>,
+}
+
+impl Candidate {
+    fn run(pool: PgPool) -> Self {
+        let (began, terms) = mpsc::unbounded_channel();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let ended = spawn(async move {
+            let mut election = Election::new(&pool, "billing").candidate("node-7");
+            let stop = async { drop(stopped.await) };
+            let run = election.run(stop, |leadership| {
+                let (began, pool) = (began.clone(), pool.clone());
+                async move {
+                    let port = sqlx::query_scalar("SELECT current_setting('port')::int4");
+                    let port: i32 = port.fetch_one(&pool).await?;
+                    began.send(u16::try_from(port).unwrap()).unwrap();
+                    leadership.stopping().await;
+                    Ok::<_, sqlx::Error>(())
+                }
+            });
+            run.await
+        });
+        Self { terms, stop, ended }
+    }
+
+    async fn leads(&mut self, limit: Duration) -> u16 {
+        timeout(limit, self.terms.recv()).await.unwrap().unwrap()
+    }
+
+    async fn stop(self) {
+        self.stop.send(()).unwrap();
+        self.ended.await.unwrap().unwrap();
+    }
+}
+
+/// Acquires as soon as the new primary is there.
+async fn acquire_again(lock: &mut Lock) -> pglock::ExclusiveGuard {
+    loop {
+        match lock.acquire().await {
+            Ok(guard) => return guard,
+            Err(error) => {
+                assert!(error.is_transient(), "{error:?}");
+                sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_crash_ends_holds_and_waits_and_all_go_on_at_the_new_primary() {
+    let pair = Pair::start().await;
+    let (one, another) = (pair.pool().await, pair.pool().await);
+    let mut admin = pair.primary.connect_options().connect().await.unwrap();
+    let mut candidate = Candidate::run(one.clone());
+    assert_eq!(candidate.leads(SOON * 10).await, pair.primary.port());
+    let manager = LockManager::new(&one);
+    let held = Lock::new(&one, KEY).acquire().await.unwrap();
+    let through_it = Lock::new(&manager, "customer-4").acquire().await.unwrap();
+    let mut lock = Lock::new(&another, KEY);
+    let waiting = spawn(async move { lock.acquire().await });
+    has_waiter(&mut admin).await;
+
+    let crashed = Instant::now();
+    pair.primary.kill();
+    for loss in [timeout(LOST, held.lost()).await, timeout(LOST, through_it.lost()).await] {
+        assert!(matches!(loss.unwrap(), Loss::Disconnected(_)));
+    }
+    let waited = timeout(SOON * 10, waiting).await.unwrap().unwrap();
+    assert!(waited.unwrap_err().is_transient());
+
+    pair.fail_over();
+    assert_eq!(candidate.leads(SOON * 10).await, pair.standby.port());
+    report(format_args!("the candidate leads again {:?} after the crash", crashed.elapsed()));
+    let again = acquire_again(&mut Lock::new(&another, KEY)).await;
+    acquire_again(&mut Lock::new(&manager, "customer-4")).await.release().await.unwrap();
+    assert!(Lock::new(&one, KEY).try_acquire().await.unwrap().is_none());
+    again.release().await.unwrap();
+    candidate.stop().await;
+}
+
+/// The old primary hangs, and a new one grants what is held there: for as long as the documentation says.
+#[tokio::test]
+async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
+    let pair = Pair::start().await;
+    let mut candidate = Candidate::run(pair.pool().await);
+    assert_eq!(candidate.leads(SOON * 10).await, pair.primary.port());
+    let held = Lock::new(&pair.pool().await, KEY).acquire().await.unwrap();
+
+    pair.primary.pause();
+    let hangs = Instant::now();
+    pair.fail_over();
+    // A process that starts now.
+    let theirs = acquire_again(&mut Lock::new(&pair.pool().await, KEY)).await;
+    let granted = hangs.elapsed();
+    let loss = timeout(LOST + SOON, held.lost()).await.unwrap();
+    assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
+    report(format_args!("granted after {granted:?}, lost after {:?}", hangs.elapsed()));
+    assert_eq!(candidate.leads(SOON * 10).await, pair.standby.port());
+    report(format_args!("the candidate leads again after {:?}", hangs.elapsed()));
+    theirs.verify().await.unwrap();
+
+    // It wakes up, and a lock that was lost stays lost.
+    pair.primary.resume();
+    assert!(matches!(held.release().await, Err(Error::Lost { .. })));
+    theirs.release().await.unwrap();
+    candidate.stop().await;
+}
+
+#[tokio::test]
+async fn a_name_that_still_leads_to_the_old_primary_is_refused_once_that_is_a_standby() {
+    let pair = Pair::start().await;
+    let pool = pair.pool().await;
+    Lock::new(&pool, KEY).acquire().await.unwrap().release().await.unwrap();
+    pair.primary.stop(Shutdown::Fast);
+    pair.standby.promote();
+    pair.primary.demote(&pair.standby);
+
+    let mut lock = Lock::new(&pool, KEY);
+    eventually("it is refused as a standby", SOON * 10, || async {
+        matches!(lock.clone().try_acquire().await, Err(Error::Standby { .. }))
+    })
+    .await;
+    let mut candidate = Candidate::run(pool.clone());
+    pair.name.move_to(pair.standby.port());
+    // Connections to the standby are still in the pool, and are refused.
+    pair.name.reset();
+    let guard = acquire_again(&mut lock).await;
+    assert_eq!(candidate.leads(SOON * 10).await, pair.standby.port());
+    guard.release().await.unwrap();
+    candidate.stop().await;
+}
+
+/// What an application does that knows several hosts: sqlx connects to one.
+#[tokio::test]
+async fn a_pool_that_is_given_another_host_goes_on_there() {
+    let pair = Pair::start().await;
+    let pool = pair.pool().await;
+    let mut candidate = Candidate::run(pool.clone());
+    assert_eq!(candidate.leads(SOON * 10).await, pair.primary.port());
+    let held = Lock::new(&pool, KEY).acquire().await.unwrap();
+    pair.primary.stop(Shutdown::Immediate);
+    timeout(LOST, held.lost()).await.unwrap();
+
+    pair.standby.promote();
+    pool.set_connect_options(pair.standby.tcp_options());
+    assert_eq!(candidate.leads(SOON * 10).await, pair.standby.port());
+    acquire_again(&mut Lock::new(&pool, KEY)).await.release().await.unwrap();
+    candidate.stop().await;
+}
