@@ -43,8 +43,13 @@
 //! # Setting it up
 //!
 //! Install the recorder, and then call [`describe`], both before the first lock is acquired. A guard, a wait or a
-//! leader that began before is not counted. Without the call, the feature costs some nanoseconds for each lock; with
-//! it, and the exporter for Prometheus, 2 to 3 % of the time in which a free lock is acquired and released.
+//! leader that began before is not counted.
+//!
+//! Without the call, the feature costs some nanoseconds for each lock. With it, and the exporter for Prometheus, a free
+//! lock takes 1 to 2 % longer to acquire and release. With 1,000 tasks, a lock of a
+//! [`LockManager`](crate::LockManager) whose release is awaited takes about 15 % longer. A lock that a manager hands
+//! over within the process takes 0.8 µs of processor time more; two histograms and two gauges that two threads
+//! record cost as much by themselves.
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -65,6 +70,14 @@
 //! assert!(page.contains(r#"pglock_locks_held{mode="exclusive"} 1"#));
 //! # drop(guard); Ok(()) }
 //! ```
+//!
+//! * **Upkeep.** The exporter for Prometheus keeps each value of a histogram until the next scrape or the next call of
+//!   `handle.run_upkeep()`. Its `install_recorder` starts no task that makes this call, so make it every 5 s, for
+//!   example, as the example `web_app` does; otherwise the memory of a process that is not scraped grows.
+//! * **No idle timeout.** Each thread keeps the handles that it has registered. The exporter's `idle_timeout` removes
+//!   counters, gauges and histograms that have not changed for a while, and what is recorded later by such a handle is
+//!   not exported. Don't use it with these metrics.
+//! * **Local recorders.** For the same reason, install a local recorder before its thread records its first metric.
 
 mod record;
 

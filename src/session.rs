@@ -26,7 +26,7 @@ mod monitor;
 pub(crate) mod pending;
 pub(crate) mod policy;
 pub(crate) mod pool;
-mod proof;
+pub(crate) mod proof;
 mod question;
 pub(crate) mod release;
 mod retrieve;
