@@ -131,6 +131,7 @@ mod metrics;
 mod application_name;
 mod holdings;
 mod owner;
+mod progress;
 mod request;
 #[cfg(feature = "serde")]
 mod serialize;

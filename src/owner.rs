@@ -1,5 +1,6 @@
 //! An owner: acquires locks, on the session that holds its other locks, or on a new one.
 
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use crate::key::Key;
 use crate::manager::Managed;
 use crate::metrics;
 use crate::options::LockOptions;
+use crate::progress::reported;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::conn::Conn;
@@ -157,7 +159,15 @@ impl Owner {
         );
         let ending = Ending::of(&span);
         let acquire = metrics::Acquire::start(request.labels(&self.options));
-        let taken = self.take_from_session(request, policy).instrument(span).await;
+        let slice = self.options.slice();
+        let taken = {
+            let acquiring = pin!(self.take_from_session(request, policy));
+            if request.is_internal() {
+                acquiring.instrument(span).await
+            } else {
+                reported(request.key(), slice, acquiring).instrument(span).await
+            }
+        };
         let taken = taken.map(|guard| guard.map(Guard::traced));
         ending.was(match &taken {
             Ok(Some(_)) => "acquired",
@@ -268,7 +278,7 @@ impl Owner {
             let has_waited = place.is_some();
             if let Some(place) = place.take() {
                 waiting.start();
-                let next = Box::pin(place.next(request.key(), pool, options, policy)).await?;
+                let next = Box::pin(place.next(request.key(), pool, policy)).await?;
                 match next {
                     Some(Next::Granted(handed)) => return handed.granted(request).map(Some),
                     Some(Next::Front(next)) => front = Some(next),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::key::{Key, KeyId};
-use crate::metrics::{Counted, Labels};
+use crate::metrics::Labels;
 use crate::mode::Mode;
 use crate::options::LockOptions;
 
@@ -12,7 +12,8 @@ use crate::options::LockOptions;
 pub(crate) struct Request {
     locks: Locks,
     pub(crate) need: Need,
-    counted: Counted,
+    /// The crate made it for an acquire of the application, which is counted and reported instead.
+    internal: bool,
     /// It waits in line with others of this process for the key.
     in_line: bool,
 }
@@ -38,19 +39,19 @@ pub(crate) enum Need {
 impl Request {
     pub(crate) fn one(key: &Key, mode: Mode) -> Self {
         let locks = Locks::One((key.clone(), mode));
-        Self { locks, need: Need::All, counted: Counted::default(), in_line: false }
+        Self { locks, need: Need::All, internal: false, in_line: false }
     }
 
     /// The first of these keys that is free, exclusively. There must be one at least.
     pub(crate) fn any(keys: Vec<Key>) -> Self {
         let locks = keys.into_iter().map(|key| (key, Mode::Exclusive));
         let locks = Locks::Many(locks.collect());
-        Self { locks, need: Need::Any, counted: Counted::default(), in_line: false }
+        Self { locks, need: Need::Any, internal: false, in_line: false }
     }
 
     /// A session, opened for the sake of a key.
     pub(crate) fn session(key: &Key) -> Self {
-        Self { need: Need::Nothing, ..Self::one(key, Mode::Shared).uncounted() }
+        Self { need: Need::Nothing, ..Self::one(key, Mode::Shared).internal() }
     }
 
     /// All of these locks, each key once. Sorted, so that all requests for the same keys take them in one
@@ -61,13 +62,17 @@ impl Request {
         locks.dedup_by_key(|(key, _)| key.id());
         (!locks.is_empty()).then(|| {
             let locks = Locks::Many(locks.into());
-            Self { locks, need: Need::All, counted: Counted::default(), in_line: false }
+            Self { locks, need: Need::All, internal: false, in_line: false }
         })
     }
 
-    /// The same, made by the crate for an acquire of the application, which is counted instead.
-    pub(crate) fn uncounted(self) -> Self {
-        Self { counted: Counted::no(), ..self }
+    /// The same, made by the crate for an acquire of the application.
+    pub(crate) fn internal(self) -> Self {
+        Self { internal: true, ..self }
+    }
+
+    pub(crate) fn is_internal(&self) -> bool {
+        self.internal
     }
 
     /// The same; while the key is busy, it waits in line with others of this process, and one of them on the server.
@@ -86,7 +91,7 @@ impl Request {
 
     /// The labels of its metrics.
     pub(crate) fn labels(&self, options: &LockOptions) -> Labels {
-        Labels::new(options.key_label(), self.key(), self.mode()).only_if(self.counted)
+        Labels::new(options.key_label(), self.key(), self.mode()).only_if(!self.internal)
     }
 
     /// The key that stands for all of them: errors name it.
@@ -104,7 +109,7 @@ impl Request {
     /// The same for one of the locks.
     pub(crate) fn only(&self, id: KeyId) -> Option<Self> {
         let (key, mode) = self.locks().iter().find(|(key, _)| key.id() == id)?;
-        Some(Self { counted: self.counted, ..Self::one(key, *mode) })
+        Some(Self { internal: self.internal, ..Self::one(key, *mode) })
     }
 
     pub(crate) fn locks(&self) -> &[(Key, Mode)] {

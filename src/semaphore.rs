@@ -4,6 +4,7 @@ pub(crate) mod layout;
 mod permit;
 
 use std::fmt;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use crate::key::Key;
 use crate::metrics::{self, Labels, Waiting};
 use crate::mode::Mode;
 use crate::owner::Owner;
+use crate::progress::reported;
 use crate::request::Request;
 use crate::session::budget::Budget;
 use crate::source::Source;
@@ -202,7 +204,7 @@ impl Semaphore {
     /// ```
     pub async fn acquire(&self) -> Result<Permit> {
         let metric = metrics::Acquire::start(self.inner.labels());
-        let permit = self.inner.acquire().await;
+        let permit = self.inner.reported(pin!(self.inner.acquire())).await;
         metric.end(&permit.as_ref().map(Some), true);
         permit
     }
@@ -290,13 +292,17 @@ impl Semaphore {
             return self.try_acquire().await;
         }
         let metric = metrics::Acquire::start(self.inner.labels());
-        let permit = self.inner.acquire_until(deadline).await;
+        let permit = self.inner.reported(pin!(self.inner.acquire_until(deadline))).await;
         metric.end(&permit, true);
         permit
     }
 }
 
 impl Inner {
+    async fn reported<T: Send>(&self, acquire: Pin<&mut (impl Future<Output = T> + Send)>) -> T {
+        reported(&self.key, self.owner.options.slice(), acquire).await
+    }
+
     async fn acquire(&self) -> Result<Permit> {
         let mut waiting = Waiting::new(self.labels());
         let _first = if let Ok(first) = self.waiting.try_lock() {
@@ -381,7 +387,7 @@ impl Inner {
 
     /// Takes a permit that is free, if there is no waiter.
     async fn pass(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
-        let request = Request::one(self.layout.queue(), Mode::Shared).uncounted();
+        let request = Request::one(self.layout.queue(), Mode::Shared).internal();
         let mut owner = self.owner.another();
         let passing = match deadline {
             None => owner.try_acquire(&request).await?,
@@ -422,7 +428,7 @@ impl Inner {
             return Ok(permit);
         }
         waiting.start();
-        let request = Request::one(self.layout.queue(), Mode::Exclusive).uncounted();
+        let request = Request::one(self.layout.queue(), Mode::Exclusive).internal();
         let mut owner = self.owner.another();
         let first = match left() {
             None => Some(owner.acquire(&request).await?),

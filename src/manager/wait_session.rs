@@ -200,7 +200,7 @@ impl Drop for WaitSession {
 }
 
 fn request(key: KeyId, mode: Mode) -> Request {
-    Request::one(&Key::from_id(key), mode).uncounted()
+    Request::one(&Key::from_id(key), mode).internal()
 }
 
 /// Holds a key, and takes the steps for it. Returns the number of the step that is to release it.

@@ -15,15 +15,6 @@ use crate::mode::Mode;
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct KeyLabel {}
 
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counted {}
-
-impl Counted {
-    pub(crate) fn no() -> Self {
-        Self {}
-    }
-}
-
 #[derive(Clone, Debug)]
 pub(crate) struct Labels {}
 
@@ -32,7 +23,7 @@ impl Labels {
         Self {}
     }
 
-    pub(crate) fn only_if(self, _: Counted) -> Self {
+    pub(crate) fn only_if(self, _: bool) -> Self {
         self
     }
 }

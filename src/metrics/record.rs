@@ -246,24 +246,10 @@ pub(crate) enum KeyLabel {
     Show,
 }
 
-/// Whether an acquire is counted. Those that the crate makes for an acquire of the application are not.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(crate) enum Counted {
-    No,
-    #[default]
-    Yes,
-}
-
-impl Counted {
-    pub(crate) fn no() -> Self {
-        Self::No
-    }
-}
-
 /// The labels of a lock.
 #[derive(Clone, Debug)]
 pub(crate) struct Labels {
-    counted: Counted,
+    counted: bool,
     mode: Mode,
     /// If the application wants it as a label.
     key: Option<Key>,
@@ -271,17 +257,14 @@ pub(crate) struct Labels {
 
 impl Labels {
     pub(crate) fn new(label: KeyLabel, key: &Key, mode: Mode) -> Self {
-        let counted = if is_recording() { Counted::Yes } else { Counted::No };
+        let counted = is_recording();
         let key = (label == KeyLabel::Show).then(|| key.clone());
         Self { counted, mode, key }
     }
 
-    pub(crate) fn only_if(self, counted: Counted) -> Self {
-        if counted == Counted::Yes { self } else { Self { counted, ..self } }
-    }
-
-    fn are_counted(&self) -> bool {
-        self.counted == Counted::Yes
+    /// The same, if the application made the acquire.
+    pub(crate) fn only_if(self, counted: bool) -> Self {
+        Self { counted: self.counted && counted, ..self }
     }
 
     fn metric<T: Record>(&self, choose: impl FnOnce(&Metrics) -> &ByMode<T>) -> T {
@@ -318,7 +301,7 @@ enum Outcome {
 
 impl Acquire {
     pub(crate) fn start(labels: Labels) -> Self {
-        let started = labels.are_counted().then(Instant::now);
+        let started = labels.counted.then(Instant::now);
         Self { labels, started, outcome: Outcome::Cancelled }
     }
 
@@ -386,7 +369,7 @@ impl Lasting {
         number: fn(&Metrics) -> &ByMode<Gauge>,
         duration: fn(&Metrics) -> &ByMode<Histogram>,
     ) -> Option<Self> {
-        labels.are_counted().then(|| Self {
+        labels.counted.then(|| Self {
             since: Instant::now(),
             duration: labels.metric(duration),
             _one: One::of(labels.metric(number)),

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sqlx::PgPool;
 use tokio::runtime::Handle;
@@ -286,13 +286,12 @@ impl Place {
         mut self,
         key: &Key,
         pool: &PgPool,
-        options: &LockOptions,
         policy: WaitPolicy,
     ) -> Result<Option<Next>> {
         let share = policy.left().map_or(A_YEAR, |left| left / 4);
         tokio::select! {
             biased;
-            next = timeout(share, self.message(key, options.slice())) => {
+            next = timeout(share, self.message()) => {
                 match next.unwrap_or(Some(Next::Alone)) {
                     Some(Next::Failed(error)) => Err(error),
                     next => Ok(next),
@@ -302,21 +301,13 @@ impl Place {
         }
     }
 
-    async fn message(&mut self, key: &Key, slice: Duration) -> Option<Next> {
-        let started = Instant::now();
-        let (front, until) = loop {
-            match timeout(slice, &mut self.receiver).await {
-                Ok(Ok(Next::First(front, until, receiver))) => {
-                    self.receiver = receiver;
-                    break (front, until);
-                }
-                Ok(next) => return next.ok(),
-                Err(_) => tracing::debug!(
-                    lock.key = %key.id(),
-                    waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-                    "still waiting for a busy lock, behind another task"
-                ),
+    async fn message(&mut self) -> Option<Next> {
+        let (front, until) = match (&mut self.receiver).await {
+            Ok(Next::First(front, until, receiver)) => {
+                self.receiver = receiver;
+                (front, until)
             }
+            next => return next.ok(),
         };
         let next = match timeout_at(until.into(), &mut self.receiver).await {
             Ok(next) => next.ok(),

@@ -293,7 +293,17 @@ fn avoided_words_are_found_in_comments_and_in_pages() {
 /// The modules of the library, from the bottom to the top. A line imports nothing from the lines below it; in a
 /// line, the modules know each other.
 const LAYERS: &[&[&str]] = &[
-    &["key", "mode", "options", "error", "request", "interop", "metrics", "application_name"],
+    &[
+        "key",
+        "mode",
+        "options",
+        "error",
+        "request",
+        "interop",
+        "metrics",
+        "application_name",
+        "progress",
+    ],
     &["sql"],
     &["session"],
     &["holdings", "owner", "source", "manager", "guard"],

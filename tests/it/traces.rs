@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
-use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, Semaphore};
+use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, MultiLock, Semaphore};
 use pglock_testkit::{TestDb, eventually};
 use tokio::time::{sleep, timeout};
 use tracing::field::{Field, Visit};
@@ -465,23 +465,46 @@ async fn the_normal_path_is_silent() {
     assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.events(Level::DEBUG));
 }
 
-/// A wait that lasts is visible before it ends.
+/// A wait that lasts is visible before it ends, whatever waits.
 #[tokio::test]
-async fn each_slice_of_a_long_wait_is_told() {
+async fn a_long_wait_is_reported_while_it_lasts() {
     let db = TestDb::new().await;
-    let (pool, other) = (db.pool(2).await, db.pool(1).await);
-    let held = Lock::new(&other, 42).acquire().await.unwrap();
-    let slice = LockOptions::new().wait_slice(Duration::from_secs(2)).on(&pool).unwrap();
-    let mut lock = Lock::new(&slice, 42);
+    let (pool, other) = (db.pool(8).await, db.pool(8).await);
+    let options = LockOptions::new().wait_slice(Duration::from_secs(2));
+    let (source, manager) =
+        (options.on(&pool).unwrap(), LockManager::new(&options.on(&pool).unwrap()));
+    let permits = Semaphore::new(&source, "permits", 1).unwrap();
+    let held = (
+        Lock::new(&other, "plain").acquire().await.unwrap(),
+        Lock::new(&other, "several").acquire().await.unwrap(),
+        Lock::new(&manager, "managed").acquire().await.unwrap(),
+        permits.acquire().await.unwrap(),
+    );
+
     let told = Told::from_now_on();
-    let waiting = spawn(async move { lock.acquire().await.map(drop) });
-    eventually("two slices are told", TIMEOUT, || async {
-        told.events(Level::DEBUG).iter().filter(|event| event.field("waited_ms").is_some()).count()
-            >= 2
-    })
-    .await;
-    held.release().await.unwrap();
-    waiting.await.unwrap().unwrap();
+    let (mut plain, mut through_it) = (Lock::new(&source, "plain"), Lock::new(&manager, "managed"));
+    let mut several = MultiLock::new(&source, ["several"]);
+    let waiting = [
+        spawn(async move { plain.acquire().await.map(drop) }),
+        spawn(async move { several.acquire().await.map(drop) }),
+        spawn(async move { through_it.acquire().await.map(drop) }),
+        spawn(async move { permits.acquire().await.map(drop) }),
+    ];
+    let told_of = |name: &str| {
+        let events = told.events(Level::DEBUG).into_iter();
+        let events = events.filter(|event| event.field("lock.name") == Some(name));
+        let waited = events.filter_map(|event| event.field("waited_ms")?.parse::<u64>().ok());
+        waited.collect::<Vec<_>>()
+    };
+    for name in ["plain", "several", "managed", "permits"] {
+        eventually("it is told twice", TIMEOUT, || async { told_of(name).len() >= 2 }).await;
+        let (waited, least) = (told_of(name), [2000, 4000]);
+        assert!(waited.iter().zip(least).all(|(waited, least)| *waited >= least), "{waited:?}");
+    }
+    drop(held);
+    for waiting in waiting {
+        waiting.await.unwrap().unwrap();
+    }
 }
 
 /// What the application does on the lock's connection is logged as usual.

@@ -44,7 +44,6 @@ impl Pending {
         policy: WaitPolicy,
         waiting: &mut metrics::Waiting,
     ) -> Result<Option<Granted>> {
-        let (started, mut slices) = (Instant::now(), 0);
         let mut plainly = self.session.server.waits_plainly();
         loop {
             let session = Arc::clone(&self.session);
@@ -58,9 +57,6 @@ impl Pending {
                 return self.granted(policy).await.map(Some);
             };
             waiting.start();
-            if slices > 0 {
-                self.is_waiting_since(started, key);
-            }
             if let Err(error) = self.show(policy).await {
                 return Err(self.fail(error).await);
             }
@@ -135,7 +131,6 @@ impl Pending {
                     Err(error) => return Err(self.fail(error).await),
                 }
             }
-            slices += 1;
             self.slot = None;
             match session.connection_for_acquire(policy.deadline()).await {
                 Ok(slot) => self.slot = Some(slot),
@@ -146,15 +141,6 @@ impl Pending {
                 Err(reason) => return Err(reason.error(self.request.key())),
             }
         }
-    }
-
-    fn is_waiting_since(&self, started: Instant, key: KeyId) {
-        tracing::debug!(
-            lock.key = %key,
-            backend_pid = self.session.backend_pid(),
-            waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "still waiting for a busy lock"
-        );
     }
 
     /// Waits for a slice.
