@@ -129,6 +129,7 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
         checks::primary(&seen),
         checks::functions(&seen),
         checks::plpgsql(&seen),
+        checks::logged_waits(&seen),
         checks::lock_list(&seen),
     ];
     // Otherwise the checks above have said why not.

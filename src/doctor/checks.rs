@@ -62,6 +62,30 @@ pub(super) fn plpgsql(seen: &Circumstances) -> Finding {
     }
 }
 
+/// From PostgreSQL 19 on, the server logs waits by default.
+pub(super) fn logged_waits(seen: &Circumstances) -> Finding {
+    let check = "log of waits";
+    match (&seen.logs_waits, &seen.may_be_quiet) {
+        (Ok(true), Err(_)) => {
+            let finding = Finding::fine(check, "log_lock_waits is on, and the role may not set it");
+            // It does no harm.
+            finding.but(
+                Severity::Fine,
+                format!(
+                    "a wait that is longer than deadlock_timeout writes a line to the server's log in each slice: \
+                     GRANT SET ON PARAMETER log_lock_waits TO {:?} (PostgreSQL 15), or set log_lock_waits = off",
+                    seen.role
+                ),
+            )
+        }
+        (Ok(_), _) => Finding::fine(check, "the server does not log waits for locks"),
+        (Err(why), _) => {
+            let advice = "check that the server is a PostgreSQL server";
+            Finding::unknown(check, why, advice).but(Severity::Fine, advice)
+        }
+    }
+}
+
 /// Whether the role may list locks, its own included.
 pub(super) fn lock_list(seen: &Circumstances) -> Finding {
     let check = "list of locks";

@@ -27,6 +27,10 @@ pub(crate) struct Circumstances {
     pub(crate) forbidden: Seen<Option<String>>,
     pub(crate) rights: Seen<Rights>,
     pub(crate) plpgsql: Seen<bool>,
+    /// Whether the server logs waits for locks.
+    pub(crate) logs_waits: Seen<bool>,
+    /// Whether the role may turn that off.
+    pub(crate) may_be_quiet: Seen<()>,
     /// The number of locks in the lock table.
     pub(crate) locks: Seen<i64>,
     pub(crate) connections: Seen<Connections>,
@@ -140,6 +144,10 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
     let plpgsql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_language AS l \
         WHERE l.lanname OPERATOR(pg_catalog.=) 'plpgsql' \
         AND pg_catalog.has_language_privilege(l.oid, 'usage'))";
+    let logs_waits =
+        "SELECT pg_catalog.current_setting('log_lock_waits') OPERATOR(pg_catalog.=) 'on'";
+    // For the statement only.
+    let be_quiet = "SELECT pg_catalog.set_config('log_lock_waits', 'off', true)";
     // A lock that is not in the lock table proper has `fastpath`. Several sessions may hold one lock.
     let locks = format!(
         "SELECT pg_catalog.count(DISTINCT pg_catalog.concat_ws('/', l.locktype, l.database, l.relation, l.page, \
@@ -169,6 +177,8 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
         })
         .await?,
         plpgsql: ask(conn, plpgsql, |row| row.try_get(0)).await?,
+        logs_waits: ask(conn, logs_waits, |row| row.try_get(0)).await?,
+        may_be_quiet: ask(conn, be_quiet, |_| Ok(())).await?,
         locks: ask(conn, &locks, |row| row.try_get(0)).await?,
         connections: ask(conn, connections, |row| {
             Ok(Connections {

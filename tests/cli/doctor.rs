@@ -51,6 +51,14 @@ async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
     let granted = as_role(&mut admin, grants).await;
     assert_eq!(finding(&granted, "other roles")["advice"], serde_json::Value::Null);
 
+    let logs = as_role(&mut admin, "ALTER ROLE app SET log_lock_waits = on").await;
+    let advice = finding(&logs, "log of waits")["advice"].as_str().unwrap().to_owned();
+    assert!(advice.contains("GRANT SET ON PARAMETER log_lock_waits TO \"app\""), "{advice}");
+    let silent = as_role(&mut admin, "ALTER ROLE app RESET ALL").await;
+    if server.version() < 19 {
+        assert_eq!(finding(&silent, "log of waits")["advice"], serde_json::Value::Null);
+    }
+
     for (change, check, severity, code, back) in [
         (
             "ALTER ROLE app SET idle_in_transaction_session_timeout = '1min'",
