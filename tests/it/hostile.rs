@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use pglock::{Election, Key, Lock, MultiLock, Semaphore, inspect, interop, transaction};
+use pglock::{
+    Election, Key, Lock, LockOptions, MultiLock, Semaphore, Source, inspect, interop, transaction,
+};
 use pglock_testkit::{HIJACKED, Server, TestDb, hostile_schema};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
@@ -33,14 +35,18 @@ const NAMES: [&str; 9] = [
 async fn no_name_gets_into_a_statement() {
     let server = Server::options().setting("log_statement", "all").start();
     let db = TestDb::on(&server).await;
-    let pool = db.pool(8).await;
+    let pool = db.pool(12).await;
     sqlx::raw_sql("CREATE TABLE canary (alive int)").execute(&pool).await.unwrap();
 
     let mark = server.log_len();
     let longest = "canary'".repeat(100_000);
     for name in NAMES.into_iter().chain([longest.as_str()]) {
-        locks(&pool, Key::from(name)).await;
-        locks(&pool, interop::fnv1a(name)).await;
+        let shown = LockOptions::new().application_name(name).on(&pool).unwrap();
+        tokio::join!(
+            locks(&pool, Key::from(name)),
+            locks(&pool, interop::fnv1a(name)),
+            locks(&shown, Key::from(format!("{name}, shown"))),
+        );
         semaphores(&pool, name).await;
         elections(&pool, name).await;
         transactions(&pool, name).await;
@@ -60,8 +66,8 @@ async fn no_name_gets_into_a_statement() {
     sqlx::raw_sql("SELECT alive FROM canary").execute(&pool).await.unwrap();
 }
 
-async fn locks(pool: &PgPool, key: Key) {
-    let mut lock = Lock::new(pool, &key);
+async fn locks(source: &(impl Source + Sync), key: Key) {
+    let mut lock = Lock::new(source, &key);
     let mut other = lock.clone();
     let guard = lock.acquire().await.unwrap();
     assert!(other.try_acquire().await.unwrap().is_none());
@@ -146,6 +152,8 @@ async fn no_schema_takes_over_a_statement_of_a_lock() {
     let db = TestDb::on(&server).await;
     for pool in hostile_pools(&db).await {
         locks(&pool, Key::from("ledger")).await;
+        let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
+        locks(&named, Key::from("ledger")).await;
         locks(&pool, Key::from((7, -7))).await;
         semaphores(&pool, "ledger").await;
         elections(&pool, "ledger").await;

@@ -92,6 +92,28 @@ fn the_readme_names_the_versions_of_postgresql() {
     assert!(readme.contains(&format!("PostgreSQL {oldest} to {newest}")), "{oldest} to {newest}");
 }
 
+/// A metric that is misspelt would only leave a panel empty, or an alert silent.
+#[test]
+fn the_dashboard_and_the_alerts_use_metrics_that_exist() {
+    fn metrics(text: &str) -> impl Iterator<Item = &str> {
+        let words = text.split(|c: char| c != '_' && !c.is_ascii_alphanumeric());
+        words.filter(|word| word.starts_with("pglock_"))
+    }
+
+    let documented = read("src/metrics.rs");
+    let documented: Vec<&str> = metrics(&documented).collect();
+    for file in ["alerts.yaml", "alerts_test.yaml", "dashboard.json"] {
+        let text = read(&format!("migrations-free-docker/monitoring/{file}"));
+        assert!(metrics(&text).count() > 5, "{file}");
+        for metric in metrics(&text) {
+            // What a histogram is exported as.
+            let ends = ["_bucket", "_sum", "_count"];
+            let name = ends.iter().find_map(|end| metric.strip_suffix(end)).unwrap_or(metric);
+            assert!(documented.contains(&name), "{file}: {metric}");
+        }
+    }
+}
+
 /// An example is a file, or a directory with a `main.rs`.
 #[test]
 fn every_example_is_listed_and_every_listed_one_exists() {
