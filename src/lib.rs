@@ -36,10 +36,10 @@
 //!
 //! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
 //!   Handles are re-entrant; two handles exclude each other.
-//! * [`ExclusiveGuard`] and [`SharedGuard`] are proof of holding; dropping one releases its share. [`Guard`] is
-//!   what all guards have in common.
+//! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; the drop of the last one of a handle releases it.
+//!   [`Guard`] is what all guards have in common.
 //! * [`Source`] is where a handle gets its session: a pool, a manager, or a guard.
-//! * [`LockManager`] holds thousands of locks on one connection.
+//! * [`LockManager`] holds thousands of locks on a few connections.
 //! * [`MultiLock`] holds several keys, all or none, and never in a deadlock with another `MultiLock`.
 //! * [`Semaphore`] is a counting semaphore; each permit has an index.
 //! * [`Election`] makes one candidate the leader, notifies it when it no longer leads, and shows others the leader.
@@ -56,7 +56,8 @@
 //! [at a cost](transaction#cancel-safety).) A background task cancels the wait through another connection
 //! (`pg_cancel_backend`), reads the outstanding answer, releases a lock that was granted meanwhile, and returns the
 //! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A
-//! guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic.
+//! guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. That of a
+//! [`LockManager`] is released when the runtime runs, or its connection closes.
 //!
 //! # Loss
 //!
@@ -64,7 +65,7 @@
 //! Then its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all
 //! other methods return [`Error::Lost`]. A server that has not answered within the
 //! [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too; [`Loss`] lists all causes.
-//! An answer that is an error is a sign of life. Over TCP, the server ends the session of a [silent
+//! An answer that is an error is no loss. Over TCP, the server ends the session of a [silent
 //! client](LockOptions::keepalives_interval) only later, so a holder that is cut off stops before another session
 //! is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times.
 //!
@@ -79,13 +80,13 @@
 //! | a re-entrant guard acquired or released | 0 |
 //! | a lock [passed on](guide::guarantees#fairness) to another task of the process | 0; 1 if the release is awaited |
 //! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; 0 for a hand-off inside the process |
-//! | several free locks acquired at once | 1; refused half-way, 1 more |
+//! | a free [`MultiLock`] acquired | 1; if one of its keys is busy, 1 more |
 //! | a permit of a semaphore acquired | 3, and 1 per ten seconds; 1 every 20 ms for the first waiter |
 //! | a leader elected | 2 more than a lock acquired |
 //! | the leader looked up, or observed | 1, or 1 every 500 ms, after a minute without a change every 5 s |
 //! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat_interval) |
 //! | the connection [borrowed](Guard::connection) | 2 the first time, at most 1 later; 2 when it is returned |
-//! | the last guard released, or the last exclusive one | 1 |
+//! | the last guard of a handle released, or its last exclusive one | 1 |
 //! | a lock of a [`transaction`] | 1; waited for, 1 more for each slice of a minute; released, 0 |
 //! | a guard [verified](Guard::verify), a [token](Guard::fencing_token) drawn, locks [inspected](inspect) | 1 |
 //!

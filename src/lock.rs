@@ -15,8 +15,8 @@ use crate::source::Source;
 
 /// A handle on the lock of one key (`pg_advisory_lock`).
 ///
-/// Making a handle costs nothing; the first acquire takes a connection from the pool, and the last
-/// guard returns it. Two handles exclude each other, in one process as on two machines. Handles are
+/// Making a handle costs nothing. If it is made from a pool, its first acquire takes a connection, and its last
+/// guard returns that. Two handles exclude each other, in one process as on two machines. Handles are
 /// re-entrant: acquiring a lock that the handle already holds returns immediately, without a round
 /// trip, and the lock is released when the last guard is dropped.
 ///
@@ -38,14 +38,16 @@ use crate::source::Source;
 /// # Connections
 ///
 /// A handle that holds uses one connection of the pool, and so does a key that is waited for, however many tasks do.
-/// Give the pool at least as many as the locks that you hold, and the keys that you await, at the same time, and some
-/// for your queries. An idle connection is
+/// A task that waits with a timeout uses one of its own, once a quarter of its time has passed. By default, locks leave
+/// [a third of the pool](crate::guide::operations#the-pool) to your queries, so give the pool one and a half times as many
+/// connections as locks that you hold, and keys that you await, at the same time. An idle connection is
 /// taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the
 /// next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout,
 /// and all of them together by at most ten seconds.
 ///
 /// The first acquires of a process on a server wait for the
-/// [proof](crate::guide::guarantees#poolers) that locks exclude other sessions there, for at most 250 ms.
+/// [proof](crate::guide::guarantees#poolers) that locks exclude other sessions there, for at most 250 ms. Without an
+/// answer by then, the lock is granted, and the proof goes on in the background.
 ///
 /// # Examples
 ///
@@ -117,13 +119,13 @@ impl Lock {
     /// Acquires the lock exclusively (`pg_advisory_lock`), waiting until it is available.
     ///
     /// A free lock takes one statement, and so one round trip. A busy lock is waited for in the
-    /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), one statement each,
-    /// so that no snapshot gets older. Between two slices the waiter goes to the end of the queue. If
+    /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), of two
+    /// statements each. A slice ends the snapshot of the wait, which would hold back `VACUUM`. Between two slices the waiter goes to the end of the queue. If
     /// this handle already holds the lock exclusively, nothing is sent.
     ///
     /// Where others of the process wait for the same key on the same pool, it waits in line behind them, without a
-    /// connection, and sends nothing. It may be passed the lock of the one before, on the connection of that one. A
-    /// future that is not polled holds up those behind it.
+    /// connection, and sends nothing. It may be handed the lock, and the connection, of a task that releases it. Poll the
+    /// future until it ends, or drop it: one that is not polled blocks those behind it in line.
     ///
     /// A handle that holds the lock only shared waits until all other sessions have released it. Two
     /// handles that do so deadlock; the server detects the deadlock within its `deadlock_timeout`, and one
@@ -139,7 +141,7 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// Nothing is held after an error.
+    /// After an error, the handle holds nothing more than before.
     ///
     /// * [`Error::PoolTimedOut`] if no connection became available in time; [`Error::PoolClosed`] if the pool was closed, also during
     ///   the wait; [`Error::Connect`] if none could be opened.
@@ -214,7 +216,7 @@ impl Lock {
     ///
     /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
     /// [`Error::PoolTimedOut`], because the lock was not requested. The server ends the wait itself, so
-    /// a timeout costs nothing; if the server does not answer, the call returns half a second later.
+    /// no statement is cancelled; if the server does not answer, the call returns half a second after the timeout.
     ///
     /// # Cancel safety
     ///
@@ -250,7 +252,7 @@ impl Lock {
         Ok(held.map(ExclusiveGuard::new))
     }
 
-    /// The same, with a deadline instead of a timeout.
+    /// Acquires the lock exclusively, waiting until `deadline`. Returns `None` after that.
     ///
     /// # Errors
     ///
@@ -377,7 +379,7 @@ impl Lock {
         Ok(held.map(SharedGuard::new))
     }
 
-    /// The same, with a deadline instead of a timeout.
+    /// Acquires the lock shared, waiting until `deadline`. Returns `None` after that.
     ///
     /// # Errors
     ///
@@ -397,11 +399,12 @@ impl Lock {
 
     /// Acquires the lock exclusively, runs a future under it, and releases it.
     ///
-    /// If the lock is lost, the future is dropped at its next await, and the loss is returned. Tasks that it has
+    /// If the lock is lost, the future is dropped the next time that it is pending, and the loss is returned. Tasks that it has
     /// spawned are not stopped. If it panics, the lock is released while the panic unwinds.
     ///
     /// Each call excludes every other one, also those through the same handle: it does not re-enter what the
-    /// handle holds, but acquires on a session of its own, as a [clone](Clone::clone) of the handle does.
+    /// handle holds, but acquires on a session of its own, as a [clone](Clone::clone) of the handle does. So it waits
+    /// forever if the caller itself holds a guard of the key meanwhile.
     ///
     /// # Cancel safety
     ///
@@ -409,8 +412,8 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] if the lock was lost before it was released: then
-    /// another session may have held it meanwhile, even if the future has ended.
+    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] if the lock was lost before it was released. The
+    /// future may have ended by then; its output is not returned, and another session may have held the lock meanwhile.
     ///
     /// # Panics
     ///

@@ -54,13 +54,13 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// Makes locks that share a few connections.
 ///
 /// A [`Lock`](crate::Lock) made from a pool uses a connection of the pool while it is held.
-/// The locks of a manager share one connection: a thousand held locks, or a hundred thousand, are one
-/// connection. They are the same [`Lock`](crate::Lock) and the same guards, and exclude all other locks on the
+/// The locks of a manager that no other session holds share one connection, whether they are a thousand or a hundred
+/// thousand. They are the same [`Lock`](crate::Lock) and the same guards, and exclude all other locks on the
 /// same keys.
 ///
 /// * Concurrent requests of many tasks travel in one statement.
 /// * Tasks of one process that want the same key queue in the process, in FIFO order, and hand it on without
-///   a round trip: at most 100 times, and for 10 ms. Then the key goes back to the server's queue, so
+///   a round trip: at most 100 times, and for 10 ms at most. Then the key goes back to the server's queue, so
 ///   that other processes get their turn.
 /// * The shared session never waits. A key that another session holds is waited for on another connection,
 ///   which then holds the key. There is one of those for every eight connections of the pool, at least one
@@ -68,8 +68,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   at most a second each, and meanwhile all of them are tried in one statement: again after 5 ms at first,
 ///   and after a second at last.
 ///
-/// So a manager uses at most five connections, however many keys are busy, and two of a pool of up to 15. The
-/// others are left to the work under the locks. Where many keys are held by other processes, and the work
+/// So a manager uses at most five connections, however many keys are busy: two of a pool of 3 to 15, and one of a pool
+/// of one or two. The others are left to the work under the locks. Where many keys are held by other processes, and the work
 /// needs every connection, give the pool seven or more. The shared connection goes back to the pool after a second
 /// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last
 /// guard was dropped.

@@ -433,6 +433,8 @@ mod tests {
             settings: settings.to_vec(),
             forbidden: Ok(None),
             rights: Ok(Rights { sees_all: false, ends_all: false }),
+            logs_waits: Ok(false),
+            may_be_quiet: Ok(()),
             plpgsql: Ok(true),
             locks: Ok(90),
             connections: Ok(Connections {
