@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 
 use nix::sys::signal::Signal;
 use pglock_testkit::{TestDb, eventually};
@@ -54,6 +55,42 @@ async fn the_file_is_there_while_it_leads() {
         is_gone().await;
     }
     drop(fs::remove_file(file));
+}
+
+/// The command lines of the units and of the manifest, with a command that ends at once.
+#[tokio::test]
+async fn the_units_and_the_manifest_use_options_that_exist() {
+    let db = TestDb::new().await;
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations-free-docker");
+    let read = |file: &str| fs::read_to_string(directory.join(file)).unwrap();
+    let unit = |file: &str| {
+        let unit = read(file);
+        let start =
+            unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/local/bin/pglock "));
+        start.unwrap().split(' ').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let manifest = read("kubernetes/leader.yaml");
+    let (_, manifest) = manifest.split_once("- pglock\n").unwrap();
+    let manifest = manifest.lines().map_while(|line| line.trim().strip_prefix("- "));
+    let manifest: Vec<_> = manifest.map(str::to_owned).collect();
+
+    let file = std::env::temp_dir().join(format!("pglock-unit-{}", std::process::id()));
+    for start in
+        [unit("systemd/pglock-elect@.service"), unit("systemd/pglock-run@.service"), manifest]
+    {
+        let file = file.to_str().unwrap();
+        let places = ["%t/pglock-elect-%i/leads", "/run/pglock/leads"];
+        let there =
+            |arg: &String| places.iter().fold(arg.clone(), |arg, place| arg.replace(place, file));
+        let start: Vec<_> = start.iter().take_while(|arg| *arg != "--").map(there).collect();
+        let mut args: Vec<&str> = start.iter().map(String::as_str).collect();
+        if args.first() == Some(&"elect") {
+            args.insert(1, "--once");
+        }
+        args.extend(["--", "true"]);
+        let ended = run(&db, &args).await;
+        assert_eq!(ended.code(), Some(0), "{args:?}: {}", ended.errors);
+    }
 }
 
 #[tokio::test]

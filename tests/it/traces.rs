@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -504,6 +505,62 @@ async fn a_long_wait_is_reported_while_it_lasts() {
     drop(held);
     for waiting in waiting {
         waiting.await.unwrap().unwrap();
+    }
+}
+
+/// A formatter for JSON puts the fields of a span beside its own name, and text where a value is no string.
+#[tokio::test]
+async fn names_and_causes_survive_json() {
+    let db = TestDb::new().await;
+    let (pool, other) = (db.pool(2).await, db.pool(1).await);
+    let mut admin = db.admin().await;
+    let held = Lock::new(&other, "nightly-report").acquire().await.unwrap();
+    let slice = LockOptions::new().wait_slice(Duration::from_secs(2)).on(&pool).unwrap();
+    let mut lock = Lock::new(&slice, "nightly-report");
+
+    LazyLock::force(&BYSTANDERS);
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let writer = Arc::clone(&written);
+    let writer = move || Written(Arc::clone(&writer));
+    let json = tracing_subscriber::fmt::layer().json().with_writer(writer);
+    let capturing = set_default(Registry::default().with(json));
+    let entries = || {
+        let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        let entries = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        entries.collect::<Vec<serde_json::Value>>()
+    };
+    let waiting = spawn(async move { lock.acquire().await });
+    let is_told = |entry: &serde_json::Value| {
+        let text = |pointer| entry.pointer(pointer).and_then(serde_json::Value::as_str);
+        text("/fields/lock.name") == Some("nightly-report")
+            && text("/span/lock.name") == Some("nightly-report")
+            && text("/span/name") == Some("acquire")
+            && text("/span/lock.key") == text("/fields/lock.key")
+    };
+    eventually("the wait is told", TIMEOUT, || async { entries().iter().any(is_told) }).await;
+
+    let pid = held.backend_pid();
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    timeout(TIMEOUT, held.lost()).await.unwrap();
+    let is_warning = |entry: &serde_json::Value| entry.get("level").is_some_and(|l| l == "WARN");
+    let warning = entries().into_iter().find(is_warning).unwrap();
+    assert_eq!(warning.pointer("/fields/locks").unwrap(), 1);
+    let reason = warning.pointer("/fields/reason").unwrap().as_str().unwrap();
+    assert!(reason.contains(": "), "{reason}");
+    drop(capturing);
+    waiting.await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// What is written to it, for everybody who has it.
+struct Written(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
