@@ -509,6 +509,22 @@ impl Manager {
         });
     }
 
+    /// Has the session name the keys that the manager holds on it, when it reports its loss.
+    fn name_keys(self: &Arc<Self>, session: &Arc<Session>) {
+        let (manager, at) = (Arc::downgrade(self), Arc::downgrade(session));
+        session.set_managed_keys(move || {
+            let (Some(manager), Some(session)) = (manager.upgrade(), at.upgrade()) else {
+                return Vec::new();
+            };
+            // A loss may be found wherever a guard is asked, so this must not wait.
+            let state = manager.state.try_lock();
+            state.map_or_else(
+                |_| Vec::new(),
+                |state| state.table.some_at(&Place { session, shared: true }),
+            )
+        });
+    }
+
     /// A session was lost, and with it all that was held there.
     fn lost(self: &Arc<Self>, place: &Place, loss: &Loss) {
         let farewells = self.change(|state, now, effects| state.table.lost(place, now, effects));

@@ -99,6 +99,8 @@ pub(crate) struct Session {
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
     managed_locks: AtomicUsize,
+    /// Which ones, for the report of a loss.
+    managed_keys: OnceLock<shared::ManagedKeys>,
     /// Whether it is that of a leader.
     pub(crate) leading: metrics::Leading,
     pool: PgPool,
@@ -140,6 +142,7 @@ impl Session {
             shown_key: Mutex::default(),
             left_behind: Mutex::default(),
             managed_locks: AtomicUsize::new(0),
+            managed_keys: OnceLock::new(),
             leading: metrics::Leading::default(),
             pool: pool.clone(),
             local_queues,
@@ -292,7 +295,10 @@ impl Session {
         }
         self.loss_notify.notify_waiters();
         let backend_pid = self.backend_pid();
-        let keys = first_keys(&locks);
+        let own = locks.iter().map(|(key, _)| *key);
+        let keys = first_keys(
+            own.chain(self.managed_keys.get().into_iter().flat_map(shared::ManagedKeys::list)),
+        );
         let locks = locks.len() + self.managed_locks.swap(0, Ordering::Relaxed);
         metrics::lost(loss, locks);
         self.leading.end();
@@ -333,11 +339,13 @@ impl Session {
     }
 }
 
-/// The keys of the first locks, for an event.
-fn first_keys(locks: &[(KeyId, Mode)]) -> Option<String> {
-    const MOST: usize = 5;
-    let mut keys: Vec<_> = locks.iter().take(MOST).map(|(key, _)| key.to_string()).collect();
-    if locks.len() > MOST {
+/// How many keys the report of a loss names.
+pub(crate) const MOST_KEYS: usize = 5;
+
+/// The first of these keys, for an event.
+fn first_keys(mut all: impl Iterator<Item = KeyId>) -> Option<String> {
+    let mut keys: Vec<_> = all.by_ref().take(MOST_KEYS).map(|key| key.to_string()).collect();
+    if all.next().is_some() {
         keys.push("…".to_owned());
     }
     (!keys.is_empty()).then(|| keys.join(", "))

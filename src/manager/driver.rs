@@ -204,7 +204,12 @@ impl Driver {
             let opened = self.open().await;
             self.manager.set_opening(self.number, false);
             match opened {
-                Ok(keeper) => self.keeper = keeper,
+                Ok(keeper) => {
+                    if let Some(keeper) = &keeper {
+                        self.manager.name_keys(keeper.session());
+                    }
+                    self.keeper = keeper;
+                }
                 Err(error) => {
                     end_with_the_runtime().await;
                     self.fail_all_steps(&error);

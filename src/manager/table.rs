@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::{Mode, Modes};
+use crate::session::MOST_KEYS;
 use entry::{Entry, Turn, Waiter};
 use line::{CROWDED_SLICE, FIRST_SLICE, LAST_RETRY, LAST_SLICE, Line};
 
@@ -460,6 +461,14 @@ impl<S: Seat, W: Caller> Table<S, W> {
             farewells.append(&mut self.lost_key(key, seat, now, effects));
         }
         farewells
+    }
+
+    /// Some of the keys that are held there.
+    pub(super) fn some_at(&self, seat: &S) -> Vec<KeyId> {
+        let there = self.keys.iter().filter(|(_, entry)| entry.seat.as_ref() == Some(seat));
+        let mut keys: Vec<_> = there.map(|(key, _)| *key).take(MOST_KEYS + 1).collect();
+        keys.sort_unstable();
+        keys
     }
 
     /// The same for one key, if it was held there.

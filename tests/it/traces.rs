@@ -402,6 +402,7 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
     let warnings = told.events(Level::WARN);
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(warning.field("locks"), Some("4"));
+    assert_eq!(warning.field("lock.keys"), Some("1, 2, 3, 4"));
 }
 
 /// A handle in a mutex does not exclude the tasks that share it: the second one re-enters.
