@@ -160,13 +160,10 @@ impl Owner {
         let ending = Ending::of(&span);
         let acquire = metrics::Acquire::start(request.labels(&self.options));
         let slice = self.options.slice();
+        let key = (!request.is_internal()).then(|| request.key());
         let taken = {
             let acquiring = pin!(self.take_from_session(request, policy));
-            if request.is_internal() {
-                acquiring.instrument(span).await
-            } else {
-                reported(request.key(), slice, acquiring).instrument(span).await
-            }
+            reported(key, slice, acquiring).instrument(span).await
         };
         let taken = taken.map(|guard| guard.map(Guard::traced));
         ending.was(match &taken {

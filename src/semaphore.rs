@@ -300,7 +300,7 @@ impl Semaphore {
 
 impl Inner {
     async fn reported<T: Send>(&self, acquire: Pin<&mut (impl Future<Output = T> + Send)>) -> T {
-        reported(&self.key, self.owner.options.slice(), acquire).await
+        reported(Some(&self.key), self.owner.options.slice(), acquire).await
     }
 
     async fn acquire(&self) -> Result<Permit> {
