@@ -251,14 +251,14 @@ pub(crate) enum KeyLabel {
 pub(crate) struct Labels {
     counted: bool,
     mode: Mode,
-    /// If the application wants it as a label.
-    key: Option<Key>,
+    /// If the application wants it as a label. On the heap, or all acquires would have room for it.
+    key: Option<Box<Key>>,
 }
 
 impl Labels {
     pub(crate) fn new(label: KeyLabel, key: &Key, mode: Mode) -> Self {
         let counted = is_recording();
-        let key = (label == KeyLabel::Show).then(|| key.clone());
+        let key = (label == KeyLabel::Show).then(|| Box::new(key.clone()));
         Self { counted, mode, key }
     }
 
@@ -268,12 +268,12 @@ impl Labels {
     }
 
     fn metric<T: Record>(&self, choose: impl FnOnce(&Metrics) -> &ByMode<T>) -> T {
-        metric(|metrics| choose(metrics).by(self.mode), self.key.as_ref())
+        metric(|metrics| choose(metrics).by(self.mode), self.key.as_deref())
     }
 
     fn of_election<T: Record>(&self, name: &'static str) -> T {
         let name = Name::from_static_name(name);
-        T::of(&self.key.as_ref().map_or_else(|| name.clone(), |key| with_key(&name, key)))
+        T::of(&self.key.as_deref().map_or_else(|| name.clone(), |key| with_key(&name, key)))
     }
 }
 
