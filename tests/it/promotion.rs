@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pglock::{Election, Error, Lock, LockManager, Loss};
+use pglock::{Election, Error, LeaderState, LeaderStatus, Lock, LockManager, Loss};
 use pglock_testkit::{Proxy, Server, Shutdown, eventually};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{ConnectOptions, PgPool};
@@ -46,6 +46,7 @@ impl Pair {
 /// A candidate of a process, and what it tells: the number of each server on which it begins to lead.
 struct Candidate {
     terms: mpsc::UnboundedReceiver<u16>,
+    status: LeaderStatus,
     stop: oneshot::Sender<()>,
     ended: JoinHandle<pglock::Result<()>>,
 }
@@ -54,14 +55,17 @@ impl Candidate {
     fn run(pool: PgPool) -> Self {
         let (began, terms) = mpsc::unbounded_channel();
         let (stop, stopped) = oneshot::channel::<()>();
+        let mut election = Election::new(&pool, "billing").candidate("node-7");
+        let status = election.status();
         let ended = spawn(async move {
-            let mut election = Election::new(&pool, "billing").candidate("node-7");
             let stop = async { drop(stopped.await) };
             let run = election.run(stop, |leadership| {
                 let (began, pool) = (began.clone(), pool.clone());
                 async move {
+                    // An idle connection of the pool may lead elsewhere.
+                    let mut here = pool.connect_options().connect().await?;
                     let port = sqlx::query_scalar("SELECT current_setting('port')::int4");
-                    let port: i32 = port.fetch_one(&pool).await?;
+                    let port: i32 = port.fetch_one(&mut here).await?;
                     began.send(u16::try_from(port).unwrap()).unwrap();
                     leadership.stopping().await;
                     Ok::<_, sqlx::Error>(())
@@ -69,7 +73,7 @@ impl Candidate {
             });
             run.await
         });
-        Self { terms, stop, ended }
+        Self { terms, status, stop, ended }
     }
 
     async fn leads(&mut self, limit: Duration) -> u16 {
@@ -170,10 +174,17 @@ async fn a_name_that_still_leads_to_the_old_primary_is_refused_once_that_is_a_st
     })
     .await;
     let mut candidate = Candidate::run(pool.clone());
+    eventually("the candidate is refused, too, and goes on", SOON * 10, || async {
+        let state = candidate.status.state();
+        matches!(state, LeaderState::Failing { error: Error::Standby { .. }, .. })
+    })
+    .await;
+    // These stay open, and in the pool.
+    let stale = (pool.acquire().await.unwrap(), pool.acquire().await.unwrap());
+    drop(stale);
+    eventually("they are idle", SOON * 10, || async { pool.num_idle() >= 2 }).await;
     pair.name.move_to(pair.standby.port());
-    // Connections to the standby are still in the pool, and are refused.
-    pair.name.reset();
-    let guard = acquire_again(&mut lock).await;
+    let guard = timeout(SOON * 10, acquire_again(&mut lock)).await.unwrap();
     assert_eq!(candidate.leads(SOON * 10).await, pair.standby.port());
     guard.release().await.unwrap();
     candidate.stop().await;
