@@ -79,9 +79,9 @@ pub enum Severity {
 
 /// Examines the server behind a pool, for locks with these options.
 ///
-/// Reads settings, privileges, and the free space for locks and connections, and acquires a lock.
-/// Sends about forty statements, and opens two connections at a time beside the pool. A check that the role may not make is a
-/// finding too: "cannot tell", and why.
+/// Reads settings, privileges, and the free space for locks and connections, and acquires a lock. Sends about forty
+/// statements, and opens two connections at a time beside the pool. A check that the role may not make is a finding
+/// too: "cannot tell", and why.
 ///
 /// # Cancel safety
 ///

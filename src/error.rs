@@ -341,9 +341,9 @@ impl Error {
 
     /// Returns whether a retry of the same call may succeed.
     ///
-    /// `true` if the reason is temporary: a deadlock, a broken connection, a lost lock, a cancelled
-    /// statement, a full lock table, a busy pool, a borrowed connection, a server that is starting, a standby that may be
-    /// promoted. `false` if something has to be changed: a closed pool, a wrong password, an invalid argument.
+    /// `true` if the reason is temporary: a deadlock, a broken connection, a lost lock, a cancelled statement, a full
+    /// lock table, a busy pool, a borrowed connection, a server that is starting, a standby that may be promoted.
+    /// `false` if something has to be changed: a closed pool, a wrong password, an invalid argument.
     ///
     /// # Examples
     ///

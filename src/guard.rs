@@ -100,10 +100,10 @@ impl Guard {
     /// Drops this guard, releases the lock if it was the last of its handle (`pg_advisory_unlock`), and waits for the
     /// server's answer.
     ///
-    /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was
-    /// held until now. Sends one statement if this was the last guard of its handle, or the last exclusive one, otherwise
-    /// none. If the lock is [passed on](crate::guide::guarantees#fairness) to another task of the process, the statement
-    /// asks whether the session is alive; dropping the guard sends none then.
+    /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was held until now. Sends
+    /// one statement if this was the last guard of its handle, or the last exclusive one, otherwise none. If the lock
+    /// is [passed on](crate::guide::guarantees#fairness) to another task of the process, the statement asks whether the
+    /// session is alive; dropping the guard sends none then.
     ///
     /// # Cancel safety
     ///
@@ -136,14 +136,13 @@ impl Guard {
 
     /// Returns whether the lock was lost: `true` as soon as the loss is detected.
     ///
-    /// Sends nothing. `false` is as good as the session's last answer. A silent session is lost
-    /// when the heartbeat's interval and timeout
-    /// ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed since the last question
-    /// that was answered: over a direct TCP connection, [before](crate::guide::guarantees#loss) the server grants the lock
-    /// to another session. A closed connection is detected within 50
-    /// ms if it is idle and the lock has been held for more than two seconds, otherwise at the
-    /// next heartbeat. After a system suspend, `is_lost` returns `false` until the first
-    /// heartbeat, because the monotonic clock does not advance during suspend.
+    /// Sends nothing. `false` is as good as the session's last answer. A silent session is lost when the heartbeat's
+    /// interval and timeout ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed
+    /// since the last question that was answered: over a direct TCP connection, [before](crate::guide::guarantees#loss)
+    /// the server grants the lock to another session. A closed connection is detected within 50 ms if it is idle and
+    /// the lock has been held for more than two seconds, otherwise at the next heartbeat. After a system suspend,
+    /// `is_lost` returns `false` until the first heartbeat, because the monotonic clock does not advance during
+    /// suspend.
     ///
     /// # Examples
     ///
@@ -340,12 +339,11 @@ impl Guard {
 
     /// Borrows the connection of the session that holds the lock.
     ///
-    /// A statement that is sent through it takes no effect after the session has ended, and the lock with it: the server
-    /// rolls back the open transaction. Waits while the connection is in use,
-    /// for example borrowed from another guard of the session. The first time, sends two
-    /// statements, to end a transaction that was left open on the pooled connection and to apply
-    /// the settings of a borrowed connection; later at most one. When the connection is returned, two
-    /// statements end what was left open and check that the session still holds its locks.
+    /// A statement that is sent through it takes no effect after the session has ended, and the lock with it: the
+    /// server rolls back the open transaction. Waits while the connection is in use, for example borrowed from another
+    /// guard of the session. The first time, sends two statements, to end a transaction that was left open on the
+    /// pooled connection and to apply the settings of a borrowed connection; later at most one. When the connection is
+    /// returned, two statements end what was left open and check that the session still holds its locks.
     ///
     /// While the connection is borrowed, a closed session is detected only at the next heartbeat.
     ///

@@ -36,8 +36,8 @@
 //!
 //! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
 //!   Handles are re-entrant; two handles exclude each other.
-//! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; the drop of the last one of a handle releases it.
-//!   [`Guard`] is what all guards have in common.
+//! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; the drop of the last one of a handle releases
+//!   it. [`Guard`] is what all guards have in common.
 //! * [`Source`] is where a handle gets its session: a pool, a manager, or a guard.
 //! * [`LockManager`] holds thousands of locks on a few connections.
 //! * [`MultiLock`] holds several keys, all or none, and never in a deadlock with another `MultiLock`.

@@ -37,13 +37,13 @@ use crate::source::Source;
 ///
 /// # Connections
 ///
-/// A handle that holds uses one connection of the pool, and so does a key that is waited for, however many tasks do.
-/// A task that waits with a timeout uses one of its own, once a quarter of its time has passed. By default, locks leave
-/// [a third of the pool](crate::guide::operations#the-pool) to your queries, so give the pool one and a half times as many
-/// connections as locks that you hold, and keys that you await, at the same time. An idle connection is
-/// taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the
-/// next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout,
-/// and all of them together by at most ten seconds.
+/// A handle that holds uses one connection of the pool, and so does a key that is waited for, however many tasks do. A
+/// task that waits with a timeout uses one of its own, once a quarter of its time has passed. By default, locks leave
+/// [a third of the pool](crate::guide::operations#the-pool) to your queries, so give the pool one and a half times as
+/// many connections as locks that you hold, and keys that you await, at the same time. An idle connection is taken
+/// without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the next one is tried; a
+/// connection on which no data arrives delays the acquire by the heartbeat's timeout, and all of them together by at
+/// most ten seconds.
 ///
 /// The first acquires of a process on a server wait for the
 /// [proof](crate::guide::guarantees#poolers) that locks exclude other sessions there, for at most 250 ms. Without an
@@ -118,14 +118,14 @@ impl Lock {
 
     /// Acquires the lock exclusively (`pg_advisory_lock`), waiting until it is available.
     ///
-    /// A free lock takes one statement, and so one round trip. A busy lock is waited for in the
-    /// server's queue, in slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), of two
-    /// statements each. A slice ends the snapshot of the wait, which would hold back `VACUUM`. Between two slices the waiter goes to the end of the queue. If
-    /// this handle already holds the lock exclusively, nothing is sent.
+    /// A free lock takes one statement, and so one round trip. A busy lock is waited for in the server's queue, in
+    /// slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), of two statements
+    /// each. A slice ends the snapshot of the wait, which would hold back `VACUUM`. Between two slices the waiter goes
+    /// to the end of the queue. If this handle already holds the lock exclusively, nothing is sent.
     ///
     /// Where others of the process wait for the same key on the same pool, it waits in line behind them, without a
-    /// connection, and sends nothing. It may be handed the lock, and the connection, of a task that releases it. Poll the
-    /// future until it ends, or drop it: one that is not polled blocks those behind it in line.
+    /// connection, and sends nothing. It may be handed the lock, and the connection, of a task that releases it. Poll
+    /// the future until it ends, or drop it: one that is not polled blocks those behind it in line.
     ///
     /// A handle that holds the lock only shared waits until all other sessions have released it. Two
     /// handles that do so deadlock; the server detects the deadlock within its `deadlock_timeout`, and one
@@ -143,8 +143,8 @@ impl Lock {
     ///
     /// After an error, the handle holds nothing more than before.
     ///
-    /// * [`Error::PoolTimedOut`] if no connection became available in time; [`Error::PoolClosed`] if the pool was closed, also during
-    ///   the wait; [`Error::Connect`] if none could be opened.
+    /// * [`Error::PoolTimedOut`] if no connection became available in time; [`Error::PoolClosed`] if the pool was
+    ///   closed, also during the wait; [`Error::Connect`] if none could be opened.
     /// * [`Error::Deadlock`], [`Error::OutOfLocks`], [`Error::Cancelled`], [`Error::Standby`],
     ///   [`Error::SettingsRejected`] if the server refused.
     /// * [`Error::NoExclusion`] if locks exclude no other session on this connection, as behind a pooler in
@@ -399,8 +399,8 @@ impl Lock {
 
     /// Acquires the lock exclusively, runs a future under it, and releases it.
     ///
-    /// If the lock is lost, the future is dropped the next time that it is pending, and the loss is returned. Tasks that it has
-    /// spawned are not stopped. If it panics, the lock is released while the panic unwinds.
+    /// If the lock is lost, the future is dropped the next time that it is pending, and the loss is returned. Tasks
+    /// that it has spawned are not stopped. If it panics, the lock is released while the panic unwinds.
     ///
     /// Each call excludes every other one, also those through the same handle: it does not re-enter what the
     /// handle holds, but acquires on a session of its own, as a [clone](Clone::clone) of the handle does. So it waits

@@ -69,10 +69,10 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   and after a second at last.
 ///
 /// So a manager uses at most five connections, however many keys are busy: two of a pool of 3 to 15, and one of a pool
-/// of one or two. The others are left to the work under the locks. Where many keys are held by other processes, and the work
-/// needs every connection, give the pool seven or more. The shared connection goes back to the pool after a second
-/// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last
-/// guard was dropped.
+/// of one or two. The others are left to the work under the locks. Where many keys are held by other processes, and the
+/// work needs every connection, give the pool seven or more. The shared connection goes back to the pool after a second
+/// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last guard was
+/// dropped.
 ///
 /// # Fairness
 ///
@@ -89,8 +89,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   no connection of its own.
 /// * A loss of the shared session is a loss of all locks on it; every guard reports it.
 /// * The sessions are on the runtime of a task that has acquired a lock, and if that runtime is shut down, all locks of
-///   the manager are lost. actix-web has a runtime for each worker, and ends idle workers first: acquire and work on the
-///   runtime of `main` there, by [`Handle::spawn`](tokio::runtime::Handle::spawn).
+///   the manager are lost. actix-web has a runtime for each worker, and ends idle workers first: acquire and work on
+///   the runtime of `main` there, by [`Handle::spawn`](tokio::runtime::Handle::spawn).
 /// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
 ///   guards share, does not unlock it. It asks whether the session still lives; one question serves all that
 ///   are released at the same time.

@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
@@ -12,7 +12,7 @@ use crate::key::Key;
 /// After how long it is reported first. Each of the next pauses is twice as long, up to a limit.
 const FIRST: Duration = Duration::from_secs(5);
 
-/// Awaits an acquire. If a subscriber wants events of this level, and there is a key, it gets one now and then.
+/// Awaits an acquire. If there is a key, and a subscriber wants debug events, it reports the wait now and then.
 pub(crate) fn reported<'a, T: Send>(
     key: Option<&'a Key>,
     longest: Duration,
@@ -21,15 +21,14 @@ pub(crate) fn reported<'a, T: Send>(
     // On the heap, or all acquires would have room for it.
     let mut reporting = key.filter(|_| tracing::enabled!(tracing::Level::DEBUG)).map(|key| {
         Box::pin(async move {
-            let mut waited = Duration::ZERO;
+            let started = Instant::now();
             let mut pause = FIRST.min(longest);
             loop {
                 sleep(pause).await;
-                waited += pause;
                 tracing::debug!(
                     lock.key = %key.id(),
                     lock.name = key.name(),
-                    waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
+                    waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
                     "still waiting for a lock"
                 );
                 pause = longest.min(2 * pause);
@@ -37,9 +36,10 @@ pub(crate) fn reported<'a, T: Send>(
         })
     });
     poll_fn(move |cx| {
-        if let Some(reporting) = &mut reporting {
+        let acquired = acquire.as_mut().poll(cx);
+        if let (Poll::Pending, Some(reporting)) = (&acquired, &mut reporting) {
             let _: Poll<()> = reporting.as_mut().poll(cx);
         }
-        acquire.as_mut().poll(cx)
+        acquired
     })
 }

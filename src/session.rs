@@ -99,7 +99,7 @@ pub(crate) struct Session {
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
     managed_locks: AtomicUsize,
-    /// Which ones, for the report of a loss.
+    /// The keys of those locks, for the report of a loss.
     managed_keys: OnceLock<shared::ManagedKeys>,
     /// Whether it is that of a leader.
     pub(crate) leading: metrics::Leading,

@@ -104,9 +104,10 @@ impl Pending {
 
     /// An acquire on a session of its own, and the answer to its first try.
     ///
-    /// Where the pool has idle connections, they are taken as they are, without sqlx's ping: the try
-    /// shows whether a connection is alive, and a dead one is replaced. (The pool's `before_acquire`
-    /// hook goes with the ping.) So is one to a standby: after a failover the primary may be elsewhere. Only then the pool is asked properly, which may wait and connect.
+    /// Where the pool has idle connections, they are taken as they are, without sqlx's ping: the try shows whether a
+    /// connection is alive, and a dead one is replaced. (The pool's `before_acquire` hook goes with the ping.) So is
+    /// one to a standby: after a failover the primary may be elsewhere. Only then the pool is asked properly, which may
+    /// wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
         server: &mut PoolServer,

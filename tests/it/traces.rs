@@ -499,7 +499,7 @@ async fn a_long_wait_is_reported_while_it_lasts() {
         waited.collect::<Vec<_>>()
     };
     for name in ["plain", "several", "managed", "permits"] {
-        eventually("it is told twice", TIMEOUT, || async { told_of(name).len() >= 2 }).await;
+        eventually("it is reported twice", TIMEOUT, || async { told_of(name).len() >= 2 }).await;
         let (waited, least) = (told_of(name), [2000, 4000]);
         assert!(waited.iter().zip(least).all(|(waited, least)| *waited >= least), "{waited:?}");
     }
@@ -538,7 +538,7 @@ async fn names_and_causes_survive_json() {
             && text("/span/name") == Some("acquire")
             && text("/span/lock.key") == text("/fields/lock.key")
     };
-    eventually("the wait is told", TIMEOUT, || async { entries().iter().any(is_told) }).await;
+    eventually("the wait is reported", TIMEOUT, || async { entries().iter().any(is_told) }).await;
 
     let pid = held.backend_pid();
     sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
@@ -552,7 +552,7 @@ async fn names_and_causes_survive_json() {
     waiting.await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// What is written to it, for everybody who has it.
+/// A buffer that the test can read.
 struct Written(Arc<Mutex<Vec<u8>>>);
 
 impl io::Write for Written {

@@ -61,7 +61,7 @@ fn unpack(apt: &Path, path: &OsStr, work: &Path) -> Result<(), String> {
         let mut apt_get = Command::new(apt);
         apt_get.arg("-qq").args(["-o", &set("Dir::State::Lists", &work.join("lists"))]);
         apt_get.args(["-o", &set("Dir::Cache", work)]);
-        // As root, it would fetch as a user of its own, who has no right to write there.
+        // As root, it would fetch as the user `_apt`, which can't write there.
         apt_get.args(["-o", "APT::Sandbox::User="]);
         // The database of the packages is only read.
         apt_get.args(["-o", "Debug::NoLocking=1"]);
