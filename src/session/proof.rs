@@ -8,7 +8,7 @@
 //! The proof uses two connections beside the pool, and runs on a task. An acquire waits for it for
 //! [`WAIT`], once per server. Without an answer, for example because there is no room for two more
 //! connections, the task tries again later, and the sessions are used meanwhile. If the answer is
-//! negative, the keeper ends the guards that exist, and acquires fail.
+//! negative, the keeper ends the guards that exist, and acquires fail until another attempt succeeds.
 //!
 //! A busy pooler can send two statements of one client to the same backend, so the question is asked
 //! several times. Answers to heartbeats and releases are compared as well: each says which backend sent
@@ -46,7 +46,7 @@ const GRACE: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
-/// How long a negative answer counts. Then an acquire asks again: the configuration may have changed.
+/// How long nobody asks again after a negative answer. The configuration may have changed then.
 const NEGATIVE: Duration = Duration::from_secs(1);
 
 /// How often the question is asked.
@@ -56,7 +56,7 @@ const ROUNDS: usize = 6;
 #[derive(Debug, Default)]
 pub(super) struct Proof {
     state: watch::Sender<State>,
-    attempt: Mutex<Attempt>,
+    attempt: Mutex<Option<Attempt>>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -67,12 +67,25 @@ enum State {
     Disproven(Instant),
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Attempt {
     /// When the first acquire began to wait.
-    since: Option<Instant>,
-    /// Ends with an answer, or with its runtime; then the next acquire starts another.
-    task: Option<JoinHandle<()>>,
+    since: Instant,
+    /// Has seen the state at the beginning, and nothing since.
+    begun: watch::Receiver<State>,
+    task: JoinHandle<()>,
+}
+
+impl Attempt {
+    /// It may still answer. A task ends early with its runtime.
+    fn is_running(&self) -> bool {
+        !has_changed(&self.begun) && !self.task.is_finished()
+    }
+}
+
+/// Whether something was found out since the receiver was made.
+fn has_changed(begun: &watch::Receiver<State>) -> bool {
+    begun.has_changed().unwrap_or(true)
 }
 
 impl Proof {
@@ -97,36 +110,31 @@ impl Proof {
         if self.is_positive() {
             return true;
         }
-        let wait_until = self.start(pool);
-        let wait_until = deadline.map_or(wait_until, |deadline| deadline.min(wait_until));
-        let mut state = self.state.subscribe();
-        let known = state.wait_for(|state| !matches!(state, State::Unknown));
-        drop(timeout_at(wait_until.into(), known).await);
+        if let Some((mut begun, wait_until)) = self.start(pool) {
+            let wait_until = deadline.map_or(wait_until, |deadline| deadline.min(wait_until));
+            drop(timeout_at(wait_until.into(), begun.changed()).await);
+        }
         !self.is_negative()
     }
 
-    /// Starts an attempt if the answer is unknown and none is running. Returns until when to wait for it.
-    fn start(&self, pool: &PgPool) -> Instant {
+    /// Starts an attempt if one is needed and none is running. Returns what to wait for, and until when.
+    fn start(&self, pool: &PgPool) -> Option<(watch::Receiver<State>, Instant)> {
         let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-        let ask_again = self.state.send_if_modified(|state| {
-            let is_over = matches!(state, State::Disproven(at) if at.elapsed() >= NEGATIVE);
-            if is_over {
-                *state = State::Unknown;
-            }
-            is_over
-        });
-        if ask_again {
-            // One that still runs began before the negative answer, and ends without a positive one.
-            *attempt = Attempt::default();
-        }
         let begun = self.state.subscribe();
-        if matches!(*begun.borrow(), State::Unknown)
-            && attempt.task.as_ref().is_none_or(JoinHandle::is_finished)
-        {
-            let proving = prove(self.state.clone(), begun, pool.clone());
-            attempt.task = Some(Handle::current().spawn(proving));
+        let (is_needed, waiting_since) = match *begun.borrow() {
+            State::Unknown => (true, attempt.as_ref().map(|attempt| attempt.since)),
+            State::Disproven(at) => (at.elapsed() >= NEGATIVE, None),
+            State::Proven => (false, None),
+        };
+        if !is_needed {
+            return None;
         }
-        *attempt.since.get_or_insert_with(Instant::now) + WAIT
+        if !attempt.as_ref().is_some_and(Attempt::is_running) {
+            let proving = prove(self.state.clone(), begun.clone(), pool.clone());
+            let since = waiting_since.unwrap_or_else(Instant::now);
+            *attempt = Some(Attempt { since, begun, task: Handle::current().spawn(proving) });
+        }
+        attempt.as_ref().map(|attempt| (attempt.begun.clone(), attempt.since + WAIT))
     }
 }
 
@@ -157,9 +165,7 @@ async fn prove(state: watch::Sender<State>, mut begun: watch::Receiver<State>, p
 /// Sets the answer of an attempt. A positive one only counts if nothing was found out since it began.
 fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes: bool) {
     state.send_if_modified(|state| {
-        let counts = !excludes
-            || (matches!(state, State::Unknown)
-                && begun.has_changed().is_ok_and(|changed| !changed));
+        let counts = !excludes || !has_changed(begun);
         if counts {
             *state = if excludes { State::Proven } else { State::Disproven(Instant::now()) };
         }
@@ -246,7 +252,7 @@ mod tests {
     }
 
     fn task(proof: &Proof) -> Option<Id> {
-        proof.attempt.lock().unwrap().task.as_ref().map(JoinHandle::id)
+        proof.attempt.lock().unwrap().as_ref().map(|attempt| attempt.task.id())
     }
 
     /// A pool of a server that never answers.
@@ -263,9 +269,6 @@ mod tests {
         answer(&proof.state, &begun, true);
         assert!(proof.is_negative());
 
-        proof.state.send_modify(|state| *state = State::Unknown);
-        answer(&proof.state, &begun, true);
-        assert!(!proof.is_positive());
         answer(&proof.state, &proof.state.subscribe(), true);
         assert!(proof.is_positive());
     }
@@ -280,7 +283,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn after_a_disproof_is_over_another_attempt_starts() {
+    async fn a_disproof_counts_until_another_attempt_succeeds() {
         let (proof, pool) = (Proof::default(), no_server());
         assert!(proof.allows(&pool, None).await);
         let first = task(&proof);
@@ -292,15 +295,22 @@ mod tests {
         assert_eq!(task(&proof), first);
 
         make_expire(&proof);
+        assert!(!proof.allows(&pool, None).await);
+        let second = task(&proof);
+        assert_ne!(second, first);
+        assert!(!proof.allows(&pool, None).await);
+        assert_eq!(task(&proof), second);
+
+        let begun = proof.attempt.lock().unwrap().as_ref().unwrap().begun.clone();
+        answer(&proof.state, &begun, true);
         assert!(proof.allows(&pool, None).await);
-        assert_ne!(task(&proof), first);
     }
 
     #[tokio::test]
     async fn an_attempt_that_pauses_ends_with_a_disproof() {
         let (proof, pool) = (Proof::default(), no_server());
         assert!(proof.allows(&pool, None).await);
-        let first = proof.attempt.lock().unwrap().task.take().unwrap();
+        let first = proof.attempt.lock().unwrap().take().unwrap().task;
         proof.disprove();
         timeout(PAUSE / 2, first).await.unwrap().unwrap();
     }

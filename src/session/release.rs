@@ -283,14 +283,22 @@ impl Session {
         }
     }
 
-    /// Loses a session whose statements reach other backends than its own, and releases what it has locked,
-    /// because the pooler would keep it.
+    /// Loses a session where locks exclude nothing, and releases what it has locked. A pooler would keep it, and may
+    /// have assigned another backend to the connection since.
     pub(super) async fn give_up_pooled(&self, slot: &mut ConnGuard, mut locks: Vec<(KeyId, Mode)>) {
         locks.extend(self.ledger().granted_by_server());
         // First, because it may take long to retrieve them.
         self.give_up(&Loss::NoExclusion);
         locks.extend(std::mem::take(&mut *self.left_behind()));
-        drop(slot.take());
+        if let Some(mut conn) = slot.take() {
+            let unlocking = async {
+                self.tidy(&mut conn).await?;
+                sql::release::unlock_on(conn.pg()?, self.backend_pid(), &locks).await
+            };
+            if matches!(within(DEADLINE, unlocking).await, Ok(true)) {
+                return;
+            }
+        }
         self.retrieve(self.backend_pid(), &locks).await;
     }
 }
