@@ -64,9 +64,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   that other processes get their turn.
 /// * The shared session never waits. A key that another session holds is waited for on another connection,
 ///   which then holds the key. There is one of those for every eight connections of the pool, at least one
-///   and at most four. If more keys than that are held elsewhere, they take turns on those connections, for
-///   at most a second each, and meanwhile all of them are tried in one statement: again after 5 ms at first,
-///   and after a second at last.
+///   and at most four. If more keys than that are held elsewhere, they take turns on those connections, and
+///   meanwhile all of them are tried in one statement: again after 5 ms at first, and after a second at last.
 ///
 /// So a manager uses at most five connections, however many keys are busy: two of a pool of 3 to 15, and one of a pool
 /// of one or two. The others are left to the work under the locks. Where many keys are held by other processes, and the
@@ -76,12 +75,16 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Fairness
 ///
-/// A key waits in the server's queue for 250 ms at first. If it was not granted by then, and other keys
-/// queue in the process, it goes behind them, and next time it waits twice as long, up to a minute. So with
-/// `n` busy keys and `c` connections, the waits of a key last, taken together, at most `n / c` times four
-/// times as long as the server's queue needs to reach it. On a pool that can spare only one connection for locks (by
-/// default one of up to two), that connection waits if nothing is held on it and nothing else is to be done.
-/// Otherwise a busy key is only tried again, and may be overtaken by those that wait in the server's queue.
+/// Busy keys take turns to wait in the server's queue. A turn lasts 250 ms at first, and the longer a key has waited,
+/// the longer it lasts: as long as the key has waited if it is the only one, otherwise an eighth of that, at most a
+/// minute. Until the next turn of a key, each of the others may have as much time as it had. So none waits forever: a
+/// key that the server's queue reaches within a time, of up to a minute, is granted after at most nine times as long,
+/// plus two minutes for each busy key of the process. Where no key has waited for more than a few seconds, two minutes
+/// are half a second.
+///
+/// On a pool that can spare only one connection for locks (by default one of up to two), that connection waits if
+/// nothing is held on it and nothing else is to be done. Otherwise a busy key is only tried again, and may be overtaken
+/// by those that wait in the server's queue.
 ///
 /// # What is different
 ///
@@ -568,7 +571,7 @@ impl Manager {
         let mut state = self.state();
         let Some(driving) = state.driver_of(driver) else { return Next::Over };
         let yields = driving.opening && self.is_short();
-        let next = if yields { None } else { state.table.take_wait() };
+        let next = if yields { None } else { state.table.take_wait(Instant::now()) };
         let Some((key, taken, slice)) = next else {
             if let Some(driving) = state.driver_of(driver) {
                 driving.idle += 1;

@@ -27,7 +27,7 @@ use crate::metrics;
 use crate::mode::{Mode, Modes};
 use crate::session::MOST_KEYS;
 use entry::{Entry, Turn, Waiter};
-use line::{CROWDED_SLICE, FIRST_SLICE, LAST_RETRY, LAST_SLICE, Line};
+use line::{LAST_RETRY, Line};
 
 /// Identifies an owner: each handle is one.
 pub(super) type OwnerId = u64;
@@ -158,12 +158,12 @@ impl<S: Seat, W: Caller> Table<S, W> {
 
     /// How many keys stand in the line.
     pub(super) fn line_len(&self) -> usize {
-        self.line.keys.len()
+        self.line.turns.len()
     }
 
     /// The key that is next in the line.
     pub(super) fn first_in_line(&self) -> Option<KeyId> {
-        self.line.keys.first_key_value().map(|(_, key)| *key)
+        self.line.turns.first().map(|(_, key)| *key)
     }
 
     /// When a key in the line is to be tried again.
@@ -317,12 +317,12 @@ impl<S: Seat, W: Caller> Table<S, W> {
 
     /// The next key in the line, and how long to wait for it: the step is a [`Step::Wait`], which from
     /// here on is in flight.
-    pub(super) fn take_wait(&mut self) -> Option<(KeyId, Taken, Duration)> {
-        while let Some((_, key)) = self.line.keys.pop_first() {
+    pub(super) fn take_wait(&mut self, now: Instant) -> Option<(KeyId, Taken, Duration)> {
+        while let Some((_, key)) = self.line.turns.pop_first() {
             let Some(entry) = self.keys.get_mut(&key) else { continue };
             entry.leave_line(key, &mut self.line);
-            let longest = if self.line.keys.is_empty() { LAST_SLICE } else { CROWDED_SLICE };
-            let slice = entry.stand.as_ref().map_or(FIRST_SLICE, |stand| stand.slice.min(longest));
+            let Some(stand) = &mut entry.stand else { continue };
+            let slice = stand.turn(now, self.line.turns.len());
             if let Some(taken) = entry.take() {
                 return Some((key, taken, slice));
             }
@@ -397,11 +397,6 @@ impl<S: Seat, W: Caller> Table<S, W> {
             return false;
         }
         entry.turn = None;
-        // The others in the line have waited for longer.
-        if let Some(stand) = &mut entry.stand {
-            stand.place = self.line.next_number();
-            stand.slice = LAST_SLICE.min(2 * stand.slice);
-        }
         entry.refused(key, &mut self.line, now, effects);
         advance(slot, self.bound, &mut self.line, now, effects);
         true
@@ -509,7 +504,7 @@ impl<S: Seat, W: Caller> Table<S, W> {
     /// Forgets everything, because all sessions were lost. Returns the sessions, and the owners to notify of a
     /// release; the waiters ask again.
     pub(super) fn clear(&mut self) -> (Vec<S>, Vec<W>) {
-        self.line.keys.clear();
+        self.line.turns.clear();
         self.line.retries.clear();
         let (mut seats, mut farewells) = (Vec::new(), Vec::new());
         for (_, entry) in self.keys.drain() {

@@ -121,7 +121,8 @@ impl Proof {
     fn start(&self, pool: &PgPool) -> Option<(watch::Receiver<State>, Instant)> {
         let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = self.state.subscribe();
-        let (is_needed, waiting_since) = match *begun.borrow() {
+        let known = *begun.borrow();
+        let (is_needed, waiting_since) = match known {
             State::Unknown => (true, attempt.as_ref().map(|attempt| attempt.since)),
             State::Disproven(at) => (at.elapsed() >= NEGATIVE, None),
             State::Proven => (false, None),

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::holders::Holders;
-use super::line::{FIRST_RETRY, FIRST_SLICE, Line, Stand};
+use super::line::{Line, Stand};
 use super::queue::Queue;
 use super::{Bound, Caller, Effect, OwnerId, Seat, Step, Taken};
 use crate::key::KeyId;
@@ -127,10 +127,7 @@ impl<S: Seat, W: Caller> Entry<S, W> {
             metrics::update(|| self.queue.all_wait());
         }
         self.turn = Some(Turn { id: line.next_number(), step: Step::Wait(mode), taken: false });
-        let stand = self.stand.get_or_insert_with(|| {
-            let place = line.next_number();
-            Box::new(Stand { place, retry: now, pause: FIRST_RETRY, slice: FIRST_SLICE })
-        });
+        let stand = self.stand.get_or_insert_with(|| Box::new(Stand::new(now)));
         stand.retry = now + stand.pause;
         line.enter(key, stand);
         effects.push(Effect::Line);

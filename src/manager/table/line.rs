@@ -1,6 +1,6 @@
 //! The keys that wait for a wait session.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 #[cfg(doc)]
@@ -8,25 +8,24 @@ use super::Step;
 use crate::key::KeyId;
 
 /// How soon a key in the line is tried again at first, and how soon at last: the pause doubles.
-pub(super) const FIRST_RETRY: Duration = Duration::from_millis(5);
+const FIRST_RETRY: Duration = Duration::from_millis(5);
 pub(super) const LAST_RETRY: Duration = Duration::from_secs(1);
 
-/// How long a wait session waits for a key the first time, and at most: its time doubles whenever it was not
-/// enough.
-pub(super) const FIRST_SLICE: Duration = Duration::from_millis(250);
+/// How long a wait session waits for a key the first time, and at most.
+const FIRST_SLICE: Duration = Duration::from_millis(250);
 pub(super) const LAST_SLICE: Duration = Duration::from_mins(1);
 
-/// How long at most while other keys wait for their turn.
-pub(super) const CROWDED_SLICE: Duration = Duration::from_secs(1);
+/// While other keys wait for their turn, a wait session waits for this part of the time that a key has waited.
+const SHARE: u32 = 8;
 
 /// The keys that wait for a wait session: those whose turn is a [`Step::Wait`] that is not taken yet.
 #[derive(Debug, Default)]
 pub(super) struct Line {
-    /// By their places.
-    pub(super) keys: BTreeMap<u64, KeyId>,
+    /// When it is the turn of each.
+    pub(super) turns: BTreeSet<(Instant, KeyId)>,
     /// When each is to be tried again.
     pub(super) retries: BTreeSet<(Instant, KeyId)>,
-    /// The last number given to a waiter, a step or a place.
+    /// The last number given to a waiter or a step.
     pub(super) numbers: u64,
 }
 
@@ -37,12 +36,12 @@ impl Line {
     }
 
     pub(super) fn enter(&mut self, key: KeyId, stand: &Stand) {
-        self.keys.insert(stand.place, key);
+        self.turns.insert((stand.turn, key));
         self.retries.insert((stand.retry, key));
     }
 
     pub(super) fn leave(&mut self, key: KeyId, stand: &Stand) {
-        self.keys.remove(&stand.place);
+        self.turns.remove(&(stand.turn, key));
         self.retries.remove(&(stand.retry, key));
     }
 }
@@ -50,9 +49,28 @@ impl Line {
 /// What is known of a key that another session holds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stand {
-    pub(super) place: u64,
+    /// When it was found busy.
+    since: Instant,
+    /// From when on a wait session is to wait for it: the key with the earliest is next.
+    turn: Instant,
     pub(super) retry: Instant,
     pub(super) pause: Duration,
-    /// How long the next wait session waits for it.
-    pub(super) slice: Duration,
+}
+
+impl Stand {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { since: now, turn: now, retry: now, pause: FIRST_RETRY }
+    }
+
+    /// Its turn has come. Returns how long a wait session waits for it, if there are this many others.
+    ///
+    /// That grows with the time that the key has waited, or the server's queue might be too long for ever. Until its
+    /// next turn, each of the others may have as much time.
+    pub(super) fn turn(&mut self, now: Instant, others: usize) -> Duration {
+        let waited = now.saturating_duration_since(self.since);
+        let slice = if others == 0 { waited } else { waited / SHARE };
+        let slice = slice.clamp(FIRST_SLICE, LAST_SLICE);
+        self.turn = now + slice * u32::try_from(others + 1).unwrap_or(u32::MAX);
+        slice
+    }
 }

@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{
-    Bound, CROWDED_SLICE, Caller, Effect, LAST_SLICE, Left, Modes, Seat, Step, Table, Taken, Want,
-};
+use super::line::LAST_SLICE;
+use super::{Bound, Caller, Effect, Left, Modes, Seat, Step, Table, Taken, Want};
 use crate::key::KeyId;
 use crate::mode::Mode;
 
@@ -343,7 +342,7 @@ impl World {
             };
             self.under_way.push_back((key, taken, session));
         }
-        while let Some((key, taken, _)) = self.table.take_wait() {
+        while let Some((key, taken, _)) = self.table.take_wait(self.now) {
             assert!(self.ids.insert(taken.id), "there was a step {taken:?} before");
             assert!(matches!(taken.step, Step::Wait(_)), "{taken:?} in the line");
             let own = Session(1000 + u32::try_from(taken.id).expect("few steps"));
@@ -359,7 +358,7 @@ impl World {
         }
         // With nothing in flight, a waiter that could share a lock shares it, unless others have waited for it.
         let rests =
-            self.under_way.is_empty() && self.to_do.is_empty() && self.table.line.keys.is_empty();
+            self.under_way.is_empty() && self.to_do.is_empty() && self.table.line.turns.is_empty();
         for (wish, _) in self.waiting.values().filter(|_| rests) {
             let excludes = |other: &Guard| other.key == wish.key && other.mode == Mode::Exclusive;
             let waiting = self.waiting.values().map(|(wish, _)| wish);
@@ -420,9 +419,9 @@ impl World {
             .map(|(key, _)| *key)
             .collect();
         let line = &self.table.line;
-        assert_eq!(line.keys.values().copied().collect::<HashSet<_>>(), awaited);
+        assert_eq!(line.turns.iter().map(|(_, key)| *key).collect::<HashSet<_>>(), awaited);
         assert_eq!(line.retries.iter().map(|(_, key)| *key).collect::<HashSet<_>>(), awaited);
-        assert_eq!((line.keys.len(), line.retries.len()), (awaited.len(), awaited.len()));
+        assert_eq!((line.turns.len(), line.retries.len()), (awaited.len(), awaited.len()));
     }
 
     /// Runs until everything has ended: all waiters are granted their keys, and nothing is left.
@@ -726,23 +725,56 @@ fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     world.finish();
 }
 
-/// With few wait sessions, each key in the line gets its turn.
+/// Refuses a key that is wanted, so that it stands in the line.
+fn refuse(table: &mut Table<Session, u64>, key: KeyId, now: Instant) {
+    let effects = &mut Vec::new();
+    table.want(key, 0, (Mode::Exclusive, true), || 99, now, effects);
+    let lock = table.take_for_shared(key).unwrap();
+    table.taken(key, lock.id, (&SHARED_SESSION, false), now, effects);
+}
+
+/// Has one wait session wait in vain. Returns the key, and how long it waited.
+fn turn(table: &mut Table<Session, u64>, now: &mut Instant) -> (KeyId, Duration) {
+    let (key, wait, slice) = table.take_wait(*now).unwrap();
+    *now += slice;
+    assert!(table.not_granted(key, wait.id, *now, &mut Vec::new()));
+    (key, slice)
+}
+
+/// However long the server's queue for a key is, once it is waited for as long.
 #[test]
-fn a_wait_is_short_while_other_keys_stand_in_the_line() {
-    for (keys, longest) in [(1, LAST_SLICE), (2, CROWDED_SLICE)] {
-        let World { mut table, now, .. } = World::new();
-        let mut effects = Vec::new();
+fn a_key_that_waits_for_longer_gets_longer_turns() {
+    for keys in [1, 2, 10] {
+        let World { mut table, mut now, .. } = World::new();
         for key in 0..keys {
-            let (key, wanted) = (KeyId::BigInt(key), (Mode::Exclusive, true));
-            table.want(key, 0, wanted, || 99, now, &mut effects);
-            let lock = table.take_for_shared(key).unwrap();
-            table.taken(key, lock.id, (&SHARED_SESSION, false), now, &mut effects);
+            refuse(&mut table, KeyId::BigInt(key), now);
         }
-        let slices = (0..20).map(|_| {
-            let (key, wait, slice) = table.take_wait().unwrap();
-            assert!(table.not_granted(key, wait.id, now, &mut effects));
-            slice
-        });
-        assert_eq!(slices.max(), Some(longest));
+        let begun = now;
+        for needed in [1, 5, 60].map(Duration::from_secs) {
+            let bound = 9 * needed + Duration::from_mins(2) * u32::try_from(keys).unwrap();
+            while turn(&mut table, &mut now).1 < needed {
+                assert!(now - begun <= bound, "{keys} keys, {needed:?}");
+            }
+        }
+        let longest = (0..100).map(|_| turn(&mut table, &mut now).1).max();
+        assert_eq!(longest, Some(LAST_SLICE));
     }
+}
+
+/// A key that is soon granted does not wait for the turns of all those that are held for hours elsewhere.
+#[test]
+fn a_new_key_has_its_first_turns_soon() {
+    let World { mut table, mut now, .. } = World::new();
+    for key in 0..20 {
+        refuse(&mut table, KeyId::BigInt(key), now);
+    }
+    now += Duration::from_hours(1);
+    for _ in 0..20 {
+        turn(&mut table, &mut now);
+    }
+    let new = KeyId::BigInt(20);
+    refuse(&mut table, new, now);
+    let turns = [(); 6].map(|()| turn(&mut table, &mut now));
+    let of_it = turns.iter().filter(|(key, _)| *key == new).count();
+    assert!(of_it >= 2, "{turns:?}");
 }
