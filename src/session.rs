@@ -285,13 +285,24 @@ impl Session {
         if matches!(loss, Loss::NoExclusion) {
             self.server.proof.disprove();
         }
+        self.end(loss);
+    }
+
+    /// The same, of a loss that says nothing new of the server.
+    fn end(&self, loss: &Loss) {
         // The first one counts.
         self.connection_error.set(loss.clone()).ok();
-        let locks = self.ledger().lose(loss.clone());
+        let locks = {
+            let mut ledger = self.ledger();
+            let locks = ledger.lose(loss.clone());
+            if matches!(loss, Loss::NoExclusion) {
+                // Before anyone who has the connection in use can see the loss.
+                self.left_behind().extend(locks.iter().copied());
+            }
+            locks
+        };
         if let Ok(mut slot) = self.conn.try_lock() {
-            drop(slot.take());
-        } else if matches!(loss, Loss::NoExclusion) {
-            self.left_behind().extend(locks.iter().copied());
+            self.close(slot.take());
         }
         self.loss_notify.notify_waiters();
         let backend_pid = self.backend_pid();
@@ -327,6 +338,17 @@ impl Session {
     pub(crate) fn give_up(&self, loss: &Loss) {
         if self.loss().is_none() {
             self.lose(loss);
+        }
+    }
+
+    /// Closes the connection of a session that was lost. What that has locked is released first where the server would
+    /// keep it. Detach: no caller waits for it.
+    fn close(&self, conn: Option<Conn>) {
+        let locks = std::mem::take(&mut *self.left_behind());
+        if !locks.is_empty() {
+            let (options, pid) = (self.connect_options(), self.backend_pid());
+            let releasing = async move { retrieve::release(conn, &options, pid, &locks).await };
+            drop(self.runtime.spawn(releasing));
         }
     }
 

@@ -258,16 +258,7 @@ impl KeeperTask {
                 continue;
             }
             if disproven && session.loss().is_none() {
-                match session.free_connection() {
-                    Some(mut slot) => {
-                        let locks = session.ledger().granted_by_server();
-                        session.give_up(&Loss::NoExclusion);
-                        self.questions.spawn(async move {
-                            session.give_up_pooled(&mut slot, locks).await;
-                        });
-                    }
-                    None => session.give_up(&Loss::NoExclusion),
-                }
+                session.end(&Loss::NoExclusion);
                 continue;
             }
             if session.loss().is_some() || session.ledger().has_ended() {

@@ -250,6 +250,7 @@ impl Pending {
         };
         let Tried { backend_pid, count, idle_limited, refused } = tried;
         if *session.backend_pid.get_or_init(|| backend_pid) != backend_pid {
+            session.server.proof.disprove();
             Box::pin(session.retrieve(backend_pid, missing)).await;
             return Ok(Verdict::Pooled);
         }

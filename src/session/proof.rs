@@ -77,9 +77,16 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// It may still answer. A task ends early with its runtime.
-    fn is_running(&self) -> bool {
-        !has_changed(&self.begun) && !self.task.is_finished()
+    /// Whether it is too early for another one. A task ends early with its runtime, or stands still if nobody drives that.
+    fn is_enough(&self, known: State) -> bool {
+        let age = self.since.elapsed();
+        let is_running = !self.task.is_finished();
+        !has_changed(&self.begun)
+            && match known {
+                State::Unknown => is_running,
+                State::Disproven(_) if is_running => age < ATTEMPT + PAUSE,
+                State::Proven | State::Disproven(_) => age < PAUSE,
+            }
     }
 }
 
@@ -100,6 +107,9 @@ impl Proof {
     }
 
     /// A session has found that another backend answers.
+    ///
+    /// Only for what was found out: a session that is ended because of a negative answer must not call this, or acquires
+    /// that are refused would undo each answer.
     pub(super) fn disprove(&self) {
         self.state.send_modify(|state| *state = State::Disproven(Instant::now()));
     }
@@ -130,7 +140,7 @@ impl Proof {
         if !is_needed {
             return None;
         }
-        if !attempt.as_ref().is_some_and(Attempt::is_running) {
+        if !attempt.as_ref().is_some_and(|attempt| attempt.is_enough(known)) {
             let proving = prove(self.state.clone(), begun.clone(), pool.clone());
             let since = waiting_since.unwrap_or_else(Instant::now);
             *attempt = Some(Attempt { since, begun, task: Handle::current().spawn(proving) });
@@ -154,6 +164,10 @@ async fn prove(state: watch::Sender<State>, mut begun: watch::Receiver<State>, p
             Err(_) => tracing::debug!(
                 "cannot prove yet that locks exclude other sessions: no answer; trying again"
             ),
+        }
+        // While acquires are refused, each of them asks again.
+        if matches!(*state.borrow(), State::Disproven(_)) {
+            return;
         }
         // A release or a heartbeat may have found out meanwhile.
         if timeout(pause, begun.changed()).await.is_ok() {

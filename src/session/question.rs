@@ -85,6 +85,7 @@ impl Session {
                 Loss::NotHeld
             }
             Ok(Ok(_)) => {
+                self.server.proof.disprove();
                 self.give_up_pooled(&mut slot, Vec::new()).await;
                 return Err(Error::NoExclusion { key: key.clone() });
             }

@@ -13,7 +13,7 @@ use super::ledger::Leave;
 use super::local_queue::Waiter;
 use super::slot::ConnGuard;
 use super::task::Task;
-use super::{DEADLINE, Session, within, within_task};
+use super::{DEADLINE, Session, retrieve, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
 use crate::metrics;
@@ -140,6 +140,7 @@ impl Session {
             }
             Ok(Answer::NotHeld) => Loss::NotHeld,
             Ok(Answer::Elsewhere) => {
+                self.server.proof.disprove();
                 self.give_up_pooled(&mut slot, locks).await;
                 self.done(slot);
                 return Err(Loss::NoExclusion);
@@ -286,20 +287,16 @@ impl Session {
     /// Loses a session where locks exclude nothing, and releases what it has locked. A pooler would keep it, and may
     /// have assigned another backend to the connection since.
     pub(super) async fn give_up_pooled(&self, slot: &mut ConnGuard, mut locks: Vec<(KeyId, Mode)>) {
-        locks.extend(self.ledger().granted_by_server());
         // First, because it may take long to retrieve them.
-        self.give_up(&Loss::NoExclusion);
-        locks.extend(std::mem::take(&mut *self.left_behind()));
-        if let Some(mut conn) = slot.take() {
-            let unlocking = async {
-                self.tidy(&mut conn).await?;
-                sql::release::unlock_on(conn.pg()?, self.backend_pid(), &locks).await
-            };
-            if matches!(within(DEADLINE, unlocking).await, Ok(true)) {
-                return;
-            }
+        if self.loss().is_none() {
+            self.end(&Loss::NoExclusion);
         }
-        self.retrieve(self.backend_pid(), &locks).await;
+        locks.extend(std::mem::take(&mut *self.left_behind()));
+        if let Some(conn) = slot.as_mut() {
+            // If this fails, it stays untidy.
+            within(DEADLINE, self.tidy(conn)).await.ok();
+        }
+        retrieve::release(slot.take(), &self.connect_options(), self.backend_pid(), &locks).await;
     }
 }
 

@@ -3,6 +3,7 @@
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 
+use super::conn::Conn;
 use super::{DEADLINE, Session, within};
 use crate::error::chain;
 use crate::key::KeyId;
@@ -15,22 +16,40 @@ const MOST: usize = 100;
 impl Session {
     /// Releases locks on a backend that the pooler had assigned to one of our connections before.
     pub(super) async fn retrieve(&self, backend_pid: i32, locks: &[(KeyId, Mode)]) {
-        if locks.is_empty() {
-            return;
-        }
-        let options = self.connect_options();
-        let retrieving = within(DEADLINE, Box::pin(retrieve(&options, backend_pid, locks)));
-        let error = match retrieving.await {
-            Ok(true) => return,
-            Ok(false) => sqlx::Error::RowNotFound,
-            Err(error) => error,
-        };
-        tracing::warn!(
-            backend_pid,
-            error = %chain(&error),
-            "cannot give up a lock that was taken through a pooler in transaction mode"
-        );
+        release(None, &self.connect_options(), backend_pid, locks).await;
     }
+}
+
+/// Releases locks where they exclude nothing: through the connection that has acquired them, or, if a pooler has assigned
+/// another backend to that since, through new ones.
+pub(super) async fn release(
+    conn: Option<Conn>,
+    options: &PgConnectOptions,
+    backend_pid: i32,
+    locks: &[(KeyId, Mode)],
+) {
+    if locks.is_empty() {
+        return;
+    }
+    let releasing = async {
+        if let Some(mut conn) = conn
+            && !conn.untidy
+            && matches!(sql::release::unlock_on(conn.pg()?, backend_pid, locks).await, Ok(true))
+        {
+            return Ok(true);
+        }
+        retrieve(options, backend_pid, locks).await
+    };
+    let error = match within(DEADLINE, Box::pin(releasing)).await {
+        Ok(true) => return,
+        Ok(false) => sqlx::Error::RowNotFound,
+        Err(error) => error,
+    };
+    tracing::warn!(
+        backend_pid,
+        error = %chain(&error),
+        "cannot give up a lock that was taken through a pooler in transaction mode"
+    );
 }
 
 /// Releases locks on this backend. Returns whether it was found.

@@ -112,19 +112,8 @@ impl DerefMut for ConnGuard {
 impl Drop for ConnGuard {
     fn drop(&mut self) {
         let session = &self.wakeup.session;
-        if session.is_lost()
-            && let Some(conn) = self.slot.take()
-        {
-            drop(conn);
-            let left_behind = std::mem::take(&mut *session.left_behind());
-            if !left_behind.is_empty() {
-                // It was lost behind a pooler while this was in use. Detach: no caller waits for it.
-                let session = Arc::clone(session);
-                let runtime = session.runtime.clone();
-                drop(runtime.spawn(async move {
-                    session.retrieve(session.backend_pid(), &left_behind).await;
-                }));
-            }
+        if session.is_lost() {
+            session.close(self.slot.take());
         }
     }
 }

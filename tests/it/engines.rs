@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use pglock::doctor::{Finding, Severity, examine};
+use pglock::transaction;
 use pglock::{Election, Error, Lock, LockManager, LockOptions, MultiLock, Result, Semaphore};
-use pglock_testkit::{Server, TestDb, eventually, replace_function};
+use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 
 const KEY: &str = "nightly-report";
@@ -27,7 +29,7 @@ struct Engine {
 impl Engine {
     /// `body` is what the functions do, in PL/pgSQL.
     async fn start(product: &str, body: &str) -> Self {
-        let server = Server::options().setting("log_connections", "on").start();
+        let server = Server::options().tcp().setting("log_connections", "on").start();
         let db = TestDb::on(&server).await;
         let mut admin = db.admin().await;
         for function in FUNCTIONS {
@@ -66,7 +68,7 @@ async fn acquire(pool: &PgPool) -> [Result<()>; 6] {
 }
 
 /// All functions return true to all clients, and the views of locks are empty: `CockroachDB` before 26.3, and
-/// `YugabyteDB` where it does not report that it has no locks.
+/// `YugabyteDB` where it does not report that it has no locks. The former has no function that waits.
 #[tokio::test]
 async fn locks_that_are_always_granted_are_refused() {
     let engine = Engine::start("CockroachDB CCL v24.1.0", "BEGIN RETURN true; END").await;
@@ -75,8 +77,13 @@ async fn locks_that_are_always_granted_are_refused() {
                  CREATE VIEW pg_catalog.pg_locks AS SELECT * FROM original.pg_locks WHERE false;
                  ALTER VIEW pg_catalog.pg_stat_activity SET SCHEMA original;
                  CREATE VIEW pg_catalog.pg_stat_activity AS
-                     SELECT * FROM original.pg_stat_activity WHERE false";
+                     SELECT * FROM original.pg_stat_activity WHERE false;
+                 ALTER FUNCTION pg_catalog.pg_advisory_lock(bigint) SET SCHEMA original;
+                 ALTER FUNCTION pg_catalog.pg_advisory_lock_shared(bigint) SET SCHEMA original;
+                 ALTER FUNCTION pg_catalog.pg_advisory_xact_lock(bigint) SET SCHEMA original;
+                 ALTER FUNCTION pg_catalog.pg_try_advisory_xact_lock(bigint) SET SCHEMA original";
     sqlx::raw_sql(views).execute(&mut admin).await.unwrap();
+    replace_function(&mut admin, "pg_lock_status()", "BEGIN RETURN; END").await;
     // The first acquires wait for the proof, but not for long.
     eventually("all are refused", LIMIT, async || {
         let refused = |acquired: &_| matches!(acquired, Err(Error::NoExclusion { .. }));
@@ -89,6 +96,11 @@ async fn locks_that_are_always_granted_are_refused() {
     let opened = engine.server.log_since(mark).matches("connection authorized").count();
     assert!((1..50).contains(&opened), "{opened} connections");
 
+    let mut tx = engine.pool.begin().await.unwrap();
+    let refused = transaction::try_acquire(&mut tx, KEY).await.unwrap_err();
+    assert!(matches!(refused, Error::Database { .. }), "{refused:?}");
+    drop(tx);
+
     for (product, name) in [
         ("CockroachDB CCL v24.1.0", "CockroachDB"),
         ("PostgreSQL 11.2-YB-2.21.0.0-b0 on x86_64", "YugabyteDB"),
@@ -100,11 +112,38 @@ async fn locks_that_are_always_granted_are_refused() {
     }
 }
 
-/// The functions fail: `YugabyteDB` before 2.25.1 (0A000), and Aurora DSQL, which has none (42883).
+/// As after a correction of the configuration. The proof takes longer than acquires wait for it.
+#[tokio::test]
+async fn locks_are_granted_again_once_they_exclude() {
+    let Engine { db, server, .. } = Engine::start("PostgreSQL 16", "BEGIN RETURN true; END").await;
+    let proxy = Proxy::to(server.port()).await;
+    proxy.delay(Duration::from_millis(10));
+    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+    let pool = PgPoolOptions::new().connect_lazy_with(options);
+    eventually("a lock is refused", LIMIT, async || {
+        matches!(Lock::new(&pool, KEY).acquire().await, Err(Error::NoExclusion { .. }))
+    })
+    .await;
+    let mut admin = db.admin().await;
+    sqlx::raw_sql("SET allow_system_table_mods = on").execute(&mut admin).await.unwrap();
+    for function in FUNCTIONS {
+        let (name, _) = function.split_once('(').unwrap();
+        let original = format!(
+            "CREATE OR REPLACE FUNCTION pg_catalog.{function} RETURNS boolean \
+             LANGUAGE sql AS 'SELECT original.{name}($1)'"
+        );
+        sqlx::raw_sql(AssertSqlSafe(original)).execute(&mut admin).await.unwrap();
+    }
+    eventually("a lock is granted", LIMIT, async || Lock::new(&pool, KEY).acquire().await.is_ok())
+        .await;
+}
+
+/// The functions fail: `YugabyteDB` before 2.25.1 and Aurora DSQL (0A000), or are missing (42883).
 #[tokio::test]
 async fn functions_that_fail_fail_the_acquire_with_the_servers_error() {
     for (product, code, name) in [
         ("PostgreSQL 11.2-YB-2.21.0.0-b0 on x86_64", "0A000", Some("YugabyteDB")),
+        ("PostgreSQL 16", "0A000", None),
         ("PostgreSQL 16", "42883", None),
     ] {
         let body =

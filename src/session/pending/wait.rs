@@ -236,6 +236,7 @@ impl Pending {
 
     /// Another backend has answered.
     async fn found_pooler(self, backend_pid: i32) -> Error {
+        self.session.server.proof.disprove();
         self.session.retrieve(backend_pid, &self.missing).await;
         Error::NoExclusion { key: self.request.key().clone() }
     }
