@@ -48,6 +48,10 @@ const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 const MOST_WAIT_SESSIONS: u32 = 4;
 const CONNECTIONS_FOR_EACH: u32 = 8;
 
+/// After what time a wait session that holds a key no longer counts as one that waits, so that another may take its
+/// place.
+const LONG_HOLD: Duration = Duration::from_secs(1);
+
 /// How long no wait session is opened after one could not be.
 const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 
@@ -66,9 +70,12 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   which then holds the key. There is one of those for every eight connections of the pool, at least one
 ///   and at most four. If more keys than that are held elsewhere, they take turns on those connections, and
 ///   meanwhile all of them are tried in one statement: again after 5 ms at first, and after a second at last.
+///   A connection that has held its key for a second does not count: another one waits instead, unless locks have
+///   [their share](crate::guide::operations#the-pool) of the pool.
 ///
 /// So a manager uses at most five connections, however many keys are busy: two of a pool of 3 to 15, and one of a pool
-/// of one or two. The others are left to the work under the locks. Where many keys are held by other processes, and the
+/// of one or two; and one for each key that it had to wait for, and has held for a second. The others are left to the
+/// work under the locks. Where many keys are held by other processes, and the
 /// work needs every connection, give the pool seven or more. The shared connection goes back to the pool after a second
 /// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last guard was
 /// dropped.
@@ -78,13 +85,14 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// Busy keys take turns to wait in the server's queue. A turn lasts 250 ms at first, and the longer a key has waited,
 /// the longer it lasts: as long as the key has waited if it is the only one, otherwise an eighth of that, at most a
 /// minute. Until the next turn of a key, each of the others may have as much time as it had. So none waits forever: a
-/// key that the server's queue reaches within a time, of up to a minute, is granted after at most nine times as long,
-/// plus two minutes for each busy key of the process. Where no key has waited for more than a few seconds, two minutes
-/// are half a second.
+/// key that the server's queue reaches within a time, of up to 50 seconds, is granted after about nine times as long,
+/// plus two minutes for each busy key of the process. Where no key has waited for more than two seconds, the two
+/// minutes are half a second. A [`wait_slice`](LockOptions::wait_slice) of less than a minute limits the turns, too.
 ///
-/// On a pool that can spare only one connection for locks (by default one of up to two), that connection waits if
-/// nothing is held on it and nothing else is to be done. Otherwise a busy key is only tried again, and may be overtaken
-/// by those that wait in the server's queue.
+/// A turn needs a connection. Where locks have their share of the pool, and each of its connections holds a key, a
+/// busy key is only tried again, and may be overtaken by those that wait in the server's queue. So it is on a pool that
+/// can spare only one connection for locks (by default one of up to two): that connection waits if nothing is held on
+/// it and nothing else is to be done.
 ///
 /// # What is different
 ///
@@ -173,8 +181,10 @@ impl fmt::Debug for LockManager {
 pub(crate) struct Manager {
     pool: PgPool,
     options: LockOptions,
-    /// The maximum number of wait sessions.
+    /// The maximum number of wait sessions that wait, or have done so until a moment ago.
     most_wait_sessions: u32,
+    /// The maximum number of all of them.
+    most_apart: u32,
     budget: Arc<Budget>,
     state: Mutex<State>,
     /// There are steps to take for the shared session, or keys to try again.
@@ -231,6 +241,15 @@ impl State {
     fn awaits_connection(&self) -> bool {
         let none_is_open = |driver: &Driving| driver.idle == 0 && self.apart.is_empty();
         self.table.line_len() > 0 && self.driver.as_ref().is_some_and(none_is_open)
+    }
+
+    /// How many wait sessions have held their key for long.
+    fn settled(&self, now: Instant) -> u32 {
+        let is_settled = |key: &&KeyId| {
+            let held_since = self.table.held_since(**key);
+            held_since.is_some_and(|since| now.saturating_duration_since(since) >= LONG_HOLD)
+        };
+        u32::try_from(self.apart.keys().filter(is_settled).count()).unwrap_or(u32::MAX)
     }
 
     /// The driver, if it still is this one.
@@ -314,6 +333,7 @@ impl Manager {
             pool: pool.clone(),
             options,
             most_wait_sessions: wait_sessions,
+            most_apart: spare.max(wait_sessions),
             budget,
             state: Mutex::new(state),
             work: Notify::new(),
@@ -437,6 +457,8 @@ impl Manager {
             let mut effects = state.effects();
             state.table.retry(now, &mut effects);
             self.settle(&mut state, effects);
+            // Those that hold may not count any more.
+            self.staff_line(&mut state);
         }
         while !batch.is_full()
             && let Some(key) = state.to_do.pop_front()
@@ -569,7 +591,11 @@ impl Manager {
     /// The next key for a wait session. If there is none, it is idle from now on.
     fn next_wait(self: &Arc<Self>, driver: u64) -> Next {
         let mut state = self.state();
+        let most = self.most_sessions(&state);
         let Some(driving) = state.driver_of(driver) else { return Next::Over };
+        if driving.wait_sessions > most {
+            return Next::Over;
+        }
         let yields = driving.opening && self.is_short();
         let next = if yields { None } else { state.table.take_wait(Instant::now()) };
         let Some((key, taken, slice)) = next else {
@@ -637,16 +663,23 @@ impl Manager {
         state.spare = effects;
     }
 
+    /// How many wait sessions there may be now.
+    fn most_sessions(&self, state: &State) -> u32 {
+        let settled = state.settled(Instant::now());
+        self.most_wait_sessions.saturating_add(settled).min(self.most_apart)
+    }
+
     /// Finds a wait session for the next key in the line.
     fn staff_line(self: &Arc<Self>, state: &mut State) {
-        let Some(driving) = &mut state.driver else { return };
         if state.table.first_in_line().is_none() {
             return;
         }
+        let most = self.most_sessions(state);
+        let Some(driving) = &mut state.driver else { return };
         let rests = driving.failed.is_some_and(|at| at.elapsed() < WAIT_SESSION_PAUSE);
         if driving.idle > 0 {
             self.line.notify_one();
-        } else if driving.wait_sessions < self.most_wait_sessions && !rests {
+        } else if driving.wait_sessions < most && !rests {
             driving.wait_sessions += 1;
             wait_session::start(self, &driving.runtime, driving.number);
         }

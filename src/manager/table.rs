@@ -152,6 +152,12 @@ impl<S: Seat, W: Caller> Table<S, W> {
         })
     }
 
+    /// Since when the process has had a key in its turn.
+    pub(super) fn held_since(&self, key: KeyId) -> Option<Instant> {
+        let entry = self.keys.get(&key)?;
+        entry.seat.is_some().then_some(entry.since)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.keys.len()
     }

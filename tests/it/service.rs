@@ -140,6 +140,33 @@ async fn a_manager_waits_on_four_connections_of_a_large_pool() {
     waits_on(4, 25).await;
 }
 
+/// The session that has waited for a key holds it, and can't wait for another one meanwhile.
+#[tokio::test]
+async fn a_manager_waits_for_a_key_beside_one_that_it_holds_for_long() {
+    let db = TestDb::new().await;
+    let (one, other) = (db.pool(1).await, db.pool(5).await);
+    let holder = LockManager::new(&one);
+    let [first, second] = [Lock::new(&holder, 1), Lock::new(&holder, 2)];
+    let [first, second] = [{ first }.acquire().await.unwrap(), { second }.acquire().await.unwrap()];
+    let pid = first.backend_pid();
+    let manager = LockManager::new(&other);
+    let waiting = |key| {
+        let mut lock = Lock::new(&manager, key);
+        spawn(async move { lock.acquire().await.unwrap() })
+    };
+    let is_at = async |sessions| sessions_at_locks(&db, pid).await.len() == sessions;
+
+    let held = waiting(1);
+    eventually("a session waits", TIMEOUT, async || is_at(1).await).await;
+    first.release().await.unwrap();
+    let held = held.await.unwrap();
+    let next = waiting(2);
+    eventually("another one waits beside it", TIMEOUT, async || is_at(2).await).await;
+    second.release().await.unwrap();
+    drop((held, next.await.unwrap()));
+    no_locks(&mut db.admin().await).await;
+}
+
 /// On a pool that can spare one connection for locks, a busy key is tried again and again on that.
 #[tokio::test]
 async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {

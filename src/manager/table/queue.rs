@@ -7,61 +7,113 @@ use super::entry::Waiter;
 use crate::mode::Mode;
 
 /// Waiters of one key. Every operation takes logarithmic time.
+///
+/// Each has a place: those that go before all others have negative ones.
 #[derive(Debug)]
 pub(super) struct Queue<W> {
-    /// By the place in the queue: waiters that go before all others have negative places.
-    waiters: BTreeMap<i64, Waiter<W>>,
-    /// The places of the waiters that do not wait for a busy lock.
-    trying: BTreeSet<i64>,
+    /// Usually the only one, which then needs no memory of its own.
+    first: Option<(i64, Waiter<W>)>,
+    others: Option<Box<Others<W>>>,
     exclusive: usize,
+}
+
+#[derive(Debug)]
+struct Others<W> {
+    waiters: BTreeMap<i64, Waiter<W>>,
+    /// The places of those that do not wait for a busy lock.
+    trying: BTreeSet<i64>,
+}
+
+impl<W> Default for Others<W> {
+    fn default() -> Self {
+        Self { waiters: BTreeMap::new(), trying: BTreeSet::new() }
+    }
+}
+
+impl<W> Others<W> {
+    fn insert(&mut self, place: i64, waiter: Waiter<W>) {
+        if !waiter.waits {
+            self.trying.insert(place);
+        }
+        self.waiters.insert(place, waiter);
+    }
+
+    fn pop_first(&mut self) -> Option<(i64, Waiter<W>)> {
+        let (place, waiter) = self.waiters.pop_first()?;
+        self.trying.remove(&place);
+        Some((place, waiter))
+    }
+
+    fn remove(&mut self, place: i64) -> Option<Waiter<W>> {
+        self.trying.remove(&place);
+        self.waiters.remove(&place)
+    }
 }
 
 impl<W> Default for Queue<W> {
     fn default() -> Self {
-        Self { waiters: BTreeMap::new(), trying: BTreeSet::new(), exclusive: 0 }
+        Self { first: None, others: None, exclusive: 0 }
     }
 }
 
 impl<W> Queue<W> {
     pub(super) fn is_empty(&self) -> bool {
-        self.waiters.is_empty()
+        self.first.is_none()
     }
 
     pub(super) fn front(&self) -> Option<&Waiter<W>> {
-        self.waiters.first_key_value().map(|(_, waiter)| waiter)
+        self.first.as_ref().map(|(_, waiter)| waiter)
     }
 
     pub(super) fn wants_exclusive(&self) -> bool {
         self.exclusive > 0
     }
 
-    /// Adds a waiter, at the back or before all others. `place` grows from call to call.
-    pub(super) fn push(&mut self, place: u64, waiter: Waiter<W>, first: bool) -> i64 {
-        let place = i64::try_from(place).unwrap_or(i64::MAX);
-        let place = if first { -place } else { place };
-        if !waiter.waits {
-            self.trying.insert(place);
-        }
+    /// Adds a waiter, at the back or before all others. `number` grows from call to call. Returns its place.
+    pub(super) fn push(&mut self, number: u64, waiter: Waiter<W>, before_all: bool) -> i64 {
+        let number = i64::try_from(number).unwrap_or(i64::MAX);
+        let place = if before_all { -number } else { number };
         self.exclusive += usize::from(waiter.mode == Mode::Exclusive);
-        self.waiters.insert(place, waiter);
+        let behind = match self.first.take() {
+            None => {
+                self.first = Some((place, waiter));
+                return place;
+            }
+            Some(first) if before_all => {
+                self.first = Some((place, waiter));
+                first
+            }
+            Some(first) => {
+                self.first = Some(first);
+                (place, waiter)
+            }
+        };
+        self.others.get_or_insert_default().insert(behind.0, behind.1);
         place
     }
 
     pub(super) fn pop_front(&mut self) -> Option<Waiter<W>> {
-        let (&place, _) = self.waiters.first_key_value()?;
-        self.remove(place)
+        let (_, waiter) = self.first.take()?;
+        self.first = self.others.as_mut().and_then(|others| others.pop_first());
+        self.exclusive -= usize::from(waiter.mode == Mode::Exclusive);
+        Some(waiter)
     }
 
     pub(super) fn remove(&mut self, place: i64) -> Option<Waiter<W>> {
-        let waiter = self.waiters.remove(&place)?;
-        self.trying.remove(&place);
+        if self.first.as_ref()?.0 == place {
+            return self.pop_front();
+        }
+        let waiter = self.others.as_mut()?.remove(place)?;
         self.exclusive -= usize::from(waiter.mode == Mode::Exclusive);
         Some(waiter)
     }
 
     /// Takes out a waiter that does not wait for a busy lock.
     pub(super) fn pop_trying(&mut self) -> Option<Waiter<W>> {
-        let &place = self.trying.first()?;
+        if !self.front()?.waits {
+            return self.pop_front();
+        }
+        let &place = self.others.as_ref()?.trying.first()?;
         self.remove(place)
     }
 
@@ -70,12 +122,16 @@ impl<W> Queue<W> {
     where
         W: Caller,
     {
-        for waiter in self.waiters.values_mut() {
+        let others = self.others.as_mut().map(|others| others.waiters.values_mut());
+        let first = self.first.as_mut().map(|(_, waiter)| waiter);
+        for waiter in first.into_iter().chain(others.into_iter().flatten()) {
             waiter.tell.waits();
         }
     }
 
     pub(super) fn take_all(&mut self) -> impl Iterator<Item = Waiter<W>> + use<W> {
-        std::mem::take(self).waiters.into_values()
+        let Self { first, others, .. } = std::mem::take(self);
+        let others = others.map(|others| others.waiters.into_values());
+        first.map(|(_, waiter)| waiter).into_iter().chain(others.into_iter().flatten())
     }
 }
