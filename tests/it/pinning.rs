@@ -1,4 +1,4 @@
-//! Behind a pooler that pins a client to its server connection, as RDS Proxy and PgDog do: all works.
+//! Behind a pooler that pins a client to its server connection, as RDS Proxy does: all works.
 
 use std::time::Duration;
 

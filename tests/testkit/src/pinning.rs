@@ -14,8 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::server::Server;
 
-/// A pooler that multiplexes transactions, and pins a client that changes the state of its session, as RDS Proxy
-/// and PgDog do.
+/// A pooler that multiplexes transactions, and pins a client that changes the state of its session, as RDS Proxy does.
 ///
 /// Each transaction gets a server connection that no other client uses, and the connection is free again after it.
 /// A client whose statement contains the name of a lock function, `SET` or `set_config` keeps its server connection
