@@ -513,7 +513,9 @@ impl Guard {
         self.held.end();
         self.end_span();
         if let Some(managed) = &self.managed {
-            let pending = managed.leave(self.key(), self.request.mode(), &self.session);
+            let awaited = matches!(protocol, Protocol::Extended);
+            let (key, mode) = (self.key(), self.request.mode());
+            let pending = managed.leave(key, mode, &self.session, awaited);
             return Some(Releasing::ByManager(pending));
         }
         if self.holding.as_ref().is_some_and(|holding| !holding.end()) {

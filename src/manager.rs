@@ -252,6 +252,11 @@ impl State {
         u32::try_from(self.apart.keys().filter(is_settled).count()).unwrap_or(u32::MAX)
     }
 
+    /// Whether the driver is on another runtime than this one.
+    fn is_driven_elsewhere(&self, here: &Handle) -> bool {
+        self.driver.as_ref().is_some_and(|driver| driver.runtime.id() != here.id())
+    }
+
     /// The driver, if it still is this one.
     fn driver_of(&mut self, number: u64) -> Option<&mut Driving> {
         self.driver.as_mut().filter(|driving| driving.number == number)
@@ -386,17 +391,20 @@ impl Manager {
         drop(runtime.spawn(driver::run(Arc::clone(self), number)));
     }
 
-    /// Waits for an answer of the driver. If the driver has not run for longer than its sessions are trusted,
-    /// because its runtime is blocked or not driven, its sessions are lost, and waiting acquires retry.
-    async fn unless_stalled<T>(self: &Arc<Self>, mut future: impl Future<Output = T> + Unpin) -> T {
-        // A release may be awaited outside of a runtime, where there is no timer.
-        let Ok(here) = Handle::try_current() else { return future.await };
-        let is_elsewhere = |driver: &Driving| driver.runtime.id() != here.id();
-        while self.state().driver.as_ref().is_some_and(is_elsewhere) {
+    /// Waits for an answer of the driver, which may be [elsewhere](State::is_driven_elsewhere). If it has not run for
+    /// longer than its sessions are trusted, because its runtime is blocked or not driven, its sessions are lost, and
+    /// waiting acquires retry.
+    async fn unless_stalled<T>(
+        self: &Arc<Self>,
+        mut future: impl Future<Output = T> + Unpin,
+        mut elsewhere: bool,
+    ) -> T {
+        while elsewhere {
             // Boxed, because usually there is one runtime.
             if let Some(output) = Box::pin(self.watch_driver(&mut future)).await {
                 return output;
             }
+            elsewhere = self.state().is_driven_elsewhere(&Handle::current());
         }
         future.await
     }

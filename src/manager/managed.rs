@@ -56,7 +56,7 @@ impl Managed {
             let Some(waiting) = self.want(request, policy)? else { return Ok(None) };
             let place = match waiting {
                 Wish::Granted(place) => place,
-                Wish::Waits(mut waiting) => match self.wait(&mut waiting.answer, policy).await {
+                Wish::Waits(mut waiting) => match waiting.answer(policy).await {
                     // The time was spent waiting for a connection, not for the lock.
                     None if waiting.is_unasked() => {
                         return Err(timed_out(&self.manager.pool, key));
@@ -79,14 +79,6 @@ impl Managed {
             }
             return Ok(Some(Guard::managed(place.session, request.clone(), self.clone())));
         }
-    }
-
-    async fn wait(
-        &self,
-        answer: &mut oneshot::Receiver<Told>,
-        policy: WaitPolicy,
-    ) -> Option<Result<Told, RecvError>> {
-        policy.bound(self.manager.unless_stalled(answer)).await
     }
 
     fn want(&self, request: &Request, policy: WaitPolicy) -> Result<Option<Wish<'_>>> {
@@ -112,6 +104,7 @@ impl Managed {
         let want = state.table.want(key.id(), self.owner.id, wanted, tell, now, &mut effects);
         manager.settle(&mut state, effects);
         manager.drive(&runtime, &mut state);
+        let elsewhere = state.is_driven_elsewhere(&runtime);
         drop(state);
         match (want, answer) {
             (Want::Granted(place), _) => Ok(Some(Wish::Granted(place))),
@@ -121,6 +114,7 @@ impl Managed {
                 mode,
                 id,
                 answer,
+                elsewhere,
                 settled: false,
                 _queued: metrics::Queued::start(),
             }))),
@@ -129,22 +123,38 @@ impl Managed {
         }
     }
 
-    /// Releases a guard.
-    pub(crate) fn leave(&self, key: &Key, mode: Mode, session: &Arc<Session>) -> PendingRelease {
-        let (tell, told) = oneshot::channel();
+    /// Releases a guard. Of a release that is not awaited, the result is not told.
+    pub(crate) fn leave(
+        &self,
+        key: &Key,
+        mode: Mode,
+        session: &Arc<Session>,
+        awaited: bool,
+    ) -> PendingRelease {
+        // A release may be awaited outside of a runtime, where there is no timer.
+        let here = if awaited { Handle::try_current().ok() } else { None };
+        let mut answer = None;
+        let farewell = awaited.then_some(|| {
+            let (tell, told) = oneshot::channel();
+            answer = Some(told);
+            tell.into()
+        });
         // Of either kind, because places are compared by their sessions.
         let place = Place { session: Arc::clone(session), shared: true };
-        let left = self.manager.change(|state, now, effects| {
+        let (left, elsewhere) = self.manager.change(|state, now, effects| {
             let guard = (self.owner.id, mode);
-            state.table.leave(key.id(), guard, &place, Some(|| tell.into()), now, effects)
+            let left = state.table.leave(key.id(), guard, &place, farewell, now, effects);
+            (left, here.is_some_and(|here| state.is_driven_elsewhere(&here)))
         });
         let answer = match left {
             Left::Stale => {
                 let loss = self.closed().or_else(|| session.loss());
                 Answer::Lost(loss.unwrap_or(Loss::NotHeld))
             }
-            Left::Told => Answer::Comes(told),
-            Left::Done => Answer::PassedOn,
+            Left::Told | Left::Done => match answer {
+                Some(answer) => Answer::Comes(answer, elsewhere),
+                None => Answer::PassedOn,
+            },
         };
         PendingRelease {
             manager: Arc::clone(&self.manager),
@@ -161,16 +171,17 @@ impl Managed {
         let another = self.another();
         let closed = std::mem::replace(self, another);
         let (tell, told) = oneshot::channel();
-        let left = closed.manager.change(|state, now, effects| {
+        let here = Handle::try_current().ok();
+        let (left, elsewhere) = closed.manager.change(|state, now, effects| {
             let left = state.table.close(key.id(), closed.owner.id, || tell.into(), now, effects);
             closed.owner.closed.store(true, Ordering::Relaxed);
-            left
+            (left, here.is_some_and(|here| state.is_driven_elsewhere(&here)))
         });
         closed.owner.told.notify_waiters();
         if left != Left::Told {
             return Ok(());
         }
-        let released = match closed.manager.unless_stalled(told).await {
+        let released = match closed.manager.unless_stalled(told, elsewhere).await {
             Ok(Told::Released(Err(loss))) => Err(loss),
             Ok(_) => Ok(()),
             Err(_) => Err(Loss::RuntimeShutdown),
@@ -216,11 +227,19 @@ struct Waiting<'m> {
     mode: Mode,
     id: i64,
     answer: oneshot::Receiver<Told>,
+    /// The driver is on another runtime.
+    elsewhere: bool,
     settled: bool,
     _queued: metrics::Queued,
 }
 
 impl Waiting<'_> {
+    /// `None` if the policy ran out.
+    async fn answer(&mut self, policy: WaitPolicy) -> Option<Result<Told, RecvError>> {
+        let manager = &self.managed.manager;
+        policy.bound(manager.unless_stalled(&mut self.answer, self.elsewhere)).await
+    }
+
     /// Whether the server was not asked yet, because there was no connection.
     fn is_unasked(&self) -> bool {
         let manager = &self.managed.manager;
@@ -264,9 +283,9 @@ pub(crate) struct PendingRelease {
 }
 
 enum Answer {
-    /// From the driver.
-    Comes(oneshot::Receiver<Told>),
-    /// The process keeps the key, so there is none.
+    /// From the driver, which may be on another runtime.
+    Comes(oneshot::Receiver<Told>, bool),
+    /// The process keeps the key, or the release is not awaited, so there is none.
     PassedOn,
     Lost(Loss),
 }
@@ -279,13 +298,15 @@ impl PendingRelease {
     pub(crate) async fn done(self) -> Result<()> {
         let Self { manager, session, key, since, answer } = self;
         let released = match answer {
-            Answer::Comes(answer) => match manager.unless_stalled(answer).await {
-                Ok(Told::Released(released)) => released,
-                Ok(Told::PassedOn) => session.confirm(since).await,
-                // The driver ended with its runtime, and the session with it.
-                Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
-                | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
-            },
+            Answer::Comes(answer, elsewhere) => {
+                match manager.unless_stalled(answer, elsewhere).await {
+                    Ok(Told::Released(released)) => released,
+                    Ok(Told::PassedOn) => session.confirm(since).await,
+                    // The driver ended with its runtime, and the session with it.
+                    Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
+                    | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
+                }
+            }
             Answer::PassedOn => session.confirm(since).await,
             Answer::Lost(loss) => Err(loss),
         };
