@@ -510,6 +510,13 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Whether the server rejects a setting: it may be out of the role's rights, unknown, fixed, or not supported by the
+/// platform.
+pub(crate) fn refuses_settings(error: &sqlx::Error) -> bool {
+    let codes = ["0A000", "22023", "42501", "42704", "55P02"];
+    sqlstate(error).is_some_and(|code| codes.contains(&code.as_str()))
+}
+
 /// Whether the server answered a statement, and the session can run the next one.
 ///
 /// Not if it ended the session: shutdown, crash, terminated, idle for too long.

@@ -91,6 +91,8 @@ pub(crate) struct Session {
     settings_to_restore: AtomicBool,
     /// It has the settings of a session that is held for longer.
     has_long_settings: AtomicBool,
+    /// A wait has set `tcp_user_timeout`, which a slow reader would notice.
+    has_user_timeout: AtomicBool,
     /// The server rejects those settings.
     settings_refused: AtomicBool,
     /// The key that it shows in `application_name`.
@@ -138,6 +140,7 @@ impl Session {
             wake: OnceLock::new(),
             settings_to_restore: AtomicBool::new(false),
             has_long_settings: AtomicBool::new(false),
+            has_user_timeout: AtomicBool::new(false),
             settings_refused: AtomicBool::new(false),
             shown_key: Mutex::default(),
             left_behind: Mutex::default(),

@@ -25,6 +25,8 @@ pub(crate) struct Conn {
     permit: Option<Permit>,
     /// The application, or a statement whose caller has gone, may have left something on it.
     pub(crate) untidy: bool,
+    /// The application has returned it, and it was not checked since what the session holds.
+    pub(super) lent: bool,
     /// The server was asked whether a transaction was left open on it before.
     pub(crate) checked: bool,
 }
@@ -36,7 +38,7 @@ impl Conn {
         runtime: Handle,
         permit: Option<Permit>,
     ) -> Self {
-        Self { pooled: Some(pooled), runtime, permit, untidy: false, checked: false }
+        Self { pooled: Some(pooled), runtime, permit, untidy: false, lent: false, checked: false }
     }
 
     /// The connection, to run a statement on.

@@ -124,6 +124,7 @@ impl Session {
         };
         copy(&self.settings_to_restore, &other.settings_to_restore);
         copy(&self.has_long_settings, &other.has_long_settings);
+        copy(&self.has_user_timeout, &other.has_user_timeout);
         copy(&self.settings_refused, &other.settings_refused);
         *self.shown_key.lock().unwrap_or_else(PoisonError::into_inner) =
             *other.shown_key.lock().unwrap_or_else(PoisonError::into_inner);

@@ -29,7 +29,7 @@ use tokio::time::sleep_until;
 use super::monitor::Monitor;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
-use crate::error::{Loss, chain, is_answer};
+use crate::error::{Loss, chain, is_answer, refuses_settings};
 use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::options::Heartbeat;
@@ -257,11 +257,11 @@ impl KeeperTask {
                 self.sessions.push(kept);
                 continue;
             }
-            if disproven && session.loss().is_none() {
-                session.end(&Loss::NoExclusion);
+            if session.loss().is_some() || session.ledger().has_ended() {
                 continue;
             }
-            if session.loss().is_some() || session.ledger().has_ended() {
+            if disproven {
+                session.end(&Loss::NoExclusion);
                 continue;
             }
             let held_until = session.hold_ends(kept.since);
@@ -356,16 +356,19 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
     match answer {
         Ok(pid) if pid == session.backend_pid() => session.answered(asked),
         Ok(_) => {
+            session.server.proof.disprove();
             // Without a guard, it is just being released, which finds the pooler too.
             if session.ledger().has_guards() {
-                session.give_up_pooled(&mut slot, Vec::new()).await;
+                session.give_up_pooled(&mut slot, Vec::new());
             }
             return;
         }
         Err(error) if is_answer(&error) => {
             session.answered(asked);
             if set.is_some() {
-                session.settings_refused.store(true, Ordering::Relaxed);
+                session.has_long_settings.store(false, Ordering::Relaxed);
+                let refused = refuses_settings(&error);
+                session.settings_refused.fetch_or(refused, Ordering::Relaxed);
             }
         }
         Err(error) => {
@@ -388,7 +391,8 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
 /// Connects the monitor, and has the idle connection of a session polled.
 async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     let options = session.connect_options();
-    let connected = monitor.lock().await.connect(&options).await;
+    let patience = session.heartbeat.timeout / 4;
+    let connected = monitor.lock().await.connect(&options, patience).await;
     if let Err(error) = connected {
         tracing::debug!(
             backend_pid = session.backend_pid(),
@@ -405,6 +409,7 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
 async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedMonitor) {
     let Some((first, _)) = sessions.first() else { return };
     let (options, limit) = (first.connect_options(), first.heartbeat.answer_limit());
+    let patience = first.heartbeat.timeout / 4;
     let asked = Instant::now();
     let before: Vec<_> = sessions
         .iter()
@@ -417,7 +422,7 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
     let pids: Vec<_> = holders.map(|((session, _), _)| session.backend_pid()).collect();
     let answer = async {
         let mut monitor = monitor.lock().await;
-        monitor.connect(&options).await?;
+        monitor.connect(&options, patience).await?;
         monitor.holdings(&pids, limit).await
     };
     let answer = answer.await;
@@ -439,7 +444,12 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
         // A release may have begun before the question, and reached the server before the answer. It takes
         // what it releases out of the ledger first.
         let now = session.ledger().granted_by_server();
-        let holds_all = granted.iter().all(|lock| held.contains(lock) || !now.contains(lock));
+        // During a downgrade, the exclusive lock is still held, or the shared one already.
+        let holds = |(key, mode)| {
+            held.contains(&(key, mode))
+                || mode == Mode::Shared && held.contains(&(key, Mode::Exclusive))
+        };
+        let holds_all = granted.iter().all(|lock| holds(*lock) || !now.contains(lock));
         match &answer {
             Ok(_) if holds_all => session.answered(asked),
             // It may have been released meanwhile, unless its connection is still in the same use.

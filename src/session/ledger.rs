@@ -281,7 +281,9 @@ impl Ledger {
 
     /// Ends the session for all its guards. Returns what the server had granted it.
     pub(crate) fn lose(&mut self, loss: Loss) -> Vec<(KeyId, Mode)> {
-        if self.ended.is_none() {
+        // The last release may be under way.
+        let is_released = self.ended.is_some() && self.in_flight == 0;
+        if !is_released && self.loss().is_none() {
             self.ended = Some(Ended::Lost(loss));
         }
         let granted = self.granted_by_server();

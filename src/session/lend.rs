@@ -13,7 +13,7 @@ use super::conn::Conn;
 use super::slot::ConnGuard;
 use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
-use crate::error::{Error, Loss, Result, is_answer};
+use crate::error::{Error, Loss, Result, is_answer, refuses_settings};
 use crate::key::Key;
 use crate::sql;
 
@@ -78,6 +78,7 @@ impl Session {
         }
         if let Some(conn) = slot.as_mut() {
             conn.untidy = true;
+            conn.lent = true;
         }
         self.borrowed.store(true, Ordering::Relaxed);
         Ok(SessionConnection { session: Arc::clone(self), slot: Some(slot), guard: PhantomData })
@@ -91,11 +92,14 @@ impl Session {
             sql::backend::end_transaction(conn.pg()?).await?;
             conn.checked = true;
         }
+        let has_user_timeout = self.has_user_timeout.swap(false, Ordering::Relaxed);
         let has_long_settings = self.has_long_settings.swap(false, Ordering::Relaxed);
-        if (is_first || has_long_settings) && !self.settings_refused.load(Ordering::Relaxed) {
+        if (is_first || has_long_settings || has_user_timeout)
+            && !self.settings_refused.load(Ordering::Relaxed)
+        {
             self.restore_settings();
             match sql::settings::lend(conn.pg()?).await {
-                Err(error) if is_answer(&error) => {
+                Err(error) if refuses_settings(&error) => {
                     self.settings_refused.store(true, Ordering::Relaxed);
                 }
                 answer => return answer,
@@ -111,7 +115,9 @@ impl Session {
         if self.is_lost() {
             return;
         }
-        let Some(conn) = slot.as_mut().filter(|conn| conn.untidy) else { return };
+        // Another call may have tidied it.
+        let Some(conn) = slot.as_mut().filter(|conn| conn.lent) else { return };
+        conn.lent = false;
         let answer = within_task(DEADLINE, async {
             self.tidy(conn).await?;
             match sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await {

@@ -35,18 +35,26 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    /// Connects, if it is not connected.
-    pub(super) async fn connect(&mut self, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+    /// Connects, if it is not connected. After `patience` it asks the server why it does not let it in.
+    pub(super) async fn connect(
+        &mut self,
+        options: &PgConnectOptions,
+        patience: Duration,
+    ) -> Result<(), sqlx::Error> {
         if self.failed.is_some_and(|at| at.elapsed() < PAUSE) {
             return Err(sqlx::Error::PoolTimedOut);
         }
-        let connected = self.connect_now(options).await;
+        let connected = self.connect_now(options, patience).await;
         // An answer is worth asking for again: it says that the server lives.
         self.failed = (!is_alive(&connected)).then(Instant::now);
         connected
     }
 
-    async fn connect_now(&mut self, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+    async fn connect_now(
+        &mut self,
+        options: &PgConnectOptions,
+        patience: Duration,
+    ) -> Result<(), sqlx::Error> {
         let connecting = async {
             if let Some(listener) = &mut self.listener {
                 return listener.acquire().await.map(drop);
@@ -59,7 +67,7 @@ impl Monitor {
                 .connect_lazy_with(options.clone());
             let mut listener = tokio::select! {
                 listener = PgListener::connect_with(&pool) => Box::new(listener?),
-                error = why_rejected(options) => return Err(error),
+                error = why_rejected(options, patience) => return Err(error),
             };
             listener.eager_reconnect(false);
             self.listener = Some(listener);
@@ -117,8 +125,8 @@ impl Monitor {
 }
 
 /// Returns why the server rejects a login, if it does. A pool tries for long, and does not say.
-async fn why_rejected(options: &PgConnectOptions) -> sqlx::Error {
-    sleep(Duration::from_millis(500)).await;
+async fn why_rejected(options: &PgConnectOptions, patience: Duration) -> sqlx::Error {
+    sleep(patience.min(Duration::from_millis(500))).await;
     match PgConnection::connect_with(options).await {
         Ok(conn) => drop(conn.close().await),
         Err(error) if is_answer(&error) => return error,

@@ -19,7 +19,7 @@ use super::pool::lend;
 use super::servers::{PoolServer, Server};
 use super::slot::{ConnGuard, Unavailable};
 use super::{DEADLINE, Session, within};
-use crate::error::{Error, Loss, Result, chain, is_answer, sqlstate};
+use crate::error::{Error, Loss, Result, chain, is_answer, refuses_settings, sqlstate};
 use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::Mode;
@@ -251,7 +251,7 @@ impl Pending {
         let Tried { backend_pid, count, idle_limited, refused } = tried;
         if *session.backend_pid.get_or_init(|| backend_pid) != backend_pid {
             session.server.proof.disprove();
-            Box::pin(session.retrieve(backend_pid, missing)).await;
+            session.retrieve(backend_pid, missing.clone());
             return Ok(Verdict::Pooled);
         }
         session.trust(asked);
@@ -350,7 +350,7 @@ impl Pending {
             && !Box::pin(server.proof.allows(pool, policy.deadline())).await
         {
             if let Some(slot) = self.slot.as_mut() {
-                Box::pin(self.session.give_up_pooled(slot, Vec::new())).await;
+                self.session.give_up_pooled(slot, Vec::new());
             }
             return Err(Error::NoExclusion { key: self.request.key().clone() });
         }
@@ -363,12 +363,6 @@ impl Pending {
         self.session.keep(Instant::now());
         Ok(Granted { session: Arc::clone(&self.session), request: self.request.clone() })
     }
-}
-
-/// A setting may be out of the role's rights, unknown, fixed, or not supported by the platform.
-fn refuses_settings(error: &sqlx::Error) -> bool {
-    let codes = ["0A000", "22023", "42501", "42704", "55P02"];
-    sqlstate(error).is_some_and(|code| codes.contains(&code.as_str()))
 }
 
 /// Whether a statement that tries may succeed another time: in a failed transaction, or with settings that may be

@@ -86,7 +86,7 @@ impl Session {
             }
             Ok(Ok(_)) => {
                 self.server.proof.disprove();
-                self.give_up_pooled(&mut slot, Vec::new()).await;
+                self.give_up_pooled(&mut slot, Vec::new());
                 return Err(Error::NoExclusion { key: key.clone() });
             }
             Ok(Err(error)) => return self.sort_out(key, slot, Err(error)),

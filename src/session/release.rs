@@ -13,7 +13,7 @@ use super::ledger::Leave;
 use super::local_queue::Waiter;
 use super::slot::ConnGuard;
 use super::task::Task;
-use super::{DEADLINE, Session, retrieve, within, within_task};
+use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
 use crate::metrics;
@@ -131,8 +131,10 @@ impl Session {
         let loss = match answer {
             Ok(Answer::Released) => {
                 tracing::trace!(backend_pid = self.backend_pid(), ?locks, "released");
+                // A loss leaves nothing to release.
+                let loss = if locks.is_empty() { self.loss() } else { None };
                 self.done(slot);
-                return Ok(());
+                return loss.map_or(Ok(()), Err);
             }
             Ok(Answer::HandedOn(waiter)) => {
                 self.hand_on(slot, *waiter);
@@ -141,7 +143,7 @@ impl Session {
             Ok(Answer::NotHeld) => Loss::NotHeld,
             Ok(Answer::Elsewhere) => {
                 self.server.proof.disprove();
-                self.give_up_pooled(&mut slot, locks).await;
+                self.give_up_pooled(&mut slot, locks);
                 self.done(slot);
                 return Err(Loss::NoExclusion);
             }
@@ -267,9 +269,12 @@ impl Session {
     /// Counts an acquire or a release as done, and returns the connection to the pool if nothing needs it
     /// any more: the good end of a session.
     pub(super) fn done(&self, mut slot: ConnGuard) {
-        if self.ledger().done()
-            && let Some(mut conn) = slot.take()
-        {
+        let is_released = {
+            let mut ledger = self.ledger();
+            // A lost one still holds on the server what it held. Its connection is closed with the slot.
+            ledger.done() && ledger.loss().is_none()
+        };
+        if is_released && let Some(mut conn) = slot.take() {
             if !self.settings_to_restore.load(Ordering::Relaxed) {
                 conn.give_back();
                 return;
@@ -286,17 +291,12 @@ impl Session {
 
     /// Loses a session where locks exclude nothing, and releases what it has locked. A pooler would keep it, and may
     /// have assigned another backend to the connection since.
-    pub(super) async fn give_up_pooled(&self, slot: &mut ConnGuard, mut locks: Vec<(KeyId, Mode)>) {
-        // First, because it may take long to retrieve them.
+    pub(super) fn give_up_pooled(&self, slot: &mut ConnGuard, locks: Vec<(KeyId, Mode)>) {
         if self.loss().is_none() {
             self.end(&Loss::NoExclusion);
         }
-        locks.extend(std::mem::take(&mut *self.left_behind()));
-        if let Some(conn) = slot.as_mut() {
-            // If this fails, it stays untidy.
-            within(DEADLINE, self.tidy(conn)).await.ok();
-        }
-        retrieve::release(slot.take(), &self.connect_options(), self.backend_pid(), &locks).await;
+        self.left_behind().extend(locks);
+        self.close(slot.take());
     }
 }
 

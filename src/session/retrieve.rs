@@ -2,6 +2,7 @@
 
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
+use tokio::sync::Semaphore;
 
 use super::conn::Conn;
 use super::{DEADLINE, Session, within};
@@ -13,10 +14,16 @@ use crate::sql;
 /// How many server connections are looked through at most.
 const MOST: usize = 100;
 
+/// One search at a time, in the whole process.
+static SEARCHES: Semaphore = Semaphore::const_new(1);
+
 impl Session {
-    /// Releases locks on a backend that the pooler had assigned to one of our connections before.
-    pub(super) async fn retrieve(&self, backend_pid: i32, locks: &[(KeyId, Mode)]) {
-        release(None, &self.connect_options(), backend_pid, locks).await;
+    /// Releases locks on a backend that the pooler had assigned to one of our connections before. Detach: no caller
+    /// waits for it.
+    pub(super) fn retrieve(&self, backend_pid: i32, locks: Vec<(KeyId, Mode)>) {
+        let options = self.connect_options();
+        let releasing = async move { release(None, &options, backend_pid, &locks).await };
+        drop(self.runtime.spawn(releasing));
     }
 }
 
@@ -31,16 +38,17 @@ pub(super) async fn release(
     if locks.is_empty() {
         return;
     }
-    let releasing = async {
-        if let Some(mut conn) = conn
-            && !conn.untidy
-            && matches!(sql::release::unlock_on(conn.pg()?, backend_pid, locks).await, Ok(true))
-        {
-            return Ok(true);
-        }
-        retrieve(options, backend_pid, locks).await
-    };
-    let error = match within(DEADLINE, Box::pin(releasing)).await {
+    if let Some(mut conn) = conn
+        && !conn.untidy
+        && let Ok(pg) = conn.pg()
+        && let unlocking = sql::release::unlock_on(pg, backend_pid, locks)
+        && within(DEADLINE, unlocking).await.is_ok_and(|is_there| is_there)
+    {
+        return;
+    }
+    // Each may open many connections.
+    let _turn = SEARCHES.acquire().await;
+    let error = match within(DEADLINE, Box::pin(retrieve(options, backend_pid, locks))).await {
         Ok(true) => return,
         Ok(false) => sqlx::Error::RowNotFound,
         Err(error) => error,

@@ -80,7 +80,7 @@ impl Session {
             }
             // Another session than the one that was asked has answered.
             Ok(Ok(called)) => {
-                self.retrieve(called.backend_pid, &tried(calls)).await;
+                self.retrieve(called.backend_pid, tried(calls));
                 Loss::NoExclusion
             }
             Ok(Err((error, held))) => {

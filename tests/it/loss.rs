@@ -1,10 +1,13 @@
 //! How a loss is reported, and how a session of its own is kept from it.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
-use pglock_testkit::{Server, TestDb};
+use pglock_testkit::{Proxy, Server, TestDb};
 use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
 use tokio::time::{sleep, timeout};
@@ -45,6 +48,74 @@ pub(crate) async fn says_lost(guard: ExclusiveGuard) {
     assert!(matches!(guard.connection().await, Err(Error::Lost { .. })));
     assert!(matches!(guard.fencing_token().await, Err(Error::Lost { .. })));
     assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+}
+
+/// An answer that comes after the loss must not return the connection to the pool.
+#[tokio::test]
+async fn a_lock_that_is_lost_during_another_call_is_released() {
+    const MOST: Duration = Duration::from_secs(3);
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let proxy = Proxy::to(server.port()).await;
+    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+    let other = db.pool(2).await;
+    for call in 0..3 {
+        let pool = PgPoolOptions::new().max_connections(3).connect_lazy_with(options.clone());
+        let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
+        let guard = Lock::new(&limited, 1).acquire_shared().await.unwrap();
+        let second = Lock::new(&guard, 2).acquire().await.unwrap();
+        let refused = Lock::new(&other, 3).acquire().await.unwrap();
+        let reader = Lock::new(&other, 1).acquire_shared().await.unwrap();
+        // The answer to the call arrives after the end of the hold.
+        sleep(MOST * 2 / 3).await;
+        proxy.delay(soon() * 2);
+        match call {
+            0 => drop(second.release().await),
+            1 => drop(Lock::new(&guard, 3).try_acquire().await),
+            _ => drop(Lock::new(&guard, 1).try_acquire().await),
+        }
+        proxy.delay(Duration::ZERO);
+        drop((refused, reader));
+        timeout(SOON, guard.lost()).await.unwrap();
+        no_locks(&mut db.admin().await).await;
+    }
+}
+
+/// What the application did to a borrowed connection shows, also if another call was waiting for it.
+#[tokio::test]
+async fn what_is_unlocked_on_a_borrowed_connection_is_lost_when_it_is_returned() {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let guard = Lock::new(&slow_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let mut connection = guard.connection().await.unwrap();
+    sqlx::raw_sql("SELECT pg_advisory_unlock_all()").execute(&mut *connection).await.unwrap();
+    let mut token = pin!(guard.fencing_token());
+    let polled = poll_fn(|cx| Poll::Ready(token.as_mut().poll(cx))).await;
+    assert!(polled.is_pending());
+    drop(connection);
+    drop(token.await);
+    timeout(SOON, guard.lost()).await.unwrap();
+}
+
+/// A reader that is slow for longer than the server waits for a dead client must not be cut off.
+#[tokio::test]
+async fn a_borrowed_connection_has_no_user_timeout_after_a_wait_on_it() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let options = server.tcp_options().database(db.name());
+    let pool = PgPoolOptions::new().max_connections(3).connect_lazy_with(options);
+    let holder = Lock::new(&db.pool(1).await, 2).acquire().await.unwrap();
+    let guard = Lock::new(&slow_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let user_timeout = async || {
+        let mut connection = guard.connection().await.unwrap();
+        let show = sqlx::query_scalar::<_, String>("SHOW tcp_user_timeout");
+        show.fetch_one(&mut *connection).await.unwrap()
+    };
+    assert_eq!(user_timeout().await, "0");
+    let waited = Lock::new(&guard, 2).try_acquire_for(soon() / 4).await.unwrap();
+    assert!(waited.is_none());
+    assert_eq!(user_timeout().await, "0");
+    drop(holder);
 }
 
 #[tokio::test]

@@ -316,6 +316,8 @@ mod that_turns_from_session_to_transaction_mode {
             };
             let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
             if matches!(loss, Loss::NoExclusion) {
+                let another = Lock::new(&options.on(&pool).unwrap(), "another");
+                assert!(is_found({ another }.acquire().await).is_none(), "granted after that");
                 locks_are(&mut db.admin().await, 0, TIMEOUT).await;
                 count += 1;
             } else {

@@ -71,7 +71,7 @@ impl Pending {
                         session.server.set_waits_plainly();
                     }
                     if waited.backend_pid != session.backend_pid() {
-                        return Err(self.found_pooler(waited.backend_pid).await);
+                        return Err(self.found_pooler(waited.backend_pid));
                     }
                     waited.granted
                 }
@@ -133,7 +133,15 @@ impl Pending {
             }
             self.slot = None;
             match session.connection_for_acquire(policy.deadline()).await {
-                Ok(slot) => self.slot = Some(slot),
+                Ok(slot) => {
+                    // The application may have had it between two slices.
+                    let tidied = within(policy.answer_limit(), async {
+                        self.slot.insert(slot).tidied().await.map(drop)
+                    });
+                    if let Err(error) = tidied.await {
+                        return Err(self.fail(error).await);
+                    }
+                }
                 Err(Unavailable::TimedOut) => return Ok(None),
                 Err(Unavailable::Lost(loss)) => {
                     return Err(Error::broken(self.request.key(), &loss));
@@ -149,12 +157,12 @@ impl Pending {
         let key = self.request.key().clone();
         if slice.keepalives.is_some() {
             session.restore_settings();
+            session.has_user_timeout.store(true, Ordering::Relaxed);
         }
         self.stage = Stage::Waiting(Instant::now() + slice.limit);
         let slot = self.slot.as_mut();
         let waiting = async {
-            // The application may have had it between two slices.
-            let pg = slot.ok_or(sqlx::Error::PoolClosed)?.tidied().await?;
+            let pg = slot.ok_or(sqlx::Error::PoolClosed)?.pg()?;
             if plainly {
                 sql::wait::wait_plainly(pg, slice).await
             } else {
@@ -235,9 +243,9 @@ impl Pending {
     }
 
     /// Another backend has answered.
-    async fn found_pooler(self, backend_pid: i32) -> Error {
+    fn found_pooler(self, backend_pid: i32) -> Error {
         self.session.server.proof.disprove();
-        self.session.retrieve(backend_pid, &self.missing).await;
+        self.session.retrieve(backend_pid, self.missing.clone());
         Error::NoExclusion { key: self.request.key().clone() }
     }
 
