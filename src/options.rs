@@ -263,7 +263,7 @@ impl LockOptions {
     }
 
     /// Sets for how long one statement waits for a busy lock. Default: 60 s, in an
-    /// [`Election`](crate::Election) 90 s; from 2 s to 1 h.
+    /// [`Election`](crate::Election) 110 s; from 2 s to 1 h.
     ///
     /// A wait is divided into slices, because a statement that waits holds a snapshot, which keeps
     /// `VACUUM` and `CREATE INDEX CONCURRENTLY` waiting in turn. Within a slice the waiter keeps its

@@ -19,7 +19,9 @@ use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::progress::reported;
 use crate::request::Request;
+use crate::session::Hold;
 use crate::session::budget::Budget;
+use crate::session::policy::GRACE;
 use crate::source::Source;
 use layout::{Layout, MAX_PERMITS};
 pub use permit::Permit;
@@ -333,11 +335,14 @@ impl Inner {
             }
         };
         let late = queued && deadline.saturating_duration_since(Instant::now()) < POLL_INTERVAL;
-        match self.wait(Some(deadline), &mut waiting).await {
+        // Longer only if the server is silent.
+        let latest = deadline.checked_add(GRACE).unwrap_or(deadline);
+        match timeout_at(latest.into(), self.wait(Some(deadline), &mut waiting)).await {
+            Err(_) => Ok(None),
             // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
             // its way back from who was first before.
-            Err(Error::PoolTimedOut { .. }) if late => Ok(None),
-            found => found.map_err(|error| self.fail(error, Some(deadline))),
+            Ok(Err(error)) if late && is_timeout(&error) => Ok(None),
+            Ok(found) => found.map_err(|error| self.fail(error, Some(deadline))),
         }
     }
 
@@ -436,6 +441,7 @@ impl Inner {
             Some(left) => owner.try_acquire_for(&request, left).await?,
         };
         let Some(first) = first else { return Ok(None) };
+        first.session().limit_hold(Hold::NotYet);
         // At first, and at last, it looks at all of them.
         let mut windows = self.windows.iter().cycle();
         let mut window = Some(&self.slots);
@@ -464,6 +470,7 @@ impl Inner {
             self.take_census(may).await;
         }
         let Some(held) = may.and(slots).await? else { return Ok(None) };
+        held.session().limit_hold(Hold::From(Instant::now()));
         let slot = self.layout.slot(held.key());
         Ok(slot.map(|slot| Permit { guard: held, slot, key: self.key.clone() }))
     }
@@ -484,7 +491,9 @@ impl Inner {
                 );
                 Census::Done
             }
-            // The role may not ask. If it was the session, the next statement fails.
+            // If it was the session, the next statement fails.
+            Err(error) if !matches!(error, Error::Database { .. }) => Census::Due(None),
+            // The role may not ask.
             Err(error) => {
                 tracing::debug!(
                     lock.key = %self.key.id(),

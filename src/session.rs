@@ -89,6 +89,8 @@ pub(crate) struct Session {
     wake: OnceLock<Arc<keeper::Wake>>,
     /// A setting was changed that the application would notice, and is to be put back.
     settings_to_restore: AtomicBool,
+    /// From when on the limit of the options on a hold counts.
+    hold: Mutex<Hold>,
     /// It has the settings of a session that is held for longer.
     has_long_settings: AtomicBool,
     /// A wait has set `tcp_user_timeout`, which a slow reader would notice.
@@ -112,6 +114,16 @@ pub(crate) struct Session {
     /// How to reach the server, as the pool was told when the session was opened.
     connect_options: Arc<PgConnectOptions>,
     runtime: Handle,
+}
+
+/// From when on a limit on the time of a hold counts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Hold {
+    #[default]
+    FromFirstLock,
+    /// It only holds a place in a queue.
+    NotYet,
+    From(Instant),
 }
 
 impl Session {
@@ -139,6 +151,7 @@ impl Session {
             kept_since: OnceLock::new(),
             wake: OnceLock::new(),
             settings_to_restore: AtomicBool::new(false),
+            hold: Mutex::default(),
             has_long_settings: AtomicBool::new(false),
             has_user_timeout: AtomicBool::new(false),
             settings_refused: AtomicBool::new(false),
@@ -213,10 +226,21 @@ impl Session {
                 Some(loss) => Poll::Ready(Some(loss)),
                 None => notified.as_mut().poll(cx).map(|()| None),
             });
-            if let Some(loss) = loss.await {
+            // Boxed, because usually there is one runtime.
+            let loss = if self.is_elsewhere() {
+                Box::pin(timeout(self.heartbeat.bound(), loss)).await.unwrap_or_default()
+            } else {
+                loss.await
+            };
+            if let Some(loss) = loss {
                 return loss;
             }
         }
+    }
+
+    /// Whether this runs on another runtime than the session, whose keeper may stand still with it.
+    fn is_elsewhere(&self) -> bool {
+        Handle::try_current().is_ok_and(|here| here.id() != self.runtime.id())
     }
 
     fn is_lost(&self) -> bool {
@@ -249,8 +273,19 @@ impl Session {
     /// Until when it may hold what it holds since then, if that is limited. That of a manager is not.
     fn hold_ends(&self, since: Instant) -> Option<Instant> {
         let longest = self.options.longest_hold()?;
+        let hold = *self.hold.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = match hold {
+            Hold::FromFirstLock => since,
+            Hold::NotYet => return None,
+            Hold::From(since) => since,
+        };
         let ledger = self.ledger();
         (ledger.holds_locks() && !ledger.is_pinned()).then(|| since + longest)
+    }
+
+    /// What it holds from now on is a place in a queue, or what it has waited there for.
+    pub(crate) fn limit_hold(&self, from: Hold) {
+        *self.hold.lock().unwrap_or_else(PoisonError::into_inner) = from;
     }
 
     /// The settings of a session that is held for longer, if it does not have them.

@@ -196,8 +196,17 @@ impl Observer {
             let (election, due) = (Arc::clone(&self.election), self.due);
             let look = self.look().get_or_insert_with(|| {
                 Box::pin(async move {
-                    if let Some(due) = due {
+                    // A closed pool is reported at once, but not all the time.
+                    let pool = election.owner.pool();
+                    if let Some(due) = due
+                        && pool.is_closed()
+                    {
                         sleep_until(due).await;
+                    } else if let Some(due) = due {
+                        tokio::select! {
+                            () = sleep_until(due) => {}
+                            () = pool.close_event() => {}
+                        }
                     }
                     election.leader().await
                 })

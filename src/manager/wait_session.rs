@@ -233,7 +233,10 @@ async fn take(key: KeyId, holds: &mut Vec<Guard>, step: Step) -> Result<bool, Lo
     match step {
         Step::Downgrade => {
             let shared = held.and(&request(key, Mode::Shared)).await;
-            let Ok(Some(shared)) = shared else { return Err(why(held.session())) };
+            let Ok(Some(shared)) = shared else {
+                // The server has refused, and the exclusive lock is held for longer than it need be.
+                return held.session().loss().map_or(Ok(true), Err);
+            };
             for before in std::mem::replace(holds, vec![shared]) {
                 let session = Arc::clone(before.session());
                 before.release().await.map_err(|_| why(&session))?;
@@ -246,7 +249,7 @@ async fn take(key: KeyId, holds: &mut Vec<Guard>, step: Step) -> Result<bool, Lo
                 Ok(true)
             }
             Ok(None) => Ok(false),
-            Err(_) => Err(why(held.session())),
+            Err(_) => held.session().loss().map_or(Ok(false), Err),
         },
         Step::Look => match held.session().call(&[(key, Call::IsWaitedFor)]).await {
             Called::Answers(answers) => Ok(answers.contains(&true)),

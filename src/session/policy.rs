@@ -17,7 +17,7 @@ pub(crate) enum WaitPolicy {
 }
 
 /// How much later than the server a bounded wait gives up, if the server does not answer.
-pub(super) const GRACE: Duration = Duration::from_millis(500);
+pub(crate) const GRACE: Duration = Duration::from_millis(500);
 
 impl WaitPolicy {
     /// Waits for what is not the lock itself. `None` if the time is over.

@@ -10,6 +10,7 @@ use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Proxy, Server, TestDb};
 use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
+use tokio::runtime::Builder;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon};
@@ -116,6 +117,22 @@ async fn a_borrowed_connection_has_no_user_timeout_after_a_wait_on_it() {
     assert!(waited.is_none());
     assert_eq!(user_timeout().await, "0");
     drop(holder);
+}
+
+/// The session's keeper stands still with its runtime, and can't report the loss.
+#[test]
+fn a_loss_is_reported_on_another_runtime_than_the_one_that_stands_still() {
+    let [idle, other] =
+        [(); 2].map(|()| Builder::new_current_thread().enable_all().build().unwrap());
+    let (_db, pool) = other.block_on(async {
+        let db = TestDb::new().await;
+        let pool = db.pool(2).await;
+        (db, pool)
+    });
+    let mut lock = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1);
+    let guard = idle.block_on(lock.acquire()).unwrap();
+    let loss = other.block_on(async { timeout(SOON * 20, guard.lost()).await });
+    assert!(matches!(loss, Ok(Loss::Unresponsive)), "{loss:?}");
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pglock::{Error, Key, Lock, Permit, Semaphore, interop};
+use pglock::{Error, Key, Lock, LockOptions, Permit, Semaphore, interop};
 use pglock_testkit::{Role, Server, Shutdown, TestDb, advisory_locks, cues, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{Connection, PgConnection, PgPool};
@@ -310,6 +310,47 @@ async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
     timeout(SOON * 20, tasks.join_all()).await.unwrap();
     assert_eq!(*served.lock().unwrap(), (0..WAITERS).collect::<Vec<_>>());
     borrow_all(&pool).await;
+}
+
+/// The limit on a hold counts from the permit on, not from the place in the queue.
+#[tokio::test]
+async fn the_time_in_the_queue_does_not_count_as_a_hold() {
+    const MOST: Duration = Duration::from_secs(2);
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let held = Semaphore::new(&pool, "seats", 1).unwrap().acquire().await.unwrap();
+    let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
+    let semaphore = Semaphore::new(&limited, "seats", 1).unwrap();
+    let waiting = spawn(async move { semaphore.acquire().await.unwrap() });
+    first_waits(&mut db.admin().await, 2).await;
+    // Not to wait for something, but to let the time pass.
+    sleep(MOST * 3 / 2).await;
+    held.release().await.unwrap();
+    let permit = timeout(SOON, waiting).await.unwrap().unwrap();
+    let granted = Instant::now();
+    timeout(MOST * 10, permit.lost()).await.unwrap();
+    assert!(granted.elapsed() > MOST * 3 / 4, "lost after {:?}", granted.elapsed());
+}
+
+#[tokio::test]
+async fn a_timeout_is_kept_though_the_server_is_silent() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(4).await;
+    let held = Semaphore::new(&pool, "seats", 1).unwrap().acquire().await.unwrap();
+    let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
+    let waiting = spawn(async move {
+        let started = Instant::now();
+        let permit = semaphore.try_acquire_for(SOON).await.unwrap();
+        (permit.is_some(), started.elapsed())
+    });
+    first_waits(&mut db.admin().await, 2).await;
+    server.pause();
+    let waited = timeout(SOON * 20, waiting).await.unwrap().unwrap();
+    server.resume();
+    assert!(!waited.0);
+    assert!(waited.1 < SOON * 5, "{waited:?}");
+    drop(held);
 }
 
 #[tokio::test]
