@@ -131,8 +131,11 @@ fn a_loss_is_reported_on_another_runtime_than_the_one_that_stands_still() {
     });
     let mut lock = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1);
     let guard = idle.block_on(lock.acquire()).unwrap();
+    let started = Instant::now();
     let loss = other.block_on(async { timeout(SOON * 20, guard.lost()).await });
     assert!(matches!(loss, Ok(Loss::Unresponsive)), "{loss:?}");
+    // At the end of the timeout it would look at the clock, too.
+    assert!(started.elapsed() < SOON * 10, "after {:?}", started.elapsed());
 }
 
 #[tokio::test]
