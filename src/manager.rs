@@ -73,12 +73,12 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   A connection that has held its key for a second does not count: another one waits instead, unless locks have
 ///   [their share](crate::guide::operations#the-pool) of the pool.
 ///
-/// So a manager uses at most five connections, however many keys are busy: two of a pool of 3 to 15, and one of a pool
-/// of one or two; and one for each key that it had to wait for, and has held for a second. The others are left to the
-/// work under the locks. Where many keys are held by other processes, and the
-/// work needs every connection, give the pool seven or more. The shared connection goes back to the pool after a second
-/// without a lock, the others after a tenth of a second, and all of them when the pool is closed and the last guard was
-/// dropped.
+/// So however many keys are busy, a manager uses two connections of a pool of 3 to 15, one of a pool of one or two, and
+/// at most five of a larger one. Only keys that it had to wait for, and holds for more than a second, take more: one
+/// each, within the share of locks. The others are left to the work under the locks. Where many keys are held by other
+/// processes, and the work needs every connection, give the pool seven or more. The shared connection goes back to the
+/// pool after a second without a lock, the others after a tenth of a second, and all of them when the pool is closed
+/// and the last guard was dropped.
 ///
 /// # Fairness
 ///

@@ -32,10 +32,10 @@ pub use permit::Permit;
 /// does; and each has a number, its [`slot`](Permit::slot), so that a semaphore is also a pool of
 /// numbered things: ports, licences, workers.
 ///
-/// Waiters are served in FIFO order: the tasks of a process queue locally, and the first of them waits in the
-/// server's queue, [as for a lock](crate::guide::guarantees#fairness). The first in that queue looks for a free
-/// permit every 20 ms, or for one of 128 permits of a larger semaphore, in turn. `try_acquire` does not overtake
-/// waiters.
+/// Waiters are served in FIFO order: the tasks of a process queue locally, and the first of them waits in the server's
+/// queue, [as for a lock](crate::guide::guarantees#fairness). The first in that queue looks for a free permit every 20
+/// ms, or for one of 128 permits of a larger semaphore, in turn. `try_acquire` does not overtake waiters, except in the
+/// moment between two of the same process.
 ///
 /// A clone is the same semaphore. A permit uses one connection of the pool, and all waiters of a process use one
 /// together. A pool that can't lend a connection for each permit is not an error, because other processes may hold
@@ -43,11 +43,12 @@ pub use permit::Permit;
 ///
 /// # Changing the size
 ///
-/// At most 1024 permits. Permits are numbered from 0, and a semaphore uses those below its size. So processes that
-/// give different sizes share the permits that they have in common, and there are never more permits in use than the
-/// largest size. To change the size, deploy the new one: while old and new processes run, the larger size applies, and
-/// then the new one. A process that finds a permit beyond its own size in use logs a warning, once for each
-/// `Semaphore`; it looks when it acquires, at most every ten seconds.
+/// At most 1024 permits. Permits are numbered from 0, and a semaphore uses those below its size. So processes that give
+/// different sizes share the permits that they have in common, and there are never more permits in use than the largest
+/// size. To change the size, deploy the new one: while old and new processes run, the larger size applies, and then the
+/// new one. Meanwhile a process that is first in the queue waits for the permits of its own size only. A process that
+/// finds a permit beyond its own size in use logs a warning, once for each `Semaphore`; it looks when it acquires, at
+/// most every ten seconds.
 ///
 /// # Examples
 ///

@@ -281,7 +281,7 @@ impl Ledger {
 
     /// Ends the session for all its guards. Returns what the server had granted it.
     pub(crate) fn lose(&mut self, loss: Loss) -> Vec<(KeyId, Mode)> {
-        // The last release may be under way.
+        // The last release may be in flight.
         let is_released = self.ended.is_some() && self.in_flight == 0;
         if !is_released && self.loss().is_none() {
             self.ended = Some(Ended::Lost(loss));
