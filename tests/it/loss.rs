@@ -78,7 +78,8 @@ async fn a_lock_that_is_lost_during_another_call_is_released() {
         proxy.delay(Duration::ZERO);
         drop((refused, reader));
         timeout(SOON, guard.lost()).await.unwrap();
-        no_locks(&mut db.admin().await).await;
+        // The proxy may delay the end of the connection, too.
+        locks_are(&mut db.admin().await, 0, SOON * 20).await;
     }
 }
 
@@ -95,7 +96,7 @@ async fn what_is_unlocked_on_a_borrowed_connection_is_lost_when_it_is_returned()
     assert!(polled.is_pending());
     drop(connection);
     drop(token.await);
-    timeout(SOON, guard.lost()).await.unwrap();
+    timeout(SOON * 20, guard.lost()).await.unwrap();
 }
 
 /// A reader that is slow for longer than the server waits for a dead client must not be cut off.
