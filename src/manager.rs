@@ -100,8 +100,11 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   no connection of its own.
 /// * A loss of the shared session is a loss of all locks on it; every guard reports it.
 /// * The sessions are on the runtime of a task that has acquired a lock, and if that runtime is shut down, all locks of
-///   the manager are lost. actix-web has a runtime for each worker, and ends idle workers first: acquire and work on
-///   the runtime of `main` there, by [`Handle::spawn`](tokio::runtime::Handle::spawn).
+///   the manager are lost. If it stands still, tasks on other runtimes go on without it after the heartbeat's interval
+///   and timeout, and the locks are lost, too; a key that one of its statements was just about, or waited for, may stay
+///   locked on the server until that runtime goes on or its process ends. actix-web has a runtime for each worker, and
+///   ends idle workers first: acquire and work on the runtime of `main` there, by
+///   [`Handle::spawn`](tokio::runtime::Handle::spawn).
 /// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
 ///   guards share, does not unlock it. It asks whether the session still lives; one question serves all that
 ///   are released at the same time.
@@ -484,6 +487,15 @@ impl Manager {
         // If no connection was to be had for a wait session, it can have this one.
         let can_wait = if state.awaits_connection() { state.table.line_len() } else { 0 };
         state.table.len() > state.apart.len() + can_wait
+    }
+
+    /// Whether nothing waits for the keys in the line, or tries them again, and no connection for that comes free soon.
+    fn is_stuck(self: &Arc<Self>) -> bool {
+        let mut state = self.state();
+        self.staff_line(&mut state);
+        let none_waits = state.apart.keys().all(|key| state.table.held_since(*key).is_some());
+        let is_idle = state.driver.as_ref().is_some_and(|driver| driver.idle > 0);
+        state.table.line_len() > 0 && none_waits && !is_idle
     }
 
     /// Whether all connections that locks may have are in use.

@@ -318,8 +318,8 @@ impl LockOptions {
         self
     }
 
-    /// Sets for how long a session holds its locks at most, from its first one. Default: for as long as its guards
-    /// live. From a second to a year.
+    /// Sets for how long a session holds its locks at most, from its first one; a permit, from when it is granted.
+    /// Default: for as long as its guards live. From a second to a year.
     ///
     /// This is for holders that hang. When the time is over, the guards report [`Loss::HeldTooLong`](crate::Loss), a
     /// warning is logged, and the connection is closed, so the server grants the locks to others. A holder that goes on

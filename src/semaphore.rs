@@ -19,7 +19,6 @@ use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::progress::reported;
 use crate::request::Request;
-use crate::session::Hold;
 use crate::session::budget::Budget;
 use crate::session::policy::GRACE;
 use crate::source::Source;
@@ -442,11 +441,11 @@ impl Inner {
             Some(left) => owner.try_acquire_for(&request, left).await?,
         };
         let Some(first) = first else { return Ok(None) };
-        first.session().limit_hold(Hold::NotYet);
         // At first, and at last, it looks at all of them.
         let mut windows = self.windows.iter().cycle();
         let mut window = Some(&self.slots);
         let found = loop {
+            first.session().hold_anew();
             match self.look(&first, window.unwrap_or(&self.slots)).await {
                 Ok(None) if self.owner.pool().is_closed() => {
                     break Err(Error::PoolClosed { key: self.layout.queue().clone() });
@@ -471,7 +470,6 @@ impl Inner {
             self.take_census(may).await;
         }
         let Some(held) = may.and(slots).await? else { return Ok(None) };
-        held.session().limit_hold(Hold::From(Instant::now()));
         let slot = self.layout.slot(held.key());
         Ok(slot.map(|slot| Permit { guard: held, slot, key: self.key.clone() }))
     }

@@ -47,7 +47,7 @@ use sqlx::PgPool;
 use sqlx::postgres::PgConnectOptions;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use crate::application_name;
 use crate::error::{Loss, chain, is_answer};
@@ -89,8 +89,8 @@ pub(crate) struct Session {
     wake: OnceLock<Arc<keeper::Wake>>,
     /// A setting was changed that the application would notice, and is to be put back.
     settings_to_restore: AtomicBool,
-    /// From when on the limit of the options on a hold counts.
-    hold: Mutex<Hold>,
+    /// From when on the limit of the options on a hold counts, unless from the first lock.
+    held_from: Mutex<Option<Instant>>,
     /// It has the settings of a session that is held for longer.
     has_long_settings: AtomicBool,
     /// A wait has set `tcp_user_timeout`, which a slow reader would notice.
@@ -114,16 +114,6 @@ pub(crate) struct Session {
     /// How to reach the server, as the pool was told when the session was opened.
     connect_options: Arc<PgConnectOptions>,
     runtime: Handle,
-}
-
-/// From when on a limit on the time of a hold counts.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) enum Hold {
-    #[default]
-    FromFirstLock,
-    /// It only holds a place in a queue.
-    NotYet,
-    From(Instant),
 }
 
 impl Session {
@@ -151,7 +141,7 @@ impl Session {
             kept_since: OnceLock::new(),
             wake: OnceLock::new(),
             settings_to_restore: AtomicBool::new(false),
-            hold: Mutex::default(),
+            held_from: Mutex::default(),
             has_long_settings: AtomicBool::new(false),
             has_user_timeout: AtomicBool::new(false),
             settings_refused: AtomicBool::new(false),
@@ -228,7 +218,11 @@ impl Session {
             });
             // Boxed, because usually there is one runtime.
             let loss = if self.is_elsewhere() {
-                Box::pin(timeout(self.heartbeat.bound(), loss)).await.unwrap_or_default()
+                let (now, bound) = (Instant::now(), self.heartbeat.bound());
+                let due = self.last_answered() + bound + Duration::from_millis(1);
+                // Nothing is due while nothing is held.
+                let look = due.max(now + bound / 8);
+                Box::pin(timeout_at(look.into(), loss)).await.unwrap_or_default()
             } else {
                 loss.await
             };
@@ -273,19 +267,15 @@ impl Session {
     /// Until when it may hold what it holds since then, if that is limited. That of a manager is not.
     fn hold_ends(&self, since: Instant) -> Option<Instant> {
         let longest = self.options.longest_hold()?;
-        let hold = *self.hold.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = match hold {
-            Hold::FromFirstLock => since,
-            Hold::NotYet => return None,
-            Hold::From(since) => since,
-        };
+        let anew = *self.held_from.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = anew.unwrap_or(since);
         let ledger = self.ledger();
         (ledger.holds_locks() && !ledger.is_pinned()).then(|| since + longest)
     }
 
-    /// What it holds from now on is a place in a queue, or what it has waited there for.
-    pub(crate) fn limit_hold(&self, from: Hold) {
-        *self.hold.lock().unwrap_or_else(PoisonError::into_inner) = from;
+    /// Has the limit of the options on a hold count from now on. A waiter for a permit holds its place in the queue.
+    pub(crate) fn hold_anew(&self) {
+        *self.held_from.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// The settings of a session that is held for longer, if it does not have them.
@@ -376,6 +366,15 @@ impl Session {
     pub(crate) fn give_up(&self, loss: &Loss) {
         if self.loss().is_none() {
             self.lose(loss);
+        }
+    }
+
+    /// Closes the connection that has just come free, if the session was lost while it was in use.
+    fn close_if_lost(&self) {
+        if self.is_lost()
+            && let Ok(mut slot) = self.conn.try_lock()
+        {
+            self.close(slot.take());
         }
     }
 

@@ -158,7 +158,7 @@ impl Driver {
                     return Rest::Over;
                 }
                 () = sleep(WAIT_SESSION_PAUSE), if session.is_none() => {
-                    self.is_stuck = manager.state().awaits_connection();
+                    self.is_stuck = manager.is_stuck();
                     if self.is_stuck {
                         return Rest::Over;
                     }
@@ -374,6 +374,10 @@ async fn lost(session: Option<&Arc<Session>>) -> Loss {
 
 impl Drop for Driver {
     fn drop(&mut self) {
+        // Another may have replaced it, and is about to. The pool must not have a connection that holds locks.
+        if let Some(keeper) = &self.keeper {
+            keeper.session().give_up(&Loss::RuntimeShutdown);
+        }
         self.manager.clear(self.number, &Loss::RuntimeShutdown);
     }
 }

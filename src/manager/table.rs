@@ -152,10 +152,10 @@ impl<S: Seat, W: Caller> Table<S, W> {
         })
     }
 
-    /// Since when the process has had a key in its turn.
+    /// Since when the process has held a key on its seat.
     pub(super) fn held_since(&self, key: KeyId) -> Option<Instant> {
         let entry = self.keys.get(&key)?;
-        entry.seat.is_some().then_some(entry.since)
+        entry.seat.is_some().then_some(entry.granted)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -439,6 +439,7 @@ impl<S: Seat, W: Caller> Table<S, W> {
             entry.given_up(effects);
         } else {
             if entry.seat.is_none() {
+                entry.granted = now;
                 entry.renew(now);
             }
             entry.server = server;

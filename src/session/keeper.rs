@@ -26,6 +26,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
+use super::conn::Conn;
 use super::monitor::Monitor;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
@@ -324,18 +325,26 @@ impl KeeperTask {
         };
         // If it is in use, its return wakes the keeper again; as does the end of tidying it.
         let Ok(mut slot) = session.conn.try_lock() else { return false };
-        let Some(conn) = slot.as_mut().filter(|conn| !conn.untidy) else { return false };
-        let Ok(pg) = conn.pg() else { return false };
-        let waker = Waker::from(Arc::clone(wake));
-        let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) else {
-            return false;
-        };
-        // The pool must not have it, whichever of the two it is.
-        drop(slot.take());
+        let closed = poll_slot(&mut slot, &mut monitor, wake);
         drop(slot);
-        session.give_up(&Loss::broken(error));
-        true
+        match &closed {
+            Some(loss) => session.give_up(loss),
+            None => session.close_if_lost(),
+        }
+        closed.is_some()
     }
+}
+
+/// Polls an idle connection, and takes it out if it is closed.
+fn poll_slot(slot: &mut Option<Conn>, monitor: &mut Monitor, wake: &Arc<Wake>) -> Option<Loss> {
+    let pg = slot.as_mut().filter(|conn| !conn.untidy)?.pg().ok()?;
+    let waker = Waker::from(Arc::clone(wake));
+    let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) else {
+        return None;
+    };
+    // The pool must not have it, whichever of the two it is.
+    drop(slot.take());
+    Some(Loss::broken(error))
 }
 
 /// Asks a session, and has its idle connection polled from then on.

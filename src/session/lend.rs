@@ -102,6 +102,10 @@ impl Session {
                 Err(error) if refuses_settings(&error) => {
                     self.settings_refused.store(true, Ordering::Relaxed);
                 }
+                // Cancelled, for example: tried again the next time.
+                Err(error) if is_answer(&error) => {
+                    self.has_user_timeout.store(true, Ordering::Relaxed);
+                }
                 answer => return answer,
             }
         }

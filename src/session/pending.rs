@@ -285,12 +285,20 @@ impl Pending {
 
     /// Counts shares of the first ones that are missing: the server has granted them.
     fn count(&mut self, granted: std::ops::Range<usize>) -> Result<(), Loss> {
+        let mut counted = Ok(());
         let mut ledger = self.session.ledger();
         for (key, mode) in self.missing.drain(granted) {
-            ledger.granted(key, mode)?;
-            self.claimed.push((key, mode));
+            match ledger.granted(key, mode) {
+                Ok(()) => self.claimed.push((key, mode)),
+                Err(loss) => {
+                    if matches!(loss, Loss::NoExclusion) {
+                        self.session.left_behind().push((key, mode));
+                    }
+                    counted = Err(loss);
+                }
+            }
         }
-        Ok(())
+        counted
     }
 
     /// Asks, and takes the acquire back if that fails.

@@ -46,9 +46,12 @@ pub(super) async fn release(
     {
         return;
     }
-    // Each may open many connections.
-    let _turn = SEARCHES.acquire().await;
-    let error = match within(DEADLINE, Box::pin(retrieve(options, backend_pid, locks))).await {
+    let searching = async {
+        // Each may open many connections.
+        let _turn = SEARCHES.acquire().await;
+        retrieve(options, backend_pid, locks).await
+    };
+    let error = match within(DEADLINE, Box::pin(searching)).await {
         Ok(true) => return,
         Ok(false) => sqlx::Error::RowNotFound,
         Err(error) => error,

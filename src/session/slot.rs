@@ -39,6 +39,7 @@ struct Wakeup {
 
 impl Drop for Wakeup {
     fn drop(&mut self) {
+        self.session.close_if_lost();
         if !self.skip
             && let Some(wake) = self.session.wake.get()
         {

@@ -17,7 +17,9 @@ pub(super) struct Entry<S, W> {
     /// `Some` while the server has granted something.
     pub(super) seat: Option<S>,
     pub(super) turn: Option<Turn>,
-    /// When the server granted the lock, and how often it was handed off since.
+    /// When the server granted the lock.
+    pub(super) granted: Instant,
+    /// When the process's turn began, and how often the lock was handed off since.
     pub(super) since: Instant,
     pub(super) handed: u32,
     /// Another session was seen waiting, so no owner is admitted until those that share the lock have released
@@ -53,6 +55,7 @@ impl<S: Seat, W: Caller> Entry<S, W> {
             server: Modes::default(),
             seat: None,
             turn: None,
+            granted: now,
             since: now,
             handed: 0,
             closing: false,
@@ -252,6 +255,7 @@ impl<S: Seat, W: Caller> Entry<S, W> {
         self.server = Modes { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared };
         self.seat = Some(seat.clone());
         self.stand = None;
+        self.granted = now;
         self.renew(now);
     }
 

@@ -105,7 +105,8 @@ impl Abandoned {
             None => session.connection_at_last().await,
         };
         if session.is_lost() {
-            drop(slot.take());
+            // The connection is closed with the slot.
+            return session.done(slot);
         }
         if let Some(conn) = slot.as_mut()
             && (stage != Stage::Idle || !claimed.is_empty())

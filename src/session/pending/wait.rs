@@ -135,11 +135,14 @@ impl Pending {
             match session.connection_for_acquire(policy.deadline()).await {
                 Ok(slot) => {
                     // The application may have had it between two slices.
-                    let tidied = within(policy.answer_limit(), async {
-                        self.slot.insert(slot).tidied().await.map(drop)
-                    });
-                    if let Err(error) = tidied.await {
-                        return Err(self.fail(error).await);
+                    let limit = policy.answer_limit();
+                    let tidied = timeout(limit, self.slot.insert(slot).tidied()).await;
+                    match tidied.map(|tidied| tidied.map(drop)) {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => return Err(self.fail(error).await),
+                        // The drop of `self` cleans up.
+                        Err(_) if left.is_some() => return Ok(None),
+                        Err(_) => return Err(self.fail(silence(limit)).await),
                     }
                 }
                 Err(Unavailable::TimedOut) => return Ok(None),
