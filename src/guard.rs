@@ -167,6 +167,10 @@ impl Guard {
     ///
     /// Cancel safe.
     ///
+    /// # Panics
+    ///
+    /// If called on another runtime than that of the session, which has no timer.
+    ///
     /// # Examples
     ///
     /// ```

@@ -493,9 +493,14 @@ impl Manager {
     fn is_stuck(self: &Arc<Self>) -> bool {
         let mut state = self.state();
         self.staff_line(&mut state);
-        let none_waits = state.apart.keys().all(|key| state.table.held_since(*key).is_some());
+        if state.awaits_connection() {
+            return true;
+        }
+        let settled = state.settled(Instant::now());
+        let none_waits = u32::try_from(state.apart.len()).is_ok_and(|apart| apart == settled);
         let is_idle = state.driver.as_ref().is_some_and(|driver| driver.idle > 0);
-        state.table.line_len() > 0 && none_waits && !is_idle
+        // Where locks have their share of the pool, a try would only wait for a connection, and fail.
+        state.table.line_len() > 0 && none_waits && !is_idle && !self.is_short()
     }
 
     /// Whether all connections that locks may have are in use.

@@ -470,6 +470,7 @@ impl Inner {
             self.take_census(may).await;
         }
         let Some(held) = may.and(slots).await? else { return Ok(None) };
+        held.session().hold_anew();
         let slot = self.layout.slot(held.key());
         Ok(slot.map(|slot| Permit { guard: held, slot, key: self.key.clone() }))
     }

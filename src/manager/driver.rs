@@ -374,10 +374,8 @@ async fn lost(session: Option<&Arc<Session>>) -> Loss {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // Another may have replaced it, and is about to. The pool must not have a connection that holds locks.
-        if let Some(keeper) = &self.keeper {
-            keeper.session().give_up(&Loss::RuntimeShutdown);
-        }
         self.manager.clear(self.number, &Loss::RuntimeShutdown);
+        // Another may have replaced it, or is about to. The pool must not have a connection that holds locks.
+        self.lose(&Loss::RuntimeShutdown);
     }
 }

@@ -172,6 +172,8 @@ impl Session {
 
     /// Waits for the connection however long that takes. For tasks that no caller waits for.
     pub(super) async fn connection_at_last(self: &Arc<Self>) -> ConnGuard {
+        // If this is dropped while it waits, the connection may be its own already.
+        let _abandoned = Wakeup { session: Arc::clone(self), skip: true };
         ConnGuard::new(Arc::clone(&self.conn).lock_owned().await, self)
     }
 

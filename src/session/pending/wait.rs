@@ -104,7 +104,7 @@ impl Pending {
                 Ok(Ok(granted)) => granted,
                 Ok(Err(error)) => return Err(self.fail(error).await),
                 // The drop of `self` cleans up.
-                Err(_) if left.is_some() => return Ok(None),
+                Err(_) if is_over(policy) => return Ok(None),
                 Err(_) => return Err(self.fail(silence(limit)).await),
             };
             if granted {
@@ -141,7 +141,7 @@ impl Pending {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => return Err(self.fail(error).await),
                         // The drop of `self` cleans up.
-                        Err(_) if left.is_some() => return Ok(None),
+                        Err(_) if is_over(policy) => return Ok(None),
                         Err(_) => return Err(self.fail(silence(limit)).await),
                     }
                 }
@@ -267,4 +267,9 @@ impl Pending {
         self.session.trust(asked);
         Ok(())
     }
+}
+
+/// Whether the caller's time is over.
+fn is_over(policy: WaitPolicy) -> bool {
+    policy.left().is_some_and(|left| left.is_zero())
 }
