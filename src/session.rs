@@ -103,7 +103,7 @@ pub(crate) struct Session {
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
     managed_locks: AtomicUsize,
-    /// The keys of those locks, for the report of a loss.
+    /// Names the keys of those locks when the session is lost.
     managed_keys: OnceLock<shared::ManagedKeys>,
     /// Whether it is that of a leader.
     pub(crate) leading: metrics::Leading,
@@ -324,7 +324,7 @@ impl Session {
             let mut ledger = self.ledger();
             let locks = ledger.lose(loss.clone());
             if matches!(loss, Loss::NoExclusion) {
-                // Before anyone who has the connection in use can see the loss.
+                // Before the loss can be seen where the connection is in use.
                 self.left_behind().extend(locks.iter().copied());
             }
             locks

@@ -35,7 +35,7 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    /// Connects, if it is not connected. After `patience` it asks the server why it does not let it in.
+    /// Connects, if it is not connected. After `patience` it asks the server why it rejects the login.
     pub(super) async fn connect(
         &mut self,
         options: &PgConnectOptions,

@@ -46,7 +46,7 @@ const GRACE: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
-/// How long nobody asks again after a negative answer. The configuration may have changed then.
+/// How long a negative answer is not questioned. After that, the configuration may have changed.
 const NEGATIVE: Duration = Duration::from_secs(1);
 
 /// How often the question is asked.
@@ -77,7 +77,8 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// Whether it is too early for another one. A task ends early with its runtime, or stands still if nobody drives that.
+    /// Whether it is too early for another one. Its task ends with its runtime, and makes no progress while that is not
+    /// driven.
     fn is_enough(&self, known: State) -> bool {
         let age = self.since.elapsed();
         let is_running = !self.task.is_finished();
