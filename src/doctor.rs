@@ -132,6 +132,7 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
         checks::logged_waits(&seen),
         checks::lock_list(&seen),
     ];
+    findings.extend(checks::nodes(&seen));
     // Otherwise the checks above have said why not.
     if !seen.standby && !matches!(seen.forbidden, Ok(Some(_))) {
         findings.push(checks::exclusion(pool, &seen).await);

@@ -215,8 +215,9 @@ impl Lock {
     /// Acquires the lock exclusively, waiting for at most `timeout`. Returns `None` after that.
     ///
     /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
-    /// [`Error::PoolTimedOut`], because the lock was not requested. The server ends the wait itself, so
-    /// no statement is cancelled; if the server does not answer, the call returns half a second after the timeout.
+    /// [`Error::PoolTimedOut`], because the lock was not requested, or `None` if other calls of the process wait for
+    /// the same key already. The server ends the wait itself, so no statement is cancelled; if the server does not
+    /// answer, the call returns half a second after the timeout.
     ///
     /// # Cancel safety
     ///

@@ -40,6 +40,17 @@ pub(super) fn functions(seen: &Circumstances) -> Finding {
     }
 }
 
+/// `None` if the database is on one node, as far as can be told.
+pub(super) fn nodes(seen: &Circumstances) -> Option<Finding> {
+    let Ok(Some(extensions)) = &seen.distributed else { return None };
+    let finding = Finding::fine("nodes", format!("the database has the extension {extensions}"));
+    Some(finding.but(
+        Severity::Warning,
+        "each node has a lock table of its own, and a proof through one node says nothing about \
+         others: connect all processes to the same node",
+    ))
+}
+
 /// Without PL/pgSQL nothing catches the timeout of a slice, and the server logs it.
 pub(super) fn plpgsql(seen: &Circumstances) -> Finding {
     let check = "plpgsql";
@@ -436,6 +447,7 @@ mod tests {
             logs_waits: Ok(false),
             may_be_quiet: Ok(()),
             plpgsql: Ok(true),
+            distributed: Ok(None),
             locks: Ok(90),
             connections: Ok(Connections {
                 all: 10,

@@ -153,6 +153,11 @@ impl LocalQueues {
         Place { id, number, queues: Arc::clone(self), receiver }
     }
 
+    /// Whether calls of this process wait for the key.
+    pub(crate) fn has(&self, id: LineId) -> bool {
+        !self.is_empty() && self.lines().contains_key(&id)
+    }
+
     /// Whether the first in a line waits for the lock to be passed on.
     pub(super) fn has_first(&self, id: LineId) -> bool {
         let has_first =

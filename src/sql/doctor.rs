@@ -27,6 +27,8 @@ pub(crate) struct Circumstances {
     pub(crate) forbidden: Seen<Option<String>>,
     pub(crate) rights: Seen<Rights>,
     pub(crate) plpgsql: Seen<bool>,
+    /// The extensions that spread a database over several nodes, each with a lock table of its own.
+    pub(crate) distributed: Seen<Option<String>>,
     /// Whether the server logs waits for locks.
     pub(crate) logs_waits: Seen<bool>,
     /// Whether the role may turn that off.
@@ -144,6 +146,9 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
     let plpgsql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_language AS l \
         WHERE l.lanname OPERATOR(pg_catalog.=) 'plpgsql' \
         AND pg_catalog.has_language_privilege(l.oid, 'usage'))";
+    let distributed = "SELECT pg_catalog.string_agg(e.extname::pg_catalog.text, ', ') \
+        FROM pg_catalog.pg_extension AS e \
+        WHERE e.extname OPERATOR(pg_catalog.=) 'bdr' OR e.extname OPERATOR(pg_catalog.=) 'citus'";
     let logs_waits =
         "SELECT pg_catalog.current_setting('log_lock_waits') OPERATOR(pg_catalog.=) 'on'";
     // For the statement only.
@@ -177,6 +182,7 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
         })
         .await?,
         plpgsql: ask(conn, plpgsql, |row| row.try_get(0)).await?,
+        distributed: ask(conn, distributed, |row| row.try_get(0)).await?,
         logs_waits: ask(conn, logs_waits, |row| row.try_get(0)).await?,
         may_be_quiet: ask(conn, be_quiet, |_| Ok(())).await?,
         locks: ask(conn, &locks, |row| row.try_get(0)).await?,

@@ -1,13 +1,15 @@
 //! A future dropped at any await leaves nothing behind: what needs a session of its own.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use pglock::{Key, Lock, Mode, MultiLock, Semaphore};
-use pglock_testkit::{TestDb, cancel_after};
+use pglock::{Key, Lock, Mode, MultiLock, Semaphore, transaction};
+use pglock_testkit::{TestDb, advisory_locks, cancel_after, eventually};
 use sqlx::PgPool;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, borrow_all, dropped_at, locks_are, no_locks, unless_it_waits};
+use crate::support::{
+    SOON, ask, borrow_all, dropped_at, execute, locks_are, no_locks, unless_it_waits,
+};
 
 /// More polls than any call that does not wait can take.
 pub(crate) const POLLS: usize = 60;
@@ -173,18 +175,25 @@ async fn acquiring_a_free_permit() {
 }
 
 #[tokio::test]
+async fn acquiring_the_only_permit_when_it_is_not_free() {
+    acquiring_when_none_is_free(1).await;
+}
+
+#[tokio::test]
 async fn acquiring_a_permit_when_none_is_free() {
-    for permits in [1, 2] {
-        let db = TestDb::new().await;
-        let pool = db.pool(2).await;
-        let semaphore = Semaphore::new(&pool, "printers", permits).unwrap();
-        let mut held = Vec::new();
-        for _ in 0..permits {
-            held.push(semaphore.acquire().await.unwrap());
-        }
-        locks_are(&mut db.admin().await, permits, SOON).await;
-        permits_dropped(permits, permits, &db).await;
+    acquiring_when_none_is_free(2).await;
+}
+
+async fn acquiring_when_none_is_free(permits: usize) {
+    let db = TestDb::new().await;
+    let pool = db.pool(2).await;
+    let semaphore = Semaphore::new(&pool, "printers", permits).unwrap();
+    let mut held = Vec::new();
+    for _ in 0..permits {
+        held.push(semaphore.acquire().await.unwrap());
     }
+    locks_are(&mut db.admin().await, permits, SOON).await;
+    permits_dropped(permits, permits, &db).await;
 }
 
 /// A waiter in the process, behind another waiter that goes on.
@@ -260,6 +269,56 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     let upgraded = lock.acquire().await.unwrap();
     assert_eq!(upgraded.backend_pid(), mine.backend_pid());
     drop((mine, upgraded));
+    no_locks(&mut admin).await;
+    borrow_all(&pool).await;
+}
+
+/// A slice lasts a minute, so this should begin early in a run. Then a wait renews its snapshot, so vacuum can go on,
+/// and is granted all the same; and a dropped wait frees its connection, though the holder still holds.
+#[tokio::test]
+async fn a_wait_of_a_transaction_leaves_the_queue_after_its_slice() {
+    const SLICE: Duration = Duration::from_secs(62);
+
+    let db = TestDb::new().await;
+    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
+    let (pool, other) = (db.pool(3).await, db.pool(1).await);
+    let mut holder = other.begin().await.unwrap();
+    transaction::acquire(&mut holder, "ledger").await.unwrap();
+    let mut one = pool.begin().await.unwrap();
+    let mut two = pool.begin().await.unwrap();
+    for tx in [&mut one, &mut two] {
+        timeout(SOON / 3, transaction::acquire(tx, "ledger")).await.unwrap_err();
+    }
+    assert_eq!(advisory_locks(&mut admin).await.len(), 3);
+    let mut tx = pool.begin().await.unwrap();
+    let pid = ask(&mut tx, "pg_backend_pid()").await;
+    let dropped = async {
+        drop(one);
+        timeout(SLICE, two.rollback()).await.unwrap().unwrap();
+        eventually("the pool has them back", SLICE, || async { pool.num_idle() == 2 }).await;
+    };
+
+    let (acquired, (), ()) =
+        tokio::join!(transaction::acquire(&mut tx, "ledger"), dropped, async {
+            locks_are(&mut admin, 4, SOON * 20).await;
+            let xmin = format!("SELECT backend_xmin FROM pg_stat_activity WHERE pid = {pid}");
+            let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
+            let started = Instant::now();
+            loop {
+                // A transaction that writes, so that the next snapshot differs.
+                execute(&mut watcher, "CREATE TABLE t (); DROP TABLE t").await;
+                let now = ask(&mut admin, &format!("coalesce(({xmin})::text, '')")).await;
+                if now.parse::<u32>().is_ok_and(|now| now > first) {
+                    break;
+                }
+                assert!(started.elapsed() < SLICE, "the snapshot is as old as the wait");
+                sleep(SOON / 10).await;
+            }
+            locks_are(&mut admin, 2, SLICE).await;
+            holder.commit().await.unwrap();
+        });
+    acquired.unwrap();
+    tx.commit().await.unwrap();
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
 }

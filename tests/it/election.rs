@@ -418,20 +418,28 @@ async fn an_observer_goes_on_after_an_error() {
 /// Every way to end a term, each on a pool whose application has a name, or none.
 #[tokio::test]
 async fn the_applications_own_name_is_put_back() {
+    let mut names = JoinSet::new();
+    for name in ["", "invoices", "it's \"mine\" \\ 1@2"] {
+        names.spawn(name_is_put_back(name));
+    }
+    while let Some(name) = names.join_next().await {
+        name.unwrap();
+    }
+}
+
+async fn name_is_put_back(name: &str) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    for name in ["", "invoices", "it's \"mine\" \\ 1@2"] {
-        // One connection, held shortly; and three, of which one is listened to.
-        for (connections, held_for) in [(1, Duration::ZERO), (3, WATCHED)] {
-            let pool = pool_of(db.options().application_name(name), connections).await;
-            for way in ["resign", "drop", "second resigns", "stop", "end", "drop run", "cancel"] {
-                let pid = let_go(&pool, way, held_for, &mut admin).await;
-                no_locks(&mut admin).await;
-                // Lent again once the name is put back, which takes a moment longer than the lock.
-                let pids = names_are(&pool, name).await;
-                assert_eq!(names_shown(&mut admin).await, 0, "{way}");
-                assert!(pids.contains(&pid), "{way}: the connection was not given back");
-            }
+    // One connection, held shortly; and three, of which one is listened to.
+    for (connections, held_for) in [(1, Duration::ZERO), (3, WATCHED)] {
+        let pool = pool_of(db.options().application_name(name), connections).await;
+        for way in ["resign", "drop", "second resigns", "stop", "end", "drop run", "cancel"] {
+            let pid = let_go(&pool, way, held_for, &mut admin).await;
+            no_locks(&mut admin).await;
+            // Lent again once the name is put back, which takes a moment longer than the lock.
+            let pids = names_are(&pool, name).await;
+            assert_eq!(names_shown(&mut admin).await, 0, "{way}");
+            assert!(pids.contains(&pid), "{way}: the connection was not given back");
         }
     }
 }

@@ -112,6 +112,26 @@ async fn locks_that_are_always_granted_are_refused() {
     }
 }
 
+/// Citus and EDB Postgres Distributed, of whose nodes each has a lock table of its own.
+#[tokio::test]
+async fn doctor_warns_of_a_database_on_several_nodes() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let pool = db.pool(3).await;
+    let nodes = async || {
+        let findings = examine(&pool, &LockOptions::new()).await.unwrap();
+        findings.into_iter().find(|finding| finding.check == "nodes")
+    };
+    assert_eq!(nodes().await, None);
+    let install = "INSERT INTO pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+                   SELECT 99999, 'citus', extowner, extnamespace, false, '13.0' FROM pg_extension
+                   WHERE extname = 'plpgsql'";
+    sqlx::raw_sql(install).execute(&pool).await.unwrap();
+    let found = nodes().await.unwrap();
+    assert_eq!(found.severity, Severity::Warning);
+    assert_eq!(found.seen, "the database has the extension citus");
+}
+
 /// As after a correction of the configuration. The proof takes longer than acquires wait for it.
 #[tokio::test]
 async fn locks_are_granted_again_once_they_exclude() {

@@ -200,7 +200,7 @@ impl Behind {
 async fn the_connection_is_reset() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
     for lent in [false, true] {
-        let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
         let mut waiter = Lock::new(&pool, 1);
         let ((failed, loss), next) = tokio::join!(
@@ -226,18 +226,22 @@ async fn the_connection_is_reset() {
     }
 }
 
-/// An answer takes 600 ms, and twice that where a connection must be made first, and may take 2 s.
-#[tokio::test]
-async fn the_link_is_slow() {
-    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    let options = LockOptions::new()
+/// An answer may take 2 s.
+fn patient_heartbeat() -> LockOptions {
+    LockOptions::new()
         .heartbeat_interval(SECOND)
         .heartbeat_timeout(SECOND * 2)
         .keepalives_idle(SECOND)
         .keepalives_interval(SECOND)
-        .keepalives_retries(4);
+        .keepalives_retries(4)
+}
+
+/// An answer takes 600 ms, and twice that where a connection must be made first.
+#[tokio::test]
+async fn the_link_is_slow() {
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
     for lent in [false, true] {
-        let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         proxy.delay(Duration::from_millis(300));
         let mut next = Next::after(1, &db).await;
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };

@@ -35,21 +35,23 @@ const NAMES: [&str; 9] = [
 async fn no_name_gets_into_a_statement() {
     let server = Server::options().setting("log_statement", "all").start();
     let db = TestDb::on(&server).await;
-    let pool = db.pool(12).await;
+    let pool = db.pool(30).await;
     sqlx::raw_sql("CREATE TABLE canary (alive int)").execute(&pool).await.unwrap();
 
     let mark = server.log_len();
     let longest = "canary'".repeat(100_000);
     for name in NAMES.into_iter().chain([longest.as_str()]) {
         let shown = LockOptions::new().application_name(name).on(&pool).unwrap();
+        let of_election = format!("{name}, of an election");
+        let of_transactions = format!("{name}, of a transaction");
         tokio::join!(
             locks(&pool, Key::from(name)),
             locks(&pool, interop::fnv1a(name)),
             locks(&shown, Key::from(format!("{name}, shown"))),
+            semaphores(&pool, name),
+            elections(&pool, &of_election),
+            transactions(&pool, &of_transactions),
         );
-        semaphores(&pool, name).await;
-        elections(&pool, name).await;
-        transactions(&pool, name).await;
     }
     let several = || MultiLock::new(&pool, NAMES.into_iter().chain(["canary"]));
     let guard = several().acquire().await.unwrap();

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
 use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool, Row};
 use tokio::runtime::Builder;
 use tokio::sync::oneshot;
@@ -284,11 +285,38 @@ async fn a_timeout_in_line_is_no_error() {
     no_locks(&mut admin).await;
 }
 
+/// They wait for a connection, before it is known that the key is busy.
+#[tokio::test]
+async fn calls_that_begin_together_get_in_line_without_a_try_each() {
+    const CALLS: usize = 20;
+    let server = Server::options().setting("log_statement", "all").start();
+    let db = TestDb::on(&server).await;
+    let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
+    // Locks can have one connection of two, or two of three.
+    for connections in [2, 3] {
+        let pool = PgPoolOptions::new().max_connections(connections).connect_with(db.options());
+        let pool = pool.await.unwrap();
+        let mark = server.log_len();
+        let mut calls = JoinSet::new();
+        for _ in 0..CALLS {
+            let mut lock = Lock::new(&pool, KEY);
+            calls.spawn(async move { lock.try_acquire_for(Duration::from_secs(2)).await });
+        }
+        for timed_out in timeout(LATE, calls.join_all()).await.unwrap() {
+            assert!(timed_out.unwrap().is_none());
+        }
+        let log = server.log_since(mark);
+        let tries = log.matches("pg_try_advisory_lock(").count();
+        assert!((1..15).contains(&tries), "{tries} tries: {log}");
+    }
+    held.release().await.unwrap();
+}
+
 /// Each call must get to the front before its time is over.
 #[tokio::test]
 async fn calls_with_a_timeout_are_served_however_many_there_are() {
-    const TIMEOUT: Duration = Duration::from_millis(400);
-    const TIME: Duration = Duration::from_secs(3);
+    const TIMEOUT: Duration = Duration::from_millis(800);
+    const TIME: Duration = Duration::from_secs(5);
     let db = TestDb::new().await;
     let mut others = JoinSet::new();
     for _ in 0..4 {

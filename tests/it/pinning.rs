@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use pglock::doctor::{Severity, examine};
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, transaction};
-use pglock_testkit::{PinningPooler, Server, TestDb};
-use sqlx::PgPool;
+use pglock_testkit::{Pinning, PinningPooler, Server, TestDb};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{ConnectOptions, PgPool};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::support::{borrow_all, execute, has_waiter, locks_are, several_heartbeats};
@@ -36,7 +37,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
     for cache in CACHES {
-        let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+        let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
         let through = pooler.connect_options().database(db.name()).statement_cache_capacity(cache);
         let pool = pool(through, 3).await;
         let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
@@ -81,7 +82,7 @@ async fn a_manager_holds_its_locks() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
-    let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+    let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
     let pool = pool(pooler.connect_options().database(db.name()), 3).await;
     let manager = LockManager::new(&options().on(&pool).unwrap());
     let mut direct = Lock::new(&db.pool(1).await, KEY);
@@ -111,7 +112,7 @@ async fn a_manager_holds_its_locks() {
 async fn locks_of_a_transaction_exclude() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
-    let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+    let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
     let pool = pool(pooler.connect_options().database(db.name()), 2).await;
     let (mut tx, mut other) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
     transaction::acquire(&mut tx, KEY).await.unwrap();
@@ -124,11 +125,73 @@ async fn locks_of_a_transaction_exclude() {
 #[tokio::test]
 async fn doctor_finds_that_locks_exclude() {
     let server = Server::start();
-    let pooler = PinningPooler::start(&server, CONNECTIONS).await;
+    let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
     let pool = pool(pooler.connect_options(), 3).await;
     let findings = examine(&pool, &LockOptions::new()).await.unwrap();
     let broken = findings.iter().any(|finding| finding.severity == Severity::Broken);
     assert!(!broken, "{findings:#?}");
     let found = findings.iter().find(|finding| finding.check == "exclusion").unwrap();
     assert_eq!(found.seen, "locks exclude other sessions");
+}
+
+/// As PgDog pins: by the lock functions that it sees in a statement, until the locks are released.
+mod until_unlocked {
+    use super::*;
+
+    /// Clients with short transactions, so that a client that isn't pinned gets another server connection each time.
+    async fn start(server: &Server, db: &TestDb) -> (PinningPooler, PgPool, JoinSet<()>) {
+        let pooler = PinningPooler::start(server, CONNECTIONS, Pinning::UntilUnlocked).await;
+        // It does not know of prepared statements.
+        let through = pooler.connect_options().database(db.name()).statement_cache_capacity(0);
+        let mut others = JoinSet::new();
+        for _ in 0..CONNECTIONS {
+            let mut conn = through.connect().await.unwrap();
+            others.spawn(async move {
+                loop {
+                    execute(&mut conn, "BEGIN; SELECT pg_sleep(0.001); COMMIT").await;
+                }
+            });
+        }
+        (pooler, pool(through, 3).await, others)
+    }
+
+    #[tokio::test]
+    async fn a_free_lock_excludes_and_is_held_until_it_is_released() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let (_pooler, pool, _others) = start(&server, &db).await;
+        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut direct = Lock::new(&db.pool(1).await, KEY);
+        for _ in 0..5 {
+            let guard = lock.acquire().await.unwrap();
+            assert!(direct.try_acquire().await.unwrap().is_none());
+            several_heartbeats(&mut admin, guard.backend_pid()).await;
+            guard.verify().await.unwrap();
+            guard.release().await.unwrap();
+            locks_are(&mut admin, 0, LIMIT).await;
+        }
+    }
+
+    /// A wait calls the lock function in a block, where it is not seen; the try before it has pinned the client.
+    #[tokio::test]
+    async fn a_lock_that_was_waited_for_is_held() {
+        let server = Server::start();
+        let db = TestDb::on(&server).await;
+        let mut admin = db.admin().await;
+        let (_pooler, pool, _others) = start(&server, &db).await;
+        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut direct = Lock::new(&db.pool(1).await, KEY);
+        let held = direct.acquire().await.unwrap();
+        let (waited, ()) = tokio::join!(lock.acquire(), async {
+            has_waiter(&mut admin).await;
+            held.release().await.unwrap();
+        });
+        let guard = waited.unwrap();
+        several_heartbeats(&mut admin, guard.backend_pid()).await;
+        guard.verify().await.unwrap();
+        assert!(direct.try_acquire().await.unwrap().is_none());
+        guard.release().await.unwrap();
+        locks_are(&mut admin, 0, LIMIT).await;
+    }
 }

@@ -5,7 +5,7 @@ use std::error::Error as _;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, Result, transaction};
-use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks, eventually};
+use pglock_testkit::{PgBouncer, Server, TestDb, advisory_locks, amount, eventually};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, Row};
 use tokio::runtime::Builder;
@@ -56,7 +56,9 @@ mod in_transaction_mode {
     use super::*;
 
     /// How many poolers, none of them met before, make a measurement.
-    const POOLERS: usize = 30;
+    fn poolers() -> usize {
+        amount(10, 30)
+    }
 
     /// Acquires, and if that does not find the pooler out, holds until it is.
     async fn hold(pool: &PgPool) -> &'static str {
@@ -93,7 +95,7 @@ mod in_transaction_mode {
         let mut total = BTreeMap::new();
         for cache in CACHES {
             let mut found = BTreeMap::<_, usize>::new();
-            for round in 0..POOLERS {
+            for round in 0..poolers() {
                 let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")])?;
                 let options = pooler.connect_options().database(db.name());
                 let others = busy(&options, clients).await;
@@ -116,7 +118,7 @@ mod in_transaction_mode {
         let Some(found) = meet(0).await else { return };
         // Acquires wait for the proof for 250 ms; a busy machine may take longer.
         let by_acquire = found.get("acquire").copied().unwrap_or_default();
-        assert!(by_acquire * 10 > POOLERS * CACHES.len() * 9, "hardly by the acquire: {found:?}");
+        assert!(by_acquire * 10 > poolers() * CACHES.len() * 9, "hardly by the acquire: {found:?}");
     }
 
     /// A transaction keeps all other clients from the only server connection.
@@ -141,7 +143,7 @@ mod in_transaction_mode {
     async fn a_busy_one_is_found_out_before_a_lock_is_trusted_for_long() {
         let Some(found) = meet(4).await else { return };
         let by_acquire = found.get("acquire").copied().unwrap_or_default();
-        assert!(by_acquire * 2 > POOLERS * CACHES.len(), "hardly by the acquire: {found:?}");
+        assert!(by_acquire * 2 > poolers() * CACHES.len(), "hardly by the acquire: {found:?}");
     }
 
     /// A counter that is read, then written, by many at once; each holds the transaction's lock.

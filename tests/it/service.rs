@@ -426,6 +426,10 @@ async fn many_give_up_together() {
     }
     let mut others = 0;
     while gave_up.load(Ordering::Relaxed) < WAITERS {
+        // One that has failed never gives up.
+        while let Some(waiter) = waiters.try_join_next() {
+            waiter.unwrap();
+        }
         timeout(TIMEOUT, Lock::new(&manager, 2).acquire())
             .await
             .unwrap()

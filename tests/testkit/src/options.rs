@@ -19,7 +19,7 @@ const SETTINGS: [(&str, &str); 11] = [
     ("wal_level", "minimal"),
     ("max_wal_senders", "0"),
     ("shared_buffers", "16MB"),
-    ("max_connections", "200"),
+    ("max_connections", "500"),
     ("logging_collector", "off"),
 ];
 

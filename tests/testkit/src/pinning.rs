@@ -1,5 +1,6 @@
 //! A pooler that multiplexes transactions, and pins a client that changes the state of its session.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -14,12 +15,10 @@ use tokio::task::JoinSet;
 
 use crate::server::Server;
 
-/// A pooler that multiplexes transactions, and pins a client that changes the state of its session, as RDS Proxy does.
+/// A pooler that multiplexes transactions, and pins a client that changes the state of its session.
 ///
-/// Each transaction gets a server connection that no other client uses, and the connection is free again after it.
-/// A client whose statement contains the name of a lock function, `SET` or `set_config` keeps its server connection
-/// until it disconnects; then the server connection is closed. A named prepared statement pins too, because no
-/// statement is rewritten.
+/// Each transaction gets a server connection that no other client uses, and the connection is free again after it. A
+/// pinned client keeps its server connection, which is closed if the client disconnects then.
 ///
 /// # Drop
 ///
@@ -31,9 +30,21 @@ pub struct PinningPooler {
     _tasks: JoinSet<()>,
 }
 
+/// What pins a client of a [`PinningPooler`], and for how long.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Pinning {
+    /// The name of a lock function, `SET`, `set_config` or a named prepared statement, until it disconnects. As RDS
+    /// Proxy.
+    UntilDisconnected,
+    /// A call of a lock function in a simple query, outside of `DO` blocks, until the same keys are unlocked, whether
+    /// or not a lock was granted. As PgDog. Prepared statements and `SET` pin nothing.
+    UntilUnlocked,
+}
+
 impl PinningPooler {
     /// Starts one with room for this number of server connections.
-    pub async fn start(server: &Server, connections: usize) -> Self {
+    pub async fn start(server: &Server, connections: usize, pinning: Pinning) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");
         let socket = server.socket_dir().join(format!(".s.PGSQL.{}", server.port()));
@@ -48,7 +59,7 @@ impl PinningPooler {
             while let Ok((client, _)) = listener.accept().await {
                 let backends = Arc::clone(&backends);
                 // An error of one side closes the other.
-                clients.spawn(async move { drop(serve(client, &backends).await) });
+                clients.spawn(async move { drop(serve(client, &backends, pinning).await) });
             }
         });
         Self { address, _tasks: tasks }
@@ -91,7 +102,7 @@ struct Backend {
 struct Assigned {
     backend: Backend,
     room: OwnedSemaphorePermit,
-    /// Until the client disconnects.
+    /// Whether the client keeps it.
     pinned: bool,
     /// How often the server is yet to say that it is ready.
     owed: usize,
@@ -144,9 +155,10 @@ impl Backend {
 
 impl Assigned {
     /// Passes on a message of the client.
-    async fn send(&mut self, message: &[u8]) -> io::Result<()> {
+    async fn send(&mut self, message: &[u8], state: &mut State) -> io::Result<()> {
         self.owed += usize::from(matches!(message.first(), Some(b'Q' | b'S')));
-        self.pinned |= pins(message);
+        state.note(message);
+        self.pinned = state.is_pinned();
         self.backend.requests.write_all(message).await
     }
 
@@ -163,7 +175,7 @@ impl Assigned {
 }
 
 /// Serves a client until it or its server disconnects.
-async fn serve(mut client: TcpStream, backends: &Backends) -> io::Result<()> {
+async fn serve(mut client: TcpStream, backends: &Backends, pinning: Pinning) -> io::Result<()> {
     client.set_nodelay(true)?;
     let mut startup = vec![0; 4];
     client.read_exact(&mut startup).await?;
@@ -176,13 +188,14 @@ async fn serve(mut client: TcpStream, backends: &Backends) -> io::Result<()> {
 
     let (requests, mut answers) = client.split();
     let mut requests = Messages::from(requests);
+    let mut state = State::new(pinning);
     loop {
         let message = requests.next().await?;
         if is_goodbye(&message) {
             return Ok(());
         }
         let mut assigned = backends.assign(&startup).await?;
-        assigned.send(&message).await?;
+        assigned.send(&message, &mut state).await?;
         loop {
             tokio::select! {
                 received = assigned.receive() => {
@@ -197,7 +210,7 @@ async fn serve(mut client: TcpStream, backends: &Backends) -> io::Result<()> {
                     if is_goodbye(&message) {
                         return Ok(());
                     }
-                    assigned.send(&message).await?;
+                    assigned.send(&message, &mut state).await?;
                 }
             }
         }
@@ -209,18 +222,64 @@ fn is_goodbye(message: &[u8]) -> bool {
     message.first() == Some(&b'X')
 }
 
-/// Whether a message of a client pins it.
-fn pins(message: &[u8]) -> bool {
-    // After the type and the length.
-    let text = String::from_utf8_lossy(message.get(5..).unwrap_or_default());
-    let statement = match message.first() {
-        Some(b'Q') => &text,
-        Some(b'P') => match text.split_once('\0') {
-            Some(("", rest)) => rest,
-            _ => return true,
-        },
-        _ => return false,
-    };
+/// The state of a client's session, as far as the pooler knows of it.
+#[derive(Debug)]
+struct State {
+    pinning: Pinning,
+    /// The arguments of the lock functions that were called.
+    locks: HashSet<String>,
+    is_changed: bool,
+}
+
+impl State {
+    fn new(pinning: Pinning) -> Self {
+        Self { pinning, locks: HashSet::new(), is_changed: false }
+    }
+
+    fn is_pinned(&self) -> bool {
+        match self.pinning {
+            Pinning::UntilDisconnected => self.is_changed,
+            Pinning::UntilUnlocked => !self.locks.is_empty(),
+        }
+    }
+
+    /// Learns from a message of the client.
+    fn note(&mut self, message: &[u8]) {
+        // After the type and the length.
+        let text = String::from_utf8_lossy(message.get(5..).unwrap_or_default());
+        match message.first() {
+            Some(b'Q') => {
+                self.is_changed |= changes_state(&text);
+                self.note_calls(&text);
+            }
+            Some(b'P') => {
+                let (name, statement) = text.split_once('\0').unwrap_or_default();
+                self.is_changed |= !name.is_empty() || changes_state(statement);
+            }
+            _ => {}
+        }
+    }
+
+    /// Learns from the calls of lock functions in a statement.
+    fn note_calls(&mut self, statement: &str) {
+        // Every other part is the body of a `DO` block.
+        for part in statement.split("$$").step_by(2) {
+            for call in part.split("advisory_").skip(1) {
+                let (function, rest) = call.split_once('(').unwrap_or_default();
+                let key = rest.split(')').next().unwrap_or_default();
+                match function {
+                    "lock" | "lock_shared" => drop(self.locks.insert(key.to_owned())),
+                    "unlock" | "unlock_shared" => drop(self.locks.remove(key)),
+                    "unlock_all" => self.locks.clear(),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// Whether a statement changes the state of its session, by the words in it.
+fn changes_state(statement: &str) -> bool {
     let mut words = statement.split(|c: char| !c.is_alphanumeric() && c != '_');
     words.any(|word| {
         let word = word.to_ascii_lowercase();

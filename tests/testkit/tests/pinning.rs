@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use pglock_testkit::{PinningPooler, Server};
+use pglock_testkit::{Pinning, PinningPooler, Server};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
 
 /// Runs a statement, and returns which backend answers the next one.
@@ -14,7 +14,7 @@ async fn after(conn: &mut PgConnection, statement: &str) -> i32 {
 #[tokio::test]
 async fn clients_share_a_server_connection() {
     let server = Server::start();
-    let pooler = PinningPooler::start(&server, 1).await;
+    let pooler = PinningPooler::start(&server, 1, Pinning::UntilDisconnected).await;
     let mut one = pooler.connect_options().connect().await.unwrap();
     let mut two = pooler.connect_options().connect().await.unwrap();
     let pid = after(&mut one, "SELECT 1").await;
@@ -36,7 +36,7 @@ async fn a_transaction_and_a_pinned_client_have_a_server_connection_of_their_own
         ("SET work_mem = '1MB'", None),
         ("SELECT set_config('work_mem', '1MB', false)", None),
     ] {
-        let pooler = PinningPooler::start(&server, 2).await;
+        let pooler = PinningPooler::start(&server, 2, Pinning::UntilDisconnected).await;
         let mut one = pooler.connect_options().connect().await.unwrap();
         let mut two = pooler.connect_options().connect().await.unwrap();
         let pid = after(&mut one, pinning).await;
@@ -55,7 +55,7 @@ async fn a_transaction_and_a_pinned_client_have_a_server_connection_of_their_own
 #[tokio::test]
 async fn what_a_pinned_client_held_is_free_when_it_disconnects() {
     let server = Server::start();
-    let pooler = PinningPooler::start(&server, 1).await;
+    let pooler = PinningPooler::start(&server, 1, Pinning::UntilDisconnected).await;
     for _ in 0..3 {
         let mut conn = pooler.connect_options().connect().await.unwrap();
         let lock = sqlx::query_scalar::<_, bool>("SELECT pg_try_advisory_lock(1)");
@@ -63,4 +63,22 @@ async fn what_a_pinned_client_held_is_free_when_it_disconnects() {
         assert!(lock.fetch_one(&mut conn).await.unwrap());
         conn.close().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_client_is_pinned_until_it_unlocks() {
+    let server = Server::start();
+    let pooler = PinningPooler::start(&server, 2, Pinning::UntilUnlocked).await;
+    let mut one = pooler.connect_options().connect().await.unwrap();
+    let mut two = pooler.connect_options().connect().await.unwrap();
+    for function in ["pg_advisory_lock(1)", "pg_catalog.pg_try_advisory_lock_shared(1)"] {
+        let pid = after(&mut one, &format!("SELECT {function}")).await;
+        assert_ne!(after(&mut two, "SELECT 1").await, pid, "{function}");
+        let unlock = function.replace("try_", "").replace("_lock", "_unlock");
+        let freed = after(&mut one, &format!("SELECT {unlock}")).await;
+        assert_eq!(after(&mut two, "SELECT 1").await, freed, "{function}");
+    }
+    // Not seen in a block.
+    let pid = after(&mut one, "DO $$ BEGIN PERFORM pg_advisory_lock(2); END $$").await;
+    assert_eq!(after(&mut two, "SELECT pg_advisory_unlock(2)").await, pid);
 }

@@ -1,0 +1,18 @@
+//! How much the tests do that take long.
+
+use std::env;
+
+/// The variable with which they do all that they can.
+const FULL: &str = "PGLOCK_TEST_FULL";
+
+/// Returns `usual`, or `full` if `PGLOCK_TEST_FULL` is set, as CI does.
+///
+/// # Examples
+///
+/// ```
+/// let rounds = pglock_testkit::amount(1_000, 10_000);
+/// assert!(rounds >= 1_000);
+/// ```
+pub fn amount<T>(usual: T, full: T) -> T {
+    if env::var_os(FULL).is_some_and(|value| !value.is_empty()) { full } else { usual }
+}
