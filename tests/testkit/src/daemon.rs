@@ -34,9 +34,7 @@ impl Daemon {
     /// Makes the directory. `signal` ends the program.
     pub(crate) fn place(name: &'static str, signal: &str) -> Result<Self, String> {
         let account = Account::for_server()?;
-        let dir = make_dir(&account)?;
-        let watchdog = Watchdog::over(&dir, &pid_file(name), signal);
-        let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+        let (dir, watchdog) = make_dir(&account, &pid_file(name), signal)?;
         Ok(Self { name, account, dir, watchdog, process: None })
     }
 

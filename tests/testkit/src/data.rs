@@ -1,10 +1,10 @@
 //! A server's directory, and the cluster in it: copied from a template, or made by `initdb`.
 
-use std::fs::{self, DirBuilder, Permissions};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::{env, io, process};
+use std::{env, process};
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -12,44 +12,59 @@ use sha2::{Digest, Sha256};
 
 use crate::account::{Account, run};
 use crate::find::Installation;
+use crate::watchdog::Watchdog;
 
 /// A socket's path may have 103 bytes on macOS and 107 on Linux.
 const LONGEST_DIR: usize = 103 - "/.s.PGSQL.65535".len();
 
-/// Makes the directory that a server and its socket live in.
-pub(crate) fn make_dir(account: &Account) -> Result<PathBuf, String> {
+/// Makes the directory that a server and its socket live in, with a watchdog over both.
+pub(crate) fn make_dir(
+    account: &Account,
+    pid_file: &str,
+    signal: &str,
+) -> Result<(PathBuf, Watchdog), String> {
     let fallback = PathBuf::from("/tmp");
     let mut reasons = Vec::new();
     for base in [env::temp_dir(), fallback] {
-        match make_dir_in(&base, account) {
-            Ok(dir) => return Ok(dir),
+        match make_dir_in(&base, account, pid_file, signal) {
+            Ok(made) => return Ok(made),
             Err(reason) => reasons.push(format!("{}: {reason}", base.display())),
         }
     }
     Err(format!("no place for the server's directory ({})", reasons.join("; ")))
 }
 
-fn make_dir_in(base: &Path, account: &Account) -> Result<PathBuf, String> {
+fn make_dir_in(
+    base: &Path,
+    account: &Account,
+    pid_file: &str,
+    signal: &str,
+) -> Result<(PathBuf, Watchdog), String> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
 
-    let dir = loop {
+    let (dir, mut watchdog) = loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = base.join(format!("pglock-{}-{number}", process::id()));
         if dir.as_os_str().len() > LONGEST_DIR {
             return Err("too long a path for a unix socket".to_owned());
         }
-        match DirBuilder::new().mode(0o700).create(&dir) {
-            Ok(()) => break dir,
+        match Watchdog::over(&dir, pid_file, signal) {
+            Ok(watchdog) => break (dir, watchdog),
             // Left by another process with our number, perhaps in another container.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error.to_string()),
+            Err(_) if dir.exists() => {}
+            Err(error) => return Err(error),
         }
     };
     let mut enter = account.command("/bin/sh");
     enter.args(["-c", "cd \"$0\""]).arg(&dir);
-    let made = account.own(&dir).map_err(|error| error.to_string());
-    made.and_then(|()| run(&mut enter)).inspect_err(|_| drop(fs::remove_dir(&dir)))?;
-    Ok(dir)
+    let owned = account.own(&dir).map_err(|error| error.to_string());
+    match owned.and_then(|()| run(&mut enter)) {
+        Ok(_) => Ok((dir, watchdog)),
+        Err(error) => {
+            watchdog.release();
+            Err(error)
+        }
+    }
 }
 
 /// A cluster fresh from `initdb`, kept to be copied.
@@ -140,14 +155,14 @@ mod tests {
     fn a_directory_too_deep_for_a_socket_is_refused() {
         let account = Account::for_server().unwrap();
         let deep = PathBuf::from("/tmp").join("d".repeat(LONGEST_DIR));
-        assert!(make_dir_in(&deep, &account).unwrap_err().contains("too long"));
+        assert!(make_dir_in(&deep, &account, "pid", "TERM").unwrap_err().contains("too long"));
     }
 
     #[test]
     fn only_a_template_that_is_whole_private_and_ours_is_copied() {
         let account = Account::for_server().unwrap();
         let installation = Search::from_env(account).run().unwrap();
-        let base = make_dir(&account).unwrap();
+        let (base, mut watchdog) = make_dir(&account, "pid", "TERM").unwrap();
         let template = Template::of(&installation, &account, &base);
         let (fresh, copied) = (base.join("fresh"), base.join("copied"));
         assert!(!template.copy_to(&copied));
@@ -169,6 +184,7 @@ mod tests {
         fs::remove_dir_all(&fresh).unwrap();
         template.initdb(&fresh).unwrap();
         assert!(template.is_sound());
-        fs::remove_dir_all(&base).unwrap();
+        watchdog.release();
+        assert!(!base.exists());
     }
 }

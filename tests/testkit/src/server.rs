@@ -314,9 +314,7 @@ impl Server {
     fn place(options: &ServerOptions) -> Result<Self, String> {
         let account = Account::for_server()?;
         let installation = Search::from_env(account).run().map_err(|error| error.to_string())?;
-        let dir = make_dir(&account)?;
-        let watchdog = Watchdog::over(&dir, "data/postmaster.pid", "QUIT");
-        let watchdog = watchdog.inspect_err(|_| drop(fs::remove_dir(&dir)))?;
+        let (dir, watchdog) = make_dir(&account, "data/postmaster.pid", "QUIT")?;
         Ok(Self {
             installation,
             account,

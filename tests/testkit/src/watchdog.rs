@@ -1,6 +1,6 @@
 //! The watchdog: a shell that outlives us, to take the server down however we end.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,21 +12,28 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Watches over the server in `dir`, which writes its pid to `pid_file` there and is ended by
-    /// `signal`, and over `dir` itself.
+    /// Makes `dir`, so that it is gone however early we end, and watches over it and the server in it, which writes
+    /// its pid to `pid_file` there and is ended by `signal`.
     pub(crate) fn over(dir: &Path, pid_file: &str, signal: &str) -> Result<Self, String> {
-        let shell = Command::new("/bin/sh")
+        let mut shell = Command::new("/bin/sh")
             .args(["-c", include_str!("watchdog.sh"), "pglock-watchdog"])
             .arg(dir)
             .args([pid_file, signal])
             .current_dir("/")
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             // In a process group of its own: Ctrl-C is not for it.
             .process_group(0)
-            .spawn();
-        Ok(Self { shell: shell.map_err(|error| format!("/bin/sh does not run: {error}"))? })
+            .spawn()
+            .map_err(|error| format!("/bin/sh does not run: {error}"))?;
+        let mut said = String::new();
+        let heard = shell.stdout.take().map(|stdout| BufReader::new(stdout).read_line(&mut said));
+        if said == "made\n" {
+            return Ok(Self { shell });
+        }
+        drop(shell.wait());
+        Err(format!("cannot make {}: {} ({heard:?})", dir.display(), said.trim_end()))
     }
 
     /// Tells the watchdog what a stop would find: `starting`, or `started`.

@@ -1,4 +1,5 @@
-# Waits until the owner of the server is gone, then takes the server down and its directory away.
+# Makes a directory for a server, and says "made". Waits until the owner of the server is gone, then takes the server
+# down and the directory away.
 # Standard input is a pipe that the owner holds open. It says "starting" before a server is
 # started, and "started" after.
 
@@ -6,6 +7,9 @@ dir=$1
 pid_file=$dir/$2
 signal=$3
 trap '' HUP INT TERM
+mkdir -m 700 "$dir" 2>&1 || exit 1
+echo made
+exec >/dev/null
 
 state=
 while read -r line; do state=$line; done

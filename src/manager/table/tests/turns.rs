@@ -1,0 +1,64 @@
+//! The turns of the keys that wait in the line for a place in the server's queue.
+
+use std::time::{Duration, Instant};
+
+use super::super::Table;
+use super::super::line::LAST_SLICE;
+use super::SHARED_SESSION;
+use super::model::{Session, World};
+use crate::key::KeyId;
+use crate::mode::Mode;
+
+/// Refuses a key that is wanted, so that it stands in the line.
+fn refuse(table: &mut Table<Session, u64>, key: KeyId, now: Instant) {
+    let effects = &mut Vec::new();
+    table.want(key, 0, (Mode::Exclusive, true), || 99, now, effects);
+    let lock = table.take_for_shared(key).unwrap();
+    table.taken(key, lock.id, (&SHARED_SESSION, false), now, effects);
+}
+
+/// Has one wait session wait in vain. Returns the key, and how long it waited.
+fn turn(table: &mut Table<Session, u64>, now: &mut Instant) -> (KeyId, Duration) {
+    let (key, wait, slice) = table.take_wait(*now).unwrap();
+    *now += slice;
+    assert!(table.not_granted(key, wait.id, *now, &mut Vec::new()));
+    (key, slice)
+}
+
+/// However long the server's queue for a key is, once it is waited for as long.
+#[test]
+fn a_key_that_waits_for_longer_gets_longer_turns() {
+    for keys in [1, 2, 10] {
+        let World { mut table, mut now, .. } = World::new();
+        for key in 0..keys {
+            refuse(&mut table, KeyId::BigInt(key), now);
+        }
+        let begun = now;
+        for needed in [1, 5, 60].map(Duration::from_secs) {
+            let bound = 9 * needed + Duration::from_mins(2) * u32::try_from(keys).unwrap();
+            while turn(&mut table, &mut now).1 < needed {
+                assert!(now - begun <= bound, "{keys} keys, {needed:?}");
+            }
+        }
+        let longest = (0..100).map(|_| turn(&mut table, &mut now).1).max();
+        assert_eq!(longest, Some(LAST_SLICE));
+    }
+}
+
+/// A key that is soon granted does not wait for the turns of all those that are held for hours elsewhere.
+#[test]
+fn a_new_key_has_its_first_turns_soon() {
+    let World { mut table, mut now, .. } = World::new();
+    for key in 0..20 {
+        refuse(&mut table, KeyId::BigInt(key), now);
+    }
+    now += Duration::from_hours(1);
+    for _ in 0..20 {
+        turn(&mut table, &mut now);
+    }
+    let new = KeyId::BigInt(20);
+    refuse(&mut table, new, now);
+    let turns = [(); 6].map(|()| turn(&mut table, &mut now));
+    let of_it = turns.iter().filter(|(key, _)| *key == new).count();
+    assert!(of_it >= 2, "{turns:?}");
+}
