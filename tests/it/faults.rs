@@ -6,7 +6,7 @@
 use std::env;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Loss};
 use pglock_testkit::{Proxy, Role, Server, TestDb, WallClock, cues, monotonic, say};
@@ -339,18 +339,23 @@ async fn a_limit_ends_a_long_transaction_on_the_lent_connection() {
     a_limit_ends_the_lent_session("transaction_timeout", 170_000, "SELECT pg_sleep(60)").await;
 }
 
-/// Connects until the server has no room for another.
+/// Connects until the server has had no room for another for a second: the connections of a proof end soon.
 async fn fill(db: &TestDb) -> Vec<PgConnection> {
-    let mut conns = Vec::new();
-    loop {
+    let (mut conns, mut full_since) = (Vec::new(), None);
+    while full_since.is_none_or(|since: Instant| since.elapsed() < SECOND) {
         match db.options().connect().await {
-            Ok(conn) => conns.push(conn),
+            Ok(conn) => {
+                conns.push(conn);
+                full_since = None;
+            }
             Err(error) => {
                 assert_eq!(error.as_database_error().unwrap().code().unwrap(), "53300");
-                return conns;
+                full_since.get_or_insert_with(Instant::now);
+                sleep(SECOND / 50).await;
             }
         }
     }
+    conns
 }
 
 #[tokio::test]
@@ -364,7 +369,8 @@ async fn the_server_has_no_connection_left() {
     let mut filling = fill(&db).await;
 
     let late = PgPoolOptions::new().acquire_timeout(SECOND / 2).connect_lazy_with(db.options());
-    let error = Lock::new(&late, 1).acquire().await.unwrap_err();
+    let refused = timeout(TIMEOUT, async { Lock::new(&late, 1).acquire().await.map(drop) });
+    let error = refused.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Connect { .. }) && error.is_transient(), "{error:?}");
     // The holder and the waiter are connected already.
     keeps(&guard, BOUND * 2).await;
