@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::server::Server;
 
 /// For speed, as nothing here needs to survive a power cut.
-const SETTINGS: [(&str, &str); 11] = [
+const SETTINGS: [(&str, &str); 12] = [
     // Before PostgreSQL 13 only at the start: some tests replace a function of the server.
     ("allow_system_table_mods", "on"),
     ("fsync", "off"),
@@ -21,6 +21,8 @@ const SETTINGS: [(&str, &str); 11] = [
     ("shared_buffers", "16MB"),
     ("max_connections", "500"),
     ("logging_collector", "off"),
+    // In the data directory, so that nothing is left of a server that is killed.
+    ("dynamic_shared_memory_type", "mmap"),
 ];
 
 /// How a server is to be started. Made by [`Server::options`].

@@ -49,10 +49,14 @@ async fn a_url_leads_to_the_database() {
     let mut conn = PgConnectOptions::from_str(&db.url()).unwrap().connect().await.unwrap();
     assert_eq!(current_database(&mut conn).await, db.name());
 
-    // psql too, where it is; npm's packages have none.
+    // psql too, where it runs: npm's packages have none, and a library of it may be missing.
+    let runs = |psql: &PathBuf| {
+        let version = Command::new(psql).arg("--version").output();
+        version.is_ok_and(|version| version.status.success())
+    };
     let path = env::var_os("PATH").unwrap_or_default();
     let dirs = [server.bin_dir().to_owned()].into_iter().chain(env::split_paths(&path));
-    if let Some(psql) = dirs.map(|dir| dir.join("psql")).find(|psql| psql.is_file()) {
+    if let Some(psql) = dirs.map(|dir| dir.join("psql")).find(runs) {
         let mut psql = Command::new(psql);
         psql.args(["-XAtc", "SELECT current_database()", &db.url()]);
         psql.env("PGHOST", "elsewhere.invalid").env("PGPORT", "1").env("PGSSLMODE", "require");
