@@ -283,21 +283,10 @@ impl Owner {
                     Some(Next::First(..) | Next::Failed(_) | Next::Released) | None => {}
                 }
             }
-            let permit = server.budget().permit(request.key(), options.reserve(), policy).await;
-            let opened = match permit {
-                Ok(permit) => {
-                    // Meanwhile another call may have found the key busy.
-                    let is_alone = !in_line || front.is_some();
-                    if !is_alone && let Some(behind) = queues.join(line, request, options) {
-                        place = Some(behind);
-                        continue;
-                    }
-                    Pending::open(pool, server, permit, request, options, policy).await
-                }
-                Err(error) => Err(error),
-            };
+            let opened = Pending::open(pool, server, request, options, policy).await;
             if let Err(error @ (Error::PoolTimedOut { .. } | Error::Connect { .. })) = &opened {
-                let is_busy = has_waited || queues.has(line);
+                // Meanwhile another call may have found it busy.
+                let is_busy = has_waited || (in_line && queues.has(line));
                 if is_busy && policy.left().is_some_and(|left| left.is_zero()) {
                     // It was the call's own time that was over, and the lock was busy.
                     return Ok(None);

@@ -111,7 +111,6 @@ impl Pending {
     pub(crate) async fn open(
         pool: &PgPool,
         server: &mut PoolServer,
-        mut permit: Permit,
         request: &Request,
         options: &LockOptions,
         policy: WaitPolicy,
@@ -120,6 +119,7 @@ impl Pending {
         let started = Instant::now();
         let budget = Arc::clone(server.budget());
         let server = server.server(pool);
+        let mut permit = budget.permit(request.key(), options.reserve(), policy).await?;
         while let Some(idle) = pool.try_acquire() {
             let mut pending = Self::start(pool, server, idle, permit, &runtime, request, options);
             // A connection on which nothing arrives must not use up the time of the others.

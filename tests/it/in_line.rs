@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::thread;
 use std::time::Duration;
 
-use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
+use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions};
 use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool, Row};
@@ -287,16 +287,14 @@ async fn a_timeout_in_line_is_no_error() {
 
 /// They wait for a connection, before it is known that the key is busy.
 #[tokio::test]
-async fn calls_that_begin_together_get_in_line_without_a_try_each() {
+async fn a_timeout_before_the_first_try_is_no_error_if_others_wait() {
     const CALLS: usize = 20;
-    let server = Server::options().setting("log_statement", "all").start();
-    let db = TestDb::on(&server).await;
+    let db = TestDb::new().await;
     let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
     // Locks can have one connection of two, or two of three.
     for connections in [2, 3] {
         let pool = PgPoolOptions::new().max_connections(connections).connect_with(db.options());
         let pool = pool.await.unwrap();
-        let mark = server.log_len();
         let mut calls = JoinSet::new();
         for _ in 0..CALLS {
             let mut lock = Lock::new(&pool, KEY);
@@ -305,11 +303,28 @@ async fn calls_that_begin_together_get_in_line_without_a_try_each() {
         for timed_out in timeout(LATE, calls.join_all()).await.unwrap() {
             assert!(timed_out.unwrap().is_none());
         }
-        let log = server.log_since(mark);
-        let tries = log.matches("pg_try_advisory_lock(").count();
-        assert!((1..15).contains(&tries), "{tries} tries: {log}");
     }
     held.release().await.unwrap();
+}
+
+/// It asks the server, or nobody.
+#[tokio::test]
+async fn a_try_that_finds_no_connection_is_an_error_though_others_wait() {
+    let db = TestDb::new().await;
+    let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
+    let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 2);
+    let pool = pool.connect_with(db.options()).await.unwrap();
+    let mut waiting = Lock::new(&pool, KEY);
+    let wait = spawn(async move { waiting.acquire().await });
+    has_waiter(&mut db.admin().await).await;
+    let refused = Lock::new(&pool, KEY).try_acquire().await;
+    assert!(matches!(refused, Err(Error::PoolTimedOut { .. })), "{refused:?}");
+    let manager = LockManager::new(&pool);
+    let refused = timeout(LATE, async { Lock::new(&manager, KEY).acquire().await.map(drop) });
+    let refused = refused.await.unwrap();
+    assert!(matches!(refused, Err(Error::PoolTimedOut { .. })), "{refused:?}");
+    held.release().await.unwrap();
+    wait.await.unwrap().unwrap().release().await.unwrap();
 }
 
 /// Each call must get to the front before its time is over.

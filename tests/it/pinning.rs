@@ -134,7 +134,7 @@ async fn doctor_finds_that_locks_exclude() {
     assert_eq!(found.seen, "locks exclude other sessions");
 }
 
-/// As PgDog pins: by the lock functions that it sees in a statement, until the locks are released.
+/// As PgDog 0.1.56 pins: by the lock functions that it sees in a statement, until the locks are released.
 mod until_unlocked {
     use super::*;
 

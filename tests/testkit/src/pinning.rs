@@ -38,7 +38,7 @@ pub enum Pinning {
     /// Proxy.
     UntilDisconnected,
     /// A call of a lock function in a simple query, outside of `DO` blocks, until the same keys are unlocked, whether
-    /// or not a lock was granted. As PgDog. Prepared statements and `SET` pin nothing.
+    /// or not a lock was granted. As PgDog 0.1.56. Prepared statements and `SET` pin nothing.
     UntilUnlocked,
 }
 
