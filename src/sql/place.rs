@@ -11,8 +11,10 @@ use crate::key::KeyId;
 /// The conditions in this file call it `l`.
 pub(super) const LOCKS: &str = "pg_catalog.pg_lock_status() AS l";
 
-/// A condition: an advisory lock of this database. Keys belong to a database.
+/// A condition: an advisory lock of this database. Keys belong to a database. Extensions have advisory locks of other
+/// kinds, as Citus for its shards.
 pub(super) const ADVISORY: &str = "l.locktype OPERATOR(pg_catalog.=) 'advisory' \
+    AND l.objsubid OPERATOR(pg_catalog.<=) 2 \
     AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d \
     WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())";
 
