@@ -6,7 +6,8 @@
 dir=$1
 pid_file=$dir/$2
 signal=$3
-trap '' HUP INT TERM
+# The owner may be gone before it hears of the directory.
+trap '' HUP INT PIPE TERM
 mkdir -m 700 "$dir" 2>&1 || exit 1
 echo made
 exec >/dev/null
