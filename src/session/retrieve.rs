@@ -1,5 +1,7 @@
 //! Giving up what a pooler in transaction mode has left locked on a server connection.
 
+use std::time::Duration;
+
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, PgConnection};
 use tokio::sync::Semaphore;
@@ -13,6 +15,9 @@ use crate::sql;
 
 /// How many server connections are looked through at most.
 const MOST: usize = 100;
+
+/// For how long a search waits for its turn, and searches.
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// One search at a time, in the whole process.
 static SEARCHES: Semaphore = Semaphore::const_new(1);
@@ -49,9 +54,9 @@ pub(super) async fn release(
     let searching = async {
         // Each may open many connections.
         let _turn = SEARCHES.acquire().await;
-        retrieve(options, backend_pid, locks).await
+        within(DEADLINE, retrieve(options, backend_pid, locks)).await
     };
-    let error = match within(DEADLINE, Box::pin(searching)).await {
+    let error = match within(PATIENCE, Box::pin(searching)).await {
         Ok(true) => return,
         Ok(false) => sqlx::Error::RowNotFound,
         Err(error) => error,

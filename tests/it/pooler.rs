@@ -19,6 +19,8 @@ use crate::support::{
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
+/// Within which a lock is given up that must be searched for: the searches of a process take turns.
+const SEARCHED: Duration = Duration::from_secs(70);
 /// With sqlx's cache of prepared statements, and without.
 const CACHES: [usize; 2] = [100, 0];
 
@@ -268,7 +270,7 @@ mod that_turns_from_session_to_transaction_mode {
             };
             drop(guard);
             // On the server connection that has it, which the pooler keeps open.
-            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
+            locks_are(&mut db.admin().await, 0, SEARCHED).await;
             count += usize::from(found);
         }
         report(format!("found out {count} times of {ROUNDS}"));
@@ -296,7 +298,7 @@ mod that_turns_from_session_to_transaction_mode {
                 }
             }
             // A connection that is closed, the pooler does not close.
-            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
+            locks_are(&mut db.admin().await, 0, SEARCHED).await;
         }
         report(format!("a release found out {count} times of {ROUNDS}"));
         assert!(count > 0);
@@ -320,7 +322,7 @@ mod that_turns_from_session_to_transaction_mode {
             if matches!(loss, Loss::NoExclusion) {
                 let another = Lock::new(&options.on(&pool).unwrap(), "another");
                 assert!(is_found({ another }.acquire().await).is_none(), "granted after that");
-                locks_are(&mut db.admin().await, 0, TIMEOUT).await;
+                locks_are(&mut db.admin().await, 0, SEARCHED).await;
                 count += 1;
             } else {
                 // A pooler that is slow for a moment is as good as one that is gone.
@@ -354,7 +356,7 @@ mod that_turns_from_session_to_transaction_mode {
                 let pids: Vec<i32> = locks.iter().map(|lock| lock.pid).collect();
                 assert_eq!(pids, [guard.backend_pid()]);
             }
-            locks_are(&mut admin, 0, TIMEOUT).await;
+            locks_are(&mut admin, 0, SEARCHED).await;
             count += usize::from(found);
         }
         report(format!("found out {count} times of {ROUNDS}"));
@@ -456,7 +458,7 @@ mod in_session_mode {
             assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
 
             lock.acquire().await.unwrap().release().await.unwrap();
-            locks_are(&mut admin, 0, TIMEOUT).await;
+            locks_are(&mut admin, 0, SEARCHED).await;
             borrow_all(&pool).await;
             drop(others);
         }
@@ -524,7 +526,7 @@ mod in_session_mode {
         let mut lock = Lock::new(&lazy_pool(options), KEY);
         let (acquired, ()) = tokio::join!(lock.acquire(), async {
             shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
-            locks_are(&mut db.admin().await, 0, TIMEOUT).await;
+            locks_are(&mut db.admin().await, 0, SEARCHED).await;
             other.close().await.unwrap();
         });
         let guard = acquired.unwrap();
@@ -570,7 +572,7 @@ mod in_session_mode {
         let lost = timeout(TIMEOUT, guard.lost()).await.unwrap();
         assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
         assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
-        locks_are(&mut admin, 0, TIMEOUT).await;
+        locks_are(&mut admin, 0, SEARCHED).await;
         for lock in [&mut lock, &mut other] {
             let guard = lock.acquire().await.unwrap();
             guard.verify().await.unwrap();
@@ -617,7 +619,7 @@ mod in_session_mode {
         shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
         assert_eq!(pids(&mut admin).await, [guard.backend_pid()]);
         guard.release().await.unwrap();
-        locks_are(&mut admin, 0, TIMEOUT).await;
+        locks_are(&mut admin, 0, SEARCHED).await;
         assert!(!acquiring.is_finished() && !pausing.is_finished());
 
         execute(&mut console, format!("RESUME {}", db.name())).await;
