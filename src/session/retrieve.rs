@@ -16,8 +16,8 @@ use crate::sql;
 /// How many server connections are looked through at most.
 const MOST: usize = 100;
 
-/// For how long a search waits for its turn, and searches.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// How long a search may take, with the wait for its turn.
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// One search at a time, in the whole process.
 static SEARCHES: Semaphore = Semaphore::const_new(1);
@@ -56,7 +56,7 @@ pub(super) async fn release(
         let _turn = SEARCHES.acquire().await;
         within(DEADLINE, retrieve(options, backend_pid, locks)).await
     };
-    let error = match within(PATIENCE, Box::pin(searching)).await {
+    let error = match within(LIMIT, Box::pin(searching)).await {
         Ok(true) => return,
         Ok(false) => sqlx::Error::RowNotFound,
         Err(error) => error,

@@ -19,7 +19,7 @@ use crate::support::{
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// Within which a lock is given up that must be searched for: the searches of a process take turns.
+/// How long the search for a lock on a pooler's connection may take: the searches of a process take turns.
 const SEARCHED: Duration = Duration::from_secs(70);
 /// With sqlx's cache of prepared statements, and without.
 const CACHES: [usize; 2] = [100, 0];
