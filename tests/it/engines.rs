@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use pglock::doctor::{Finding, Severity, examine};
-use pglock::transaction;
-use pglock::{Election, Error, Lock, LockManager, LockOptions, MultiLock, Result, Semaphore};
+use pglock::{
+    Election, Error, Key, Lock, LockManager, LockOptions, MultiLock, Result, Semaphore, inspect,
+    transaction,
+};
 use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
@@ -130,6 +132,30 @@ async fn doctor_warns_of_a_database_on_several_nodes() {
     let found = nodes().await.unwrap();
     assert_eq!(found.severity, Severity::Warning);
     assert_eq!(found.seen, "the database has the extension citus");
+}
+
+/// Citus locks its shards by advisory locks of kinds for which the server has no function.
+#[tokio::test]
+async fn advisory_locks_of_other_kinds_are_no_keys() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    let (pool, mut admin) = (db.pool(3).await, db.admin().await);
+    let shards = "BEGIN
+            RETURN QUERY SELECT * FROM original.pg_lock_status();
+            RETURN QUERY SELECT shard.* FROM generate_series(4, 6) AS kind, json_populate_record(
+                NULL::pg_locks, json_build_object('locktype', 'advisory', 'classid', 0, 'objid', 102008,
+                    'database', (SELECT oid FROM pg_database WHERE datname = current_database()),
+                    'objsubid', kind, 'mode', 'ShareLock', 'granted', true, 'pid', pg_backend_pid())
+                ) AS shard;
+        END";
+    replace_function(&mut admin, "pg_lock_status()", shards).await;
+    let held = Lock::new(&pool, 102_008).acquire().await.unwrap();
+    let shown = "SELECT count(*) FROM pg_lock_status() WHERE objid = 102008";
+    let shown: i64 = sqlx::query_scalar(shown).fetch_one(&mut admin).await.unwrap();
+    assert_eq!(shown, 4);
+    let keys = inspect::locks(&pool).await.unwrap().into_iter().map(|lock| lock.key);
+    assert_eq!(keys.collect::<Vec<_>>(), [Key::from(102_008)]);
+    held.release().await.unwrap();
 }
 
 /// As after a correction of the configuration. The proof takes longer than acquires wait for it.

@@ -78,6 +78,7 @@ pub async fn hostile_schema(conn: &mut PgConnection, schema: &str) {
 ///
 /// `body` is PL/pgSQL, with the arguments as `$1`, `$2`, …. The original is in the schema `original`.
 pub async fn replace_function(conn: &mut PgConnection, function: &str, body: &str) {
+    let (name, _) = function.split_once('(').expect("a function has its arguments");
     let statement = format!(
         "SELECT set_config('allow_system_table_mods', 'on', false)
         WHERE NOT current_setting('allow_system_table_mods')::bool;
@@ -85,12 +86,14 @@ pub async fn replace_function(conn: &mut PgConnection, function: &str, body: &st
         GRANT USAGE ON SCHEMA original TO PUBLIC;
         DO $do$
         DECLARE
-            result text := pg_get_function_result('pg_catalog.{function}'::regprocedure);
+            function regprocedure := 'pg_catalog.{function}';
+            arguments text := pg_get_function_arguments(function);
+            result text := pg_get_function_result(function);
         BEGIN
             -- Moved, because the server calls the original by its number, whatever its definition says.
             ALTER FUNCTION pg_catalog.{function} SET SCHEMA original;
-            EXECUTE format('CREATE FUNCTION pg_catalog.{function} RETURNS %s LANGUAGE plpgsql AS %L',
-                result, $body${body}$body$);
+            EXECUTE format('CREATE FUNCTION pg_catalog.{name}(%s) RETURNS %s LANGUAGE plpgsql AS %L',
+                arguments, result, $body${body}$body$);
         END $do$"
     );
     let replaced = sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await;
