@@ -67,7 +67,7 @@ async fn candidate() {
             // closes nothing until the test asks it to.
             let elected = Instant::now();
             while witness.try_lock().is_err() {
-                assert!(elected.elapsed() < SOON, "two lead");
+                assert!(elected.elapsed() < SOON * 10, "two lead");
                 sleep(Duration::from_millis(1)).await;
             }
             say(leadership.term());
@@ -139,7 +139,7 @@ async fn the_next_in_the_queue_leads_soon_after_the_leader_is_killed() {
         (leader, term) = (next, next_term);
     }
     // The promise is 25 ms; a busy machine is given more.
-    assert!(median("killed", took) < Duration::from_millis(250));
+    assert!(median("killed", took) < SOON);
 }
 
 #[tokio::test]
@@ -164,7 +164,7 @@ async fn the_next_in_the_queue_leads_soon_after_the_leader_resigned() {
         std::mem::swap(&mut leader, &mut next);
     }
     // The promise is 10 ms; a busy machine is given more.
-    assert!(median("resigned", took) < Duration::from_millis(100));
+    assert!(median("resigned", took) < SOON);
     leader.ask("resign").await;
     no_locks(&mut admin).await;
 }

@@ -413,7 +413,7 @@ async fn all_waiters_learn_at_once_that_the_pool_has_no_connection() {
         assert!(error.is_transient());
     }
     let took = started.elapsed();
-    assert!(took >= SOON && took < SOON * 4, "{took:?}");
+    assert!(took >= SOON && took < SOON * 10, "{took:?}");
     // What comes later is not concerned.
     drop(held);
     let later = timeout(SOON * 10, semaphore.acquire()).await.unwrap().unwrap();
@@ -450,7 +450,7 @@ async fn closing_the_pool_ends_every_wait() {
         let closed = matches!(error, Error::PoolClosed { .. });
         assert!(closed, "{error:?}");
     }
-    assert!(started.elapsed() < SOON * 2, "{:?}", started.elapsed());
+    assert!(started.elapsed() < SOON * 5, "{:?}", started.elapsed());
     locks_are(&mut admin, 1, SOON).await;
     held.release().await.unwrap();
 }
@@ -558,9 +558,9 @@ async fn who_waits_wakes_soon_after_a_release() {
     }
     took.sort();
     report(format_args!("woke after a release within {took:?}"));
-    // The promise is 50 ms; a busy machine is given more.
+    // The promise is 50 ms; a busy machine is given more. The next slice would be a minute away.
     let median = took.get(took.len() / 2).copied();
-    assert!(median < Some(SOON / 2), "{took:?}");
+    assert!(median < Some(SOON), "{took:?}");
     borrow_all(&pool).await;
 }
 
