@@ -218,6 +218,80 @@ async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
     no_locks(&mut db.admin().await).await;
 }
 
+/// It would wait for itself.
+#[tokio::test]
+async fn a_call_behind_a_connection_that_its_own_task_keeps_ends_with_an_error() {
+    let db = TestDb::new().await;
+    let pool = db.pool(4).await;
+    let mut lock = Lock::new(&pool, 1);
+    let (guard, other) =
+        (lock.acquire_shared().await.unwrap(), lock.acquire_shared().await.unwrap());
+    let mut beside = Lock::new(&guard, 2);
+    let connection = guard.connection().await.unwrap();
+    let calls = async {
+        tokio::join!(
+            guard.fencing_token(),
+            guard.verify(),
+            beside.acquire(),
+            lock.try_acquire(),
+            other.try_upgrade(),
+        )
+    };
+    let calls = timeout(Duration::from_mins(1), calls).await.unwrap();
+    for error in [
+        calls.0.unwrap_err(),
+        calls.1.unwrap_err(),
+        calls.2.unwrap_err(),
+        calls.3.unwrap_err(),
+        calls.4.unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::ConnectionBorrowed { .. }), "{error:?}");
+    }
+    drop(connection);
+    guard.release().await.unwrap();
+    no_locks(&mut db.admin().await).await;
+    borrow_all(&pool).await;
+}
+
+#[tokio::test]
+async fn a_handle_acquires_again_although_the_connection_of_its_lost_session_is_kept() {
+    let db = TestDb::new().await;
+    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let mut lock = Lock::new(&pool, 1);
+    let guard = lock.acquire().await.unwrap();
+    let connection = guard.connection().await.unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
+    timeout(SOON * 10, guard.lost()).await.unwrap();
+    let again = timeout(SOON * 5, lock.acquire()).await.unwrap().unwrap();
+    assert_ne!(again.backend_pid(), guard.backend_pid());
+    drop(connection);
+    drop(guard);
+    again.release().await.unwrap();
+    no_locks(&mut admin).await;
+}
+
+/// On a session whose connection holds another lock.
+#[tokio::test]
+async fn a_bounded_acquire_on_a_frozen_link_ends_in_its_time() {
+    const TIME: Duration = Duration::from_millis(200);
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let proxy = Proxy::to(server.port()).await;
+    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let mut beside = Lock::new(&guard, 2);
+    proxy.freeze();
+    let started = Instant::now();
+    let bounded = timeout(SOON * 20, beside.try_acquire_for(TIME)).await.unwrap();
+    let took = started.elapsed();
+    proxy.thaw();
+    assert!(!matches!(bounded, Ok(Some(_))), "{bounded:?}");
+    assert!(took < TIME + SOON * 2, "only after {took:?}");
+    drop(guard);
+    no_locks(&mut db.admin().await).await;
+}
+
 /// Where there is no timer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_release_that_waits_for_the_connection_may_be_awaited_outside_of_a_runtime() {

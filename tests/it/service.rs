@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Lock, LockManager, LockOptions, Loss};
-use pglock_testkit::{Server, TestDb, eventually};
+use pglock_testkit::{Proxy, Server, TestDb, eventually};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::runtime::{Builder, Runtime};
@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{SOON, no_locks, spawn, without_runtime};
+use crate::support::{SOON, borrow_all, no_locks, spawn, without_runtime};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -495,5 +495,30 @@ async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     server.resume();
     let error = released.unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error:?}");
+    no_locks(&mut db.admin().await).await;
+}
+
+/// As after a restart of a firewall. Each is given the heartbeat's timeout, and is replaced.
+#[tokio::test]
+async fn idle_connections_on_a_frozen_link_delay_an_acquire_and_do_not_fail_it() {
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let proxy = Proxy::to(server.port()).await;
+    let direct = server.tcp_options().database(db.name());
+    let pool = PgPoolOptions::new()
+        .max_connections(3)
+        .connect_lazy_with(direct.clone().port(proxy.address().port()));
+    borrow_all(&pool).await;
+    eventually("all are idle", SOON * 10, async || pool.num_idle() == 3).await;
+    proxy.freeze();
+    pool.set_connect_options(direct);
+    let options = LockOptions::new().heartbeat_timeout(SOON);
+    let mut lock = Lock::new(&options.on(&pool).unwrap(), 1);
+    let started = Instant::now();
+    let guard = timeout(SOON * 20, lock.acquire()).await.unwrap().unwrap();
+    let took = started.elapsed();
+    assert!((SOON..SOON * 10).contains(&took), "{took:?}");
+    guard.release().await.unwrap();
+    proxy.thaw();
     no_locks(&mut db.admin().await).await;
 }

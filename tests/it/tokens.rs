@@ -135,20 +135,40 @@ fn begin(isolation: &str) -> sqlx::AssertSqlSafe<String> {
     sqlx::AssertSqlSafe(format!("BEGIN ISOLATION LEVEL {isolation}"))
 }
 
-/// A commit that waits for a standby that is away is cancelled, by the release if the caller has gone.
-#[tokio::test]
-async fn a_token_that_waits_for_a_standby_and_is_dropped_keeps_no_lock() {
+/// A server whose synchronous standby is away, and a pool of a connection whose commits wait for it.
+async fn without_standby() -> (Server, TestDb, PgPool) {
     let server = Server::options()
         .setting("wal_level", "replica")
         .setting("max_wal_senders", "1")
         .setting("synchronous_standby_names", "nobody")
         .start();
     let db = TestDb::on(&server).await;
-    let mut admin = db.admin().await;
-    let (pool, elsewhere) = (db.pool(1).await, db.pool(1).await);
+    let pool = db.pool(1).await;
     // Not for all sessions: those of the test commit too.
     pool.set_connect_options(db.options().options([("synchronous_commit", "on")]));
     drop(pool.acquire().await.unwrap().detach());
+    (server, db, pool)
+}
+
+/// The commit is cancelled, and the caller hears that there is no token; the lock is not concerned.
+#[tokio::test]
+async fn a_token_that_waits_for_a_standby_is_an_error_and_no_loss() {
+    let (_server, db, pool) = without_standby().await;
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let token = timeout(SOON * 60, guard.fencing_token()).await.unwrap();
+    assert!(matches!(token, Err(Error::Database { .. })), "{token:?}");
+    guard.verify().await.unwrap();
+    guard.release().await.unwrap();
+    // A role whose commits wait for nothing draws one.
+    let guard = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+    assert!(timeout(SOON * 5, guard.fencing_token()).await.unwrap().unwrap() > 0);
+}
+
+/// A commit that waits for a standby that is away is cancelled by the release if the caller has gone.
+#[tokio::test]
+async fn a_token_that_waits_for_a_standby_and_is_dropped_keeps_no_lock() {
+    let (_server, db, pool) = without_standby().await;
+    let (mut admin, elsewhere) = (db.admin().await, db.pool(1).await);
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     tokio::select! {
         token = guard.fencing_token() => panic!("{token:?}"),
