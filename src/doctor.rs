@@ -118,7 +118,7 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
     let mut conn = Conn::new(pooled, Handle::current(), None);
     let asking = within(DEADLINE, async {
         let pg = conn.pg()?;
-        let refused = statements::look_after(pg, options.keepalives()).await.err();
+        let refused = statements::look_after(pg, options.keepalives).await.err();
         // After that, so that the settings are those of a session that holds a lock.
         Ok((refused, statements::circumstances(pg).await?))
     });

@@ -21,9 +21,7 @@ use crate::metrics;
 use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::request::Request;
-use crate::session::{DEADLINE, within};
 use crate::source::Source;
-use crate::sql;
 pub use observer::{Leader, Observer};
 use pause::Pauses;
 use status::Campaigning;
@@ -340,7 +338,7 @@ impl Election {
                 () = &mut closed => return Err(self.pool_closed()),
                 elected = self.campaign_until_elected() => Arc::new(elected?),
             };
-            let turn = Turn(Some(self.owner.take_holdings()));
+            let turn = Turn(self.owner.take_holdings());
             let elected = Instant::now();
             let end = {
                 let leading = lead(Arc::clone(&leadership));
@@ -484,12 +482,7 @@ impl Election {
     /// # Ok(()) }
     /// ```
     pub async fn leader(&self) -> Result<Option<Leader>> {
-        let mut conn = self.owner.connection(&self.key).await?;
-        let holder =
-            within(DEADLINE, async { sql::election::holder(conn.pg()?, self.key.id()).await });
-        let holder = holder.await.map_err(|source| Error::database(&self.key, source))?;
-        conn.give_back();
-        Ok(holder.map(Leader::from))
+        observer::leader(self.owner.pool(), &self.key).await
     }
 
     /// Observes the leader, from now on: a [`Stream`](futures_core::Stream) of its changes, which asks the server while
@@ -511,14 +504,7 @@ impl Election {
     /// # drop(leadership); Ok(()) }
     /// ```
     pub fn observe(&self) -> Observer {
-        let election = Self {
-            key: self.key.clone(),
-            candidate: String::new(),
-            owner: self.owner.another(),
-            status: LeaderStatus::default(),
-            grace: Duration::ZERO,
-        };
-        Observer::new(election)
+        Observer::new(self.owner.pool().clone(), self.key.clone())
     }
 
     fn request(&self) -> Request {
@@ -582,23 +568,19 @@ impl fmt::Debug for Election {
 /// # Drop
 ///
 /// Ends it, on a task.
-struct Turn(Option<Arc<Holdings>>);
+struct Turn(Arc<Holdings>);
 
 impl Turn {
-    async fn end(mut self) {
-        if let Some(holdings) = self.0.take() {
-            // What was lost needs no resigning.
-            drop(holdings.release_all().done().await);
-        }
+    async fn end(self) {
+        // What was lost needs no resigning. The drop finds nothing left to release.
+        drop(self.0.release_all().done().await);
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if let Some(holdings) = self.0.take() {
-            // Detach: no caller waits for it.
-            drop(holdings.release_all());
-        }
+        // Detach: no caller waits for it.
+        drop(self.0.release_all());
     }
 }
 
@@ -717,12 +699,3 @@ impl Leadership {
 }
 
 is_guard!(Leadership);
-
-impl fmt::Debug for Leadership {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Leadership")
-            .field("key", self.key())
-            .field("backend_pid", &self.backend_pid())
-            .finish_non_exhaustive()
-    }
-}

@@ -593,6 +593,12 @@ macro_rules! is_guard {
                 guard.guard
             }
         }
+
+        impl std::fmt::Debug for $Type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_tuple(stringify!($Type)).field(&self.guard).finish()
+            }
+        }
     };
 }
 pub(crate) use is_guard;

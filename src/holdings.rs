@@ -12,14 +12,14 @@ use crate::session::release::Release;
 use crate::sql::release::Protocol;
 
 /// What a handle holds.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Holdings {
     closed: AtomicBool,
     notify: Notify,
     entries: Mutex<Entries>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Entries {
     next: u64,
     /// Usually one.
@@ -27,7 +27,6 @@ struct Entries {
 }
 
 /// One of them, as the guard knows it.
-#[derive(Debug)]
 pub(crate) struct Holding {
     holdings: Arc<Holdings>,
     id: u64,

@@ -68,10 +68,8 @@ pub fn fnv1a(name: impl Into<String>) -> Key {
     const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0100_0000_01b3;
 
-    let name = name.into();
-    let hash =
-        name.bytes().fold(OFFSET_BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME));
-    named(KeyId::BigInt(hash.cast_signed()), name)
+    let add = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME);
+    hashed(name, |name| name.bytes().fold(OFFSET_BASIS, add).cast_signed())
 }
 
 /// Makes the key that Ruby's [`with_advisory_lock`] locks: a pair, of 31 bits of the name's CRC-32 and
@@ -132,9 +130,7 @@ pub fn rails_migrations(database: impl AsRef<str>) -> Key {
 /// assert_eq!(interop::django_pglocks_v1("123456789"), Key::from(0xcbf4_3926_u32.cast_signed()));
 /// ```
 pub fn django_pglocks_v1(name: impl Into<String>) -> Key {
-    let name = name.into();
-    let id = KeyId::BigInt(crc32(name.as_bytes()).cast_signed().into());
-    named(id, name)
+    hashed(name, |name| crc32(name.as_bytes()).cast_signed().into())
 }
 
 /// Makes the key that Python's [`django-pglocks`] locks from version 2 on: the first 8 bytes of the
@@ -152,9 +148,7 @@ pub fn django_pglocks_v1(name: impl Into<String>) -> Key {
 /// assert_eq!(interop::django_pglocks_v2("abc"), Key::from(number));
 /// ```
 pub fn django_pglocks_v2(name: impl Into<String>) -> Key {
-    let name = name.into();
-    let id = KeyId::BigInt(i64::from_be_bytes(sha256(&name)));
-    named(id, name)
+    hashed(name, |name| i64::from_be_bytes(sha256(name)))
 }
 
 /// Makes the key that Python's [`django-pglock`] locks: the first 8 bytes of the name's SHA-256, the
@@ -172,9 +166,7 @@ pub fn django_pglocks_v2(name: impl Into<String>) -> Key {
 /// assert_eq!(interop::django_pglock("abc"), Key::from(number));
 /// ```
 pub fn django_pglock(name: impl Into<String>) -> Key {
-    let name = name.into();
-    let id = KeyId::BigInt(i64::from_le_bytes(sha256(&name)));
-    named(id, name)
+    hashed(name, |name| i64::from_le_bytes(sha256(name)))
 }
 
 /// Makes the key of `pg_advisory_lock(hashtext(name))`, which is in much hand-written SQL.
@@ -192,10 +184,7 @@ pub fn django_pglock(name: impl Into<String>) -> Key {
 /// assert_eq!(interop::hashtext("x"), Key::from(1074944137));
 /// ```
 pub fn hashtext(name: impl Into<String>) -> Key {
-    let name = name.into();
-    let (_, hash) = lookup3(name.as_bytes());
-    let id = KeyId::BigInt(hash.cast_signed().into());
-    named(id, name)
+    hashed(name, |name| lookup3(name.as_bytes()).1.cast_signed().into())
 }
 
 /// Makes the key of `pg_advisory_lock(hashtextextended(name, 0))`: as [`hashtext`], but
@@ -210,10 +199,10 @@ pub fn hashtext(name: impl Into<String>) -> Key {
 /// assert_eq!(key.name(), Some("nightly-report"));
 /// ```
 pub fn hashtextextended(name: impl Into<String>) -> Key {
-    let name = name.into();
-    let (high, low) = lookup3(name.as_bytes());
-    let id = KeyId::BigInt((u64::from(high) << 32 | u64::from(low)).cast_signed());
-    named(id, name)
+    hashed(name, |name| {
+        let (high, low) = lookup3(name.as_bytes());
+        (u64::from(high) << 32 | u64::from(low)).cast_signed()
+    })
 }
 
 /// Makes the key of `pg_advisory_lock(hashtext(first), hashtext(second))`.
@@ -245,9 +234,7 @@ pub fn hashtext_pair(first: impl AsRef<str>, second: impl AsRef<str>) -> Key {
 /// assert_eq!(interop::md5("abc"), Key::from(number));
 /// ```
 pub fn md5(name: impl Into<String>) -> Key {
-    let name = name.into();
-    let hash: [u8; 16] = Md5::digest(&name).into();
-    named(KeyId::BigInt(i64::from_be_bytes(first_bytes(&hash))), name)
+    hashed(name, |name| i64::from_be_bytes(first_bytes(&Md5::digest(name))))
 }
 
 /// Makes the key that PHP's [`PostgreSqlStore`] of Symfony locks: the name's CRC-32, as a number without a
@@ -264,8 +251,7 @@ pub fn md5(name: impl Into<String>) -> Key {
 /// assert_eq!(interop::symfony("123456789"), Key::from(0xcbf4_3926_i64));
 /// ```
 pub fn symfony(name: impl Into<String>) -> Key {
-    let name = name.into();
-    named(KeyId::BigInt(crc32(name.as_bytes()).into()), name)
+    hashed(name, |name| crc32(name.as_bytes()).into())
 }
 
 /// Makes the key that sqlx's migrations lock in the database of this name.
@@ -317,14 +303,18 @@ fn golang_migrate_hash(parts: &[&str]) -> u32 {
     crc32(parts.join("\0").as_bytes()).wrapping_mul(SALT)
 }
 
+fn hashed(name: impl Into<String>, hash: impl FnOnce(&str) -> i64) -> Key {
+    let name = name.into();
+    named(KeyId::BigInt(hash(&name)), name)
+}
+
 fn named(id: KeyId, name: String) -> Key {
     Key::from_id(id).called(name)
 }
 
 /// The first 8 bytes.
 fn sha256(name: &str) -> [u8; 8] {
-    let hash: [u8; 32] = Sha256::digest(name).into();
-    first_bytes(&hash)
+    first_bytes(&Sha256::digest(name))
 }
 
 fn first_bytes(hash: &[u8]) -> [u8; 8] {

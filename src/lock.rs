@@ -207,9 +207,7 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire(&mut self) -> Result<Option<ExclusiveGuard>> {
-        let request = self.request(Mode::Exclusive);
-        let held = self.owner.try_acquire(&request).await?;
-        Ok(held.map(ExclusiveGuard::new))
+        self.try_acquire_for(Duration::ZERO).await
     }
 
     /// Acquires the lock exclusively, waiting for at most `timeout`. Returns `None` after that.
@@ -263,9 +261,7 @@ impl Lock {
     ///
     /// If called outside a tokio runtime.
     pub async fn try_acquire_until(&mut self, deadline: Instant) -> Result<Option<ExclusiveGuard>> {
-        let request = self.request(Mode::Exclusive);
-        let held = self.owner.try_acquire_for(&request, time_until(deadline)).await?;
-        Ok(held.map(ExclusiveGuard::new))
+        self.try_acquire_for(time_until(deadline)).await
     }
 
     /// Acquires the lock shared (`pg_advisory_lock_shared`), waiting until no other session holds it
@@ -336,9 +332,7 @@ impl Lock {
     /// # drop(writing); Ok(()) }
     /// ```
     pub async fn try_acquire_shared(&mut self) -> Result<Option<SharedGuard>> {
-        let request = self.request(Mode::Shared);
-        let held = self.owner.try_acquire(&request).await?;
-        Ok(held.map(SharedGuard::new))
+        self.try_acquire_shared_for(Duration::ZERO).await
     }
 
     /// Acquires the lock shared, waiting for at most `timeout`. Returns `None` after that.
@@ -393,9 +387,7 @@ impl Lock {
         &mut self,
         deadline: Instant,
     ) -> Result<Option<SharedGuard>> {
-        let request = self.request(Mode::Shared);
-        let held = self.owner.try_acquire_for(&request, time_until(deadline)).await?;
-        Ok(held.map(SharedGuard::new))
+        self.try_acquire_shared_for(time_until(deadline)).await
     }
 
     /// Acquires the lock exclusively, runs a future under it, and releases it.
@@ -464,11 +456,7 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn try_run<T>(&self, future: impl Future<Output = T>) -> Result<Option<T>> {
-        let guard = self.clone().try_acquire().await?;
-        match guard {
-            Some(guard) => Guard::from(guard).run(future).await.map(Some),
-            None => Ok(None),
-        }
+        self.try_run_for(Duration::ZERO, future).await
     }
 
     /// Runs a future under the lock, waiting for the lock for at most `timeout`. Returns `None` after that.

@@ -334,7 +334,7 @@ impl Manager {
         };
         let budget = Budget::of(pool);
         // One connection is for the shared session.
-        let spare = budget.limit(options.reserve()).saturating_sub(1);
+        let spare = budget.limit(options.reserve_connections).saturating_sub(1);
         let most = pool.options().get_max_connections() / CONNECTIONS_FOR_EACH;
         let wait_sessions = spare.min(most).clamp(1, MOST_WAIT_SESSIONS);
         Self {
@@ -414,7 +414,7 @@ impl Manager {
 
     /// Waits for a moment, and then checks that the driver runs.
     async fn watch_driver<T>(&self, future: impl Future<Output = T>) -> Option<T> {
-        let bound = self.options.beat().bound();
+        let bound = self.options.heartbeat.bound();
         if let Ok(output) = timeout(bound / 8, future).await {
             return Some(output);
         }
@@ -505,7 +505,7 @@ impl Manager {
 
     /// Whether all connections that locks may have are in use.
     fn is_short(&self) -> bool {
-        !self.budget.has_spare(self.options.reserve())
+        !self.budget.has_spare(self.options.reserve_connections)
     }
 
     /// The shared session is to be opened, or was. If no connection is free for it, wait sessions stop waiting.

@@ -83,6 +83,6 @@ mod record;
 
 pub use record::describe;
 pub(crate) use record::{
-    Acquire, Connection, Held, KeyLabel, Labels, Leading, Queued, Waiting, abandoned, batch,
-    candidate, heartbeat, lost, update,
+    Acquire, Held, KeyLabel, Labels, Leading, One, Waiting, abandoned, batch, candidate,
+    connection, heartbeat, lost, queued, update,
 };

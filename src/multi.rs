@@ -177,8 +177,7 @@ impl MultiLock {
     /// # drop(both); Ok(()) }
     /// ```
     pub async fn try_acquire(&mut self) -> Result<Option<MultiGuard>> {
-        let request = self.request()?;
-        Ok(self.owner.try_acquire(&request).await?.map(MultiGuard::new))
+        self.try_acquire_for(Duration::ZERO).await
     }
 
     /// Acquires all the locks, waiting for at most `timeout` in total. Returns `None` after that.
@@ -224,8 +223,7 @@ impl MultiLock {
     ///
     /// If called outside a tokio runtime.
     pub async fn try_acquire_until(&mut self, deadline: Instant) -> Result<Option<MultiGuard>> {
-        let request = self.request()?;
-        Ok(self.owner.try_acquire_for(&request, time_until(deadline)).await?.map(MultiGuard::new))
+        self.try_acquire_for(time_until(deadline)).await
     }
 
     /// Releases everything that this handle holds, while its guards are still alive. These report
@@ -337,12 +335,3 @@ impl MultiGuard {
 }
 
 is_guard!(MultiGuard);
-
-impl fmt::Debug for MultiGuard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MultiGuard")
-            .field("keys", &self.guard.request().locks())
-            .field("backend_pid", &self.backend_pid())
-            .finish_non_exhaustive()
-    }
-}

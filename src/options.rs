@@ -26,16 +26,16 @@ use crate::metrics::KeyLabel;
 #[derive(Clone, Debug)]
 pub struct LockOptions {
     wait_slice: Option<Duration>,
-    heartbeat: Heartbeat,
-    keepalives: Keepalives,
-    /// Identifies these settings on the server.
-    mark: Arc<str>,
-    require_settings: bool,
-    allow_standby: bool,
-    reserve_connections: Option<u32>,
-    max_hold: Option<Duration>,
-    application_name: Option<Arc<str>>,
-    key_label: KeyLabel,
+    pub(crate) heartbeat: Heartbeat,
+    pub(crate) keepalives: Keepalives,
+    /// Identifies the keepalives on the server; written once, and not for each acquire.
+    pub(crate) mark: Arc<str>,
+    pub(crate) require_settings: bool,
+    pub(crate) allow_standby: bool,
+    pub(crate) reserve_connections: Option<u32>,
+    pub(crate) max_hold: Option<Duration>,
+    pub(crate) application_name: Option<Arc<str>>,
+    pub(crate) key_label: KeyLabel,
 }
 
 /// How often a session is asked, and how long it may take to answer.
@@ -443,41 +443,29 @@ impl LockOptions {
         const TICK: Duration = Duration::from_millis(100);
         const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
-        let Self { wait_slice, heartbeat, keepalives, .. } = self;
-        if let Some(wait_slice) = wait_slice
-            && !(SHORTEST..=LONGEST).contains(wait_slice)
-        {
-            return Some(format!(
-                "wait_slice is {wait_slice:?}; it must be from {SHORTEST:?} to {LONGEST:?}"
-            ));
-        }
-        if let Some(max_hold) = self.max_hold
-            && !(MARGIN..=A_YEAR).contains(&max_hold)
-        {
-            return Some(format!(
-                "max_hold is {max_hold:?}; it must be from {MARGIN:?} to {A_YEAR:?}"
-            ));
-        }
-        let Heartbeat { interval, timeout } = heartbeat;
-        for (name, value) in [("heartbeat_interval", interval), ("heartbeat_timeout", timeout)] {
-            if !(TICK..=LONGEST).contains(value) {
+        let Heartbeat { interval, timeout } = self.heartbeat;
+        let Keepalives { idle, interval: between, retries } = self.keepalives;
+        for (name, value, whole, shortest, longest) in [
+            ("wait_slice", self.wait_slice, "", SHORTEST, LONGEST),
+            ("max_hold", self.max_hold, "", MARGIN, A_YEAR),
+            ("heartbeat_interval", Some(interval), "", TICK, LONGEST),
+            ("heartbeat_timeout", Some(timeout), "", TICK, LONGEST),
+            ("keepalives_idle", Some(idle), "whole seconds, ", MARGIN, LONGEST),
+            ("keepalives_interval", Some(between), "whole seconds, ", MARGIN, LONGEST),
+        ] {
+            if let Some(value) = value
+                && !((shortest..=longest).contains(&value)
+                    && (whole.is_empty() || value.subsec_nanos() == 0))
+            {
                 return Some(format!(
-                    "{name} is {value:?}; it must be from {TICK:?} to {LONGEST:?}"
+                    "{name} is {value:?}; it must be {whole}from {shortest:?} to {longest:?}"
                 ));
             }
         }
-        let Keepalives { idle, interval: between, retries } = keepalives;
-        for (name, value) in [("keepalives_idle", idle), ("keepalives_interval", between)] {
-            if value.subsec_nanos() != 0 || !(MARGIN..=LONGEST).contains(value) {
-                return Some(format!(
-                    "{name} is {value:?}; it must be whole seconds, from {MARGIN:?} to {LONGEST:?}"
-                ));
-            }
-        }
-        if !(1..=100).contains(retries) {
+        if !(1..=100).contains(&retries) {
             return Some(format!("keepalives_retries is {retries}; it must be from 1 to 100"));
         }
-        let (holder, server) = (heartbeat.bound(), keepalives.bound());
+        let (holder, server) = (self.heartbeat.bound(), self.keepalives.bound());
         (holder + MARGIN > server).then(|| {
             format!(
                 "heartbeat_interval + heartbeat_timeout = {holder:?}, and keepalives_retries * \
@@ -494,43 +482,6 @@ impl LockOptions {
     /// Sets how long a slice lasts if the application does not say.
     pub(crate) fn default_slice(&mut self, slice: Duration) {
         self.wait_slice.get_or_insert(slice);
-    }
-
-    pub(crate) fn beat(&self) -> Heartbeat {
-        self.heartbeat
-    }
-
-    pub(crate) fn keepalives(&self) -> Keepalives {
-        self.keepalives
-    }
-
-    /// The mark of the same, written once and not for each acquire.
-    pub(crate) fn mark(&self) -> &str {
-        &self.mark
-    }
-
-    pub(crate) fn settings_required(&self) -> bool {
-        self.require_settings
-    }
-
-    pub(crate) fn reserve(&self) -> Option<u32> {
-        self.reserve_connections
-    }
-
-    pub(crate) fn longest_hold(&self) -> Option<Duration> {
-        self.max_hold
-    }
-
-    pub(crate) fn shown_name(&self) -> Option<&str> {
-        self.application_name.as_deref()
-    }
-
-    pub(crate) fn key_label(&self) -> KeyLabel {
-        self.key_label
-    }
-
-    pub(crate) fn standby_allowed(&self) -> bool {
-        self.allow_standby
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
-use tokio::runtime::Handle;
 use tokio::task;
 use tracing::Instrument;
 use tracing::field::{Empty, display};
@@ -20,19 +19,21 @@ use crate::options::LockOptions;
 use crate::progress::reported;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::conn::Conn;
 use crate::session::hand_on;
 use crate::session::ledger::Join;
 use crate::session::local_queue::{LineId, Next};
 use crate::session::pending::{Granted, Pending, Verdict};
 use crate::session::policy::WaitPolicy;
-use crate::session::pool;
 use crate::session::servers::PoolServer;
 use crate::session::slot::Unavailable;
 
 /// The part that all kinds of handles have in common: it acquires locks re-entrantly on one session.
-#[derive(Clone, Debug)]
-#[expect(unnameable_types, reason = "the sealed trait of `Source` names it")]
+#[derive(Clone)]
+#[expect(
+    missing_debug_implementations,
+    unnameable_types,
+    reason = "the sealed trait of `Source` names it"
+)]
 pub struct Owner {
     pool: PgPool,
     server: PoolServer,
@@ -139,12 +140,6 @@ impl Owner {
 
     pub(crate) fn pool(&self) -> &PgPool {
         &self.pool
-    }
-
-    /// A connection of the pool, to run a query that needs no session of a lock.
-    pub(crate) async fn connection(&self, key: &Key) -> Result<Conn> {
-        let pooled = pool::lend(&self.pool, key, WaitPolicy::Forever, Instant::now()).await?;
-        Ok(Conn::new(pooled, Handle::current(), None))
     }
 
     /// Acquires, inside a span that tells how it went.

@@ -8,7 +8,7 @@ use crate::mode::Mode;
 use crate::options::LockOptions;
 
 /// Locks, in the order in which they are taken.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Request {
     locks: Locks,
     pub(crate) need: Need,
@@ -19,7 +19,7 @@ pub(crate) struct Request {
 }
 
 /// Never empty, and no key twice.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 enum Locks {
     /// The usual case: nothing to allocate.
     One((Key, Mode)),
@@ -91,7 +91,7 @@ impl Request {
 
     /// The labels of its metrics.
     pub(crate) fn labels(&self, options: &LockOptions) -> Labels {
-        Labels::new(options.key_label(), self.key(), self.mode()).only_if(!self.internal)
+        Labels::new(options.key_label, self.key(), self.mode()).only_if(!self.internal)
     }
 
     /// The key that stands for all of them: errors name it.

@@ -4,7 +4,7 @@ pub(crate) mod layout;
 mod permit;
 
 use std::fmt;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::guard::Guard;
 use crate::key::Key;
 use crate::metrics::{self, Labels, Waiting};
 use crate::mode::Mode;
-use crate::owner::Owner;
+use crate::owner::{Owner, time_until};
 use crate::progress::reported;
 use crate::request::Request;
 use crate::session::budget::Budget;
@@ -205,10 +205,13 @@ impl Semaphore {
     /// # Ok(()) }
     /// ```
     pub async fn acquire(&self) -> Result<Permit> {
-        let metric = metrics::Acquire::start(self.inner.labels());
-        let permit = self.inner.reported(pin!(self.inner.acquire())).await;
-        metric.end(&permit.as_ref().map(Some), true);
-        permit
+        loop {
+            // Without a deadline, it never ends in `None`.
+            let permit = self.wait(None).await?;
+            if let Some(permit) = permit {
+                return Ok(permit);
+            }
+        }
     }
 
     /// Acquires a permit if one is free, and no other task or process waits for it. `None` otherwise.
@@ -293,61 +296,45 @@ impl Semaphore {
         if deadline <= Instant::now() {
             return self.try_acquire().await;
         }
+        self.wait(Some(deadline)).await
+    }
+
+    async fn wait(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let metric = metrics::Acquire::start(self.inner.labels());
-        let permit = self.inner.reported(pin!(self.inner.acquire_until(deadline))).await;
+        let acquire = pin!(self.inner.acquire(deadline));
+        let permit = reported(Some(self.key()), self.inner.owner.options.slice(), acquire).await;
         metric.end(&permit, true);
         permit
     }
 }
 
 impl Inner {
-    async fn reported<T: Send>(&self, acquire: Pin<&mut (impl Future<Output = T> + Send)>) -> T {
-        reported(Some(&self.key), self.owner.options.slice(), acquire).await
-    }
-
-    async fn acquire(&self) -> Result<Permit> {
-        let mut waiting = Waiting::new(self.labels());
-        let _first = if let Ok(first) = self.waiting.try_lock() {
-            first
-        } else {
-            waiting.start();
-            self.first().await?
-        };
-        loop {
-            // Without a deadline, it never ends in `None`.
-            let permit =
-                self.wait(None, &mut waiting).await.map_err(|error| self.fail(error, None))?;
-            if let Some(permit) = permit {
-                return Ok(permit);
-            }
-        }
-    }
-
-    async fn acquire_until(&self, deadline: Instant) -> Result<Option<Permit>> {
+    /// Acquires a permit, until the deadline if there is one.
+    async fn acquire(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let mut waiting = Waiting::new(self.labels());
         let (_first, queued) = if let Ok(first) = self.waiting.try_lock() {
             (first, false)
         } else {
             waiting.start();
-            match timeout_at(deadline.into(), self.first()).await {
-                Ok(first) => (first?, true),
-                Err(_) => return Ok(None),
+            match until(deadline, self.first()).await {
+                Some(first) => (first?, true),
+                None => return Ok(None),
             }
         };
-        let late = queued && deadline.saturating_duration_since(Instant::now()) < POLL_INTERVAL;
+        let late = queued && deadline.is_some_and(|deadline| time_until(deadline) < POLL_INTERVAL);
         // Longer only if the server is silent.
-        let latest = deadline.checked_add(GRACE).unwrap_or(deadline);
-        match timeout_at(latest.into(), self.wait(Some(deadline), &mut waiting)).await {
-            Err(_) => Ok(None),
+        let latest = deadline.and_then(|deadline| deadline.checked_add(GRACE));
+        match until(latest, self.wait(deadline, &mut waiting)).await {
+            None => Ok(None),
             // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
             // its way back from who was first before.
-            Ok(Err(error)) if late && is_timeout(&error) => Ok(None),
-            Ok(found) => found.map_err(|error| self.fail(error, Some(deadline))),
+            Some(Err(error)) if late && is_timeout(&error) => Ok(None),
+            Some(found) => found.map_err(|error| self.fail(error, deadline)),
         }
     }
 
     fn labels(&self) -> Labels {
-        Labels::new(self.owner.options.key_label(), &self.key, Mode::Exclusive)
+        Labels::new(self.owner.options.key_label, &self.key, Mode::Exclusive)
     }
 
     /// Waits until all others of this process that came before have a permit, or none of them can get one.
@@ -380,7 +367,7 @@ impl Inner {
 
     /// Adds the number of permits to the error if the pool can never provide a connection for each of them.
     fn explain(&self, mut error: Error) -> Error {
-        let limit = Budget::of(self.owner.pool()).limit(self.owner.options.reserve());
+        let limit = Budget::of(self.owner.pool()).limit(self.owner.options.reserve_connections);
         let is_short = usize::try_from(limit).is_ok_and(|limit| limit < self.permits);
         if let Error::PoolTimedOut { permits, .. } = &mut error
             && is_short
@@ -426,7 +413,7 @@ impl Inner {
         deadline: Option<Instant>,
         waiting: &mut Waiting,
     ) -> Result<Option<Permit>> {
-        let left = || deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = || deadline.map(time_until);
         let is_over = || left().is_some_and(|left| left.is_zero());
         let permit = self.pass(deadline).await?;
         if permit.is_some() {
@@ -516,6 +503,14 @@ impl Inner {
             }
             Census::Done => false,
         }
+    }
+}
+
+/// Waits for a future, until the deadline if there is one. `None` if that has passed.
+async fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
+    match deadline {
+        Some(deadline) => timeout_at(deadline.into(), future).await.ok(),
+        None => Some(future.await),
     }
 }
 

@@ -65,7 +65,6 @@ use servers::Server;
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// One connection, and the guards that depend on it.
-#[derive(Debug)]
 pub(crate) struct Session {
     // Empty once the session has ended.
     conn: Arc<tokio::sync::Mutex<Option<Conn>>>,
@@ -103,8 +102,8 @@ pub(crate) struct Session {
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
     managed_locks: AtomicUsize,
-    /// Names the keys of those locks when the session is lost.
-    managed_keys: OnceLock<shared::ManagedKeys>,
+    /// Names the keys of those locks when the session is lost: a few, and none if the manager is busy just then.
+    managed_keys: OnceLock<Box<dyn Fn() -> Vec<KeyId> + Send + Sync>>,
     /// Whether it is that of a leader.
     pub(crate) leading: metrics::Leading,
     pool: PgPool,
@@ -133,7 +132,7 @@ impl Session {
             uses: AtomicU64::new(0),
             ledger: Mutex::new(Ledger::opening()),
             backend_pid: OnceLock::new(),
-            heartbeat: options.beat(),
+            heartbeat: options.heartbeat,
             options: options.clone(),
             last_answered: Mutex::new(Instant::now()),
             loss_notify: Notify::new(),
@@ -266,7 +265,7 @@ impl Session {
 
     /// Until when it may hold what it holds since then, if that is limited. That of a manager is not.
     fn hold_ends(&self, since: Instant) -> Option<Instant> {
-        let longest = self.options.longest_hold()?;
+        let longest = self.options.max_hold?;
         let anew = *self.held_from.lock().unwrap_or_else(PoisonError::into_inner);
         let since = anew.unwrap_or(since);
         let ledger = self.ledger();
@@ -286,7 +285,7 @@ impl Session {
             return None;
         }
         self.restore_settings();
-        Some(self.options.keepalives())
+        Some(self.options.keepalives)
     }
 
     /// Has the settings put back at the end that the application would notice.
@@ -296,7 +295,7 @@ impl Session {
 
     /// What to show in `application_name` for a request, if it is not shown already.
     fn to_show(&self, request: &Request) -> Option<String> {
-        let name = self.options.shown_name()?;
+        let name = self.options.application_name.as_deref()?;
         let key = request.key().id();
         let mut shown = self.shown_key.lock().unwrap_or_else(PoisonError::into_inner);
         (shown.replace(key) != Some(key)).then(|| application_name::of(name, request))
@@ -335,9 +334,8 @@ impl Session {
         self.loss_notify.notify_waiters();
         let backend_pid = self.backend_pid();
         let own = locks.iter().map(|(key, _)| *key);
-        let keys = first_keys(
-            own.chain(self.managed_keys.get().into_iter().flat_map(shared::ManagedKeys::list)),
-        );
+        let keys =
+            first_keys(own.chain(self.managed_keys.get().into_iter().flat_map(|list| list())));
         let locks = locks.len() + self.managed_locks.swap(0, Ordering::Relaxed);
         metrics::lost(loss, locks);
         self.leading.end();

@@ -48,6 +48,23 @@ async fn fetch(
     sqlx::raw_sql(AssertSqlSafe(statement.into())).fetch_one(conn).await
 }
 
+/// The text of a prepared statement that calls a function with a key.
+macro_rules! on_key {
+    ($key:expr, $mode:expr, $before:literal, $function:literal, $after:literal) => {
+        match ($key, $mode) {
+            (KeyId::BigInt(_), Mode::Exclusive) => concat!($before, $function, "($1)", $after),
+            (KeyId::BigInt(_), Mode::Shared) => concat!($before, $function, "_shared($1)", $after),
+            (KeyId::IntPair(..), Mode::Exclusive) => {
+                concat!($before, $function, "($1, $2)", $after)
+            }
+            (KeyId::IntPair(..), Mode::Shared) => {
+                concat!($before, $function, "_shared($1, $2)", $after)
+            }
+        }
+    };
+}
+use on_key;
+
 /// A prepared statement on a key.
 fn bind(statement: impl SqlSafeStr, key: KeyId) -> Query<'static, Postgres, PgArguments> {
     let query = sqlx::query(statement);

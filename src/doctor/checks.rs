@@ -244,7 +244,7 @@ pub(super) fn dead_holder(
     let user_timeout = seen.setting("tcp_user_timeout") / 1000;
     // Where it is set, it counts instead of the probes.
     let silent = if user_timeout == 0 { probes } else { probes.min(user_timeout) };
-    let holder = options.beat().bound();
+    let holder = options.heartbeat.bound();
     let server = Duration::from_secs(silent.try_into().unwrap_or_default());
     let finding = Finding::fine(
         "dead holder",

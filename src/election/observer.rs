@@ -3,17 +3,23 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_core::Stream;
+use sqlx::PgPool;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
-use super::Election;
 use crate::application_name;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::Key;
+use crate::session::conn::Conn;
+use crate::session::policy::WaitPolicy;
+use crate::session::pool::lend;
+use crate::session::{DEADLINE, within};
+use crate::sql;
 use crate::sql::election::Holder;
 
 /// How long after a look an observer looks again: after a change.
@@ -130,7 +136,8 @@ impl From<Holder> for Leader {
 /// ```
 #[must_use = "streams do nothing unless polled"]
 pub struct Observer {
-    election: Arc<Election>,
+    pool: PgPool,
+    key: Key,
     /// When to look next. `None` before the first look, which is due at once.
     due: Option<Instant>,
     /// When a look has last seen something else than the one before, or failed.
@@ -147,9 +154,10 @@ pub struct Observer {
 type Look = Pin<Box<dyn Future<Output = Result<Option<Leader>>> + Send>>;
 
 impl Observer {
-    pub(super) fn new(election: Election) -> Self {
+    pub(super) fn new(pool: PgPool, key: Key) -> Self {
         Self {
-            election: Arc::new(election),
+            pool,
+            key,
             due: None,
             changed_at: Instant::now(),
             look: Mutex::default(),
@@ -193,11 +201,10 @@ impl Observer {
 
     fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Leader>>> {
         loop {
-            let (election, due) = (Arc::clone(&self.election), self.due);
+            let (pool, key, due) = (self.pool.clone(), self.key.clone(), self.due);
             let look = self.look().get_or_insert_with(|| {
                 Box::pin(async move {
                     // A closed pool is reported at once, but not all the time.
-                    let pool = election.owner.pool();
                     if let Some(due) = due
                         && pool.is_closed()
                     {
@@ -208,7 +215,7 @@ impl Observer {
                             () = pool.close_event() => {}
                         }
                     }
-                    election.leader().await
+                    leader(&pool, &key).await
                 })
             });
             let looked = ready!(look.as_mut().poll(cx));
@@ -236,6 +243,16 @@ impl Observer {
     }
 }
 
+/// Asks the server which candidate leads.
+pub(super) async fn leader(pool: &PgPool, key: &Key) -> Result<Option<Leader>> {
+    let pooled = lend(pool, key, WaitPolicy::Forever, Instant::now().into()).await?;
+    let mut conn = Conn::new(pooled, Handle::current(), None);
+    let holder = within(DEADLINE, async { sql::election::holder(conn.pg()?, key.id()).await });
+    let holder = holder.await.map_err(|source| Error::database(key, source))?;
+    conn.give_back();
+    Ok(holder.map(Leader::from))
+}
+
 /// How long after a look an observer looks again, by how long nothing has changed.
 fn pause(unchanged: Duration) -> Duration {
     (unchanged / 10).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
@@ -252,7 +269,7 @@ impl Stream for Observer {
 impl fmt::Debug for Observer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Observer")
-            .field("key", &self.election.key)
+            .field("key", &self.key)
             .field("seen", &self.seen)
             .finish_non_exhaustive()
     }

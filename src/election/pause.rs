@@ -12,7 +12,7 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_mins(1);
 
 /// Pauses that grow from term to term, until a term is neither short nor a failure.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Pauses {
     /// The least that the last pause could be.
     last: Option<Duration>,

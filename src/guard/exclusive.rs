@@ -1,7 +1,5 @@
 //! The guard of an exclusive lock.
 
-use std::fmt;
-
 use super::{Guard, SharedGuard, is_guard};
 use crate::error::{Error, Loss, Result};
 use crate::key::Key;
@@ -101,12 +99,3 @@ impl ExclusiveGuard {
 }
 
 is_guard!(ExclusiveGuard);
-
-impl fmt::Debug for ExclusiveGuard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ExclusiveGuard")
-            .field("key", self.key())
-            .field("backend_pid", &self.backend_pid())
-            .finish_non_exhaustive()
-    }
-}

@@ -1,7 +1,5 @@
 //! The guard of a shared lock.
 
-use std::fmt;
-
 use super::{ExclusiveGuard, Guard, is_guard};
 #[cfg(doc)]
 use crate::error::Error;
@@ -106,15 +104,6 @@ impl SharedGuard {
 }
 
 is_guard!(SharedGuard);
-
-impl fmt::Debug for SharedGuard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SharedGuard")
-            .field("key", self.key())
-            .field("backend_pid", &self.backend_pid())
-            .finish_non_exhaustive()
-    }
-}
 
 /// What came of [`SharedGuard::try_upgrade`].
 #[derive(Debug)]

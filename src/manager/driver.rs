@@ -50,7 +50,7 @@ const IDLE: Duration = Duration::from_secs(1);
 
 /// Takes the steps until there is nothing left to do, or another driver has taken over.
 pub(super) async fn run(manager: Arc<Manager>, number: u64) {
-    let pulse = manager.options.beat().bound() / 8;
+    let pulse = manager.options.heartbeat.bound() / 8;
     let mut driver = Driver {
         owner: Owner::new(&manager.pool, manager.options.clone()),
         number,

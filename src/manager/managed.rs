@@ -116,7 +116,7 @@ impl Managed {
                 answer,
                 elsewhere,
                 settled: false,
-                _queued: metrics::Queued::start(),
+                _queued: metrics::queued(),
             }))),
             (Want::Deadlock, _) => Err(Error::deadlock(key)),
             (Want::Busy | Want::Queued(_), _) => Ok(None),
@@ -230,7 +230,7 @@ struct Waiting<'m> {
     /// The driver is on another runtime.
     elsewhere: bool,
     settled: bool,
-    _queued: metrics::Queued,
+    _queued: metrics::One,
 }
 
 impl Waiting<'_> {
@@ -311,17 +311,5 @@ impl PendingRelease {
             Answer::Lost(loss) => Err(loss),
         };
         released.map_err(|loss| Error::lost(&key, loss))
-    }
-}
-
-impl std::fmt::Debug for PendingRelease {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PendingRelease").field("key", &self.key).finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for Managed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Managed").field("owner", &self.owner.id).finish_non_exhaustive()
     }
 }

@@ -15,7 +15,7 @@ use crate::mode::Mode;
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct KeyLabel {}
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Labels {}
 
 impl Labels {
@@ -28,7 +28,6 @@ impl Labels {
     }
 }
 
-#[derive(Debug)]
 pub(crate) struct Acquire {}
 
 impl Acquire {
@@ -39,7 +38,7 @@ impl Acquire {
     pub(crate) fn end<T, E>(self, _: &Result<Option<T>, E>, _: bool) {}
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Waiting {}
 
 impl Waiting {
@@ -52,7 +51,6 @@ impl Waiting {
     pub(crate) fn end(self) {}
 }
 
-#[derive(Debug)]
 pub(crate) struct Held {}
 
 impl Held {
@@ -63,25 +61,17 @@ impl Held {
     pub(crate) fn end(&mut self) {}
 }
 
-#[derive(Debug)]
-pub(crate) struct Connection {}
+pub(crate) struct One {}
 
-impl Connection {
-    pub(crate) fn taken() -> Self {
-        Self {}
-    }
+pub(crate) fn connection() -> One {
+    One {}
 }
 
-#[derive(Debug)]
-pub(crate) struct Queued {}
-
-impl Queued {
-    pub(crate) fn start() -> Self {
-        Self {}
-    }
+pub(crate) fn queued() -> One {
+    One {}
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Leading {}
 
 impl Leading {

@@ -247,7 +247,7 @@ pub(crate) enum KeyLabel {
 }
 
 /// The labels of a lock.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Labels {
     counted: bool,
     mode: Mode,
@@ -282,51 +282,35 @@ impl Labels {
 /// # Drop
 ///
 /// Records how it ended: if that was not said, its future was dropped.
-#[derive(Debug)]
 pub(crate) struct Acquire {
     labels: Labels,
     /// If it is counted.
     started: Option<Instant>,
-    outcome: Outcome,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Outcome {
-    Acquired,
-    Busy,
-    Cancelled,
-    Error,
-    TimedOut,
+    duration: fn(&Metrics) -> &ByMode<Histogram>,
 }
 
 impl Acquire {
     pub(crate) fn start(labels: Labels) -> Self {
         let started = labels.counted.then(Instant::now);
-        Self { labels, started, outcome: Outcome::Cancelled }
+        Self { labels, started, duration: |metrics| &metrics.cancelled }
     }
 
     /// `had_time` says whether the call could have waited.
     pub(crate) fn end<T, E>(mut self, acquired: &Result<Option<T>, E>, had_time: bool) {
-        self.outcome = match acquired {
-            Ok(Some(_)) => Outcome::Acquired,
-            Ok(None) if had_time => Outcome::TimedOut,
-            Ok(None) => Outcome::Busy,
-            Err(_) => Outcome::Error,
+        self.duration = match acquired {
+            Ok(Some(_)) => |metrics| &metrics.acquired,
+            Ok(None) if had_time => |metrics| &metrics.timed_out,
+            Ok(None) => |metrics| &metrics.busy,
+            Err(_) => |metrics| &metrics.error,
         };
     }
 }
 
 impl Drop for Acquire {
     fn drop(&mut self) {
-        let Some(started) = self.started else { return };
-        let duration = self.labels.metric(|metrics| match self.outcome {
-            Outcome::Acquired => &metrics.acquired,
-            Outcome::Busy => &metrics.busy,
-            Outcome::Cancelled => &metrics.cancelled,
-            Outcome::Error => &metrics.error,
-            Outcome::TimedOut => &metrics.timed_out,
-        });
-        duration.record(started.elapsed());
+        if let Some(started) = self.started {
+            self.labels.metric(self.duration).record(started.elapsed());
+        }
     }
 }
 
@@ -335,8 +319,7 @@ impl Drop for Acquire {
 /// # Drop
 ///
 /// It counts no more.
-#[derive(Debug)]
-struct One(Gauge);
+pub(crate) struct One(Gauge);
 
 impl One {
     fn of(gauge: Gauge) -> Self {
@@ -356,7 +339,6 @@ impl Drop for One {
 /// # Drop
 ///
 /// Records how long it lasted.
-#[derive(Debug)]
 struct Lasting {
     since: Instant,
     duration: Histogram,
@@ -388,7 +370,7 @@ impl Drop for Lasting {
 /// # Drop
 ///
 /// It waits no longer.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Waiting {
     labels: Option<Labels>,
     lasting: Option<Lasting>,
@@ -412,7 +394,6 @@ impl Waiting {
 }
 
 /// A lock that is held.
-#[derive(Debug)]
 pub(crate) struct Held(Option<Lasting>);
 
 impl Held {
@@ -426,27 +407,17 @@ impl Held {
 }
 
 /// A connection that locks use.
-#[derive(Debug)]
-pub(crate) struct Connection(#[expect(dead_code, reason = "its drop counts")] One);
-
-impl Connection {
-    pub(crate) fn taken() -> Self {
-        Self(One::of(metric(|metrics| &metrics.connections, None)))
-    }
+pub(crate) fn connection() -> One {
+    One::of(metric(|metrics| &metrics.connections, None))
 }
 
 /// A call that waits for a manager.
-#[derive(Debug)]
-pub(crate) struct Queued(#[expect(dead_code, reason = "its drop counts")] One);
-
-impl Queued {
-    pub(crate) fn start() -> Self {
-        Self(One::of(metric(|metrics| &metrics.queue, None)))
-    }
+pub(crate) fn queued() -> One {
+    One::of(metric(|metrics| &metrics.queue, None))
 }
 
 /// The part of a session in an election: whether its candidate leads.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Leading(Mutex<Option<One>>);
 
 impl Leading {

@@ -15,7 +15,6 @@ pub(crate) const MAX_PERMITS: usize = 1 << SLOT_BITS;
 const SLOT_BITS: u32 = 10;
 
 /// The keys of one semaphore.
-#[derive(Debug)]
 pub(crate) struct Layout {
     name: String,
     queue: Key,

@@ -1,7 +1,5 @@
 //! A permit of a semaphore, held.
 
-use std::fmt;
-
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
@@ -86,12 +84,3 @@ impl Permit {
 }
 
 is_guard!(Permit);
-
-impl fmt::Debug for Permit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Permit")
-            .field("key", &self.key)
-            .field("backend_pid", &self.backend_pid())
-            .finish_non_exhaustive()
-    }
-}

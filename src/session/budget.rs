@@ -17,13 +17,12 @@ use super::local_queue::LocalQueues;
 use super::policy::WaitPolicy;
 use crate::error::{Error, Result};
 use crate::key::Key;
-use crate::metrics::Connection;
+use crate::metrics;
 
 /// Longer than any wait.
 pub(super) const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
 /// The connections of one pool.
-#[derive(Debug)]
 pub(crate) struct Budget {
     /// One permit for each connection that the pool may open.
     permits: Arc<Semaphore>,
@@ -41,12 +40,11 @@ pub(crate) struct Budget {
 /// # Drop
 ///
 /// Lets the next in the queue have it.
-#[derive(Debug)]
 pub(crate) struct Permit {
     _share: OwnedSemaphorePermit,
     // The pool finds it again as long as one of its permits is out.
     budget: Arc<Budget>,
-    _connection: Connection,
+    _connection: metrics::One,
 }
 
 impl Permit {
@@ -126,7 +124,7 @@ impl Budget {
         drop(permit.split(others));
         self.in_use.fetch_add(1, Ordering::Relaxed);
         let budget = Arc::clone(self);
-        Permit { _share: permit, budget, _connection: Connection::taken() }
+        Permit { _share: permit, budget, _connection: metrics::connection() }
     }
 
     async fn queue(

@@ -4,7 +4,7 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection, PgConnection};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::conn::Conn;
@@ -107,9 +107,12 @@ impl Session {
             }
         }
         let cancelling = timeout(SEND_LIMIT, async {
-            let mut beside = self.connect_beside().await?;
-            let sent = sql::backend::cancel(&mut beside.conn, backend_pid).await;
-            beside.close().await;
+            // Never closed, so never an error.
+            let _turn = CANCELLING.acquire().await.ok();
+            let mut beside = PgConnection::connect_with(&self.connect_options()).await?;
+            let sent = sql::backend::cancel(&mut beside, backend_pid).await;
+            // If this fails, the connection is closed all the same.
+            beside.close().await.ok();
             sent
         });
         let error = match cancelling.await {
@@ -123,27 +126,5 @@ impl Session {
             "cannot cancel a wait that was abandoned; trying again"
         );
         unknown
-    }
-
-    /// Opens a connection beside the pool, for one short question.
-    async fn connect_beside(&self) -> Result<Beside, sqlx::Error> {
-        // Never closed, so never an error.
-        let permit = CANCELLING.acquire().await.ok();
-        let conn = PgConnection::connect_with(&self.connect_options()).await?;
-        Ok(Beside { conn, _permit: permit })
-    }
-}
-
-/// A connection beside the pool.
-#[derive(Debug)]
-struct Beside {
-    conn: PgConnection,
-    _permit: Option<SemaphorePermit<'static>>,
-}
-
-impl Beside {
-    /// Says goodbye to the server. If that fails, the connection is closed all the same.
-    async fn close(self) {
-        drop(self.conn.close().await);
     }
 }

@@ -1,6 +1,5 @@
 //! A pooled connection that may be dropped anywhere, and then is closed.
 
-use std::fmt;
 use std::sync::Arc;
 
 use sqlx::pool::PoolConnection;
@@ -81,10 +80,4 @@ pub(crate) fn enter<T>(runtime: &Handle, f: impl FnOnce() -> T) -> T {
 /// The same, unless the thread is inside a runtime already.
 pub(crate) fn enter_unless_inside<T>(runtime: &Handle, f: impl FnOnce() -> T) -> T {
     if Handle::try_current().is_ok() { f() } else { enter(runtime, f) }
-}
-
-impl fmt::Debug for Conn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Conn").field("untidy", &self.untidy).finish_non_exhaustive()
-    }
 }

@@ -22,7 +22,6 @@ pub(crate) const TIME: Duration = Duration::from_millis(10);
 /// # Drop
 ///
 /// Releases it.
-#[derive(Debug)]
 pub(crate) struct Handed {
     // Invariant: `Some` until it is taken or dropped.
     session: Option<Arc<Session>>,
@@ -110,11 +109,11 @@ impl Session {
         waiter.request.hand_over_key().is_some()
             && waiter.runtime.id() == self.runtime.id()
             && Arc::ptr_eq(&self.connect_options, &self.pool.connect_options())
-            && mine.beat() == other.beat()
-            && mine.keepalives() == other.keepalives()
-            && mine.settings_required() == other.settings_required()
-            && mine.standby_allowed() == other.standby_allowed()
-            && mine.shown_name() == other.shown_name()
+            && mine.heartbeat == other.heartbeat
+            && mine.keepalives == other.keepalives
+            && mine.require_settings == other.require_settings
+            && mine.allow_standby == other.allow_standby
+            && mine.application_name == other.application_name
     }
 
     /// Becomes a session that holds the lock, on the connection of another one.

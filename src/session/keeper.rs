@@ -46,14 +46,14 @@ const TICK: Duration = Duration::from_millis(25);
 static KEEPERS: LazyLock<Mutex<HashMap<Id, Arc<Keeper>>>> = LazyLock::new(Mutex::default);
 
 /// The sessions of one runtime, from outside of the task.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Keeper {
     inbox: Mutex<Inbox>,
     /// There is something in the inbox that can't wait for the next tick.
     notify: Notify,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Inbox {
     admitted: Vec<Weak<Session>>,
     /// Their idle connections are to be polled.
@@ -104,7 +104,6 @@ fn keepers() -> MutexGuard<'static, HashMap<Id, Arc<Keeper>>> {
 }
 
 /// Has the keeper poll the idle connection of a session: the waker of that connection.
-#[derive(Debug)]
 pub(super) struct Wake {
     session: Weak<Session>,
     keeper: Weak<Keeper>,

@@ -34,7 +34,7 @@ use crate::options::LockOptions;
 use crate::request::Request;
 
 /// The lines of a pool.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct LocalQueues {
     // Invariant: there is a line exactly as long as a call is at its front, or was sent there.
     lines: Mutex<HashMap<LineId, Line>>,
@@ -51,13 +51,12 @@ pub(crate) struct LineId {
 }
 
 /// The calls behind the front, in the order in which they came.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Line {
     waiters: BTreeMap<u64, Waiter>,
 }
 
 /// A call that waits.
-#[derive(Debug)]
 pub(crate) struct Waiter {
     pub(super) request: Request,
     pub(super) options: LockOptions,
@@ -68,7 +67,6 @@ pub(crate) struct Waiter {
 }
 
 /// The message to a call in line.
-#[derive(Debug)]
 pub(crate) enum Next {
     /// To wait on the server, without a place in line.
     Alone,
@@ -89,7 +87,6 @@ pub(crate) enum Next {
 /// # Drop
 ///
 /// Passes it to the next in line.
-#[derive(Debug)]
 pub(crate) struct Front {
     id: LineId,
     // `None` once it is passed on.
@@ -101,7 +98,6 @@ pub(crate) struct Front {
 /// # Drop
 ///
 /// Leaves the line. A message that was not received goes to the next one.
-#[derive(Debug)]
 pub(crate) struct Place {
     id: LineId,
     number: u64,

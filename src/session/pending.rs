@@ -29,7 +29,6 @@ use crate::sql;
 use crate::sql::lock::{Tried, Wanted};
 
 /// What the server said.
-#[derive(Debug)]
 pub(crate) enum Verdict {
     Busy,
     Granted,
@@ -52,7 +51,6 @@ pub(crate) struct Granted {
 /// Undoes the acquire on a task. A statement that only tries is allowed to finish; one that waits is
 /// cancelled from another connection. Then any lock that was granted meanwhile is released. If any of
 /// that fails, the connection is closed.
-#[derive(Debug)]
 pub(crate) struct Pending {
     session: Arc<Session>,
     /// `None` between two slices of a wait.
@@ -119,11 +117,11 @@ impl Pending {
         let started = Instant::now();
         let budget = Arc::clone(server.budget());
         let server = server.server(pool);
-        let mut permit = budget.permit(request.key(), options.reserve(), policy).await?;
+        let mut permit = budget.permit(request.key(), options.reserve_connections, policy).await?;
         while let Some(idle) = pool.try_acquire() {
             let mut pending = Self::start(pool, server, idle, permit, &runtime, request, options);
             // A connection on which nothing arrives must not use up the time of the others.
-            let limit = policy.answer_limit().min(options.beat().answer_limit());
+            let limit = policy.answer_limit().min(options.heartbeat.answer_limit());
             let failed = match pending.ask(limit).await {
                 Ok(Verdict::Standby) => Error::Standby { key: request.key().clone() },
                 Ok(verdict) => return Ok((pending, verdict)),
@@ -141,7 +139,7 @@ impl Pending {
             if started.elapsed() >= policy.answer_limit() {
                 return Err(failed);
             }
-            permit = budget.permit(request.key(), options.reserve(), policy).await?;
+            permit = budget.permit(request.key(), options.reserve_connections, policy).await?;
         }
         Box::pin(async {
             let pooled = lend(pool, request.key(), policy, started).await?;
@@ -208,10 +206,10 @@ impl Pending {
                 session.tidy(conn).await?;
                 *stage = Stage::Trying;
                 let pg = conn.pg()?;
-                let (need, required) = (request.need, options.settings_required());
+                let (need, required) = (request.need, options.require_settings);
                 let wanted: Wanted<'_> = (required || !session.server.refuses_settings())
-                    .then(|| (options.keepalives(), options.mark()));
-                let allow_standby = options.standby_allowed();
+                    .then(|| (options.keepalives, &*options.mark));
+                let allow_standby = options.allow_standby;
                 match sql::lock::try_lock(pg, missing, need, wanted, required, allow_standby).await
                 {
                     Err(error) if needs_another_try(&error) => {

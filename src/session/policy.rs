@@ -7,7 +7,7 @@ use tokio::time::timeout_at;
 use super::DEADLINE;
 
 /// For how long an acquire waits for a busy lock.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) enum WaitPolicy {
     /// Not for the lock, and until then for the pool.
     ForPool(Instant),

@@ -53,13 +53,13 @@ const NEGATIVE: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 6;
 
 /// What is known of a server.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Proof {
     state: watch::Sender<State>,
     attempt: Mutex<Option<Attempt>>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 enum State {
     #[default]
     Unknown,
@@ -67,7 +67,6 @@ enum State {
     Disproven(Instant),
 }
 
-#[derive(Debug)]
 struct Attempt {
     /// When the first acquire began to wait.
     since: Instant,

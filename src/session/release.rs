@@ -23,7 +23,6 @@ use crate::sql;
 use crate::sql::release::{Protocol, Unlocked};
 
 /// A release that is done, or in flight.
-#[derive(Debug)]
 pub(crate) enum Release {
     Done(Result<()>),
     Running(Key, Arc<Session>, Task<Result<()>>),

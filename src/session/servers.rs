@@ -1,7 +1,7 @@
 //! What this process has found out about the servers behind its pools.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,16 +15,15 @@ use super::proof::Proof;
 const ASK_AGAIN: Duration = Duration::from_mins(1);
 
 /// What is known of one server, as one user sees it.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Server {
     pub(super) proof: Proof,
     /// When it rejected the settings by which it detects a dead client.
     refused_settings: Mutex<Option<Instant>>,
-    /// Whether it is set, readable without the mutex.
-    has_refused: AtomicBool,
     /// The role may not wait in plpgsql.
-    waits_plainly: AtomicBool,
-    deadlock_timeout: OnceLock<Duration>,
+    pub(super) waits_plainly: AtomicBool,
+    /// Its setting, once it was asked for.
+    pub(super) deadlock_timeout: OnceLock<Duration>,
 }
 
 impl Server {
@@ -35,44 +34,26 @@ impl Server {
 
     /// Whether the server has rejected the settings lately. It is asked again now and then.
     pub(super) fn refuses_settings(&self) -> bool {
-        self.has_refused.load(Ordering::Relaxed)
-            && self.refused().is_some_and(|at| at.elapsed() < ASK_AGAIN)
+        self.refused().is_some_and(|at| at.elapsed() < ASK_AGAIN)
     }
 
     /// The server has rejected the settings. Returns whether that is new.
     pub(super) fn set_refused(&self) -> bool {
-        self.has_refused.store(true, Ordering::Relaxed);
         self.refused().replace(Instant::now()).is_none()
     }
 
     /// The server has accepted the settings.
     pub(super) fn set_accepted(&self) {
-        if self.has_refused.load(Ordering::Relaxed) {
-            self.has_refused.store(false, Ordering::Relaxed);
-            *self.refused() = None;
-        }
+        *self.refused() = None;
     }
 
     fn refused(&self) -> MutexGuard<'_, Option<Instant>> {
         self.refused_settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    pub(super) fn waits_plainly(&self) -> bool {
-        self.waits_plainly.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_waits_plainly(&self) {
-        self.waits_plainly.store(true, Ordering::Relaxed);
-    }
-
-    /// The server's `deadlock_timeout`, once it was asked for.
-    pub(super) fn deadlock_timeout(&self) -> &OnceLock<Duration> {
-        &self.deadlock_timeout
-    }
 }
 
 /// The server behind a pool, looked up once for as long as the pool's options stay what they are.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct PoolServer {
     options: Arc<PgConnectOptions>,
     server: Arc<Server>,

@@ -1,6 +1,5 @@
 //! Many calls as one statement, on the session that a manager's keys share.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -17,7 +16,6 @@ use crate::sql;
 use crate::sql::batch::{self, Call};
 
 /// What came of calls.
-#[derive(Debug)]
 pub(crate) enum Called {
     /// Of each, in their order.
     Answers(Vec<bool>),
@@ -27,25 +25,10 @@ pub(crate) enum Called {
     Lost(Loss),
 }
 
-/// Returns the keys that a manager holds on a session: a few, and none if the manager is busy just then.
-pub(super) struct ManagedKeys(Box<dyn Fn() -> Vec<KeyId> + Send + Sync>);
-
-impl ManagedKeys {
-    pub(super) fn list(&self) -> Vec<KeyId> {
-        (self.0)()
-    }
-}
-
-impl fmt::Debug for ManagedKeys {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ManagedKeys").finish_non_exhaustive()
-    }
-}
-
 impl Session {
     /// A manager holds locks on the session, and this returns their keys.
     pub(crate) fn set_managed_keys(&self, keys: impl Fn() -> Vec<KeyId> + Send + Sync + 'static) {
-        self.managed_keys.set(ManagedKeys(Box::new(keys))).ok();
+        self.managed_keys.set(Box::new(keys)).ok();
     }
 
     /// Makes calls that never wait. If the future is dropped in flight, the session must be closed.

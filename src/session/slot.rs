@@ -20,7 +20,6 @@ use crate::key::Key;
 ///
 /// Returns the connection to the session, and has the keeper poll it for closure again. If the session
 /// was lost meanwhile, the connection is closed.
-#[derive(Debug)]
 pub(crate) struct ConnGuard {
     slot: OwnedMutexGuard<Option<Conn>>,
     // Dropped after the slot: the keeper must find it free.
@@ -30,7 +29,6 @@ pub(crate) struct ConnGuard {
 /// # Drop
 ///
 /// Has the keeper poll the connection for closure.
-#[derive(Debug)]
 struct Wakeup {
     session: Arc<Session>,
     /// The connection is used again so soon that the keeper need not poll it until then.
@@ -49,7 +47,6 @@ impl Drop for Wakeup {
 }
 
 /// Why there is no connection.
-#[derive(Debug)]
 pub(crate) enum Unavailable {
     /// The application has borrowed it for longer than [`DEADLINE`].
     Borrowed,

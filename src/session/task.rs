@@ -1,6 +1,5 @@
 //! Work that is finished even if no task waits for it any more.
 
-use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
@@ -99,11 +98,5 @@ impl<T: Send + 'static> Drop for Task<T> {
             // Detach: no task is left to wait for it.
             drop(self.runtime.spawn(future));
         }
-    }
-}
-
-impl<T: Send + 'static> fmt::Debug for Task<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Task").finish_non_exhaustive()
     }
 }

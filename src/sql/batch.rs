@@ -43,7 +43,6 @@ impl Call {
 }
 
 /// The answer to [`call_all`].
-#[derive(Debug)]
 pub(crate) struct Called {
     pub(crate) backend_pid: i32,
     pub(crate) answers: Vec<bool>,
@@ -60,23 +59,14 @@ pub(crate) async fn call_all(
     calls: &[(KeyId, Call)],
 ) -> Result<Called, sqlx::Error> {
     macro_rules! call {
-        ($number:literal, $function:literal, one) => {
-            concat!(
-                "WHEN call OPERATOR(pg_catalog.=) ",
-                $number,
-                " THEN pg_catalog.",
-                $function,
-                "(k)"
-            )
-        };
-        ($number:literal, $function:literal, two) => {
+        ($number:literal, $function:literal, $arguments:expr) => {
             concat!(
                 "WHEN call OPERATOR(pg_catalog.=) ",
                 $number,
                 " THEN pg_catalog.",
                 $function,
                 "(",
-                pair!(),
+                $arguments,
                 ")"
             )
         };
@@ -85,16 +75,16 @@ pub(crate) async fn call_all(
         ($other:expr) => {
             concat!(
                 "SELECT pg_catalog.pg_backend_pid(), pg_catalog.string_agg(CASE WHEN CASE ",
-                call!(0, "pg_try_advisory_lock", one), " ",
-                call!(1, "pg_try_advisory_lock", two), " ",
-                call!(2, "pg_advisory_unlock", one), " ",
-                call!(3, "pg_advisory_unlock", two), " ",
-                call!(4, "pg_try_advisory_lock_shared", one), " ",
-                call!(5, "pg_try_advisory_lock_shared", two), " ",
-                call!(6, "pg_advisory_unlock_shared", one), " ",
-                call!(7, "pg_advisory_unlock_shared", two), " ",
-                call!(8, "pg_advisory_lock_shared", one), " IS NOT NULL ",
-                call!(9, "pg_advisory_lock_shared", two), " IS NOT NULL ",
+                call!(0, "pg_try_advisory_lock", "k"), " ",
+                call!(1, "pg_try_advisory_lock", pair!()), " ",
+                call!(2, "pg_advisory_unlock", "k"), " ",
+                call!(3, "pg_advisory_unlock", pair!()), " ",
+                call!(4, "pg_try_advisory_lock_shared", "k"), " ",
+                call!(5, "pg_try_advisory_lock_shared", pair!()), " ",
+                call!(6, "pg_advisory_unlock_shared", "k"), " ",
+                call!(7, "pg_advisory_unlock_shared", pair!()), " ",
+                call!(8, "pg_advisory_lock_shared", "k"), " IS NOT NULL ",
+                call!(9, "pg_advisory_lock_shared", pair!()), " IS NOT NULL ",
                 $other,
                 "END THEN '1' ELSE '0' END, '') FROM ROWS FROM (\
                  pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::smallint[])) AS calls (k, call)"

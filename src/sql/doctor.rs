@@ -12,7 +12,6 @@ use crate::options::Keepalives;
 pub(crate) type Seen<T> = Result<T, String>;
 
 /// What bears on the locks of a role: see [`circumstances`].
-#[derive(Debug)]
 pub(crate) struct Circumstances {
     /// As in `150018`.
     pub(crate) version: u32,
@@ -39,14 +38,14 @@ pub(crate) struct Circumstances {
 }
 
 /// What the role may do to the sessions of other roles.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Rights {
     pub(crate) sees_all: bool,
     pub(crate) ends_all: bool,
 }
 
 /// The sessions of a server. A limit of -1 is none.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Connections {
     pub(crate) all: i64,
     pub(crate) of_role: i64,

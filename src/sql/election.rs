@@ -6,7 +6,6 @@ use super::place::{ADVISORY, LOCKS, Place};
 use crate::key::KeyId;
 
 /// The session that holds a key exclusively.
-#[derive(Debug)]
 pub(crate) struct Holder {
     pub(crate) backend_pid: i32,
     pub(crate) application_name: String,

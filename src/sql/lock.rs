@@ -4,7 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 
 use super::backend::{TIME_STANDS_STILL, end_transaction};
-use super::{bind, call, calls, fetch, pair};
+use super::{bind, call, calls, fetch, on_key, pair};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -12,7 +12,6 @@ use crate::options::Keepalives;
 use crate::request::Need;
 
 /// The answer to [`try_lock`].
-#[derive(Debug)]
 pub(crate) struct Tried {
     pub(crate) backend_pid: i32,
     /// How many of all locks were granted before one was not; of any, how many were not before one
@@ -101,22 +100,14 @@ async fn try_one_lock(
     key: KeyId,
     mode: Mode,
 ) -> Result<(TriedOne, Option<String>), sqlx::Error> {
-    macro_rules! statement {
-        ($call:literal) => {
-            concat!(
-                "SELECT pg_catalog.pg_backend_pid(), pg_catalog.now(), \
-                 pg_catalog.statement_timestamp(), \
-                 pg_catalog.current_setting('pglock.keepalives', true), pg_catalog.",
-                $call
-            )
-        };
-    }
-    let statement = match (key, mode) {
-        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_try_advisory_lock($1)"),
-        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1)"),
-        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_try_advisory_lock($1, $2)"),
-        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_try_advisory_lock_shared($1, $2)"),
-    };
+    let statement = on_key!(
+        key,
+        mode,
+        "SELECT pg_catalog.pg_backend_pid(), pg_catalog.now(), pg_catalog.statement_timestamp(), \
+         pg_catalog.current_setting('pglock.keepalives', true), pg_catalog.",
+        "pg_try_advisory_lock",
+        ""
+    );
     let row = bind(statement, key).fetch_one(&mut *conn).await?;
     let tried = TriedOne { backend_pid: row.try_get(0)?, granted: row.try_get(4)? };
     let mark: Option<String> = row.try_get(3)?;

@@ -3,13 +3,13 @@
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
 use super::settings::put_back_all;
-use super::{Args, bind, call, calls, fetch, pair, suffix};
+use super::{Args, bind, call, calls, fetch, on_key, pair, suffix};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
 
 /// How an unlock is sent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) enum Protocol {
     /// As a prepared statement: cheaper, but the first on a connection takes two messages.
     Extended,
@@ -19,7 +19,6 @@ pub(crate) enum Protocol {
 }
 
 /// The answer to an unlock.
-#[derive(Debug)]
 pub(crate) struct Unlocked {
     pub(crate) backend_pid: i32,
     /// The session held every one of the locks.
@@ -49,17 +48,13 @@ async fn unlock_one(
     key: KeyId,
     mode: Mode,
 ) -> Result<Option<Unlocked>, sqlx::Error> {
-    macro_rules! statement {
-        ($call:literal) => {
-            concat!("SELECT pg_catalog.", $call, ", pg_catalog.pg_backend_pid()")
-        };
-    }
-    let statement = match (key, mode) {
-        (KeyId::BigInt(_), Mode::Exclusive) => statement!("pg_advisory_unlock($1)"),
-        (KeyId::BigInt(_), Mode::Shared) => statement!("pg_advisory_unlock_shared($1)"),
-        (KeyId::IntPair(..), Mode::Exclusive) => statement!("pg_advisory_unlock($1, $2)"),
-        (KeyId::IntPair(..), Mode::Shared) => statement!("pg_advisory_unlock_shared($1, $2)"),
-    };
+    let statement = on_key!(
+        key,
+        mode,
+        "SELECT pg_catalog.",
+        "pg_advisory_unlock",
+        ", pg_catalog.pg_backend_pid()"
+    );
     match bind(statement, key).fetch_one(&mut *conn).await {
         Ok(row) => Ok(Some(Unlocked { backend_pid: row.try_get(1)?, all: row.try_get(0)? })),
         // Something has deallocated what was prepared, such as `DISCARD ALL`.

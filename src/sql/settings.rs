@@ -45,7 +45,7 @@ impl Keepalives {
 }
 
 /// The settings that an application would notice. They are put back when the session ends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 enum Changed {
     ApplicationName,
     ClientConnectionCheckInterval,

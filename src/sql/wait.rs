@@ -11,7 +11,7 @@ use crate::mode::Mode;
 use crate::options::Keepalives;
 
 /// One wait in the server's queue.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Slice {
     pub(crate) key: KeyId,
     pub(crate) mode: Mode,
@@ -23,7 +23,6 @@ pub(crate) struct Slice {
 }
 
 /// The answer to a wait.
-#[derive(Debug)]
 pub(crate) struct Waited {
     pub(crate) backend_pid: i32,
     /// If not, the slice is over; the timeout can have struck after the grant.

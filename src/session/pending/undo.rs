@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use super::{Pending, Stage};
 use crate::error::{Error, Loss, is_answer};
-use crate::key::{Key, KeyId};
+use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::Mode;
+use crate::request::Request;
 use crate::session::slot::ConnGuard;
 use crate::session::task::Task;
 use crate::session::{DEADLINE, Session, within_task};
@@ -64,15 +65,15 @@ impl Pending {
 
     fn undo(&mut self) -> Task<()> {
         self.settled = true;
-        let abandoned = Abandoned {
-            session: Arc::clone(&self.session),
-            key: self.request.key().clone(),
-            mode: self.request.mode(),
-            claimed: std::mem::take(&mut self.claimed),
-            missing: std::mem::take(&mut self.missing),
-            stage: self.stage,
-        };
-        Task::start(&self.session.runtime, abandoned.clean_up(self.slot.take()))
+        let cleaning = clean_up(
+            Arc::clone(&self.session),
+            self.slot.take(),
+            self.request.clone(),
+            std::mem::take(&mut self.claimed),
+            std::mem::take(&mut self.missing),
+            self.stage,
+        );
+        Task::start(&self.session.runtime, cleaning)
     }
 }
 
@@ -86,59 +87,53 @@ impl Drop for Pending {
     }
 }
 
-/// An acquire that was dropped, or has failed.
-struct Abandoned {
+/// Has the server stop what it is doing for an acquire that was dropped or has failed, and releases what it has granted.
+async fn clean_up(
     session: Arc<Session>,
-    key: Key,
-    mode: Mode,
+    slot: Option<ConnGuard>,
+    request: Request,
     claimed: Vec<(KeyId, Mode)>,
     missing: Vec<(KeyId, Mode)>,
     stage: Stage,
-}
-
-impl Abandoned {
-    /// Has the server stop what it is doing for the acquire, and releases what it has granted.
-    async fn clean_up(self, slot: Option<ConnGuard>) {
-        let Self { session, key, mode, claimed, missing, stage } = self;
-        let mut slot = match slot {
-            Some(slot) => slot,
-            None => session.connection_at_last().await,
-        };
-        if session.is_lost() {
-            // The connection is closed with the slot.
-            return session.done(slot);
-        }
-        if let Some(conn) = slot.as_mut()
-            && (stage != Stage::Idle || !claimed.is_empty())
-        {
-            tracing::debug!(
-                lock.key = %key.id(),
-                lock.name = key.name(),
-                %mode,
-                backend_pid = session.backend_pid(),
-                ?stage,
-                "undoing an acquire that was abandoned or failed"
-            );
-            // A try ends by itself; a wait ends at the end of its slice.
-            let (grace, limit) = match stage {
-                Stage::Waiting(until) => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    (Duration::ZERO, left + DEADLINE)
-                }
-                Stage::Idle | Stage::Trying => (Duration::from_secs(1), DEADLINE),
-            };
-            let cleaned = within_task(limit + DEADLINE, async {
-                if stage == Stage::Idle {
-                    return session.undo(conn, &claimed, &[]).await;
-                }
-                Box::pin(session.drain(conn.pg()?, grace, limit)).await?;
-                session.undo(conn, &claimed, &missing).await
-            });
-            if let Err(error) = cleaned.await {
-                session.fail(slot, Loss::broken(error));
-                return;
-            }
-        }
-        session.done(slot);
+) {
+    let mut slot = match slot {
+        Some(slot) => slot,
+        None => session.connection_at_last().await,
+    };
+    if session.is_lost() {
+        // The connection is closed with the slot.
+        return session.done(slot);
     }
+    if let Some(conn) = slot.as_mut()
+        && (stage != Stage::Idle || !claimed.is_empty())
+    {
+        tracing::debug!(
+            lock.key = %request.key().id(),
+            lock.name = request.key().name(),
+            mode = %request.mode(),
+            backend_pid = session.backend_pid(),
+            ?stage,
+            "undoing an acquire that was abandoned or failed"
+        );
+        // A try ends by itself; a wait ends at the end of its slice.
+        let (grace, limit) = match stage {
+            Stage::Waiting(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                (Duration::ZERO, left + DEADLINE)
+            }
+            Stage::Idle | Stage::Trying => (Duration::from_secs(1), DEADLINE),
+        };
+        let cleaned = within_task(limit + DEADLINE, async {
+            if stage == Stage::Idle {
+                return session.undo(conn, &claimed, &[]).await;
+            }
+            Box::pin(session.drain(conn.pg()?, grace, limit)).await?;
+            session.undo(conn, &claimed, &missing).await
+        });
+        if let Err(error) = cleaned.await {
+            session.fail(slot, Loss::broken(error));
+            return;
+        }
+    }
+    session.done(slot);
 }

@@ -44,7 +44,7 @@ impl Pending {
         policy: WaitPolicy,
         waiting: &mut metrics::Waiting,
     ) -> Result<Option<Granted>> {
-        let mut plainly = self.session.server.waits_plainly();
+        let mut plainly = self.session.server.waits_plainly.load(Ordering::Relaxed);
         loop {
             let session = Arc::clone(&self.session);
             session.ledger().claim(&mut self.missing, &mut self.claimed);
@@ -62,13 +62,13 @@ impl Pending {
             }
             let limit = self.slice(left).await;
             let keepalives = (!session.settings_refused.load(Ordering::Relaxed))
-                .then(|| self.session.options().keepalives());
+                .then(|| self.session.options().keepalives);
             let asked = Instant::now();
             let slice = Slice { key, mode, limit, keepalives };
             let granted = match self.wait_once(slice, left, plainly).await {
                 Waiting::Answered(waited) => {
                     if plainly {
-                        session.server.set_waits_plainly();
+                        session.server.waits_plainly.store(true, Ordering::Relaxed);
                     }
                     if waited.backend_pid != session.backend_pid() {
                         return Err(self.found_pooler(waited.backend_pid));
@@ -89,7 +89,7 @@ impl Pending {
                     {
                         self.stage = Stage::Idle;
                         session.settings_refused.store(true, Ordering::Relaxed);
-                        plainly = session.server.waits_plainly();
+                        plainly = session.server.waits_plainly.load(Ordering::Relaxed);
                         continue;
                     }
                     _ => return Err(self.fail(error).await),
@@ -211,7 +211,7 @@ impl Pending {
     /// The server's `deadlock_timeout`, which is asked for once.
     async fn deadlock_timeout(&mut self) -> Duration {
         let server = Arc::clone(&self.session.server);
-        if let Some(known) = server.deadlock_timeout().get() {
+        if let Some(known) = server.deadlock_timeout.get() {
             return *known;
         }
         let limit = self.session.heartbeat.answer_limit();
@@ -219,7 +219,7 @@ impl Pending {
         // If the connection is broken, the wait will say so.
         let asked = asking.await.ok().flatten().and_then(|asked| u64::try_from(asked).ok());
         let Some(milliseconds) = asked else { return Duration::from_secs(1) };
-        *server.deadlock_timeout().get_or_init(|| Duration::from_millis(milliseconds))
+        *server.deadlock_timeout.get_or_init(|| Duration::from_millis(milliseconds))
     }
 
     /// Whether a wait has got the lock: its timeout can strike after the grant.
