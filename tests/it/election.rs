@@ -48,7 +48,7 @@ async fn one_leads_and_the_others_wait_for_their_turn() {
     assert!(!other.status().is_leader());
 
     let (next, ()) = tokio::join!(other.campaign(), async {
-        locks_are(&mut admin, 2, SOON).await;
+        locks_are(&mut admin, 2, SOON * 4).await;
         leadership.resign().await.unwrap();
     });
     let next = next.unwrap();
@@ -98,7 +98,7 @@ async fn who_leads_already_campaigns_for_the_same_term() {
     let third = election.try_campaign().await.unwrap().expect("this candidate leads");
     assert_eq!([second.term(), third.term()], [first.term(); 2]);
     assert_eq!(election.leader().await.unwrap(), leader);
-    locks_are(&mut admin, 1, SOON).await;
+    locks_are(&mut admin, 1, SOON * 4).await;
 
     // The term ends with the last of them.
     drop(first);
@@ -506,12 +506,14 @@ async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConn
 /// What all connections of the pool show is the application's own name. Returns their backends.
 async fn names_are(pool: &PgPool, name: &str) -> Vec<i32> {
     let pids = borrow_all(pool).await;
-    let shown: Vec<String> =
-        sqlx::query_scalar("SELECT application_name FROM pg_stat_activity WHERE pid = ANY ($1)")
-            .bind(&pids)
-            .fetch_all(pool)
-            .await
-            .unwrap();
+    let shown: Vec<String> = sqlx::query_scalar(
+        "SELECT a.application_name FROM pg_catalog.pg_stat_get_activity(NULL) AS a
+             WHERE a.pid OPERATOR(pg_catalog.=) ANY ($1)",
+    )
+    .bind(&pids)
+    .fetch_all(pool)
+    .await
+    .unwrap();
     assert_eq!(shown, vec![name; pids.len()]);
     pids
 }
@@ -558,7 +560,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> u
             let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
 
             assert!(!election.status().is_leader());
-            locks_are(&mut admin, held, SOON).await;
+            locks_are(&mut admin, held, SOON * 4).await;
             names_are(&pool, "invoices").await;
             assert_eq!(names_shown(&mut admin).await, i64::try_from(held).unwrap());
             // It has completed, or was dropped in its wait.
@@ -631,7 +633,8 @@ async fn never_two_lead_while_others_give_up_at_random() {
     let mut admin = db.admin().await;
     let pool = pool_of(db.options().application_name("invoices"), 6).await;
     // Only ever taken by a candidate that finds it free.
-    sqlx::raw_sql("CREATE TABLE post AS SELECT NULL::int8 AS term").execute(&pool).await.unwrap();
+    let post = "CREATE TABLE post AS SELECT NULL::int8 AS term; GRANT ALL ON post TO PUBLIC";
+    sqlx::raw_sql(post).execute(&mut admin).await.unwrap();
     let mut tasks = JoinSet::new();
     for seed in 0..5_u64 {
         let (pool, mut election) = (pool.clone(), election(&pool));
@@ -653,7 +656,8 @@ async fn never_two_lead_while_others_give_up_at_random() {
                 let mut conn = leadership.connection().await.unwrap();
                 for (now, next) in [(None, Some(term)), (Some(term), None)] {
                     let took =
-                        sqlx::query("UPDATE post SET term = $2 WHERE term IS NOT DISTINCT FROM $1")
+                        sqlx::query("UPDATE public.post SET term = $2
+                                     WHERE coalesce(term, 0) OPERATOR(pg_catalog.=) coalesce($1, 0)")
                             .bind(now)
                             .bind(next)
                             .execute(&mut *conn)
@@ -700,7 +704,7 @@ async fn a_candidate_waits_in_long_slices() {
     let leading = Election::new(&pool, "billing").campaign().await.unwrap();
     let mut other = Election::new(&pool, "billing");
     let waiting = spawn(async move { other.campaign().await });
-    locks_are(&mut admin, 2, SOON).await;
+    locks_are(&mut admin, 2, SOON * 4).await;
     let limit: String = sqlx::query_scalar(
         "SELECT substring(query FROM 'lock_timeout[^0-9]*([0-9]+)') FROM pg_stat_activity \
          WHERE datname = current_database() AND wait_event_type = 'Lock' AND wait_event = 'advisory'",

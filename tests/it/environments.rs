@@ -1,4 +1,5 @@
-//! The tests of every kind of lock, once more in each of the [`ENVIRONMENTS`] of the testkit.
+//! The tests of every kind of lock, and of the types that are made of locks, once more in the [`ENVIRONMENTS`] of the
+//! testkit.
 
 use std::env;
 use std::fs::{self, File};
@@ -18,7 +19,7 @@ use crate::support::report;
 /// The variable that selects environments: `all`, or names with commas. They run all tests; without
 /// the variable all environments run [`FEW`].
 const SELECTION: &str = "PGLOCK_TEST_ENVIRONMENTS";
-/// The tests that run in an environment.
+/// The tests that run in an environment, with those that its row names.
 const ALL: &[&str] = &["own_session::", "managed::"];
 /// Those of them that each `cargo test` runs, of acquiring, waiting and releasing.
 const FEW: &[&str] = &[
@@ -36,7 +37,7 @@ const AT_A_TIME: usize = 2;
 #[tokio::test]
 async fn every_kind_of_lock_behaves_the_same_everywhere() {
     let selection = env::var(SELECTION).unwrap_or_default();
-    let filters = if selection.is_empty() { FEW } else { ALL };
+    let is_brief = selection.is_empty();
     let rows: Vec<&Environment> = match selection.as_str() {
         "" | "all" => ENVIRONMENTS.iter().collect(),
         names => names.split(',').map(|name| Environment::named(name).unwrap()).collect(),
@@ -45,10 +46,11 @@ async fn every_kind_of_lock_behaves_the_same_everywhere() {
     let mut runs = JoinSet::new();
     for row in rows.into_iter().filter(|row| row.is_available()) {
         let turns = Arc::clone(&turns);
+        let filters = if is_brief { FEW.to_vec() } else { [ALL, row.types].concat() };
         runs.spawn(async move {
             let _turn = turns.acquire_owned().await.unwrap();
             let started = Instant::now();
-            let outcome = run(row, filters).await;
+            let outcome = run(row, &filters).await;
             (row.name, outcome, started.elapsed().as_secs())
         });
     }
@@ -70,10 +72,10 @@ async fn every_kind_of_lock_behaves_the_same_everywhere() {
 #[tokio::test]
 async fn every_exception_is_of_a_test_that_exists() {
     let mut list = Command::new(env::current_exe().unwrap());
-    let list = list.arg("--list").args(ALL).output().await.unwrap();
+    let list = list.arg("--list").output().await.unwrap();
     let list = String::from_utf8(list.stdout).unwrap();
     for row in ENVIRONMENTS {
-        for (test, _) in row.except {
+        for test in row.types.iter().chain(row.except.iter().map(|(test, _)| test)) {
             assert!(list.contains(test), "{}: there is no test {test}", row.name);
         }
     }

@@ -322,7 +322,7 @@ async fn a_loss_is_told_whichever_key_it_is_of() {
     for unlock in ["pg_advisory_unlock(1)", "pg_advisory_unlock_shared(2)", "pg_advisory_unlock(3)"]
     {
         let guard = locks.acquire().await.unwrap();
-        let unlock = || sqlx::AssertSqlSafe(format!("SELECT {unlock}"));
+        let unlock = || sqlx::AssertSqlSafe(format!("SELECT pg_catalog.{unlock}"));
         let mut conn = guard.connection().await.unwrap();
         sqlx::raw_sql(unlock()).execute(&mut *conn).await.unwrap();
         drop(conn);

@@ -66,7 +66,9 @@ async fn use_seat(permit: &Permit, state: &mut u64) {
     let mut conn = permit.connection().await.unwrap();
     let mut transaction = conn.begin().await.unwrap();
     let slot = i32::try_from(permit.slot()).unwrap();
-    let seat = sqlx::query_scalar("SELECT slot FROM seat WHERE slot = $1 FOR UPDATE NOWAIT");
+    let seat = sqlx::query_scalar(
+        "SELECT slot FROM public.seat WHERE slot OPERATOR(pg_catalog.=) $1 FOR UPDATE NOWAIT",
+    );
     let seat: i32 = seat.bind(slot).fetch_one(&mut *transaction).await.unwrap();
     assert_eq!(seat, slot);
     sleep(Duration::from_micros(random(state) % 3000)).await;
@@ -137,7 +139,8 @@ async fn never_more_permits_are_out_than_there_are() {
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
     let schema = "CREATE TABLE seat (slot int PRIMARY KEY); \
-                  INSERT INTO seat SELECT * FROM generate_series(0, 2)";
+                  INSERT INTO seat SELECT * FROM generate_series(0, 2); \
+                  GRANT ALL ON seat TO PUBLIC";
     sqlx::raw_sql(schema).execute(&mut admin).await.unwrap();
     let start = |seed: u64| {
         Role::start("semaphore::worker", &[(URL, &db.url()), (SEED, &seed.to_string())])

@@ -66,6 +66,8 @@ pub struct Environment {
     pub(crate) fewer: usize,
     /// How many tests run at a time. Over a slow link most of them only wait.
     pub threads: usize,
+    /// The tests of semaphores, elections and several locks that run in it: parts of their paths.
+    pub types: &'static [&'static str],
     /// Tests that don't apply: a part of the test's path, and the reason.
     pub except: &'static [(&'static str, &'static str)],
 }
@@ -87,8 +89,12 @@ pub const PLAIN: Environment = Environment {
     slack: 1,
     fewer: 1,
     threads: 6,
+    types: &[],
     except: &[],
 };
+
+/// All tests of semaphores, elections and several locks.
+const TYPES: &[&str] = &["election::", "multi::", "semaphore::"];
 
 /// Why the tests of a schema with its own `set_config` don't apply where the role has a search path.
 const OWN_SEARCH_PATH: &str = "the test sets the search path of the database; the role's own wins";
@@ -98,7 +104,17 @@ const HOSTILE: &[(&str, &str)] = &[
     ("interop::a_name_is_the_same_lock_in_sqlx", "sqlx's own lock calls unqualified functions"),
     ("loss::a_server_that_refuses_a_setting", OWN_SEARCH_PATH),
     ("loss::an_error_that_refuses_nothing", OWN_SEARCH_PATH),
+    ("election::a_leader_is_seen_with_its_address", OWN_ROLES),
+    ("multi::more_than_the_lock_table_takes", ROLE_NEEDS_LOCKS),
 ];
+
+/// What does not apply to a role without attributes, of the tests of [`TYPES`].
+const AS_A_ROLE: &[(&str, &str)] = &[
+    ("election::a_leader_is_seen_with_its_address", OWN_ROLES),
+    ("multi::more_than_the_lock_table_takes", ROLE_NEEDS_LOCKS),
+];
+const OWN_ROLES: &str = "the test has roles of its own";
+const ROLE_NEEDS_LOCKS: &str = "the lock table is too small for what the test asks beside";
 
 /// Why a test of short waits does not apply to a slow link.
 const LESS_THAN_A_ROUND_TRIP: &str = "the test waits for less than a round trip of the link";
@@ -136,11 +152,19 @@ const ROLE: Environment = Environment { login: APP, ..BASE };
 
 /// All environments but [`PLAIN`]. A new environment is a new row.
 pub const ENVIRONMENTS: &[Environment] = &[
-    Environment { name: "set_role", settings: &[(12, "role", "pglock_owner")], ..ROLE },
+    Environment {
+        name: "set_role",
+        settings: &[(12, "role", "pglock_owner")],
+        types: TYPES,
+        except: AS_A_ROLE,
+        ..ROLE
+    },
     Environment { name: "set_role_hook", after_connect: Some("SET ROLE pglock_owner"), ..ROLE },
     Environment {
         name: "hardened",
         database: &["REVOKE ALL ON pg_stat_activity, pg_locks, pg_settings FROM PUBLIC"],
+        types: TYPES,
+        except: AS_A_ROLE,
         ..ROLE
     },
     Environment {
@@ -166,6 +190,19 @@ pub const ENVIRONMENTS: &[Environment] = &[
         slack: 5,
         fewer: 100,
         threads: 24,
+        types: &[
+            "election::a_leader_that_lost_its_session",
+            "election::an_observer_tells_each_change",
+            "election::one_leads_and_the_others_wait",
+            "multi::a_bounded_wait_has_one_bound",
+            "multi::a_loss_is_told",
+            "multi::what_fails_half_way",
+            "semaphore::a_bounded_wait_ends_in_time",
+            "semaphore::closing_the_pool",
+            "semaphore::processes_are_served",
+            "semaphore::the_loss_of_a_permit",
+            "semaphore::who_waits_goes_on",
+        ],
         except: &[
             ("cancel::acquiring_", EVERY_POLL),
             ("cancel::downgrading_and_upgrading", EVERY_POLL),
@@ -179,6 +216,19 @@ pub const ENVIRONMENTS: &[Environment] = &[
     Environment {
         name: "pool_of_one",
         max_connections: 1,
+        types: &[
+            "election::a_leader_that_lost_its_session",
+            "election::an_observer_that_is_dropped",
+            "election::campaigning_dropped",
+            "election::running_dropped",
+            "election::terms_grow",
+            "multi::a_loss_is_told",
+            "multi::any_number_of_keys",
+            "multi::closing_lets_go",
+            "semaphore::all_who_wait_in_a_process",
+            "semaphore::who_waits_goes_on_after_a_restart",
+            "semaphore::who_waits_wakes_soon_after_a_holder",
+        ],
         except: &[
             ("model::the_server_agrees_with_the_model", NEEDS_TWO),
             ("interop::a_name_is_the_same_lock_in_sqlx", NEEDS_TWO),
@@ -257,6 +307,7 @@ pub const ENVIRONMENTS: &[Environment] = &[
         name: "hostile_before",
         database: &[include_str!("hostile.sql")],
         settings: &[(12, "search_path", "hostile, pg_catalog")],
+        types: TYPES,
         except: HOSTILE,
         ..ROLE
     },
@@ -288,7 +339,7 @@ pub const ENVIRONMENTS: &[Environment] = &[
     },
     Environment { name: "latin1", encoding: Some("LATIN1"), except: ENCODING, ..ROLE },
     Environment { name: "sql_ascii", encoding: Some("SQL_ASCII"), except: ENCODING, ..ROLE },
-    Environment { name: "runtimes", other_runtime: true, ..BASE },
+    Environment { name: "runtimes", other_runtime: true, types: TYPES, ..BASE },
 ];
 
 impl Environment {
