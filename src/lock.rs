@@ -361,7 +361,7 @@ impl Lock {
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
     /// # let pool = pglock_testkit::pool().await;
     /// let mut config = Lock::new(&pool, "app-config");
-    /// let guard = config.try_acquire_shared_for(Duration::from_millis(200)).await?;
+    /// let guard = config.try_acquire_shared_for(Duration::from_secs(2)).await?;
     /// assert!(guard.is_some());
     /// # Ok(()) }
     /// ```

@@ -109,7 +109,7 @@ impl Owner {
 
     pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Guard> {
         loop {
-            // WaitPolicy without an end never ends in `None`.
+            // Without an end of the wait, it never ends in `None`.
             let held = self.take(request, WaitPolicy::Forever).await?;
             if let Some(held) = held {
                 return Ok(held);
@@ -121,7 +121,7 @@ impl Owner {
         self.take(request, WaitPolicy::Never).await
     }
 
-    /// The same, with policy for the pool until then.
+    /// The same, but waits for the pool until then.
     pub(crate) async fn try_acquire_by(
         &mut self,
         request: &Request,

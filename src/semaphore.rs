@@ -272,8 +272,8 @@ impl Semaphore {
     /// # let pool = pglock_testkit::pool().await;
     /// let printers = Semaphore::new(&pool, "printers", 1)?;
     /// let _permit = printers.acquire().await?;
-    /// let policy = Duration::from_millis(50);
-    /// assert!(printers.try_acquire_for(policy).await?.is_none());
+    /// let timeout = Duration::from_secs(1);
+    /// assert!(printers.try_acquire_for(timeout).await?.is_none());
     /// # Ok(()) }
     /// ```
     pub async fn try_acquire_for(&self, timeout: Duration) -> Result<Option<Permit>> {

@@ -45,7 +45,7 @@ impl Managed {
         Self::new(&self.manager)
     }
 
-    /// Acquires. `None` if the policy ran out.
+    /// Acquires. `None` if the time is over.
     pub(crate) async fn acquire(
         &self,
         request: &Request,
@@ -234,7 +234,7 @@ struct Waiting<'m> {
 }
 
 impl Waiting<'_> {
-    /// `None` if the policy ran out.
+    /// `None` if the time is over.
     async fn answer(&mut self, policy: WaitPolicy) -> Option<Result<Told, RecvError>> {
         let manager = &self.managed.manager;
         policy.bound(manager.unless_stalled(&mut self.answer, self.elsewhere)).await

@@ -61,7 +61,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
             let call = Box::pin(call(&pool));
             let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
 
-            locks_are(&mut admin, held, SOON).await;
+            locks_are(&mut admin, held, SOON * 4).await;
             borrow_all(&pool).await;
             // It has completed, or was dropped in its wait.
             if !matches!(outcome, Some(None)) {
@@ -255,7 +255,7 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
 
     for polls in 1.. {
         let outcome = unless_it_waits(2, &db, cancel_after(polls, Box::pin(lock.acquire()))).await;
-        locks_are(&mut admin, 2, SOON).await;
+        locks_are(&mut admin, 2, SOON * 4).await;
         // The session still answers, and holds what it held.
         let mut conn = mine.connection().await.unwrap();
         let pid: i32 =

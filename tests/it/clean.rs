@@ -194,7 +194,7 @@ async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(SOON, idle).await.unwrap();
+        tokio::time::timeout(SOON * 4, idle).await.unwrap();
 
         // However young the transaction is, what is written through the guard is not part of it.
         let guard = Lock::new(&pool, 1).acquire().await.unwrap();

@@ -91,12 +91,12 @@ async fn stopping_ends_a_campaign() {
             Ok::<_, Error>(())
         }),
         async {
-            locks_are(&mut admin, 2, SOON).await;
+            locks_are(&mut admin, 2, SOON * 4).await;
             drop(stop);
         }
     );
     ran.unwrap();
-    locks_are(&mut admin, 1, SOON).await;
+    locks_are(&mut admin, 1, SOON * 4).await;
     leadership.verify().await.unwrap();
 }
 

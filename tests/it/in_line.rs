@@ -40,7 +40,7 @@ async fn line_up<'l>(
     let mut behind = Box::pin(second.acquire());
     tokio::select! {
         _ = &mut front => panic!("the lock is held"),
-        () = locks_are(admin, 2, soon()) => {}
+        () = locks_are(admin, 2, soon() * 4) => {}
     }
     begin(&mut behind.as_mut()).await;
     held.release().await.unwrap();
@@ -172,9 +172,9 @@ async fn one_connection_waits_however_many_tasks_do() {
             drop(guard);
         });
     }
-    locks_are(&mut admin, 2, soon()).await;
+    locks_are(&mut admin, 2, soon() * 4).await;
     // The pool has some for everything else.
-    let query = timeout(SOON, sqlx::query("SELECT 1").execute(&pool)).await;
+    let query = timeout(SOON * 4, sqlx::query("SELECT 1").execute(&pool)).await;
     query.expect("a query finds no connection").unwrap();
     assert_eq!(advisory_locks(&mut admin).await.len(), 2);
     held.release().await.unwrap();
@@ -195,7 +195,7 @@ async fn readers_behind_a_writer_share_it() {
         begin(&mut reader.as_mut()).await;
         readers.spawn(reader);
         // The first one waits on the server, the others are in line as soon as they are polled.
-        locks_are(&mut admin, 2, soon()).await;
+        locks_are(&mut admin, 2, soon() * 4).await;
     }
     let mut lock = Lock::new(&pool, KEY);
     let mut writer = pin!(lock.acquire());
@@ -253,7 +253,7 @@ async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
     }
     tokio::select! {
         _ = &mut long => panic!("the lock is held"),
-        () = locks_are(&mut admin, 2, soon()) => {}
+        () = locks_are(&mut admin, 2, soon() * 4) => {}
     }
     held.release().await.unwrap();
     drop(timeout(LATE, long).await.unwrap().unwrap());
@@ -336,7 +336,7 @@ async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
     let first = spawn(async move { first.acquire().await });
-    locks_are(&mut admin, 2, soon()).await;
+    locks_are(&mut admin, 2, soon() * 4).await;
     let second = spawn(async move { second.try_acquire_for(TIMEOUT).await });
     locks_are(&mut admin, 3, TIMEOUT / 2).await;
     held.release().await.unwrap();

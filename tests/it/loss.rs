@@ -77,7 +77,7 @@ async fn a_lock_that_is_lost_during_another_call_is_released() {
         }
         proxy.delay(Duration::ZERO);
         drop((refused, reader));
-        timeout(SOON, guard.lost()).await.unwrap();
+        timeout(SOON * 4, guard.lost()).await.unwrap();
         // The proxy may delay the end of the connection, too.
         locks_are(&mut db.admin().await, 0, SOON * 20).await;
     }
@@ -290,7 +290,7 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
                     tokio::task::yield_now().await;
                 }
             };
-            timeout(SOON, idle).await.unwrap();
+            timeout(SOON * 4, idle).await.unwrap();
 
             for round in 0..3 {
                 let guard = Lock::new(&pool, 1).acquire().await.unwrap();

@@ -32,7 +32,7 @@ async fn a_thousand_locks_are_one_connection() {
     }
     let pids: HashSet<i32> = guards.iter().map(|guard| guard.backend_pid()).collect();
     assert_eq!(pids.len(), 1);
-    locks_are(&mut admin, 1000, SOON).await;
+    locks_are(&mut admin, 1000, SOON * 4).await;
     drop(guards);
     no_locks(&mut admin).await;
     // The connection goes back.
@@ -88,7 +88,7 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
     sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 0)").execute(&mut admin).await.unwrap();
     let error = timeout(TIMEOUT, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
-    timeout(SOON, other.lost()).await.unwrap();
+    timeout(SOON * 4, other.lost()).await.unwrap();
     assert!(matches!(other.release().await, Err(Error::Lost { reason: Loss::NotHeld, .. })));
     no_locks(&mut admin).await;
 
@@ -174,7 +174,7 @@ async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
     assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
     let late = late.unwrap().unwrap();
     assert_ne!(late.backend_pid(), other.backend_pid());
-    timeout(SOON, other.lost()).await.unwrap();
+    timeout(SOON * 4, other.lost()).await.unwrap();
     late.release().await.unwrap();
     drop(other);
     no_locks(&mut admin).await;
@@ -215,7 +215,7 @@ async fn shared_locks_admit_each_other() {
     let two = Lock::new(&manager, 1).acquire_shared().await.unwrap();
     let three = Lock::new(&pool, 1).try_acquire_shared().await.unwrap().unwrap();
     assert!(Lock::new(&manager, 1).try_acquire().await.unwrap().is_none());
-    locks_are(&mut admin, 2, SOON).await;
+    locks_are(&mut admin, 2, SOON * 4).await;
     drop((one, two, three));
     no_locks(&mut admin).await;
 }
@@ -355,13 +355,13 @@ async fn closing_a_handle_tells_its_guards_and_nobody_elses() {
     let guard = lock.acquire().await.unwrap();
     let other = Lock::new(&manager, 2).acquire().await.unwrap();
     lock.release_all().await.unwrap();
-    locks_are(&mut admin, 1, SOON).await;
+    locks_are(&mut admin, 1, SOON * 4).await;
     assert!(guard.is_lost() && !other.is_lost());
-    assert!(matches!(timeout(SOON, guard.lost()).await.unwrap(), Loss::Released));
+    assert!(matches!(timeout(SOON * 4, guard.lost()).await.unwrap(), Loss::Released));
     let again = lock.acquire().await.unwrap();
     guard.release().await.unwrap_err();
     assert!(!again.is_lost());
-    locks_are(&mut admin, 2, SOON).await;
+    locks_are(&mut admin, 2, SOON * 4).await;
     again.release().await.unwrap();
     other.release().await.unwrap();
     no_locks(&mut admin).await;
@@ -422,7 +422,7 @@ async fn a_closed_pool_gets_its_connection_back() {
     let manager = LockManager::new(&pool);
     // Idle.
     Lock::new(&manager, 1).acquire().await.unwrap().release().await.unwrap();
-    timeout(SOON, pool.close()).await.unwrap();
+    timeout(SOON * 4, pool.close()).await.unwrap();
     assert!(matches!(
         Lock::new(&manager, 1).acquire().await.unwrap_err(),
         Error::PoolClosed { .. }
@@ -435,7 +435,7 @@ async fn a_closed_pool_gets_its_connection_back() {
     timeout(SOON / 5, &mut closing).await.unwrap_err();
     guard.verify().await.unwrap();
     drop(guard);
-    timeout(SOON, closing).await.unwrap();
+    timeout(SOON * 4, closing).await.unwrap();
     no_locks(&mut db.admin().await).await;
 }
 
@@ -507,7 +507,7 @@ async fn dropped_in_the_process_queue() {
     assert!(cancel_after(1, &mut waits_too).await.is_none());
     drop(waits);
     guard.release().await.unwrap();
-    let guard = timeout(SOON, waits_too).await.unwrap().unwrap();
+    let guard = timeout(SOON * 4, waits_too).await.unwrap().unwrap();
     // Granted, but never told.
     let mut waits = Box::pin(first.acquire());
     assert!(cancel_after(1, &mut waits).await.is_none());
@@ -535,7 +535,7 @@ async fn changing_the_mode() {
     assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
     theirs.release().await.unwrap();
     let sibling = Lock::new(&manager, 1).acquire_shared().await.unwrap();
-    let (exclusive, ()) = tokio::join!(timeout(SOON, lock.acquire()), async {
+    let (exclusive, ()) = tokio::join!(timeout(SOON * 4, lock.acquire()), async {
         sibling.release().await.unwrap();
     });
     let exclusive = exclusive.unwrap().unwrap();
@@ -558,7 +558,7 @@ async fn two_that_share_a_key_and_want_it_alone_are_a_deadlock_for_one() {
     let error = two.acquire().await.unwrap_err();
     assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
     drop(also_shared);
-    drop(timeout(SOON, waits).await.unwrap().unwrap());
+    drop(timeout(SOON * 4, waits).await.unwrap().unwrap());
     drop(shared);
     no_locks(&mut db.admin().await).await;
 }

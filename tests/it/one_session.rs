@@ -88,7 +88,7 @@ async fn one_key_on_two_handles_of_one_session_stacks() {
             (first.unwrap().unwrap(), second.unwrap().unwrap().expect("one owner"));
         assert_eq!(first.backend_pid(), anchor.backend_pid());
         assert_eq!(second.backend_pid(), anchor.backend_pid());
-        locks_are(&mut admin, 2, SOON).await;
+        locks_are(&mut admin, 2, SOON * 4).await;
         if round % 2 == 0 {
             anchor.release().await.unwrap();
         }
@@ -160,7 +160,7 @@ async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
         // The session ends, and a moment later the handle is used: it finds the lock free.
         drop(second);
         let again = handle.try_acquire().await.unwrap().unwrap();
-        locks_are(&mut admin, 1, SOON).await;
+        locks_are(&mut admin, 1, SOON * 4).await;
         again.release().await.unwrap();
         no_locks(&mut admin).await;
     }
@@ -189,7 +189,7 @@ async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
     let apart = Lock::new(&first, 5).acquire().await.unwrap();
     assert_ne!(apart.backend_pid(), first.backend_pid());
     drop((first, second));
-    locks_are(&mut admin, 2, SOON).await;
+    locks_are(&mut admin, 2, SOON * 4).await;
     again.release().await.unwrap();
     apart.release().await.unwrap();
     no_locks(&mut admin).await;
@@ -214,7 +214,7 @@ async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
     let error = timeout(SOON, acquiring).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
     drop(connection);
-    timeout(SOON, closing).await.unwrap().unwrap();
+    timeout(SOON * 4, closing).await.unwrap().unwrap();
     no_locks(&mut db.admin().await).await;
 }
 
@@ -304,7 +304,7 @@ async fn a_release_that_waits_for_the_connection_may_be_awaited_outside_of_a_run
     tokio::time::sleep(SOON / 10).await;
     assert!(!releasing.is_finished());
     drop(connection);
-    eventually("it is released", SOON, async || releasing.is_finished()).await;
+    eventually("it is released", SOON * 4, async || releasing.is_finished()).await;
     releasing.join().unwrap().unwrap();
     guard.release().await.unwrap();
     no_locks(&mut db.admin().await).await;
@@ -361,12 +361,12 @@ async fn a_release_behind_a_wait_that_is_hard_to_cancel_is_no_loss() {
     drop(idle);
     let mut other = Lock::new(&guard, 2);
     let waiting = spawn(async move { other.acquire().await.map(drop) });
-    locks_are(&mut admin, 3, SOON).await;
+    locks_are(&mut admin, 3, SOON * 4).await;
     terminate(&mut admin, dead).await;
     waiting.abort();
     assert!(waiting.await.unwrap_err().is_cancelled());
     guard.release().await.unwrap();
-    locks_are(&mut admin, 1, SOON).await;
+    locks_are(&mut admin, 1, SOON * 4).await;
     held.release().await.unwrap();
 }
 
@@ -403,7 +403,7 @@ async fn a_release_that_is_cancelled_is_no_loss() {
         let mut lock = Lock::new(&other, 1);
 
         lock.acquire().await.unwrap().release().await.unwrap();
-        locks_are(&mut admin, 1, SOON).await;
+        locks_are(&mut admin, 1, SOON * 4).await;
 
         execute(&mut admin, cancel_again).await;
         let (exclusive, shared) =
@@ -414,7 +414,7 @@ async fn a_release_that_is_cancelled_is_no_loss() {
         let beside = Lock::new(&elsewhere, 1).try_acquire_shared().await.unwrap();
         beside.expect("it is only shared").release().await.unwrap();
         shared.release().await.unwrap();
-        locks_are(&mut admin, 1, SOON).await;
+        locks_are(&mut admin, 1, SOON * 4).await;
 
         other.verify().await.unwrap();
         other.release().await.unwrap();

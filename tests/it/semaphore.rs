@@ -274,7 +274,7 @@ async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger()
 
         // Those of the larger are not for the smaller.
         permits.retain(|permit| permit.slot() < 3);
-        locks_are(&mut admin, 3, SOON).await;
+        locks_are(&mut admin, 3, SOON * 4).await;
         assert!(three.try_acquire().await.unwrap().is_none());
         assert!(five.try_acquire().await.unwrap().is_some());
         drop(permits);
@@ -454,7 +454,7 @@ async fn closing_the_pool_ends_every_wait() {
         assert!(closed, "{error:?}");
     }
     assert!(started.elapsed() < SOON * 5, "{:?}", started.elapsed());
-    locks_are(&mut admin, 1, SOON).await;
+    locks_are(&mut admin, 1, SOON * 4).await;
     held.release().await.unwrap();
 }
 
@@ -483,7 +483,7 @@ async fn who_tries_does_not_overtake_who_waits() {
         let (released, ()) = tokio::join!(released, tries);
         released.unwrap();
         waiting.await.unwrap().release().await.unwrap();
-        locks_are(&mut admin, 0, SOON).await;
+        locks_are(&mut admin, 0, SOON * 4).await;
     }
     borrow_all(&pool).await;
 }
@@ -686,7 +686,7 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
     first_waits(&mut admin, 3).await;
     sleep(SOON * 3).await;
     assert!(waiters.try_join_next().is_none(), "a waiter did not wait");
-    locks_are(&mut admin, 3, SOON).await;
+    locks_are(&mut admin, 3, SOON * 4).await;
     one.release().await.unwrap();
     two.release().await.unwrap();
     timeout(SOON * 30, waiters.join_all()).await.unwrap();
@@ -717,7 +717,7 @@ async fn a_bounded_wait_ends_in_time() {
         assert!(waits.join_all().await.iter().all(|&refused| refused));
         let took = started.elapsed();
         assert!(took >= TIMEOUT && took < TIMEOUT + SOON * 2, "{waiters} waiters: {took:?}");
-        locks_are(&mut admin, 1, SOON).await;
+        locks_are(&mut admin, 1, SOON * 4).await;
     }
 
     // Where the pool has no connection, an error says so, also in time.

@@ -62,7 +62,7 @@ async fn serve(connections: u32, managed: bool) {
         pools.push(pool);
     }
     let query = sqlx::query("SELECT 1").execute(pools.first().unwrap());
-    timeout(SOON, query).await.unwrap().unwrap();
+    timeout(SOON * 4, query).await.unwrap().unwrap();
     timeout(TIMEOUT, async {
         while let Some(task) = tasks.join_next().await {
             task.unwrap();
@@ -184,7 +184,7 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
         Lock::new(&manager, 2).acquire().await.unwrap().release().await.unwrap();
         assert!(!waiter.is_finished());
         held.release().await.unwrap();
-        timeout(SOON, waiter).await.unwrap().unwrap().unwrap();
+        timeout(SOON * 4, waiter).await.unwrap().unwrap().unwrap();
     }
 }
 
@@ -246,7 +246,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
         assert!(!closing.is_finished());
         assert!(!guard.is_lost());
         guard.release().await.unwrap();
-        timeout(SOON, closing).await.unwrap().unwrap();
+        timeout(SOON * 4, closing).await.unwrap().unwrap();
     }
 }
 
@@ -268,7 +268,7 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     assert!(!guard.is_lost());
     let error = timeout(SOON, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
-    timeout(SOON, next).await.unwrap().unwrap().unwrap();
+    timeout(SOON * 4, next).await.unwrap().unwrap().unwrap();
 }
 
 /// Outside of a runtime there is no timer. The first release leaves the lock to the other owner, and the last
@@ -470,7 +470,7 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
     let end = sqlx::query("SELECT count(pg_terminate_backend(pid)) FROM unnest($1) AS pid");
     end.bind(pids).execute(&mut admin).await.unwrap();
     for guard in &guards {
-        timeout(SOON, guard.lost()).await.unwrap();
+        timeout(SOON * 4, guard.lost()).await.unwrap();
     }
 }
 

@@ -134,6 +134,6 @@ async fn a_promotion_ends_no_session_and_takes_no_lock() {
     ours.release().await.unwrap();
     lock.acquire().await.unwrap().release().await.unwrap();
     theirs.release().await.unwrap();
-    locks_are(&mut admin, 0, SOON).await;
+    locks_are(&mut admin, 0, SOON * 4).await;
     borrow_all(&here).await;
 }

@@ -174,7 +174,7 @@ pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Dur
 
 /// Waits until the server shows no advisory lock and no waiter.
 pub(crate) async fn no_locks(admin: &mut PgConnection) {
-    locks_are(admin, 0, soon()).await;
+    locks_are(admin, 0, soon() * 4).await;
 }
 
 /// Waits until a backend is in a state of `pg_stat_activity`.

@@ -618,7 +618,7 @@ mod cancelled {
                 } else {
                     drop(tx);
                 }
-                locks_are(&mut admin, held, SOON).await;
+                locks_are(&mut admin, held, SOON * 4).await;
                 borrow_all(&pool).await;
                 if end == "drop" && outcome.is_some() {
                     return polls - 1;
@@ -727,7 +727,7 @@ mod failing {
             } else {
                 assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
             }
-            locks_are(&mut admin, 1, SOON).await;
+            locks_are(&mut admin, 1, SOON * 4).await;
         }
         held.release().await.unwrap();
         borrow_all(&pool).await;

@@ -163,7 +163,7 @@ fn a_wait_that_goes_down_with_its_runtime_leaves_nothing() {
     runtime.spawn(async move { new_lock(&pool, "nightly-report").acquire().await });
     scene.watcher.block_on(async {
         let mut admin = scene.db.admin().await;
-        locks_are(&mut admin, 2, soon()).await;
+        locks_are(&mut admin, 2, soon() * 4).await;
         runtime.shutdown_background();
         // Nothing is left to cancel it: the server detects that its client has gone, within a second
         // from PostgreSQL 14 on, otherwise when the lock is granted or the slice ends.
