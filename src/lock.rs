@@ -456,7 +456,11 @@ impl Lock {
     /// # Ok(()) }
     /// ```
     pub async fn try_run<T>(&self, future: impl Future<Output = T>) -> Result<Option<T>> {
-        self.try_run_for(Duration::ZERO, future).await
+        let guard = self.clone().try_acquire().await?;
+        match guard {
+            Some(guard) => Guard::from(guard).run(future).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// Runs a future under the lock, waiting for the lock for at most `timeout`. Returns `None` after that.

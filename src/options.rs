@@ -28,7 +28,7 @@ pub struct LockOptions {
     wait_slice: Option<Duration>,
     pub(crate) heartbeat: Heartbeat,
     pub(crate) keepalives: Keepalives,
-    /// Identifies the keepalives on the server; written once, and not for each acquire.
+    /// Identifies the keepalives on the server; formatted once, and not for each acquire.
     pub(crate) mark: Arc<str>,
     pub(crate) require_settings: bool,
     pub(crate) allow_standby: bool,

@@ -109,7 +109,7 @@ impl Owner {
 
     pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Guard> {
         loop {
-            // Without an end of the wait, it never ends in `None`.
+            // Without a deadline, it never ends in `None`.
             let held = self.take(request, WaitPolicy::Forever).await?;
             if let Some(held) = held {
                 return Ok(held);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{MutexGuard, watch};
-use tokio::time::{sleep, timeout_at};
+use tokio::time::sleep;
 
 use crate::error::{Error, Result, chain};
 use crate::guard::Guard;
@@ -20,7 +20,7 @@ use crate::owner::{Owner, time_until};
 use crate::progress::reported;
 use crate::request::Request;
 use crate::session::budget::Budget;
-use crate::session::policy::GRACE;
+use crate::session::policy::{GRACE, WaitPolicy};
 use crate::source::Source;
 use layout::{Layout, MAX_PERMITS};
 pub use permit::Permit;
@@ -299,6 +299,7 @@ impl Semaphore {
         self.wait(Some(deadline)).await
     }
 
+    /// Acquires a permit, and measures and reports the wait.
     async fn wait(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let metric = metrics::Acquire::start(self.inner.labels());
         let acquire = pin!(self.inner.acquire(deadline));
@@ -309,14 +310,14 @@ impl Semaphore {
 }
 
 impl Inner {
-    /// Acquires a permit, until the deadline if there is one.
+    /// Acquires a permit, and waits until the deadline if there is one. `None` if that passes.
     async fn acquire(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let mut waiting = Waiting::new(self.labels());
         let (_first, queued) = if let Ok(first) = self.waiting.try_lock() {
             (first, false)
         } else {
             waiting.start();
-            match until(deadline, self.first()).await {
+            match until(deadline).bound(self.first()).await {
                 Some(first) => (first?, true),
                 None => return Ok(None),
             }
@@ -324,7 +325,7 @@ impl Inner {
         let late = queued && deadline.is_some_and(|deadline| time_until(deadline) < POLL_INTERVAL);
         // Longer only if the server is silent.
         let latest = deadline.and_then(|deadline| deadline.checked_add(GRACE));
-        match until(latest, self.wait(deadline, &mut waiting)).await {
+        match until(latest).bound(self.wait(deadline, &mut waiting)).await {
             None => Ok(None),
             // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
             // its way back from who was first before.
@@ -506,12 +507,8 @@ impl Inner {
     }
 }
 
-/// Waits for a future, until the deadline if there is one. `None` if that has passed.
-async fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
-    match deadline {
-        Some(deadline) => timeout_at(deadline.into(), future).await.ok(),
-        None => Some(future.await),
-    }
+fn until(deadline: Option<Instant>) -> WaitPolicy {
+    deadline.map_or(WaitPolicy::Forever, WaitPolicy::Until)
 }
 
 /// Whether the pool had no connection in time.

@@ -12,6 +12,8 @@ use sqlx::PgPool;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
+#[cfg(doc)]
+use super::Election;
 use crate::application_name;
 use crate::error::{Error, Result};
 use crate::key::Key;

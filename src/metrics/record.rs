@@ -286,6 +286,7 @@ pub(crate) struct Acquire {
     labels: Labels,
     /// If it is counted.
     started: Option<Instant>,
+    /// Where it is recorded: by its outcome, which is `cancelled` until it is known.
     duration: fn(&Metrics) -> &ByMode<Histogram>,
 }
 

@@ -87,7 +87,8 @@ impl Drop for Pending {
     }
 }
 
-/// Has the server stop what it is doing for an acquire that was dropped or has failed, and releases what it has granted.
+/// Has the server stop what it is doing for an acquire that was refused or dropped, or has failed, and releases what it
+/// has granted.
 async fn clean_up(
     session: Arc<Session>,
     slot: Option<ConnGuard>,
