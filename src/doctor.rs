@@ -159,7 +159,15 @@ impl Finding {
 
     /// A check that could not be made, and what to change for it.
     fn unknown(check: &'static str, why: &str, advice: impl Into<String>) -> Self {
-        Self::fine(check, format!("cannot tell: {why}")).but(Severity::Warning, advice)
+        Self::fine(check, format!("cannot tell: {why}")).warn(advice)
+    }
+
+    fn warn(self, advice: impl Into<String>) -> Self {
+        self.but(Severity::Warning, advice)
+    }
+
+    fn broken(self, advice: impl Into<String>) -> Self {
+        self.but(Severity::Broken, advice)
     }
 
     fn but(self, severity: Severity, advice: impl Into<String>) -> Self {

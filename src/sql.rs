@@ -30,12 +30,11 @@ pub(crate) mod transaction;
 pub(crate) mod units;
 pub(crate) mod wait;
 
-use std::fmt;
 use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::Query;
-use sqlx::{AssertSqlSafe, PgConnection, Postgres, SqlSafeStr};
+use sqlx::{AssertSqlSafe, PgConnection, Postgres};
 
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -48,42 +47,29 @@ async fn fetch(
     sqlx::raw_sql(AssertSqlSafe(statement.into())).fetch_one(conn).await
 }
 
-/// The text of a prepared statement that calls a function with a key.
-macro_rules! on_key {
-    ($key:expr, $mode:expr, $before:literal, $function:literal, $after:literal) => {
-        match ($key, $mode) {
-            (KeyId::BigInt(_), Mode::Exclusive) => concat!($before, $function, "($1)", $after),
-            (KeyId::BigInt(_), Mode::Shared) => concat!($before, $function, "_shared($1)", $after),
-            (KeyId::IntPair(..), Mode::Exclusive) => {
-                concat!($before, $function, "($1, $2)", $after)
-            }
-            (KeyId::IntPair(..), Mode::Shared) => {
-                concat!($before, $function, "_shared($1, $2)", $after)
-            }
-        }
-    };
-}
-use on_key;
-
-/// A prepared statement on a key.
-fn bind(statement: impl SqlSafeStr, key: KeyId) -> Query<'static, Postgres, PgArguments> {
-    let query = sqlx::query(statement);
+/// A prepared statement on a key, with its [`parameters`].
+fn bind(statement: String, key: KeyId) -> Query<'static, Postgres, PgArguments> {
+    let query = sqlx::query(AssertSqlSafe(statement));
     match key {
         KeyId::BigInt(number) => query.bind(number),
         KeyId::IntPair(first, second) => query.bind(first).bind(second),
     }
 }
 
-/// A key as arguments of a function.
-struct Args(KeyId);
+/// A key as arguments of a function in a prepared statement.
+fn parameters(key: KeyId) -> &'static str {
+    match key {
+        KeyId::BigInt(_) => "$1",
+        KeyId::IntPair(..) => "$1, $2",
+    }
+}
 
-impl fmt::Display for Args {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            // Quoted: the smallest numbers have no literal of their own.
-            KeyId::BigInt(number) => write!(f, "'{number}'::bigint"),
-            KeyId::IntPair(first, second) => write!(f, "'{first}'::integer, '{second}'::integer"),
-        }
+/// A key as arguments of a function.
+fn args(key: KeyId) -> String {
+    match key {
+        // Quoted: the smallest numbers have no literal of their own.
+        KeyId::BigInt(number) => format!("'{number}'::bigint"),
+        KeyId::IntPair(first, second) => format!("'{first}'::integer, '{second}'::integer"),
     }
 }
 

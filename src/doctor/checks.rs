@@ -20,10 +20,8 @@ pub(super) fn primary(seen: &Circumstances) -> Finding {
     let number = format!("PostgreSQL {}.{}", version / 10_000, version % 10_000);
     if seen.standby {
         let finding = Finding::fine("primary", format!("a hot standby, {number}"));
-        return finding.but(
-            Severity::Broken,
-            "its locks exclude no session on the primary: connect to the primary",
-        );
+        return finding
+            .broken("its locks exclude no session on the primary: connect to the primary");
     }
     Finding::fine("primary", format!("a primary, {number}"))
 }
@@ -32,10 +30,8 @@ pub(super) fn functions(seen: &Circumstances) -> Finding {
     let check = "functions";
     match &seen.forbidden {
         Ok(None) => Finding::fine(check, "the role may call every function that a lock needs"),
-        Ok(Some(forbidden)) => Finding::fine(check, format!("not allowed: {forbidden}")).but(
-            Severity::Broken,
-            format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {:?}", seen.role),
-        ),
+        Ok(Some(forbidden)) => Finding::fine(check, format!("not allowed: {forbidden}"))
+            .broken(format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {:?}", seen.role)),
         Err(why) => Finding::unknown(check, why, "check that the server is a PostgreSQL server"),
     }
 }
@@ -44,8 +40,7 @@ pub(super) fn functions(seen: &Circumstances) -> Finding {
 pub(super) fn nodes(seen: &Circumstances) -> Option<Finding> {
     let Ok(Some(extensions)) = &seen.distributed else { return None };
     let finding = Finding::fine("nodes", format!("the database has the extension {extensions}"));
-    Some(finding.but(
-        Severity::Warning,
+    Some(finding.warn(
         "each node has a lock table of its own, and a proof through one node says nothing about \
          others: connect all processes to the same node",
     ))
@@ -56,15 +51,12 @@ pub(super) fn plpgsql(seen: &Circumstances) -> Finding {
     let check = "plpgsql";
     match &seen.plpgsql {
         Ok(true) => Finding::fine(check, "waits write no errors to the server's log"),
-        Ok(false) => Finding::fine(check, "the role can't use the language plpgsql").but(
-            Severity::Warning,
-            format!(
-                "each wait for a busy lock writes an error to the server's log when it starts, and \
-                 one for each slice that ends without the lock: CREATE EXTENSION plpgsql, or GRANT \
-                 USAGE ON LANGUAGE plpgsql TO {:?}",
-                seen.role
-            ),
-        ),
+        Ok(false) => Finding::fine(check, "the role can't use the language plpgsql").warn(format!(
+            "each wait for a busy lock writes an error to the server's log when it starts, and \
+             one for each slice that ends without the lock: CREATE EXTENSION plpgsql, or GRANT \
+             USAGE ON LANGUAGE plpgsql TO {:?}",
+            seen.role
+        )),
         Err(why) => Finding::unknown(
             check,
             why,
@@ -102,16 +94,15 @@ pub(super) fn lock_list(seen: &Circumstances) -> Finding {
     let check = "list of locks";
     match &seen.locks {
         Ok(_) => Finding::fine(check, "the role may list locks"),
-        Err(why) => Finding::fine(check, format!("the role can't list locks: {why}")).but(
-            Severity::Warning,
-            format!(
+        Err(why) => {
+            Finding::fine(check, format!("the role can't list locks: {why}")).warn(format!(
                 "a lock that another program unlocks on the same session is not detected as lost, \
                  and `inspect`, `pglock ls` and the observers of elections fail: GRANT EXECUTE ON \
                  FUNCTION {} TO {:?}",
                 statements::LOCK_LIST,
                 seen.role
-            ),
-        ),
+            ))
+        }
     }
 }
 
@@ -124,17 +115,14 @@ pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
         Ok(Ok(false)) => match engine(&seen.product) {
             Some(engine) => {
                 let seen = format!("the server is {engine}, where locks exclude no other session");
-                Finding::fine(check, seen).but(Severity::Broken, elsewhere)
+                Finding::fine(check, seen).broken(elsewhere)
             }
             None => Finding::fine(
                 check,
                 "locks exclude no other session: a pooler in transaction mode or a load balancer sits in \
                  between, or the server's locks do nothing",
             )
-            .but(
-                Severity::Broken,
-                "connect to the server directly, or through a pooler in session mode",
-            ),
+            .broken("connect to the server directly, or through a pooler in session mode"),
         },
         // The server's answer, such as a function that it does not have.
         Ok(Err(error)) if error.as_database_error().is_some() => {
@@ -142,12 +130,10 @@ pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
             match engine(&seen.product) {
                 Some(engine) => {
                     let seen = format!("the server is {engine}, and a lock can't be acquired: {refused}");
-                    Finding::fine(check, seen).but(Severity::Broken, elsewhere)
+                    Finding::fine(check, seen).broken(elsewhere)
                 }
-                None => Finding::fine(check, format!("a lock can't be acquired: {refused}")).but(
-                    Severity::Broken,
-                    "remove the cause, and check that the server is a PostgreSQL server",
-                ),
+                None => Finding::fine(check, format!("a lock can't be acquired: {refused}"))
+                    .broken("remove the cause, and check that the server is a PostgreSQL server"),
             }
         }
         Ok(Err(error)) => Finding::unknown(check, &chain(&error), CONNECT_TWICE),
@@ -172,16 +158,14 @@ pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
         Err(error @ Error::Database { .. }) => {
             let seen = format!("a lock can't be acquired: {}", chain(&error));
             let advice = "remove the cause, and check that the server is a PostgreSQL server";
-            return Ok(Some(Finding::fine("acquire", seen).but(Severity::Broken, advice)));
+            return Ok(Some(Finding::fine("acquire", seen).broken(advice)));
         }
         Err(error) => return Err(error),
     };
     let token = match guard.fencing_token().await {
         Ok(token) => Finding::fine("fencing token", format!("can be drawn: {token}")),
-        Err(error) => Finding::fine("fencing token", error.to_string()).but(
-            Severity::Warning,
-            "locks can be held, but elections, and the program `pglock run`, need a token",
-        ),
+        Err(error) => Finding::fine("fencing token", error.to_string())
+            .warn("locks can be held, but elections, and the program `pglock run`, need a token"),
     };
     guard.release().await?;
     Ok(Some(token))
@@ -215,8 +199,11 @@ pub(super) async fn end_of_session(pool: &PgPool) -> Option<Finding> {
         Ok(has_mark)
     });
     Some(if looking.await.ok()? {
-        Finding::fine(check, "a pooler gives the session of a closed connection to the next client as it is").but(
-            Severity::Warning,
+        Finding::fine(
+            check,
+            "a pooler gives the session of a closed connection to the next client as it is",
+        )
+        .warn(
             "the locks of a process that dies stay: set server_reset_query = DISCARD ALL (PgBouncer)",
         )
     } else {
@@ -251,24 +238,18 @@ pub(super) fn dead_holder(
         format!("the holder gives up after {holder:?}, and the server after {} s", idle + probes),
     );
     if holder >= server {
-        return finding.but(
-            Severity::Broken,
-            format!(
-                "the server may release the lock of an unreachable holder after {silent} s, \
-                 before the holder detects the loss; raise tcp_keepalives_interval and \
-                 tcp_keepalives_count, or lower the heartbeat"
-            ),
-        );
+        return finding.broken(format!(
+            "the server may release the lock of an unreachable holder after {silent} s, \
+             before the holder detects the loss; raise tcp_keepalives_interval and \
+             tcp_keepalives_count, or lower the heartbeat"
+        ));
     }
     match refused {
-        Some(error) => finding.but(
-            Severity::Warning,
-            format!(
-                "the server refuses the settings by which it would notice a dead client sooner \
-                 ({error}); set tcp_keepalives_idle = 3, tcp_keepalives_interval = 1 and \
-                 tcp_keepalives_count = 5 on the server"
-            ),
-        ),
+        Some(error) => finding.warn(format!(
+            "the server refuses the settings by which it would notice a dead client sooner \
+             ({error}); set tcp_keepalives_idle = 3, tcp_keepalives_interval = 1 and \
+             tcp_keepalives_count = 5 on the server"
+        )),
         None => finding,
     }
 }
@@ -277,15 +258,12 @@ pub(super) fn dead_waiter(seen: &Circumstances) -> Finding {
     let name = "client_connection_check_interval";
     let check = |seen: String| Finding::fine("dead waiter", seen);
     if seen.version < 140_000 {
-        return check(format!("before PostgreSQL 14 there is no {name}")).but(
-            Severity::Warning,
+        return check(format!("before PostgreSQL 14 there is no {name}")).warn(
             "a client that dies while it waits keeps its place in the queue until its turn: upgrade",
         );
     }
     match seen.setting(name) {
-        0 => check(format!("{name} is 0, and can't be set")).but(
-            Severity::Warning,
-            format!(
+        0 => check(format!("{name} is 0, and can't be set")).warn(format!(
                 "a client that dies while it waits keeps its place in the queue until its turn: set {name} \
                  to 1s on the server, or let the role set it"
             ),
@@ -311,14 +289,11 @@ pub(super) fn transactions(seen: &Circumstances) -> Finding {
     }
     let limits = set.iter().map(|name| format!("{name} is {} ms", seen.setting(name)));
     let resets = set.iter().map(|name| format!("ALTER ROLE {:?} SET {name} = 0", seen.role));
-    Finding::fine(check, limits.collect::<Vec<_>>().join(", ")).but(
-        Severity::Warning,
-        format!(
-            "the server ends a session for that, and with it all its locks: keep transactions short \
-             that hold a lock, or run on a guard's connection, or {}",
-            resets.collect::<Vec<_>>().join("; ")
-        ),
-    )
+    Finding::fine(check, limits.collect::<Vec<_>>().join(", ")).warn(format!(
+        "the server ends a session for that, and with it all its locks: keep transactions short \
+         that hold a lock, or run on a guard's connection, or {}",
+        resets.collect::<Vec<_>>().join("; ")
+    ))
 }
 
 pub(super) fn statements(seen: &Circumstances) -> Finding {
@@ -328,14 +303,11 @@ pub(super) fn statements(seen: &Circumstances) -> Finding {
     let check = "statement_timeout";
     match seen.setting(check) {
         0 => Finding::fine(check, "no limit"),
-        limit if limit < SHORT => Finding::fine(check, format!("{limit} ms")).but(
-            Severity::Warning,
-            format!(
-                "a busy server may take longer to answer a heartbeat, and the lock is lost then: \
-                 ALTER ROLE {:?} SET {check} = '{SHORT}ms', or more",
-                seen.role
-            ),
-        ),
+        limit if limit < SHORT => Finding::fine(check, format!("{limit} ms")).warn(format!(
+            "a busy server may take longer to answer a heartbeat, and the lock is lost then: \
+             ALTER ROLE {:?} SET {check} = '{SHORT}ms', or more",
+            seen.role
+        )),
         limit => Finding::fine(check, format!("{limit} ms; lifted while a lock is waited for")),
     }
 }
@@ -394,8 +366,7 @@ pub(super) fn connections(seen: &Circumstances) -> Finding {
     if free >= FEW {
         return finding;
     }
-    finding.but(
-        Severity::Warning,
+    finding.warn(
         "each lock that is held or waited for takes one, and one more while its monitoring starts: \
          raise max_connections, or the CONNECTION LIMIT of the role or the database",
     )

@@ -13,7 +13,6 @@ pub(super) const LARGEST: usize = 1000;
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     steps: Vec<(KeyId, Taken)>,
-    calls: Vec<(KeyId, Call)>,
 }
 
 /// What the server did for a step.
@@ -27,19 +26,12 @@ pub(super) enum Answer {
 
 impl Batch {
     pub(super) fn add(&mut self, key: KeyId, taken: Taken) {
-        for call in calls(&taken).into_iter().flatten() {
-            self.calls.push((key, call));
-        }
         self.steps.push((key, taken));
     }
 
     /// Leaves the other steps out: with the session on which they were to be taken, they are void.
     pub(super) fn keep_only_locks(&mut self) {
-        for (key, taken) in std::mem::take(self).steps {
-            if matches!(taken.step, Step::Lock(_)) {
-                self.add(key, taken);
-            }
-        }
+        self.steps.retain(|(_, taken)| matches!(taken.step, Step::Lock(_)));
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -55,8 +47,12 @@ impl Batch {
     }
 
     /// In the order in which they are to be made.
-    pub(super) fn calls(&self) -> &[(KeyId, Call)] {
-        &self.calls
+    pub(super) fn calls(&self) -> Vec<(KeyId, Call)> {
+        let of_step = |(key, taken): &(KeyId, Taken)| {
+            let key = *key;
+            calls(taken).into_iter().flatten().map(move |call| (key, call))
+        };
+        self.steps.iter().flat_map(of_step).collect()
     }
 
     /// Reads the answers to the calls. `None` if there are not as many.
@@ -68,15 +64,10 @@ impl Batch {
             for call in calls(taken).into_iter().flatten() {
                 match (call, rest.next()?) {
                     (Call::Unlock(_), false) => answer = Answer::NotHeld,
-                    (Call::TryLock(_) | Call::IsWaitedFor, yes)
-                        if answer == Answer::Taken(true) =>
-                    {
+                    (Call::TryLock(_) | Call::IsWaitedFor, yes) if answer != Answer::NotHeld => {
                         answer = Answer::Taken(yes);
                     }
-                    (
-                        Call::Unlock(_) | Call::TryLock(_) | Call::IsWaitedFor | Call::LockShared,
-                        _,
-                    ) => {}
+                    _ => {}
                 }
             }
             read.push(answer);

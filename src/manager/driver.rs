@@ -220,10 +220,11 @@ impl Driver {
         let session = Arc::clone(keeper.session());
         let place = Place { session: Arc::clone(&session), shared: true };
         metrics::batch(self.under_way.steps().len());
+        let calls = self.under_way.calls();
         let calling = async {
             tokio::select! {
                 biased;
-                called = session.call(self.under_way.calls()) => called,
+                called = session.call(&calls) => called,
                 loss = session.lost() => Called::Lost(loss),
             }
         };

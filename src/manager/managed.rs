@@ -147,14 +147,8 @@ impl Managed {
             (left, here.is_some_and(|here| state.is_driven_elsewhere(&here)))
         });
         let answer = match left {
-            Left::Stale => {
-                let loss = self.closed().or_else(|| session.loss());
-                Answer::Lost(loss.unwrap_or(Loss::NotHeld))
-            }
-            Left::Told | Left::Done => match answer {
-                Some(answer) => Answer::Comes(answer, elsewhere),
-                None => Answer::PassedOn,
-            },
+            Left::Stale => Err(self.closed().or_else(|| session.loss()).unwrap_or(Loss::NotHeld)),
+            Left::Told | Left::Done => Ok(answer.map(|answer| (answer, elsewhere))),
         };
         PendingRelease {
             manager: Arc::clone(&self.manager),
@@ -279,15 +273,9 @@ pub(crate) struct PendingRelease {
     session: Arc<Session>,
     key: Key,
     since: Instant,
-    answer: Answer,
-}
-
-enum Answer {
-    /// From the driver, which may be on another runtime.
-    Comes(oneshot::Receiver<Told>, bool),
-    /// The process keeps the key, or the release is not awaited, so there is none.
-    PassedOn,
-    Lost(Loss),
+    /// From the driver, which may be on another runtime. `None` if the process keeps the key, or the release is not
+    /// awaited.
+    answer: Result<Option<(oneshot::Receiver<Told>, bool)>, Loss>,
 }
 
 impl PendingRelease {
@@ -298,7 +286,9 @@ impl PendingRelease {
     pub(crate) async fn done(self) -> Result<()> {
         let Self { manager, session, key, since, answer } = self;
         let released = match answer {
-            Answer::Comes(answer, elsewhere) => {
+            Err(loss) => Err(loss),
+            Ok(None) => session.confirm(since).await,
+            Ok(Some((answer, elsewhere))) => {
                 match manager.unless_stalled(answer, elsewhere).await {
                     Ok(Told::Released(released)) => released,
                     Ok(Told::PassedOn) => session.confirm(since).await,
@@ -307,8 +297,6 @@ impl PendingRelease {
                     | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
                 }
             }
-            Answer::PassedOn => session.confirm(since).await,
-            Answer::Lost(loss) => Err(loss),
         };
         released.map_err(|loss| Error::lost(&key, loss))
     }

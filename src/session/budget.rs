@@ -111,20 +111,15 @@ impl Budget {
     ) -> Result<Permit> {
         // With those that are to be left, which are given back at once.
         let number = self.reserved(reserve) + 1;
-        let permit = match Arc::clone(&self.permits).try_acquire_many_owned(number) {
+        let mut permit = match Arc::clone(&self.permits).try_acquire_many_owned(number) {
             Ok(permit) => permit,
             // Boxed, because usually it is not needed.
             Err(_) => Box::pin(self.queue(key, number, policy)).await?,
         };
-        Ok(self.keep_one(permit))
-    }
-
-    fn keep_one(self: &Arc<Self>, mut permit: OwnedSemaphorePermit) -> Permit {
-        let others = permit.num_permits().saturating_sub(1);
-        drop(permit.split(others));
+        drop(permit.split(permit.num_permits().saturating_sub(1)));
         self.in_use.fetch_add(1, Ordering::Relaxed);
         let budget = Arc::clone(self);
-        Permit { _share: permit, budget, _connection: metrics::connection() }
+        Ok(Permit { _share: permit, budget, _connection: metrics::connection() })
     }
 
     async fn queue(

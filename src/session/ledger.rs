@@ -76,15 +76,6 @@ pub(crate) struct Surplus {
     pub(crate) unlock: Vec<(KeyId, Mode)>,
 }
 
-/// What the server holds of a key beyond what is needed.
-#[derive(Clone, Copy, Debug)]
-enum Excess {
-    /// Exclusive, where shared would do.
-    Exclusive,
-    /// In these modes.
-    Modes(Modes),
-}
-
 impl Ledger {
     /// A session on which an acquire is in flight.
     pub(crate) fn opening() -> Self {
@@ -190,7 +181,7 @@ impl Ledger {
             // A share of a lost session has nothing to give up.
             if let Some(counts) = self.keys.get_mut(&key) {
                 *counts.of(mode) -= 1;
-                excess |= counts.excess().is_some();
+                excess |= counts.excess() != Modes::default();
             }
         }
         excess
@@ -203,18 +194,15 @@ impl Ledger {
         let mut surplus = Surplus::default();
         for key in keys {
             let Some(counts) = self.keys.get_mut(&key) else { continue };
-            match counts.excess() {
-                Some(Excess::Exclusive) => {
-                    counts.server = Modes::only(Mode::Shared);
-                    surplus.downgrade.push(key);
-                }
-                Some(Excess::Modes(modes)) => {
-                    counts.server.exclusive &= !modes.exclusive;
-                    counts.server.shared &= !modes.shared;
-                    surplus.unlock.extend(modes.iter().map(|mode| (key, mode)));
-                }
-                // Another release got the connection first, and did the work of both.
-                None => {}
+            // Nothing, if another release got the connection first, and did the work of both.
+            let excess = counts.excess();
+            if excess.exclusive && counts.shared > 0 && !counts.server.shared {
+                counts.server = Modes::only(Mode::Shared);
+                surplus.downgrade.push(key);
+            } else {
+                counts.server.exclusive &= !excess.exclusive;
+                counts.server.shared &= !excess.shared;
+                surplus.unlock.extend(excess.iter().map(|mode| (key, mode)));
             }
             if counts.is_unused() {
                 self.keys.remove(&key);
@@ -311,18 +299,11 @@ impl Counts {
     /// What the server has granted beyond what the guards need.
     ///
     /// A shared lock beside an exclusive one is left until both go: it costs nothing to keep.
-    fn excess(&self) -> Option<Excess> {
-        let Modes { exclusive, shared } = self.server;
-        if self.exclusive > 0 {
-            None
-        } else if self.shared > 0 {
-            exclusive.then_some(if shared {
-                Excess::Modes(Modes { exclusive: true, shared: false })
-            } else {
-                Excess::Exclusive
-            })
-        } else {
-            (exclusive || shared).then_some(Excess::Modes(self.server))
+    fn excess(&self) -> Modes {
+        match (self.exclusive, self.shared) {
+            (0, 0) => self.server,
+            (0, _) => Modes { shared: false, ..self.server },
+            _ => Modes::default(),
         }
     }
 

@@ -132,14 +132,11 @@ impl Proof {
         let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = self.state.subscribe();
         let known = *begun.borrow();
-        let (is_needed, waiting_since) = match known {
-            State::Unknown => (true, attempt.as_ref().map(|attempt| attempt.since)),
-            State::Disproven(at) => (at.elapsed() >= NEGATIVE, None),
-            State::Proven => (false, None),
+        let waiting_since = match known {
+            State::Unknown => attempt.as_ref().map(|attempt| attempt.since),
+            State::Disproven(at) if at.elapsed() >= NEGATIVE => None,
+            State::Disproven(_) | State::Proven => return None,
         };
-        if !is_needed {
-            return None;
-        }
         if !attempt.as_ref().is_some_and(|attempt| attempt.is_enough(known)) {
             let proving = prove(self.state.clone(), begun.clone(), pool.clone());
             let since = waiting_since.unwrap_or_else(Instant::now);

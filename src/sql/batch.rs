@@ -1,8 +1,8 @@
 //! Many calls of a manager, in one statement.
 
-use sqlx::{AssertSqlSafe, PgConnection, Row};
+use sqlx::{PgConnection, Row};
 
-use super::{bind, packed, pair, suffix};
+use super::{bind, packed, pair, parameters, suffix};
 use crate::key::KeyId;
 use crate::mode::Mode;
 
@@ -94,7 +94,10 @@ pub(crate) async fn call_all(
     if let &[(key, call)] = calls
         && let Some(function) = call.function()
     {
-        return call_one(conn, key, &function).await;
+        let statement =
+            format!("SELECT pg_catalog.pg_backend_pid(), {function}({})", parameters(key));
+        let row = bind(statement, key).fetch_one(conn).await?;
+        return Ok(Called { backend_pid: row.try_get(0)?, answers: vec![row.try_get(1)?] });
     }
     let statement = if calls.iter().any(|(_, call)| *call == Call::IsWaitedFor) {
         // As in `place`, for a key that is a column.
@@ -117,18 +120,4 @@ pub(crate) async fn call_all(
     let answers: &str = row.try_get(1)?;
     let answers = answers.bytes().map(|answer| answer == b'1').collect();
     Ok(Called { backend_pid: row.try_get(0)?, answers })
-}
-
-async fn call_one(
-    conn: &mut PgConnection,
-    key: KeyId,
-    function: &str,
-) -> Result<Called, sqlx::Error> {
-    let args = match key {
-        KeyId::BigInt(_) => "$1",
-        KeyId::IntPair(..) => "$1, $2",
-    };
-    let statement = format!("SELECT pg_catalog.pg_backend_pid(), {function}({args})");
-    let row = bind(AssertSqlSafe(statement), key).fetch_one(conn).await?;
-    Ok(Called { backend_pid: row.try_get(0)?, answers: vec![row.try_get(1)?] })
 }

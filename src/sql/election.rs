@@ -2,7 +2,7 @@
 
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-use super::place::{ADVISORY, LOCKS, Place};
+use super::place::{ADVISORY, LOCKS, place};
 use crate::key::KeyId;
 
 /// The session that holds a key exclusively.
@@ -23,7 +23,7 @@ pub(crate) async fn holder(
          FROM {LOCKS} JOIN pg_catalog.pg_stat_get_activity(NULL) AS a \
            ON a.pid OPERATOR(pg_catalog.=) l.pid \
          WHERE {ADVISORY} AND l.granted AND l.mode OPERATOR(pg_catalog.=) 'ExclusiveLock' AND {}",
-        Place(key),
+        place(key),
     );
     let row = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_optional(conn).await?;
     let Some(row) = row else { return Ok(None) };

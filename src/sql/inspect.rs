@@ -3,7 +3,7 @@
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgExecutor, Row, ValueRef};
 
-use super::place::{ADVISORY, LOCKS, Place};
+use super::place::{ADVISORY, LOCKS, place};
 use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -46,7 +46,7 @@ pub(crate) async fn locks(
     db: impl PgExecutor<'_>,
     key: Option<KeyId>,
 ) -> Result<Vec<LockRow>, sqlx::Error> {
-    let place = key.map_or_else(|| "true".to_owned(), |key| Place(key).to_string());
+    let place = key.map_or_else(|| "true".to_owned(), place);
     // The snapshot is cleared in the argument of the function that reads the sessions, so before that.
     let statement = format!(
         "SELECT l.classid::bigint, l.objid::bigint, l.objsubid::integer, l.mode, l.granted, {}, \

@@ -4,7 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 
 use super::backend::{TIME_STANDS_STILL, end_transaction};
-use super::{bind, call, calls, fetch, on_key, pair};
+use super::{bind, call, calls, fetch, pair, parameters, suffix};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -51,17 +51,16 @@ pub(crate) async fn try_lock(
         && conn.cached_statements_size() > 0
     {
         match try_one_lock(conn, key, mode).await {
-            Ok((one, mark)) => {
+            Ok((backend_pid, is_granted, mark)) => {
                 let refused = mark.as_deref() == Some(REFUSED);
                 // One of all was granted, or none of any was refused.
-                let count = Some(usize::from(one.granted == (need == Need::All)));
-                let backend_pid = one.backend_pid;
+                let count = Some(usize::from(is_granted == (need == Need::All)));
                 let tried = Tried { backend_pid, count, idle_limited: false, refused };
                 let has_mark = wanted.is_some_and(|(_, mark_of)| mark.as_deref() == Some(mark_of));
                 if has_mark || (refused && !required) {
                     return Ok(tried);
                 }
-                granted = one.granted.then_some(tried);
+                granted = is_granted.then_some(tried);
             }
             // Something has deallocated what was prepared, such as `DISCARD ALL`.
             Err(error) if is_not_prepared(&error) => {
@@ -85,13 +84,7 @@ pub(crate) async fn try_lock(
     .await
 }
 
-/// The answer to [`try_one_lock`].
-struct TriedOne {
-    backend_pid: i32,
-    granted: bool,
-}
-
-/// Takes a lock if it is free, and returns the mark of the session.
+/// Takes a lock if it is free. Returns the backend's pid, whether it was granted, and the mark of the session.
 ///
 /// The server spends as much time on each function in the statement as on the lock, so whatever can be
 /// computed here is computed here.
@@ -99,22 +92,19 @@ async fn try_one_lock(
     conn: &mut PgConnection,
     key: KeyId,
     mode: Mode,
-) -> Result<(TriedOne, Option<String>), sqlx::Error> {
-    let statement = on_key!(
-        key,
-        mode,
+) -> Result<(i32, bool, Option<String>), sqlx::Error> {
+    let (suffix, parameters) = (suffix(mode), parameters(key));
+    let statement = format!(
         "SELECT pg_catalog.pg_backend_pid(), pg_catalog.now(), pg_catalog.statement_timestamp(), \
-         pg_catalog.current_setting('pglock.keepalives', true), pg_catalog.",
-        "pg_try_advisory_lock",
-        ""
+         pg_catalog.current_setting('pglock.keepalives', true), \
+         pg_catalog.pg_try_advisory_lock{suffix}({parameters})"
     );
     let row = bind(statement, key).fetch_one(&mut *conn).await?;
-    let tried = TriedOne { backend_pid: row.try_get(0)?, granted: row.try_get(4)? };
-    let mark: Option<String> = row.try_get(3)?;
+    let tried = (row.try_get(0)?, row.try_get(4)?, row.try_get(3)?);
     if microseconds(&row, 2)? - microseconds(&row, 1)? > STANDS_STILL_FOR {
         end_transaction(conn).await?;
     }
-    Ok((tried, mark))
+    Ok(tried)
 }
 
 /// In a prepared statement, the time of the transaction and that of the statement differ by what the

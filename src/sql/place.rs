@@ -2,8 +2,6 @@
 //!
 //! The layout is documented at <https://www.postgresql.org/docs/current/view-pg-locks.html>.
 
-use std::fmt;
-
 use crate::key::KeyId;
 
 /// The lock table: the function behind the view `pg_locks`, which a hardened role may not read.
@@ -19,24 +17,19 @@ pub(super) const ADVISORY: &str = "l.locktype OPERATOR(pg_catalog.=) 'advisory' 
     WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())";
 
 /// A condition: a lock on this key.
-pub(super) struct Place(pub(super) KeyId);
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (classid, objid, objsubid) = match self.0 {
-            KeyId::BigInt(number) => {
-                let bits = number.cast_unsigned();
-                (bits >> 32, bits & u64::from(u32::MAX), 1)
-            }
-            KeyId::IntPair(first, second) => {
-                (u64::from(first.cast_unsigned()), u64::from(second.cast_unsigned()), 2)
-            }
-        };
-        write!(
-            f,
-            "l.classid OPERATOR(pg_catalog.=) '{classid}'::pg_catalog.oid \
-             AND l.objid OPERATOR(pg_catalog.=) '{objid}'::pg_catalog.oid \
-             AND l.objsubid OPERATOR(pg_catalog.=) {objsubid}"
-        )
-    }
+pub(super) fn place(key: KeyId) -> String {
+    let (classid, objid, objsubid) = match key {
+        KeyId::BigInt(number) => {
+            let bits = number.cast_unsigned();
+            (bits >> 32, bits & u64::from(u32::MAX), 1)
+        }
+        KeyId::IntPair(first, second) => {
+            (u64::from(first.cast_unsigned()), u64::from(second.cast_unsigned()), 2)
+        }
+    };
+    format!(
+        "l.classid OPERATOR(pg_catalog.=) '{classid}'::pg_catalog.oid \
+         AND l.objid OPERATOR(pg_catalog.=) '{objid}'::pg_catalog.oid \
+         AND l.objsubid OPERATOR(pg_catalog.=) {objsubid}"
+    )
 }

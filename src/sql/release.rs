@@ -3,7 +3,7 @@
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
 use super::settings::put_back_all;
-use super::{Args, bind, call, calls, fetch, on_key, pair, suffix};
+use super::{args, bind, call, calls, fetch, pair, parameters, suffix};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -48,12 +48,9 @@ async fn unlock_one(
     key: KeyId,
     mode: Mode,
 ) -> Result<Option<Unlocked>, sqlx::Error> {
-    let statement = on_key!(
-        key,
-        mode,
-        "SELECT pg_catalog.",
-        "pg_advisory_unlock",
-        ", pg_catalog.pg_backend_pid()"
+    let (suffix, parameters) = (suffix(mode), parameters(key));
+    let statement = format!(
+        "SELECT pg_catalog.pg_advisory_unlock{suffix}({parameters}), pg_catalog.pg_backend_pid()"
     );
     match bind(statement, key).fetch_one(&mut *conn).await {
         Ok(row) => Ok(Some(Unlocked { backend_pid: row.try_get(1)?, all: row.try_get(0)? })),
@@ -74,7 +71,7 @@ fn unlocks(locks: &[(KeyId, Mode)]) -> String {
         [] => "true".to_owned(),
         // Shorter to plan, and what most releases are.
         [(key, mode)] => {
-            format!("pg_catalog.pg_advisory_unlock{}({})", suffix(mode), Args(key))
+            format!("pg_catalog.pg_advisory_unlock{}({})", suffix(mode), args(key))
         }
         _ => format!("(SELECT pg_catalog.bool_and({UNLOCK}) FROM {})", calls(locks)),
     }
@@ -117,7 +114,7 @@ pub(crate) async fn downgrade(
     conn: &mut PgConnection,
     key: KeyId,
 ) -> Result<Unlocked, sqlx::Error> {
-    let key = Args(key);
+    let key = args(key);
     let statement = format!(
         "SELECT pg_catalog.pg_advisory_lock_shared({key}); \
          SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_advisory_unlock({key})"

@@ -29,7 +29,7 @@ impl Keepalives {
     pub(super) fn user_timeout(self) -> String {
         let [idle, interval, retries] = self.seconds_and_retries();
         let milliseconds = 1000 * (idle + interval * retries);
-        change(Changed::TcpUserTimeout, &format!("'{milliseconds}'")) + ", "
+        change(USER_TIMEOUT, &format!("'{milliseconds}'")) + ", "
     }
 
     /// Columns that set all of this, each followed by a comma.
@@ -45,36 +45,15 @@ impl Keepalives {
 }
 
 /// The settings that an application would notice. They are put back when the session ends.
-#[derive(Clone, Copy)]
-enum Changed {
-    ApplicationName,
-    ClientConnectionCheckInterval,
-    IdleSessionTimeout,
-    TcpUserTimeout,
-}
-
-impl Changed {
-    const ALL: [Self; 4] = [
-        Self::ApplicationName,
-        Self::ClientConnectionCheckInterval,
-        Self::IdleSessionTimeout,
-        Self::TcpUserTimeout,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::ApplicationName => "application_name",
-            Self::ClientConnectionCheckInterval => "client_connection_check_interval",
-            Self::IdleSessionTimeout => "idle_session_timeout",
-            Self::TcpUserTimeout => "tcp_user_timeout",
-        }
-    }
-}
+const CHANGED: [&str; 4] = [APPLICATION_NAME, CHECK_INTERVAL, IDLE_TIMEOUT, USER_TIMEOUT];
+const APPLICATION_NAME: &str = "application_name";
+const CHECK_INTERVAL: &str = "client_connection_check_interval";
+const IDLE_TIMEOUT: &str = "idle_session_timeout";
+const USER_TIMEOUT: &str = "tcp_user_timeout";
 
 /// Two columns that change a setting. The first one saves its old value in a setting of ours, with a
 /// mark in front because the value may be empty.
-fn change(setting: Changed, value: &str) -> String {
-    let name = setting.name();
+fn change(name: &str, value: &str) -> String {
     format!(
         "CASE WHEN coalesce(pg_catalog.current_setting('pglock.{name}', true), '') \
            OPERATOR(pg_catalog.=) '' \
@@ -85,8 +64,7 @@ fn change(setting: Changed, value: &str) -> String {
 }
 
 /// A column that puts a setting back if it was changed.
-fn put_back_one(setting: Changed) -> String {
-    let name = setting.name();
+fn put_back_one(name: &str) -> String {
     format!(
         "CASE WHEN pg_catalog.current_setting('pglock.{name}', true) OPERATOR(pg_catalog.<>) '' \
          THEN pg_catalog.set_config('{name}', \
@@ -98,11 +76,10 @@ fn put_back_one(setting: Changed) -> String {
 /// Columns that put back all that was changed, and remove the mark: a role's limit on idle sessions applies
 /// again.
 pub(super) fn put_back_all() -> String {
-    let idle_limit = Changed::IdleSessionTimeout.name();
     format!(
-        "CASE WHEN pg_catalog.current_setting('pglock.{idle_limit}', true) OPERATOR(pg_catalog.<>) '' \
+        "CASE WHEN pg_catalog.current_setting('pglock.{IDLE_TIMEOUT}', true) OPERATOR(pg_catalog.<>) '' \
          THEN pg_catalog.set_config('pglock.keepalives', '', false) END, {}",
-        Changed::ALL.map(put_back_one).join(", ")
+        CHANGED.map(put_back_one).join(", ")
     )
 }
 
@@ -114,7 +91,7 @@ pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error>
 /// Prepares the session for statements of the application: puts back what a slow reader would notice, and
 /// has the server check during a long statement whether this client is still connected.
 pub(crate) async fn lend(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let mut columns = put_back_one(Changed::TcpUserTimeout);
+    let mut columns = put_back_one(USER_TIMEOUT);
     // New in PostgreSQL 14.
     if conn.server_version_num() >= Some(140_000) {
         columns += ", ";
@@ -125,17 +102,17 @@ pub(crate) async fn lend(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
 
 /// Columns that have the server check whether the client of a running statement is still connected.
 fn check_connection() -> String {
-    change(Changed::ClientConnectionCheckInterval, &format!("'{CHECK_INTERVAL_MS}'"))
+    change(CHECK_INTERVAL, &format!("'{CHECK_INTERVAL_MS}'"))
 }
 
 /// Lifts the role's limit on idle sessions, because a holder may be idle.
 pub(crate) async fn lift_idle_timeout(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    fetch(conn, format!("SELECT {}", change(Changed::IdleSessionTimeout, "'0'"))).await.map(drop)
+    fetch(conn, format!("SELECT {}", change(IDLE_TIMEOUT, "'0'"))).await.map(drop)
 }
 
 /// Shows a name in `application_name`, which is all that others see of a session.
 pub(crate) async fn show_name(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
-    let statement = format!("SELECT {}", change(Changed::ApplicationName, "$1"));
+    let statement = format!("SELECT {}", change(APPLICATION_NAME, "$1"));
     let query = sqlx::query(sqlx::AssertSqlSafe(statement)).persistent(false);
     query.bind(name).execute(conn).await.map(drop)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
 use super::quiet::quietly;
-use super::{Args, fetch, suffix, units};
+use super::{args, fetch, suffix, units};
 use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -27,7 +27,7 @@ pub(crate) async fn try_lock(
     key: KeyId,
     mode: Mode,
 ) -> Result<Tried, sqlx::Error> {
-    let (suffix, key) = (suffix(mode), Args(key));
+    let (suffix, key) = (suffix(mode), args(key));
     let statement = format!(
         "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL \
            ELSE pg_catalog.pg_try_advisory_xact_lock{suffix}({key}) END, \
@@ -177,7 +177,7 @@ async fn wait_in_call(
     limit: Duration,
 ) -> Result<bool, sqlx::Error> {
     let limit = super::milliseconds(limit);
-    let (suffix, key) = (suffix(mode), Args(key));
+    let (suffix, key) = (suffix(mode), args(key));
     let statement = format!(
         "SAVEPOINT pglock; \
          SELECT pg_catalog.set_config('pglock.statement_timeout', \

@@ -94,7 +94,7 @@ pub(crate) async fn wait_plainly(
     slice: Slice,
 ) -> Result<Waited, sqlx::Error> {
     let (settings, call) =
-        (settings(conn, slice), call(slice, &format!("'{}'", Numbers(slice.key))));
+        (settings(conn, slice), call(slice, &format!("'{}'", numbers(slice.key))));
     let check = check_connection(conn, "SELECT");
     let statement = format!("{settings}; {check}SELECT {call}; SELECT pg_catalog.pg_backend_pid()");
     let rows = quietly(sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn)).await?;
@@ -103,21 +103,17 @@ pub(crate) async fn wait_plainly(
 }
 
 fn settings(conn: &PgConnection, slice: Slice) -> String {
-    let version = conn.server_version_num();
-    let mut local = vec![
-        ("statement_timeout", "0".to_owned()),
-        ("lock_timeout", milliseconds(slice.limit).to_string()),
-        ("pglock.key", Numbers(slice.key).to_string()),
-    ];
-    if version >= Some(170_000) {
-        local.push(("transaction_timeout", "0".to_owned()));
-    }
-    let local: Vec<_> = local
-        .iter()
-        .map(|(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)"))
-        .collect();
     let keepalives = slice.keepalives.map_or_else(String::new, Keepalives::user_timeout);
-    format!("SELECT {keepalives}{}", local.join(", "))
+    let (limit, key) = (milliseconds(slice.limit), numbers(slice.key));
+    let mut settings = format!(
+        "SELECT {keepalives}pg_catalog.set_config('statement_timeout', '0', true), \
+         pg_catalog.set_config('lock_timeout', '{limit}', true), \
+         pg_catalog.set_config('pglock.key', '{key}', true)"
+    );
+    if conn.server_version_num() >= Some(170_000) {
+        settings += ", pg_catalog.set_config('transaction_timeout', '0', true)";
+    }
+    settings
 }
 
 /// Calls the function that waits, with the key in `text`.
@@ -133,13 +129,9 @@ fn call(slice: Slice, text: &str) -> String {
 }
 
 /// A key as text.
-struct Numbers(KeyId);
-
-impl std::fmt::Display for Numbers {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            KeyId::BigInt(number) => write!(f, "{number}"),
-            KeyId::IntPair(first, second) => write!(f, "{first} {second}"),
-        }
+fn numbers(key: KeyId) -> String {
+    match key {
+        KeyId::BigInt(number) => number.to_string(),
+        KeyId::IntPair(first, second) => format!("{first} {second}"),
     }
 }

@@ -111,7 +111,7 @@ proptest! {
         prop_assert_eq!(batch.is_empty(), keys.is_empty());
         let before: Vec<Modes> = keys.iter().map(|key| key.mine).collect();
         let mut answers = Vec::new();
-        for (key, call) in batch.calls() {
+        for (key, call) in &batch.calls() {
             let KeyId::BigInt(key) = key else { panic!("there is no such key") };
             if let Some(key) = keys.get_mut(usize::try_from(*key).unwrap()) {
                 answers.push(key.answer(*call));
