@@ -264,10 +264,9 @@ pub(super) fn dead_waiter(seen: &Circumstances) -> Finding {
     }
     match seen.setting(name) {
         0 => check(format!("{name} is 0, and can't be set")).warn(format!(
-                "a client that dies while it waits keeps its place in the queue until its turn: set {name} \
-                 to 1s on the server, or let the role set it"
-            ),
-        ),
+            "a client that dies while it waits keeps its place in the queue until its turn: set \
+             {name} to 1s on the server, or let the role set it"
+        )),
         set => check(format!("noticed after {set} ms")),
     }
 }

@@ -416,7 +416,7 @@ async fn all_waiters_learn_at_once_that_the_pool_has_no_connection() {
         assert!(error.is_transient());
     }
     let took = started.elapsed();
-    assert!(took >= SOON && took < SOON * 10, "{took:?}");
+    assert!(took >= SOON && took < SOON * 4, "{took:?}");
     // What comes later is not concerned.
     drop(held);
     let later = timeout(SOON * 10, semaphore.acquire()).await.unwrap().unwrap();
@@ -453,7 +453,7 @@ async fn closing_the_pool_ends_every_wait() {
         let closed = matches!(error, Error::PoolClosed { .. });
         assert!(closed, "{error:?}");
     }
-    assert!(started.elapsed() < SOON * 5, "{:?}", started.elapsed());
+    assert!(started.elapsed() < SOON * 2, "{:?}", started.elapsed());
     locks_are(&mut admin, 1, SOON * 4).await;
     held.release().await.unwrap();
 }
@@ -561,9 +561,9 @@ async fn who_waits_wakes_soon_after_a_release() {
     }
     took.sort();
     report(format_args!("woke after a release within {took:?}"));
-    // The promise is 50 ms; a busy machine is given more. The next slice would be a minute away.
+    // The promise is 50 ms; a busy machine is given more.
     let median = took.get(took.len() / 2).copied();
-    assert!(median < Some(SOON), "{took:?}");
+    assert!(median < Some(SOON / 2), "{took:?}");
     borrow_all(&pool).await;
 }
 

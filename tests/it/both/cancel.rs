@@ -192,7 +192,7 @@ async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
     }
     let asked = Instant::now();
     sqlx::query("SELECT 1").execute(&pool).await.unwrap();
-    assert!(asked.elapsed() < soon() * 5, "the pool answered after {:?}", asked.elapsed());
+    assert!(asked.elapsed() < soon(), "the pool answered after {:?}", asked.elapsed());
     locks_are(&mut admin, 1, soon() * 4).await;
     borrow_all(&pool).await;
     held.release().await.unwrap();

@@ -51,10 +51,10 @@ async fn the_end_of_a_session_is_reported_at_once() {
         }
     }
     took.sort();
-    // The promise is 15 ms, and 50 ms at most; a busy machine is given more. By a heartbeat, it would be a second.
+    // The promise is 15 ms, and 50 ms at most; a busy machine is given more.
     let median = took.get(took.len() / 2).copied();
     report(format!("reported after {median:?}, at most {:?}", took.last()));
-    assert!(median < Some(soon() / 2), "{took:?}");
+    assert!(median < Some(soon() / 20), "{took:?}");
     no_locks(&mut admin).await;
 }
 
@@ -110,7 +110,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
         let took = started.elapsed();
         server.resume();
         assert!(matches!(loss.unwrap(), Loss::Unresponsive));
-        assert!(took < soon() * 5, "reported only after {took:?}");
+        assert!(took < soon() * 5 / 2, "reported only after {took:?}");
         says_lost(guard).await;
         no_locks(&mut db.admin().await).await;
     }
