@@ -98,8 +98,8 @@ async fn lead(name: &str, leadership: Arc<Leadership>) -> Result<()> {
 }
 
 async fn act(name: &str, leadership: &Leadership) -> Result<()> {
-    // On the session that makes it the leader: if that is gone, and another was elected, this is an
-    // error. On another connection it would go through.
+    // On the session that makes it the leader: if that has ended, and another candidate was elected, this is an error.
+    // On another connection it would take effect.
     sqlx::query("INSERT INTO act (term, leader) VALUES ($1, $2)")
         .bind(i64::try_from(leadership.term())?)
         .bind(name)

@@ -38,14 +38,20 @@ async fn main() -> Result<()> {
 
     let first = try_acquire(&key, &[two]).await?.ok_or("it is held")?;
     let both = try_acquire(&key, &[two, three]).await?;
-    assert!(both.is_none(), "who takes both places finds the old one taken");
+    assert!(both.is_none(), "a process that takes both places finds the old one held");
     // A process that takes only the new place is admitted. So no process may, while others take only the old one.
     assert!(try_acquire(&key, &[three]).await?.is_some());
     release(first).await?;
 
     let second = try_acquire(&key, &[two, three]).await?.ok_or("it is held")?;
-    assert!(try_acquire(&key, &[two]).await?.is_none(), "who knows only the old place waits");
-    assert!(try_acquire(&key, &[three]).await?.is_none(), "and so does who knows only the new one");
+    assert!(
+        try_acquire(&key, &[two]).await?.is_none(),
+        "a process that knows only the old place is refused"
+    );
+    assert!(
+        try_acquire(&key, &[three]).await?.is_none(),
+        "and so is one that knows only the new place"
+    );
     release(second).await?;
     println!("while {key} moves, both its places are locked, and no other process is admitted");
     Ok(())

@@ -14,7 +14,7 @@ use pglock::Lock;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-/// Two files that belong together: who reads them must find the same version in both.
+/// Two files that belong together: a reader must find the same version in both.
 #[derive(Default)]
 struct Cache {
     index: AtomicU32,

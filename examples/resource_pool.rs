@@ -46,7 +46,7 @@ async fn main() -> Result<()> {
 
 /// Does its jobs, each with whichever licence is free, or becomes so first. Returns how many.
 async fn machine(number: usize, pool: PgPool, users: Users) -> Result<usize> {
-    // Every process must pass the same number: another number is an error.
+    // Every process should pass the same number. With different ones, the largest counts, and a warning is logged.
     let licences = Semaphore::new(&pool, "licences", LICENCES.len())?;
     for job in 1..=JOBS {
         let permit = licences.acquire().await?;
@@ -78,8 +78,8 @@ async fn none_is_left(pool: &PgPool) -> Result<()> {
     let back = permits.swap_remove(1);
     let slot = back.slot();
     back.release().await?;
-    let again = licences.try_acquire().await?.ok_or("one was given back")?;
+    let again = licences.try_acquire().await?.ok_or("one was released")?;
     assert_eq!(again.slot(), slot);
-    println!("permit {slot} was given back, and can be had again");
+    println!("permit {slot} was released, and acquired again");
     Ok(())
 }

@@ -23,7 +23,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let waited = asked.elapsed();
     assert!(answer.is_none());
     assert!(waited >= Duration::from_millis(400));
-    println!("not to be had within 400 ms; we know after {} ms", waited.as_millis());
+    println!("busy for 400 ms; the call returned after {} ms", waited.as_millis());
 
     guard.release().await?;
     let asked = Instant::now();

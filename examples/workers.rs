@@ -18,7 +18,7 @@ const WORKERS: usize = 5;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    // Each worker uses one connection, from the moment it waits until it releases the lock.
+    // One worker waits on the server. The others wait in line in this process, without a connection.
     let pool = pglock_testkit::pool().await;
     let inside = Arc::new(AtomicUsize::new(0));
     let lock = Lock::new(&pool, "append-to-ledger");

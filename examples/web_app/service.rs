@@ -105,7 +105,7 @@ async fn leader(State(service): State<Service>) -> Result<String, Failure> {
 async fn is_ready(State(service): State<Service>) -> (StatusCode, String) {
     let reason = if *service.ending.borrow() {
         "is shutting down".to_owned()
-    } else if let LeaderState::Failing { error, since } = service.status.state()
+    } else if let LeaderState::Failing { error, since, .. } = service.status.state()
         && since.elapsed() > OUTAGE
     {
         error.to_string()

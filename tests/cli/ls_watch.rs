@@ -13,6 +13,8 @@ async fn it_fits_scrolls_and_leaves_the_screen_as_it_was() {
     sql(&mut admin, "SELECT count(pg_advisory_lock(i)) FROM generate_series(1, 200) AS i").await;
     terminal.types("echo be\"\"fore; pglock ls --watch");
     terminal.shows("200 held, 0 waiting, by key").await;
+    // The last row that fits.
+    terminal.shows("\n48 ").await;
     let screen = terminal.screen();
     let lines: Vec<&str> = screen.lines().collect();
     assert!(!screen.contains("before") && lines[0].contains(" UTC  "), "{screen}");

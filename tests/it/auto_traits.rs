@@ -5,11 +5,12 @@ use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
+use pglock::doctor::{Finding, Severity};
 use pglock::inspect::{LockInfo, Session};
 use pglock::{
-    Election, Error, ExclusiveGuard, Key, Leader, LeaderState, LeaderStatus, Leadership, Lock,
-    LockManager, LockOptions, Loss, Mode, MultiGuard, MultiLock, Observer, Permit, Semaphore,
-    SessionConnection, SharedGuard, Upgrade, transaction,
+    ConfiguredPool, Election, Error, ExclusiveGuard, Guard, Key, Leader, LeaderState, LeaderStatus,
+    Leadership, Lock, LockManager, LockOptions, Loss, Mode, MultiGuard, MultiLock, Observer,
+    Permit, Semaphore, SessionConnection, SharedGuard, Upgrade, transaction,
 };
 use sqlx::{Postgres, Transaction};
 
@@ -36,6 +37,7 @@ fn every_type_may_be_sent_to_and_shared_with_another_thread() {
     check!(MultiLock, MultiGuard, Semaphore, Permit);
     check!(Election, Leader, LeaderStatus, Leadership, Observer);
     check!(LockInfo, Session);
+    check!(Guard, ConfiguredPool, LeaderState, Upgrade, Finding, Severity);
     check!(Error, Loss);
 }
 
@@ -43,6 +45,7 @@ fn every_type_may_be_sent_to_and_shared_with_another_thread() {
 #[test]
 fn only_a_lent_connection_borrows() {
     is_static::<Key>();
+    is_static::<Guard>();
     is_static::<Lock>();
     is_static::<LockOptions>();
     is_static::<ExclusiveGuard>();

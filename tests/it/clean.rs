@@ -6,7 +6,7 @@ use pglock::{Error, Lock, LockOptions, Loss};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::{Connection, PgConnection};
 
-use crate::support::{SOON, backend_is, borrow_all, no_locks};
+use crate::support::{SOON, backend_is, borrow_all, no_locks, terminate};
 
 #[tokio::test]
 async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
@@ -129,22 +129,6 @@ async fn dropping_the_guard_after_a_dropped_query_frees_the_lock_soon() {
 }
 
 #[tokio::test]
-async fn an_unlock_answered_false_is_a_loss_and_closes_the_connection() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
-    let pid = guard.backend_pid();
-
-    let mut conn = guard.connection().await.unwrap();
-    sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut *conn).await.unwrap();
-    drop(conn);
-
-    let error = guard.release().await.unwrap_err();
-    assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
-    assert_ne!(borrow_all(&pool).await, [pid], "the session went back to the pool");
-}
-
-#[tokio::test]
 async fn a_downgrade_of_what_was_unlocked_behind_its_back_is_a_loss() {
     let db = TestDb::new().await;
     let pool = db.pool(1).await;
@@ -168,7 +152,7 @@ async fn every_guard_of_a_lost_session_reports_the_loss() {
     let second = lock.acquire_shared().await.unwrap();
     let mut conn = first.connection().await.unwrap();
     let pid = first.backend_pid();
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    terminate(&mut admin, pid).await;
     sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap_err();
     drop(conn);
 

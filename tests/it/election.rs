@@ -12,7 +12,8 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
 
 use crate::support::{
-    SOON, WATCHED, borrow_all, dropped_at, locks_are, no_locks, quick_pool, spawn, unless_it_waits,
+    SOON, borrow_all, dropped_at, locks_are, no_locks, quick_heartbeat, quick_pool,
+    quickly_watched, spawn, terminate, unless_it_waits,
 };
 
 /// More polls than any call that does not wait can take.
@@ -22,8 +23,9 @@ fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")
 }
 
-async fn terminate(admin: &mut PgConnection, pid: i32) {
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(admin).await.unwrap();
+/// The same, for a leader whose session is monitored soon.
+fn monitored_election(pool: &PgPool) -> Election {
+    Election::new(&quick_heartbeat().on(pool).unwrap(), "billing").candidate("node-7")
 }
 
 async fn pool_of(options: PgConnectOptions, connections: u32) -> PgPool {
@@ -149,10 +151,10 @@ async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;
-    let mut election = election(&pool);
+    let mut election = monitored_election(&pool);
     let status = election.status();
     let leadership = election.campaign().await.unwrap();
-    sleep(WATCHED).await;
+    sleep(quickly_watched()).await;
     assert_eq!(leadership.while_held(async { 42 }).await.unwrap(), 42);
 
     let (loss, worked, ()) = tokio::join!(
@@ -186,7 +188,8 @@ async fn a_status_says_no_by_the_clock_alone() {
     let mut election = Election::new(&options.on(&pool).unwrap(), "billing");
     let status = election.status();
     let leadership = election.campaign().await.unwrap();
-    sleep(WATCHED).await;
+    // Longer than a leader is trusted without an answer, so there was one.
+    sleep(second * 6 / 5).await;
     assert!(status.is_leader());
     // The only thread of the runtime.
     std::thread::sleep(second * 2);
@@ -430,8 +433,8 @@ async fn the_applications_own_name_is_put_back() {
 async fn name_is_put_back(name: &str) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    // One connection, held shortly; and three, of which one is listened to.
-    for (connections, held_for) in [(1, Duration::ZERO), (3, WATCHED)] {
+    // One connection, held shortly; and three, of which one is polled.
+    for (connections, held_for) in [(1, Duration::ZERO), (3, quickly_watched())] {
         let pool = pool_of(db.options().application_name(name), connections).await;
         for way in ["resign", "drop", "second resigns", "stop", "end", "drop run", "cancel"] {
             let pid = let_go(&pool, way, held_for, &mut admin).await;
@@ -446,7 +449,7 @@ async fn name_is_put_back(name: &str) {
 
 /// Leads, and ends its term. Returns the backend that led.
 async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConnection) -> i32 {
-    let mut election = election(pool);
+    let mut election = monitored_election(pool);
     if way == "resign" || way == "drop" || way == "second resigns" {
         let leadership = election.campaign().await.unwrap();
         sleep(held_for).await;
@@ -546,7 +549,7 @@ async fn dropped_at_every_poll(
 
 /// Returns at how many points it was dropped.
 async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> usize {
-    let mut admin = db.admin().await;
+    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
     let mut dropped = 0;
     for warm in [false, true] {
         for polls in 1.. {
@@ -557,7 +560,9 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> u
             }
             let mut election = election(&pool);
             let call = Box::pin(call(&mut election));
-            let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
+            let call = cancel_after(polls, call);
+            let (back, outcome) = unless_it_waits(held, watcher, call).await;
+            watcher = back;
 
             assert!(!election.status().is_leader());
             locks_are(&mut admin, held, SOON * 4).await;

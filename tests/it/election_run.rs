@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, WATCHED, locks_are, no_locks, quick_pool, report};
+use crate::support::{SOON, locks_are, no_locks, quick_heartbeat, quick_pool, report, terminate};
 
 fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")
@@ -175,7 +175,8 @@ impl Drop for Running {
 async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let mut election = election(&db.pool(3).await);
+    let configured = quick_heartbeat().on(&db.pool(3).await).unwrap();
+    let mut election = Election::new(&configured, "billing").candidate("node-7");
     let counts = Counts::default();
     let (told, mut leads) = mpsc::unbounded_channel();
     let mut tasks = JoinSet::new();
@@ -198,9 +199,10 @@ async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
         let (pid, term) = timeout(SOON * 10, leads.recv()).await.unwrap().unwrap();
         assert!(term > last);
         last = term;
-        sleep(WATCHED).await;
+        // By then it is monitored, and there is no pause after a term that was longer than a second.
+        sleep(SOON * 11 / 10).await;
         assert!(counts.run());
-        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+        terminate(&mut admin, pid).await;
         let started = Instant::now();
         while counts.ended() == turn {
             let locks = advisory_locks(&mut admin).await;
@@ -412,7 +414,7 @@ async fn a_leader_that_fails_pauses_and_reports_its_error() {
     let watched = async {
         let mut changes = status.clone();
         let (error, since) = loop {
-            if let LeaderState::Failing { error, since } = changes.changed().await {
+            if let LeaderState::Failing { error, since, .. } = changes.changed().await {
                 break (error, since);
             }
         };
@@ -535,7 +537,7 @@ async fn a_status_can_be_awaited() {
         assert!(matches!(next().await, LeaderState::Waiting));
         first.resign().await.unwrap();
         let term = loop {
-            if let LeaderState::Leading { term } = next().await {
+            if let LeaderState::Leading { term, .. } = next().await {
                 break term;
             }
         };
@@ -550,7 +552,7 @@ async fn a_status_can_be_awaited() {
         server.restart();
         loop {
             match next().await {
-                LeaderState::Leading { term: later } => return assert!(later > term),
+                LeaderState::Leading { term: later, .. } => return assert!(later > term),
                 LeaderState::Failing { .. } | LeaderState::Waiting => {}
                 state @ (LeaderState::Idle | _) => panic!("{state:?}"),
             }
@@ -578,8 +580,7 @@ async fn a_status_sees_every_end_of_a_leadership() {
                 "drop" => drop(leadership),
                 "resign" => leadership.resign().await.unwrap(),
                 _ => {
-                    let terminate = sqlx::query("SELECT pg_terminate_backend($1)");
-                    terminate.bind(leadership.backend_pid()).execute(&mut admin).await.unwrap();
+                    terminate(&mut admin, leadership.backend_pid()).await;
                     leadership.lost().await;
                 }
             }

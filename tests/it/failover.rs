@@ -247,7 +247,7 @@ impl Hundred {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[expect(clippy::print_stdout, reason = "a figure to be read")]
 async fn a_hundred_candidates_are_quiet_while_nothing_happens() {
-    const QUIET: u32 = 15;
+    const QUIET: u32 = 5;
 
     let mut hundred = Hundred::start(LockOptions::new()).await;
     let mark = hundred.server.log_len();

@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks};
+use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks, terminate};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -239,22 +239,25 @@ fn patient_heartbeat() -> LockOptions {
 /// An answer takes 600 ms, and twice that where a connection must be made first.
 #[tokio::test]
 async fn the_link_is_slow() {
-    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
-    for lent in [false, true] {
-        let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
-        proxy.delay(Duration::from_millis(300));
-        let mut next = Next::after(1, &db).await;
-        let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
-        // Long enough for every answer to be needed.
-        keeps(&guard, SECOND * 5).await;
-        assert!(next.still_waits());
-        drop(connection);
-        guard.release().await.unwrap();
-        next.had_it(SOON * 5, &db).await;
-        proxy.delay(Duration::ZERO);
-        all_are_idle(&pool).await;
-        borrow_all(&pool).await;
-    }
+    let (idle, lent) = (Behind::a_proxy().await, Behind::a_proxy().await);
+    tokio::join!(is_kept_over_a_slow_link(&idle, false), is_kept_over_a_slow_link(&lent, true));
+}
+
+async fn is_kept_over_a_slow_link(behind: &Behind, lent: bool) {
+    let Behind { db, proxy, pool, .. } = behind;
+    let guard = Lock::new(&patient_heartbeat().on(pool).unwrap(), 1).acquire().await.unwrap();
+    proxy.delay(Duration::from_millis(300));
+    let mut next = Next::after(1, db).await;
+    let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
+    // Long enough for every answer to be needed.
+    keeps(&guard, SECOND * 5).await;
+    assert!(next.still_waits());
+    drop(connection);
+    guard.release().await.unwrap();
+    next.had_it(SOON * 5, db).await;
+    proxy.delay(Duration::ZERO);
+    all_are_idle(pool).await;
+    borrow_all(pool).await;
 }
 
 #[tokio::test]
@@ -414,8 +417,7 @@ async fn the_clock_of_the_holder_is_set() {
         let pid = holder.ask("backend").await;
         holder.tell("lost").await;
         clock.set(0);
-        let terminate = format!("SELECT pg_terminate_backend({pid})");
-        sqlx::raw_sql(AssertSqlSafe(terminate)).execute(&mut db.admin().await).await.unwrap();
+        terminate(&mut db.admin().await, pid.parse().unwrap()).await;
         assert_eq!(holder.answer().await, "lost");
     }
 }
@@ -510,8 +512,8 @@ async fn the_pool_is_closed() {
     let pool = db.pool(2).await;
     let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
-    // After which a hold is watched by listening.
-    sleep(Duration::from_millis(100)).await;
+    // Longer than the heartbeat's interval, after which the session is monitored.
+    sleep(BOUND * 3 / 4).await;
     let closed = pool.close();
     for lent in [false, true] {
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };

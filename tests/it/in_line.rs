@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, has_waiter, locks_are, no_locks, soon, spawn};
+use crate::support::{SOON, has_waiter, locks_are, no_locks, soon, spawn, terminate};
 
 const KEY: &str = "nightly-report";
 const LATE: Duration = Duration::from_mins(1);
@@ -143,8 +143,7 @@ async fn a_release_that_is_awaited_asks_a_session_that_it_passes_on() {
     for _ in 0..20 {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
         let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
-        let end = format!("SELECT pg_terminate_backend({})", guard.backend_pid());
-        sqlx::raw_sql(sqlx::AssertSqlSafe(end)).execute(&mut admin).await.unwrap();
+        terminate(&mut admin, guard.backend_pid()).await;
         let gone =
             async { while advisory_locks(&mut admin).await.iter().any(|lock| lock.granted) {} };
         timeout(LATE, gone).await.unwrap();
@@ -292,17 +291,19 @@ async fn a_timeout_before_the_first_try_is_no_error_if_others_wait() {
     let db = TestDb::new().await;
     let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
     // Locks can have one connection of two, or two of three.
+    let mut calls = JoinSet::new();
     for connections in [2, 3] {
         let pool = PgPoolOptions::new().max_connections(connections).connect_with(db.options());
         let pool = pool.await.unwrap();
-        let mut calls = JoinSet::new();
-        for _ in 0..CALLS {
+        for call in 0..CALLS {
             let mut lock = Lock::new(&pool, KEY);
-            calls.spawn(async move { lock.try_acquire_for(Duration::from_secs(2)).await });
+            // The first one still waits when the time of the others is over.
+            let seconds = if call == 0 { 4 } else { 2 };
+            calls.spawn(async move { lock.try_acquire_for(Duration::from_secs(seconds)).await });
         }
-        for timed_out in timeout(LATE, calls.join_all()).await.unwrap() {
-            assert!(timed_out.unwrap().is_none());
-        }
+    }
+    for timed_out in timeout(LATE, calls.join_all()).await.unwrap() {
+        assert!(timed_out.unwrap().is_none());
     }
     held.release().await.unwrap();
 }
@@ -330,7 +331,7 @@ async fn a_try_that_finds_no_connection_is_an_error_though_others_wait() {
 /// If it waited there for all of its time, it would get to the front with none left.
 #[tokio::test]
 async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
-    const TIMEOUT: Duration = Duration::from_secs(12);
+    const TIMEOUT: Duration = Duration::from_secs(6);
     let db = TestDb::new().await;
     let (pool, mut admin) = (db.pool(6).await, db.admin().await);
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
@@ -338,7 +339,8 @@ async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
     let first = spawn(async move { first.acquire().await });
     locks_are(&mut admin, 2, soon() * 4).await;
     let second = spawn(async move { second.try_acquire_for(TIMEOUT).await });
-    locks_are(&mut admin, 3, TIMEOUT / 2).await;
+    // It waits on the server after a quarter of its time. At the end of its time would be too late.
+    locks_are(&mut admin, 3, TIMEOUT * 11 / 12).await;
     held.release().await.unwrap();
     first.await.unwrap().unwrap().release().await.unwrap();
     assert!(second.await.unwrap().unwrap().is_some());

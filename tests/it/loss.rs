@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Proxy, Server, TestDb};
-use sqlx::PgConnection;
 use sqlx::postgres::PgPoolOptions;
 use tokio::runtime::Builder;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon};
+use crate::support::{SOON, WATCHED, borrow_all, locks_are, no_locks, soon, terminate};
 
 /// The holder times out after a second; the server after three.
 pub(crate) fn fast_heartbeat() -> LockOptions {
@@ -37,11 +36,6 @@ pub(crate) fn slow_heartbeat() -> LockOptions {
         .keepalives_retries(1)
 }
 
-/// Ends a session at the server.
-pub(crate) async fn terminate(admin: &mut PgConnection, pid: i32) {
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(admin).await.unwrap();
-}
-
 /// What every guard says of a loss.
 pub(crate) async fn says_lost(guard: ExclusiveGuard) {
     assert!(guard.is_lost());
@@ -54,33 +48,40 @@ pub(crate) async fn says_lost(guard: ExclusiveGuard) {
 /// An answer that comes after the loss must not return the connection to the pool.
 #[tokio::test]
 async fn a_lock_that_is_lost_during_another_call_is_released() {
-    const MOST: Duration = Duration::from_secs(3);
     let server = Server::options().tcp().start();
-    let db = TestDb::on(&server).await;
+    tokio::join!(
+        lost_during_a_call(&server, 0),
+        lost_during_a_call(&server, 1),
+        lost_during_a_call(&server, 2),
+    );
+}
+
+/// Loses a lock during one of the calls, in a database and through a proxy of its own.
+async fn lost_during_a_call(server: &Server, call: u32) {
+    const MOST: Duration = Duration::from_secs(3);
+    let db = TestDb::on(server).await;
     let proxy = Proxy::to(server.port()).await;
     let options = server.tcp_options().database(db.name()).port(proxy.address().port());
     let other = db.pool(2).await;
-    for call in 0..3 {
-        let pool = PgPoolOptions::new().max_connections(3).connect_lazy_with(options.clone());
-        let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
-        let guard = Lock::new(&limited, 1).acquire_shared().await.unwrap();
-        let second = Lock::new(&guard, 2).acquire().await.unwrap();
-        let refused = Lock::new(&other, 3).acquire().await.unwrap();
-        let reader = Lock::new(&other, 1).acquire_shared().await.unwrap();
-        // The answer to the call arrives after the end of the hold.
-        sleep(MOST * 2 / 3).await;
-        proxy.delay(soon() * 2);
-        match call {
-            0 => drop(second.release().await),
-            1 => drop(Lock::new(&guard, 3).try_acquire().await),
-            _ => drop(Lock::new(&guard, 1).try_acquire().await),
-        }
-        proxy.delay(Duration::ZERO);
-        drop((refused, reader));
-        timeout(SOON * 4, guard.lost()).await.unwrap();
-        // The proxy may delay the end of the connection, too.
-        locks_are(&mut db.admin().await, 0, SOON * 20).await;
+    let pool = PgPoolOptions::new().max_connections(3).connect_lazy_with(options);
+    let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
+    let guard = Lock::new(&limited, 1).acquire_shared().await.unwrap();
+    let second = Lock::new(&guard, 2).acquire().await.unwrap();
+    let refused = Lock::new(&other, 3).acquire().await.unwrap();
+    let reader = Lock::new(&other, 1).acquire_shared().await.unwrap();
+    // The answer to the call arrives after the end of the hold.
+    sleep(MOST * 2 / 3).await;
+    proxy.delay(soon() * 2);
+    match call {
+        0 => drop(second.release().await),
+        1 => drop(Lock::new(&guard, 3).try_acquire().await),
+        _ => drop(Lock::new(&guard, 1).try_acquire().await),
     }
+    proxy.delay(Duration::ZERO);
+    drop((refused, reader));
+    timeout(SOON * 4, guard.lost()).await.unwrap();
+    // The proxy may delay the end of the connection, too.
+    locks_are(&mut db.admin().await, 0, SOON * 20).await;
 }
 
 /// What the application did to a borrowed connection shows, also if another call was waiting for it.
@@ -214,7 +215,7 @@ async fn a_session_is_polled_again_after_its_connection_was_borrowed() {
     sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
     drop(conn);
     // So that it is not the tidying that notices.
-    sleep(WATCHED).await;
+    sleep(SOON / 2).await;
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 5, guard.lost()).await.unwrap();
     says_lost(guard).await;
@@ -314,7 +315,7 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
     if admin.server_version_num() < Some(140_000) {
         return;
     }
-    let limit = format!("ALTER DATABASE {} SET idle_session_timeout = '700ms'", db.name());
+    let limit = format!("ALTER DATABASE {} SET idle_session_timeout = '300ms'", db.name());
     sqlx::raw_sql(sqlx::AssertSqlSafe(limit)).execute(&mut admin).await.unwrap();
     let other_pool = db.pool(1).await;
     let held = Lock::new(&other_pool, 1).acquire().await.unwrap();
@@ -324,26 +325,26 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
 
     // Free, and after a wait.
     let (waited, ()) = tokio::join!(lock.acquire(), async {
-        sleep(Duration::from_millis(1500)).await;
+        sleep(Duration::from_millis(700)).await;
         held.verify().await.unwrap();
         held.release().await.unwrap();
     });
     let guard = waited.unwrap();
-    sleep(Duration::from_millis(1500)).await;
+    sleep(Duration::from_millis(700)).await;
     guard.verify().await.unwrap();
     // Another one on the same session, which finds the limit lifted already.
     let another = Lock::new(&guard, 2).acquire().await.unwrap();
     guard.release().await.unwrap();
-    sleep(Duration::from_millis(1500)).await;
+    sleep(Duration::from_millis(700)).await;
     another.verify().await.unwrap();
     another.release().await.unwrap();
     let guard = lock.acquire().await.unwrap();
-    sleep(Duration::from_millis(1500)).await;
+    sleep(Duration::from_millis(700)).await;
     guard.verify().await.unwrap();
     guard.release().await.unwrap();
     let shown: String =
         sqlx::query_scalar("SHOW idle_session_timeout").fetch_one(&pool).await.unwrap();
-    assert_eq!(shown, "700ms");
+    assert_eq!(shown, "300ms");
 }
 
 #[tokio::test]

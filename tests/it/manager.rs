@@ -14,8 +14,10 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::cancel::dropped_at_every_poll_on;
+use crate::loss::slow_heartbeat;
 use crate::support::{
-    SOON, backend_is, borrow_all, locks_are, no_locks, refused, report, upgraded,
+    SOON, WATCHED, backend_is, borrow_all, locks_are, no_locks, refused, report, terminate,
+    upgraded,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,7 +51,7 @@ async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     let pid = guard.backend_pid();
     guard.release().await.unwrap();
 
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    terminate(&mut admin, pid).await;
     // Nothing on this runtime runs meanwhile, so no task detects it.
     std::thread::sleep(Duration::from_millis(200));
     let guard = lock.acquire().await.unwrap();
@@ -297,6 +299,16 @@ async fn a_busy_session_that_holds_nothing_just_now_is_not_lost() {
     no_locks(&mut db.admin().await).await;
 }
 
+/// Acquires the keys below `count` all at once, so that the manager makes few statements of them.
+async fn acquire_all(manager: &LockManager, count: i64) -> Vec<ExclusiveGuard> {
+    let mut acquiring = JoinSet::new();
+    for key in 0..count {
+        let mut lock = Lock::new(manager, key);
+        acquiring.spawn(async move { lock.acquire().await.unwrap() });
+    }
+    acquiring.join_all().await
+}
+
 #[tokio::test]
 async fn many_guards_are_told_of_a_loss_and_acquire_again() {
     let count: i64 = amount(2_000, 10_000);
@@ -304,39 +316,33 @@ async fn many_guards_are_told_of_a_loss_and_acquire_again() {
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
     let pool = db.pool(2).await;
-    let manager = LockManager::new(&pool);
-    let mut guards = Vec::new();
+    let manager = LockManager::new(&slow_heartbeat().on(&pool).unwrap());
+    let guards: Vec<_> = acquire_all(&manager, count).await.into_iter().map(Arc::new).collect();
     let mut told = JoinSet::new();
-    for key in 0..count {
-        let guard = Arc::new(Lock::new(&manager, key).acquire().await.unwrap());
-        guards.push(Arc::clone(&guard));
+    for guard in &guards {
+        let guard = Arc::clone(guard);
         told.spawn(async move {
             let loss = guard.lost().await;
             assert!(matches!(loss, Loss::Disconnected(_)), "{loss:?}");
             Instant::now()
         });
     }
-    // After which the session is listened to.
-    sleep(Duration::from_millis(100)).await;
+    // By then the session's connection is polled. No heartbeat is due.
+    sleep(WATCHED).await;
     let killed = Instant::now();
-    sqlx::query("SELECT pg_terminate_backend($1)")
-        .bind(guards.first().unwrap().backend_pid())
-        .execute(&mut admin)
-        .await
-        .unwrap();
+    terminate(&mut admin, guards.first().unwrap().backend_pid()).await;
     let mut last = killed;
     while let Some(at) = timeout(TIMEOUT, told.join_next()).await.unwrap() {
         last = last.max(at.unwrap());
     }
     report(format_args!("{count} guards told within {:?}", last - killed));
-    // And not at the next heartbeat only.
+    // At the next heartbeat it would be much later.
     assert!(last - killed < SOON * 3 / 2);
     assert!(guards.iter().all(|guard| guard.is_lost()));
 
-    let mut again = Vec::new();
-    for key in 0..count {
-        again.push(Lock::new(&manager, key).acquire().await.unwrap());
-    }
+    // The server may still be releasing them, and a key that is busy would be waited for on another session.
+    locks_are(&mut admin, 0, TIMEOUT).await;
+    let again = acquire_all(&manager, count).await;
     drop(guards);
     assert!(again.iter().all(|guard| !guard.is_lost()));
     locks_are(&mut admin, usize::try_from(count).unwrap(), TIMEOUT).await;
@@ -580,11 +586,7 @@ async fn a_key_of_its_own_session_is_lost_alone() {
     });
     let guard = waited.unwrap().unwrap();
     assert_ne!(guard.backend_pid(), free.backend_pid());
-    sqlx::query("SELECT pg_terminate_backend($1)")
-        .bind(guard.backend_pid())
-        .execute(&mut admin)
-        .await
-        .unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 5, guard.lost()).await.unwrap();
     // The handle takes it again, on the session of the others.
     let again = timeout(TIMEOUT, lock.acquire()).await.unwrap().unwrap();

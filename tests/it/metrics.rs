@@ -14,8 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::loss::terminate;
-use crate::support::{acquire_with_each_outcome, has_waiter, spawn};
+use crate::support::{acquire_with_each_outcome, has_waiter, spawn, terminate};
 
 #[path = "../../examples/web_app/metrics.rs"]
 mod exporter;

@@ -11,8 +11,9 @@ use sqlx::{PgConnection, PgPool};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::loss::terminate;
-use crate::support::{SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn};
+use crate::support::{
+    SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn, terminate,
+};
 
 /// A handle on these numbers, exclusively.
 fn exclusive(pool: &PgPool, keys: &[i64]) -> MultiLock {

@@ -9,8 +9,9 @@ use sqlx::postgres::PgPoolOptions;
 use tokio::sync::Barrier;
 use tokio::time::timeout;
 
-use crate::loss::terminate;
-use crate::support::{SOON, borrow_all, execute, locks_are, no_locks, spawn, without_runtime};
+use crate::support::{
+    SOON, borrow_all, execute, locks_are, no_locks, spawn, terminate, without_runtime,
+};
 
 /// Takes one key, then when both have got theirs, another on the same session. Releases all at the
 /// end.

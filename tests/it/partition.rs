@@ -34,8 +34,15 @@ const SERVER: Duration = Duration::from_secs(7);
 /// What a busy machine may add to either.
 const ALLOWANCE: Duration = Duration::from_secs(5);
 
-/// How many locks each kind has in a round.
+/// How many locks each kind has in a stage.
 const EACH: usize = 5;
+
+/// How much later a stage of locks begins than the one before. So the stages differ in what their heartbeats and
+/// keepalives are about to do when the link is cut.
+const STEP: Duration = Duration::from_millis(230);
+
+/// The variable with the key of a sleeper, which is 1 without it.
+const KEY: &str = "PGLOCK_SLEEPER_KEY";
 
 /// What the session on the far side does when the link is cut.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -71,7 +78,7 @@ fn options() -> LockOptions {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: the tests below run it as a process on the far side"]
 async fn far_side() {
-    let pool = PgPoolOptions::new().max_connections(50);
+    let pool = PgPoolOptions::new().max_connections(150);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
     let mut tasks = JoinSet::new();
     let mut cues = cues();
@@ -152,18 +159,20 @@ impl Scene {
     async fn new() -> Option<Self> {
         let network = Network::new()?;
         let server =
-            Server::options().listen(network.address()).setting("max_connections", "200").start();
+            Server::options().listen(network.address()).setting("max_connections", "400").start();
         let db = TestDb::on(&server).await;
-        let near = db.pool(80).await;
+        let near = db.pool(110).await;
         Some(Self { network, server, db, near })
     }
 
-    /// A process on the far side.
-    fn role(&self, name: &str) -> Role {
+    /// A process on the far side, with more environment variables than its URL.
+    fn role(&self, name: &str, more: &[(&str, &str)]) -> Role {
         let (address, port) = (self.network.address(), self.server.port());
         let name_of_db = self.db.name();
         let url = format!("postgres://postgres@{address}:{port}/{name_of_db}?sslmode=disable");
-        Role::start_under(&self.network.far_side(), name, &[("URL", &url)])
+        let mut env = vec![("URL", url.as_str())];
+        env.extend(more);
+        Role::start_under(&self.network.far_side(), name, &env)
     }
 
     /// A service on the near side that waits for a lock of the far side.
@@ -193,42 +202,59 @@ struct Run {
     granted: Duration,
 }
 
-/// Has locks of all kinds held on the far side, cuts the link, and watches who believes what when.
-async fn round(scene: &Scene, direction: Direction, phase: Duration) -> Vec<Run> {
+/// Has locks of all kinds held on the far side, in stages, cuts the link, and records when each lock was lost and
+/// granted.
+async fn round(scene: &Scene, direction: Direction, stages: usize) -> Vec<Run> {
     let mut admin = scene.db.admin().await;
-    let mut far = scene.role("partition::far_side");
-    let mut victim = scene.role("partition::far_side");
+    // The connections are opened now, because opening many of them at once would delay the heartbeats.
+    borrow_all(&scene.near).await;
+    let mut far = scene.role("partition::far_side", &[]);
+    let mut victim = scene.role("partition::far_side", &[]);
     // Before PostgreSQL 14, a server that is busy or waits does not notice that its client has gone.
     let noticed =
         |kind: &Kind| scene.server.version() >= 14 || !matches!(kind, Kind::Busy | Kind::Waiting);
-    let keys: Vec<(Kind, i64)> = KINDS
+    let stage: Vec<Kind> = KINDS
         .into_iter()
         .filter(noticed)
         .flat_map(|kind| std::iter::repeat_n(kind, EACH))
-        .zip(1_i64..)
         .collect();
-    let mut near_holds = Vec::new();
-    for &(kind, key) in &keys {
-        let role = if kind == Kind::Killed { &mut victim } else { &mut far };
-        if kind == Kind::Waiting {
-            near_holds.push(Lock::new(&scene.near, key).acquire().await.unwrap());
-            role.tell(&format!("{kind:?} {key}")).await;
-        } else {
+    let keys: Vec<(Kind, i64)> = stage.repeat(stages).into_iter().zip(1_i64..).collect();
+    let (waiting, held): (Vec<_>, Vec<_>) =
+        keys.iter().copied().partition(|(kind, _)| *kind == Kind::Waiting);
+    for stage in held.chunks(held.len() / stages) {
+        for &(kind, key) in stage {
+            let role = if kind == Kind::Killed { &mut victim } else { &mut far };
             assert_eq!(role.ask(&format!("{kind:?} {key}")).await, format!("{key} holds"));
         }
+        sleep(STEP).await;
     }
-    let count = keys.len();
-    let waiting = near_holds.len();
-    locks_are(&mut admin, count + waiting, ALLOWANCE).await;
+    let mut near_holds = Vec::new();
+    for &(_, key) in &waiting {
+        near_holds.push(Lock::new(&scene.near, key).acquire().await.unwrap());
+    }
     let mut contenders = JoinSet::new();
-    for &(kind, key) in &keys {
+    for &(kind, key) in &held {
         contenders.spawn(Scene::contend(scene.near.clone(), kind, key));
     }
-    locks_are(&mut admin, count + waiting + count, ALLOWANCE).await;
+    let mut count = keys.len() + held.len();
+    locks_are(&mut admin, count, ALLOWANCE * 2).await;
+    // These begin last, because they wait for a limited time.
+    for stage in waiting.chunks(EACH) {
+        for &(kind, key) in stage {
+            far.tell(&format!("{kind:?} {key}")).await;
+        }
+        sleep(STEP).await;
+    }
+    count += waiting.len();
+    locks_are(&mut admin, count, ALLOWANCE).await;
+    for &(kind, key) in &waiting {
+        contenders.spawn(Scene::contend(scene.near.clone(), kind, key));
+    }
+    count += waiting.len();
+    locks_are(&mut admin, count, ALLOWANCE).await;
     // By its first heartbeat the server has `tcp_user_timeout`; before, it retransmits for longer to a client
-    // that has not acknowledged its last answer. The rounds differ in what the heartbeats and the keepalives
-    // are about to do.
-    sleep(HOLDER + phase).await;
+    // that has not acknowledged its last answer.
+    sleep(HOLDER).await;
 
     let cutting = monotonic();
     scene.network.cut(direction);
@@ -253,7 +279,7 @@ async fn round(scene: &Scene, direction: Direction, phase: Duration) -> Vec<Run>
     for &(kind, key) in &keys {
         let (lost, granted) = (lost.get(&key).copied(), granted.get(&key).copied().unwrap());
         let gap = lost.map(|lost| granted.as_secs_f64() - lost.as_secs_f64());
-        let times = format!("{kind:?} {direction:?} {phase:?}: gap {gap:?}");
+        let times = format!("{kind:?} {direction:?} {key}: gap {gap:?}");
         match kind {
             Kind::Idle | Kind::Leading | Kind::Lent | Kind::Busy => {
                 assert!(lost.unwrap() < granted, "two held the lock: {times}");
@@ -325,13 +351,9 @@ fn report(direction: Direction, runs: &[Run]) {
     }
 }
 
-async fn gives_up_first(direction: Direction, rounds: u32) {
+async fn gives_up_first(direction: Direction, stages: usize) {
     let Some(scene) = Scene::new().await else { return };
-    let mut runs = Vec::new();
-    for number in 0..rounds {
-        let phase = Duration::from_millis(200 + 230 * u64::from(number));
-        runs.extend(round(&scene, direction, phase).await);
-    }
+    let runs = round(&scene, direction, stages).await;
     report(direction, &runs);
 }
 
@@ -358,31 +380,37 @@ async fn cut_away_from_the_server_the_holder_gives_up_first() {
 #[tokio::test]
 async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
     let Some(scene) = Scene::new().await else { return };
+    tokio::join!(cut_off_alone(&scene, Kind::Idle, 1), cut_off_alone(&scene, Kind::Lent, 2));
+    scene.network.heal();
+    no_locks(&mut scene.db.admin().await).await;
+}
+
+/// Cuts off the session that holds the key, in a process of its own.
+async fn cut_off_alone(scene: &Scene, kind: Kind, key: i64) {
     let mut admin = scene.db.admin().await;
-    for kind in [Kind::Idle, Kind::Lent] {
-        let mut far = scene.role("partition::far_side");
-        assert_eq!(far.ask(&format!("{kind:?} 1")).await, "1 holds");
-        let next = Scene::contend(scene.near.clone(), kind, 1);
-        let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
-            locks_are(&mut admin, 2, ALLOWANCE).await;
-            sleep(HOLDER).await;
-            let port: i32 = sqlx::query_scalar(
-                "SELECT client_port FROM pg_stat_activity JOIN pg_locks USING (pid) \
-                 WHERE locktype = 'advisory' AND granted",
-            )
-            .fetch_one(&mut admin)
-            .await
-            .unwrap();
-            scene.network.cut_connection(port.try_into().unwrap());
-        });
-        let (_, granted) = contended.unwrap();
-        let said = far.answer().await;
-        let lost = Duration::from_nanos(said.strip_prefix("1 lost ").unwrap().parse().unwrap());
-        let latest = if kind == Kind::Idle { granted } else { granted + HOLDER + ALLOWANCE };
-        assert!(lost < latest, "{kind:?}: lost at {lost:?}, granted at {granted:?}");
-        scene.network.heal();
-        no_locks(&mut admin).await;
-    }
+    let mut far = scene.role("partition::far_side", &[]);
+    assert_eq!(far.ask(&format!("{kind:?} {key}")).await, format!("{key} holds"));
+    let next = Scene::contend(scene.near.clone(), kind, key);
+    let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
+        // Both kinds are held and waited for.
+        locks_are(&mut admin, 4, ALLOWANCE).await;
+        sleep(HOLDER).await;
+        let port: i32 = sqlx::query_scalar(
+            "SELECT client_port FROM pg_stat_activity JOIN pg_locks USING (pid) \
+             WHERE locktype = 'advisory' AND granted AND objid::int8 = $1",
+        )
+        .bind(key)
+        .fetch_one(&mut admin)
+        .await
+        .unwrap();
+        scene.network.cut_connection(port.try_into().unwrap());
+    });
+    let (_, granted) = contended.unwrap();
+    let said = far.answer().await;
+    let lost = said.strip_prefix(&format!("{key} lost ")).unwrap().parse().unwrap();
+    let lost = Duration::from_nanos(lost);
+    let latest = if kind == Kind::Idle { granted } else { granted + HOLDER + ALLOWANCE };
+    assert!(lost < latest, "{kind:?}: lost at {lost:?}, granted at {granted:?}");
 }
 
 /// Is stopped while it holds, and reports what it finds when it goes on.
@@ -391,7 +419,8 @@ async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
 async fn sleeper() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
-    let mut lock = Lock::new(&options().on(&pool).unwrap(), 1);
+    let key = env::var(KEY).map_or(1, |key| key.parse::<i64>().unwrap());
+    let mut lock = Lock::new(&options().on(&pool).unwrap(), key);
     let mut cues = cues();
     while let Some(cue) = cues.next_line().await.unwrap() {
         let guard = lock.acquire().await.unwrap();
@@ -478,25 +507,31 @@ async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
 async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_statement() {
     let Some(scene) = Scene::new().await else { return };
     let mut admin = scene.db.admin().await;
-    for cue in CUES {
-        let mut sleeper = scene.role("partition::sleeper");
+    // A process for each cue, with a key of its own.
+    let sleeper = |key: i64| scene.role("partition::sleeper", &[(KEY, &key.to_string())]);
+    let mut sleepers: Vec<_> =
+        CUES.into_iter().zip(1..).map(|(cue, key)| (cue, key, sleeper(key))).collect();
+    let mut contenders = JoinSet::new();
+    for (cue, key, sleeper) in &mut sleepers {
         assert_eq!(sleeper.ask(cue).await, "holds");
-        let next = Scene::contend(scene.near.clone(), Kind::Idle, 1);
-        let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
-            locks_are(&mut admin, 2, ALLOWANCE).await;
-            sleep(HOLDER).await;
-            sleeper.tell("now").await;
-            sleeper.stands_still().await;
-            scene.network.cut(Direction::Both);
-        });
-        contended.unwrap();
-        // Another session has held the lock since.
+        contenders.spawn(Scene::contend(scene.near.clone(), Kind::Idle, *key));
+    }
+    locks_are(&mut admin, 2 * CUES.len(), ALLOWANCE).await;
+    sleep(HOLDER).await;
+    for (_, _, sleeper) in &mut sleepers {
+        sleeper.tell("now").await;
+        sleeper.stands_still().await;
+    }
+    scene.network.cut(Direction::Both);
+    timeout(SERVER + ALLOWANCE, contenders.join_all()).await.unwrap();
+    // Another session has held each lock since.
+    for (cue, _, sleeper) in &mut sleepers {
         sleeper.resume();
         let said = sleeper.answer().await;
         assert_eq!(found(&said).0, "true", "{cue}");
-        scene.network.heal();
-        no_locks(&mut admin).await;
     }
+    scene.network.heal();
+    no_locks(&mut admin).await;
 }
 
 /// A stop that is shorter is not a loss.

@@ -10,7 +10,7 @@ use sqlx::{ConnectOptions, PgPool};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{borrow_all, execute, has_waiter, locks_are, several_heartbeats};
+use crate::support::{borrow_all, execute, has_waiter, locks_are, several_heartbeats, terminate};
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
@@ -65,8 +65,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
         shared.verify().await.unwrap();
         assert!(direct.try_acquire().await.unwrap().is_none());
 
-        let pid = shared.backend_pid();
-        execute(&mut admin, format!("SELECT pg_terminate_backend({pid})")).await;
+        terminate(&mut admin, shared.backend_pid()).await;
         let lost = timeout(LIMIT, shared.lost()).await.unwrap();
         assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
         assert!(matches!(shared.release().await, Err(Error::Lost { .. })));

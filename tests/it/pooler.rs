@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    borrow_all, execute, has_waiter, locks_are, report, several_heartbeats, spawn,
+    borrow_all, execute, has_waiter, locks_are, report, several_heartbeats, spawn, terminate,
 };
 
 const KEY: &str = "nightly-report";
@@ -451,8 +451,7 @@ mod in_session_mode {
             shared.verify().await.unwrap();
 
             // A loss is reported.
-            let pid = shared.backend_pid();
-            execute(&mut admin, &format!("SELECT pg_terminate_backend({pid})")).await;
+            terminate(&mut admin, shared.backend_pid()).await;
             let lost = timeout(TIMEOUT, shared.lost()).await.unwrap();
             assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
             assert!(matches!(shared.release().await, Err(Error::Lost { .. })));

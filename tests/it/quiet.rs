@@ -1,10 +1,9 @@
-//! A wait costs others nothing: neither the server's log, nor its statistics, nor its snapshots, nor the
-//! application's log.
+//! A wait costs others nothing: neither the server's log, nor its statistics, nor the application's log.
 
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use pglock::{Error, Lock, LockOptions};
+use pglock::{Error, Lock};
 use pglock_testkit::{Server, ServerOptions, TestDb};
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use tokio::task::JoinSet;
@@ -152,49 +151,6 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
     assert!(count > 0, "the waits are not seen in the statistics");
     let some = entries.iter().take(12).map(String::as_str).collect::<Vec<_>>().join("\n\n");
     assert!(count <= MOST, "{count} entries, among them:\n{some}");
-}
-
-#[tokio::test]
-async fn a_wait_holds_no_snapshot_for_longer_than_a_slice() {
-    const SLICE: Duration = Duration::from_secs(2);
-    /// A slice is a second longer than `deadlock_timeout` at least; and the machine may be busy.
-    const LONGEST: Duration = Duration::from_millis(4500);
-
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
-    let (mut holder, mut admin) = (db.admin().await, db.admin().await);
-    hold(&mut holder, KEY).await;
-    let mut lock = Lock::new(&LockOptions::new().wait_slice(SLICE).on(&pool).unwrap(), KEY);
-    let wait = lock.try_acquire_for(SLICE * 5);
-    let looking = async {
-        let started = Instant::now();
-        let mut snapshots: Vec<(String, Instant, Instant)> = Vec::new();
-        while started.elapsed() < SLICE * 4 {
-            // Uses up a transaction id, so that a new snapshot differs from an old one.
-            let found: Option<String> = sqlx::query_scalar(
-                "SELECT min(backend_xmin::text) FROM pg_stat_activity
-                 WHERE wait_event = 'advisory' AND datname = current_database()
-                   AND txid_current() > 0",
-            )
-            .fetch_one(&mut admin)
-            .await
-            .unwrap();
-            if let Some(xmin) = found {
-                match snapshots.last_mut().filter(|(last, _, _)| *last == xmin) {
-                    Some((_, _, until)) => *until = Instant::now(),
-                    None => snapshots.push((xmin, Instant::now(), Instant::now())),
-                }
-            }
-            sleep(Duration::from_millis(50)).await;
-        }
-        snapshots
-    };
-    let (waited, snapshots) = tokio::join!(wait, looking);
-    assert!(waited.unwrap().is_none());
-    assert!(snapshots.len() > 1, "the waiter has {} snapshots", snapshots.len());
-    let oldest = snapshots.iter().map(|(_, from, until)| *until - *from).max().unwrap();
-    report(format_args!("{} snapshots, the oldest for {oldest:?}", snapshots.len()));
-    assert!(oldest < LONGEST, "a snapshot is held for {oldest:?}");
 }
 
 /// Subscribers that record nothing. While there is only one subscriber, `tracing` disables a callsite that is

@@ -9,7 +9,7 @@ use pglock_testkit::{TestDb, advisory_locks};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{locks_are, no_locks};
+use crate::support::{locks_are, no_locks, terminate};
 
 const KEY: &str = "nightly-report";
 
@@ -84,8 +84,7 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
     let end = async {
         begun.await.unwrap();
         let locks = advisory_locks(&mut admin).await;
-        let pid = locks.first().map(|lock| lock.pid);
-        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+        terminate(&mut admin, locks.first().unwrap().pid).await;
     };
     let (lost, ()) = timeout(TIMEOUT, async { tokio::join!(run, end) }).await.unwrap();
     assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
@@ -103,7 +102,7 @@ async fn a_lock_that_other_code_unlocked_is_an_error_although_the_future_has_end
     let work = async {
         let locks = advisory_locks(&mut admin).await;
         let pid = locks.iter().map(|lock| lock.pid).find(|pid| *pid != guard.backend_pid());
-        sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+        terminate(&mut admin, pid.unwrap()).await;
         locks_are(&mut admin, 1, TIMEOUT).await;
         "done"
     };

@@ -15,8 +15,9 @@ use tokio::join;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::loss::terminate;
-use crate::support::{SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn};
+use crate::support::{
+    SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn, terminate,
+};
 
 const URL: &str = "PGLOCK_SEMAPHORE_URL";
 const SEED: &str = "PGLOCK_SEMAPHORE_SEED";
@@ -287,12 +288,13 @@ async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger()
 #[tokio::test]
 async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
     const WAITERS: usize = 4;
+    /// Longer than a slice of a session that holds something.
+    const LONG: Duration = Duration::from_millis(5_500);
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(6).await;
     let make = || Semaphore::new(&pool, "seats", 1).unwrap();
     let held = make().acquire().await.unwrap();
-    let started = Instant::now();
     let served = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = JoinSet::new();
     for waiter in 0..WAITERS {
@@ -308,7 +310,7 @@ async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
         }
         waiters_are(&mut admin, waiter).await;
     }
-    sleep(Duration::from_secs(8).saturating_sub(started.elapsed())).await;
+    sleep(LONG).await;
     held.release().await.unwrap();
     timeout(SOON * 20, tasks.join_all()).await.unwrap();
     assert_eq!(*served.lock().unwrap(), (0..WAITERS).collect::<Vec<_>>());
@@ -684,7 +686,8 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
         });
     }
     first_waits(&mut admin, 3).await;
-    sleep(SOON * 3).await;
+    // Longer than the timeout of the pool.
+    sleep(SOON * 11 / 5).await;
     assert!(waiters.try_join_next().is_none(), "a waiter did not wait");
     locks_are(&mut admin, 3, SOON * 4).await;
     one.release().await.unwrap();

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{SOON, borrow_all, no_locks, spawn, without_runtime};
+use crate::support::{SOON, borrow_all, no_locks, spawn, terminate, without_runtime};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -262,8 +262,7 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
         async move { lock.acquire().await.map(drop) }
     });
     tokio::task::yield_now().await;
-    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(guard.backend_pid());
-    end.execute(&mut admin).await.unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
     // Nothing on this runtime has run since that could have noticed.
     assert!(!guard.is_lost());
     let error = timeout(SOON, guard.release()).await.unwrap().unwrap_err();

@@ -8,7 +8,7 @@ use pglock_testkit::{Server, advisory_locks};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{ConnectOptions, PgPool};
 
-use crate::support::{SOON, borrow_all, locks_are, no_locks};
+use crate::support::{SOON, borrow_all, locks_are, no_locks, quick_heartbeat, several_heartbeats};
 
 const KEY: &str = "nightly-report";
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -69,7 +69,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     let (primary, standby) = Server::options().start_with_standby();
     let (there, here) = (pool(&primary).await, pool(&standby).await);
     let mut admin = standby.connect_options().connect().await.unwrap();
-    let mut lock = Lock::new(&LockOptions::new().allow_standby().on(&here).unwrap(), KEY);
+    let mut lock = Lock::new(&quick_heartbeat().allow_standby().on(&here).unwrap(), KEY);
     let mut other = lock.clone();
 
     let guard = lock.acquire().await.unwrap();
@@ -92,8 +92,11 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     });
     let shared = waited.unwrap();
     let another = lock.try_acquire_shared().await.unwrap().unwrap();
-    // Long enough to be listened to, and that leaves nothing on the connection either.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // By then their connections are polled, too, and that leaves nothing on them either.
+    for guard in [&shared, &another] {
+        several_heartbeats(&mut admin, guard.backend_pid()).await;
+        assert!(!guard.is_lost());
+    }
     another.release().await.unwrap();
     shared.release().await.unwrap();
     no_locks(&mut admin).await;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use pglock::{ExclusiveGuard, Lock, LockManager, SharedGuard, Upgrade};
+use pglock::{ExclusiveGuard, Lock, LockManager, LockOptions, SharedGuard, Upgrade};
 use pglock_testkit::{
     Environment, Server, ServerOptions, TestDb, advisory_locks, eventually, skip,
 };
@@ -15,7 +15,8 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 /// Runs a future as a task.
@@ -29,6 +30,11 @@ where
 /// Sends statements by the simple protocol.
 pub(crate) async fn execute(conn: &mut PgConnection, statements: impl Into<String>) {
     sqlx::raw_sql(AssertSqlSafe(statements.into())).execute(conn).await.unwrap();
+}
+
+/// Ends a session at the server.
+pub(crate) async fn terminate(admin: &mut PgConnection, pid: i32) {
+    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(admin).await.unwrap();
 }
 
 /// Waits until a session waits for a lock.
@@ -159,6 +165,19 @@ pub(crate) fn watched() -> Duration {
     INTERVAL + Environment::current().limit(WATCHED.saturating_sub(INTERVAL))
 }
 
+/// With this a session is monitored soon after its first lock, and trusted almost as long as by default.
+pub(crate) fn quick_heartbeat() -> LockOptions {
+    LockOptions::new().heartbeat_interval(QUICK_INTERVAL).heartbeat_timeout(SOON * 3)
+}
+
+/// The interval of [`quick_heartbeat`].
+const QUICK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// [`watched`], for a session that has [`quick_heartbeat`].
+pub(crate) fn quickly_watched() -> Duration {
+    QUICK_INTERVAL + Environment::current().limit(Duration::from_millis(300))
+}
+
 /// Waits until the server shows exactly `count` advisory locks, held or waited for.
 pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
     let started = Instant::now();
@@ -219,31 +238,36 @@ pub(crate) async fn all_are_idle(pool: &PgPool) {
 
 /// Runs a call until it completes or plainly waits: until the server has known for a while of a
 /// waiter for a lock, or of one lock more than the `held` that others hold, which is a queue's.
-/// Returns its output if it completed.
+/// Returns its output if it completed, and the connection on which the server was asked, for the next call.
 ///
 /// The call is polled when it asks for it, never for the looking.
 pub(crate) async fn unless_it_waits<T>(
     held: usize,
-    db: &TestDb,
+    mut admin: PgConnection,
     call: impl Future<Output = T>,
-) -> Option<T> {
-    let mut admin = db.admin().await;
-    let mut waits = JoinSet::new();
-    waits.spawn(async move {
+) -> (PgConnection, Option<T>) {
+    let (stop, mut stopped) = oneshot::channel::<()>();
+    let mut looking = spawn(async move {
         loop {
             let locks = advisory_locks(&mut admin).await;
             if locks.iter().any(|lock| !lock.granted) || (held > 0 && locks.len() > held) {
                 break;
             }
-            sleep(Duration::from_millis(5)).await;
+            if timeout(Duration::from_millis(5), &mut stopped).await.is_ok() {
+                return admin;
+            }
         }
         // A call with a short timeout times out meanwhile.
-        sleep(Duration::from_millis(200)).await;
+        drop(timeout(Duration::from_millis(200), &mut stopped).await);
+        admin
     });
     tokio::select! {
         biased;
-        output = call => Some(output),
-        _ = waits.join_next() => None,
+        output = call => {
+            drop(stop);
+            (looking.await.unwrap(), Some(output))
+        }
+        admin = &mut looking => (admin.unwrap(), None),
     }
 }
 

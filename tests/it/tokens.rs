@@ -6,7 +6,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::support::SOON;
+use crate::support::{SOON, terminate};
 
 /// As the documentation of `fencing_token` has it.
 const GUARDED: &str = "UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1";
@@ -35,8 +35,7 @@ async fn hold(pool: &PgPool) -> (ExclusiveGuard, i64) {
 
 /// Ends the session of a hold under its guard.
 async fn lose(guard: &ExclusiveGuard, admin: &mut PgConnection) {
-    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(guard.backend_pid());
-    end.execute(admin).await.unwrap();
+    terminate(admin, guard.backend_pid()).await;
     timeout(SOON * 10, guard.lost()).await.unwrap();
 }
 

@@ -18,7 +18,7 @@ use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::support::{acquire_with_each_outcome, has_waiter, spawn};
+use crate::support::{acquire_with_each_outcome, has_waiter, spawn, terminate};
 
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -215,8 +215,7 @@ async fn every_hold_has_a_span() {
 
     let manager = LockManager::new(&pool);
     let guard = Lock::new(&manager, "managed").acquire().await.unwrap();
-    let end = sqlx::query("SELECT pg_terminate_backend($1)").bind(guard.backend_pid());
-    end.execute(&mut admin).await.unwrap();
+    terminate(&mut admin, guard.backend_pid()).await;
     guard.lost().await;
     drop(guard);
     assert_eq!(
@@ -397,7 +396,7 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
     let pid = reading.backend_pid();
 
     let told = Told::from_now_on();
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    terminate(&mut admin, pid).await;
     timeout(TIMEOUT, reading.lost()).await.unwrap();
     let warnings = told.events(Level::WARN);
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
@@ -540,8 +539,7 @@ async fn names_and_causes_survive_json() {
     };
     eventually("the wait is reported", TIMEOUT, || async { entries().iter().any(is_told) }).await;
 
-    let pid = held.backend_pid();
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    terminate(&mut admin, held.backend_pid()).await;
     timeout(TIMEOUT, held.lost()).await.unwrap();
     let is_warning = |entry: &serde_json::Value| entry.get("level").is_some_and(|l| l == "WARN");
     let warning = entries().into_iter().find(is_warning).unwrap();

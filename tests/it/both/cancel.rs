@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::new_lock;
 use crate::cancel::{POLLS, dropped_at_every_poll_on};
-use crate::support::{borrow_all, locks_are, no_locks, refused, rounds, soon, upgraded};
+use crate::support::{borrow_all, locks_are, no_locks, refused, rounds, soon, terminate, upgraded};
 
 /// Drops a call on a fresh handle at every poll.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
@@ -56,12 +56,9 @@ async fn acquiring_when_the_pool_has_only_dead_connections() {
     for polls in 1.. {
         assert!(polls < POLLS);
         let pool = db.pool(2).await;
-        let pids = borrow_all(&pool).await;
-        sqlx::query("SELECT pg_terminate_backend(pid) FROM unnest($1) AS pid")
-            .bind(pids)
-            .execute(&mut admin)
-            .await
-            .unwrap();
+        for pid in borrow_all(&pool).await {
+            terminate(&mut admin, pid).await;
+        }
         let mut lock = new_lock(&pool, "nightly-report");
         let outcome = cancel_after(polls, async { drop(lock.acquire().await.unwrap()) }).await;
         no_locks(&mut admin).await;

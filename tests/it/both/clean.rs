@@ -7,7 +7,7 @@ use pglock_testkit::{TestDb, eventually};
 use sqlx::{PgPool, Row};
 
 use super::new_lock;
-use crate::support::{backend_is, borrow_all, no_locks, soon};
+use crate::support::{backend_is, borrow_all, no_locks, soon, terminate};
 
 #[tokio::test]
 async fn a_released_connection_is_used_again() {
@@ -28,12 +28,13 @@ async fn a_session_killed_while_it_holds_is_a_loss_and_is_replaced() {
     let mut lock = new_lock(&pool, "nightly-report");
     let guard = lock.acquire().await.unwrap();
     let pid = guard.backend_pid();
-    sqlx::query("SELECT pg_terminate_backend($1)").bind(pid).execute(&mut admin).await.unwrap();
+    terminate(&mut admin, pid).await;
     no_locks(&mut admin).await;
 
     let error = guard.release().await.unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
     assert!(error.to_string().contains("nightly-report"), "{error}");
+    assert!(error.is_transient());
 
     // The same handle acquires again, on a new session.
     let again = lock.acquire().await.unwrap();

@@ -323,7 +323,7 @@ async fn a_full_lock_table_is_out_of_locks() {
 mod a_wait_outlasts {
     use super::*;
 
-    const LIMIT: &str = "800ms";
+    const LIMIT: Duration = Duration::from_millis(400);
 
     async fn wait_longer_than(setting: &str, since: i32) {
         let db = TestDb::new().await;
@@ -337,15 +337,16 @@ mod a_wait_outlasts {
         let key = sqlx::postgres::PgAdvisoryLock::new(KEY).key().as_bigint().unwrap();
         execute(&mut holder, format!("SELECT pg_advisory_lock({key})")).await;
         // From now on every new connection has the limit.
-        execute(&mut admin, format!("ALTER DATABASE {} SET {setting} = '{LIMIT}'", db.name()))
-            .await;
+        let limit = Environment::current().limit(LIMIT);
+        let set = format!("ALTER DATABASE {} SET {setting} = '{limit:?}'", db.name());
+        execute(&mut admin, set).await;
         let pool = db.pool(1).await;
         let mut lock = new_lock(&pool, KEY);
 
         let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
             becomes(&mut admin, 1, 1).await;
             // Not to wait for something, but to let the limit pass.
-            sleep(Duration::from_millis(1600)).await;
+            sleep(limit * 2).await;
             execute(&mut holder, format!("SELECT pg_advisory_unlock({key})")).await;
         });
         let guard = waited.unwrap().unwrap();
@@ -355,7 +356,7 @@ mod a_wait_outlasts {
         let mut conn = pool.acquire().await.unwrap();
         let show: AssertSqlSafe<String> = AssertSqlSafe(format!("SHOW {setting}"));
         let shown: String = sqlx::query_scalar(show).fetch_one(&mut *conn).await.unwrap();
-        assert_eq!(shown, LIMIT);
+        assert_eq!(shown, format!("{limit:?}"));
         let same: i32 = sqlx::query_scalar("SELECT pg_catalog.pg_backend_pid()")
             .fetch_one(&mut *conn)
             .await
@@ -390,21 +391,32 @@ mod a_wait_outlasts {
         wait_longer_than("transaction_timeout", 170_000).await;
     }
 
+    /// A wait without a bound, and one with a bound.
     #[tokio::test]
     async fn several_slices_of_its_own() {
+        const ANOTHER: i64 = 1;
         let db = TestDb::new().await;
         let mut admin = db.admin().await;
-        let (pool, other) = (db.pool(1).await, db.pool(1).await);
+        let [pool, bounded_pool] = [db.pool(1).await, db.pool(1).await];
+        let [other, another] = [db.pool(1).await, db.pool(1).await];
         let guard = new_lock(&other, KEY).acquire().await.unwrap();
+        let another = new_lock(&another, ANOTHER).acquire().await.unwrap();
         let options = LockOptions::new().wait_slice(Duration::from_secs(2));
         let mut lock = new_lock_with(&options, &pool, KEY);
-        let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
-            becomes(&mut admin, 1, 1).await;
+        let mut bounded = new_lock_with(&options, &bounded_pool, ANOTHER);
+        let waits = async { tokio::join!(lock.acquire(), bounded.try_acquire_for(TIMEOUT)) };
+        let (waited, ()) = tokio::join!(timeout(TIMEOUT, waits), async {
+            becomes(&mut admin, 2, 2).await;
             sleep(Duration::from_millis(4500)).await;
             guard.release().await.unwrap();
+            another.release().await.unwrap();
         });
-        waited.unwrap().unwrap().release().await.unwrap();
-        nothing_is_left(&mut admin, &pool).await;
+        let (waited, bounded) = waited.unwrap();
+        waited.unwrap().release().await.unwrap();
+        bounded.unwrap().expect("the lock came free in time").release().await.unwrap();
+        for pool in [&pool, &bounded_pool] {
+            nothing_is_left(&mut admin, pool).await;
+        }
     }
 }
 
@@ -453,21 +465,4 @@ mod a_dead_idle_connection_is_replaced {
         works(&mut lock).await;
         nothing_is_left(&mut db.admin().await, &pool).await;
     }
-}
-
-#[tokio::test]
-async fn a_lock_whose_session_was_killed_is_lost() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
-    let mut lock = new_lock(&pool, KEY);
-    let guard = lock.acquire().await.unwrap();
-    execute(&mut admin, format!("SELECT pg_terminate_backend({})", guard.backend_pid())).await;
-    becomes(&mut admin, 0, 0).await;
-
-    let lost = guard.release().await.unwrap_err();
-    assert!(matches!(lost, Error::Lost { reason: Loss::Disconnected(_), .. }), "{lost:?}");
-    assert!(lost.is_transient());
-    works(&mut lock).await;
-    nothing_is_left(&mut admin, &pool).await;
 }

@@ -11,8 +11,11 @@ use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
-use crate::loss::{fast_heartbeat, says_lost, slow_heartbeat, terminate};
-use crate::support::{SOON, borrow_all, locks_are, no_locks, report, rounds, soon, watched};
+use crate::loss::{fast_heartbeat, says_lost, slow_heartbeat};
+use crate::support::{
+    SOON, borrow_all, locks_are, no_locks, quick_heartbeat, quickly_watched, report, rounds, soon,
+    terminate, watched,
+};
 
 /// Ten sessions are held at a time, each in a pool of its own, and terminated one after another.
 #[tokio::test]
@@ -63,10 +66,10 @@ async fn every_guard_of_a_lost_session_reports_it() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(3).await;
-    let mut lock = new_lock(&pool, 1);
+    let mut lock = new_lock_with(&quick_heartbeat(), &pool, 1);
     let exclusive = lock.acquire().await.unwrap();
     let shared = lock.acquire_shared().await.unwrap();
-    sleep(watched()).await;
+    sleep(quickly_watched()).await;
     terminate(&mut admin, exclusive.backend_pid()).await;
     let both = async { tokio::join!(exclusive.lost(), shared.lost()) };
     timeout(soon() * 5, both).await.unwrap();
@@ -84,13 +87,14 @@ async fn the_stop_of_a_server_is_reported_at_once() {
         let server = Server::start();
         let db = TestDb::on(&server).await;
         let pool = db.pool(3).await;
-        let guard = new_lock(&pool, 1).acquire().await.unwrap();
-        sleep(watched()).await;
+        let mut lock = new_lock_with(&quick_heartbeat(), &pool, 1);
+        let guard = lock.acquire().await.unwrap();
+        sleep(quickly_watched()).await;
         server.stop(how);
         timeout(soon() * 3, guard.lost()).await.unwrap();
         says_lost(guard).await;
         server.restart();
-        new_lock(&pool, 1).acquire().await.unwrap().release().await.unwrap();
+        lock.acquire().await.unwrap().release().await.unwrap();
     }
 }
 
@@ -157,7 +161,7 @@ async fn a_monitored_session_asks_nothing_of_the_pool() {
     let pool = pool.connect_with(db.options()).await.unwrap();
     let options = LockOptions::new().heartbeat_interval(SOON / 10).heartbeat_timeout(SOON * 3);
     let guard = new_lock_with(&options, &pool, 1).acquire().await.unwrap();
-    sleep(watched()).await;
+    sleep(quickly_watched()).await;
     let before = taken.load(Ordering::Relaxed);
     sleep(Duration::from_millis(500)).await;
     assert_eq!(taken.load(Ordering::Relaxed), before);
@@ -233,7 +237,7 @@ async fn while_held_drops_the_future_before_it_reports_the_loss() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = db.pool(2).await;
-    let guard = new_lock(&pool, 1).acquire().await.unwrap();
+    let guard = new_lock_with(&quick_heartbeat(), &pool, 1).acquire().await.unwrap();
     let runs = Arc::new(AtomicBool::new(true));
     let running = Running(Arc::clone(&runs));
     let work = guard.while_held(async move {
@@ -241,7 +245,7 @@ async fn while_held_drops_the_future_before_it_reports_the_loss() {
         std::future::pending::<()>().await;
     });
     let (worked, ()) = tokio::join!(timeout(soon() * 10, work), async {
-        sleep(watched()).await;
+        sleep(quickly_watched()).await;
         terminate(&mut admin, guard.backend_pid()).await;
     });
     assert!(matches!(worked.unwrap(), Err(Error::Lost { .. })));

@@ -8,8 +8,7 @@ use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
 
 use super::new_lock;
-use crate::loss::terminate;
-use crate::support::{self, borrow_all, no_locks, rounds, soon, spawn};
+use crate::support::{self, borrow_all, no_locks, rounds, soon, spawn, terminate};
 
 const KEY: i64 = 42;
 
