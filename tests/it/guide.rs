@@ -94,6 +94,12 @@ async fn the_queries_for_psql_find_what_they_say() {
         .collect();
     assert_eq!(chains, [(waiter, holder.backend_pid())]);
 
+    let session = has(&operations, "AS last_statement");
+    let session = session.replace("31337", &holder.backend_pid().to_string());
+    let session = run(&mut psql, &session).await;
+    let [session] = session.as_slice() else { panic!("{} rows", session.len()) };
+    assert_eq!(session.get::<&str, _>("state"), "idle");
+
     let table = run(&mut psql, has(&operations, "in_the_table")).await;
     let [table] = table.as_slice() else { panic!("{} rows", table.len()) };
     // Other tests lock in other databases of the server.
