@@ -27,13 +27,14 @@ pub(crate) struct Held {
 /// What is to be acquired, and how long that may take.
 #[derive(Debug)]
 pub(crate) struct Wanted {
-    key: Target,
-    shared: bool,
-    permits: Option<usize>,
+    pub(crate) key: Target,
+    pub(crate) shared: bool,
+    pub(crate) permits: Option<usize>,
     /// `None` if it is not limited. Zero if a lock that is not free is not waited for.
-    limit: Option<Duration>,
-    retry: bool,
-    started: Instant,
+    pub(crate) limit: Option<Duration>,
+    pub(crate) retry: bool,
+    /// When the time that is limited began.
+    pub(crate) started: Instant,
 }
 
 /// How long to wait before the next attempt after a failure.
@@ -46,17 +47,6 @@ pub(crate) const SLACK: Duration = Duration::from_millis(300);
 const NARRATE: [Duration; 2] = [Duration::from_millis(200), Duration::from_mins(1)];
 
 impl Wanted {
-    /// The time that is limited starts now.
-    pub(crate) fn new(
-        key: Target,
-        shared: bool,
-        permits: Option<usize>,
-        limit: Option<Duration>,
-        retry: bool,
-    ) -> Self {
-        Self { key, shared, permits, limit, retry, started: Instant::now() }
-    }
-
     /// Returns the time that is left. `None` if it is not limited, or if nothing is waited for.
     pub(crate) fn remaining(&self) -> Option<Duration> {
         let limit = self.limit.filter(|limit| !limit.is_zero())?;
@@ -72,28 +62,18 @@ impl Wanted {
     /// Acquires it once, and draws a token. `None` if it was not free in time.
     async fn attempt(&self, pool: &PgPool) -> Result<Option<Held>> {
         let key = &self.key.key;
-        let limit = self.limit.map(|_| self.remaining().unwrap_or_default());
+        // A time that is too long to count is no limit.
+        let limit = self.limit.map_or(Duration::MAX, |_| self.remaining().unwrap_or_default());
         let mut slot = None;
         let guard: Option<Guard> = if let Some(permits) = self.permits {
             let semaphore = Semaphore::new(pool, key, permits)?;
-            let permit = match limit {
-                Some(limit) => semaphore.try_acquire_for(limit).await?,
-                None => Some(semaphore.acquire().await?),
-            };
+            let permit = semaphore.try_acquire_for(limit).await?;
             slot = permit.as_ref().map(Permit::slot);
             permit.map(Guard::from)
         } else if self.shared {
-            let mut lock = Lock::new(pool, key);
-            match limit {
-                Some(limit) => lock.try_acquire_shared_for(limit).await?.map(Guard::from),
-                None => Some(lock.acquire_shared().await?.into()),
-            }
+            Lock::new(pool, key).try_acquire_shared_for(limit).await?.map(Guard::from)
         } else {
-            let mut lock = Lock::new(pool, key);
-            match limit {
-                Some(limit) => lock.try_acquire_for(limit).await?.map(Guard::from),
-                None => Some(lock.acquire().await?.into()),
-            }
+            Lock::new(pool, key).try_acquire_for(limit).await?.map(Guard::from)
         };
         let Some(guard) = guard else { return Ok(None) };
         let token = guard.fencing_token().await?;

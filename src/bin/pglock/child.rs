@@ -136,7 +136,7 @@ impl Child {
                     say(format_args!("the lock is lost, so the command is ended"));
                     complain(&reason);
                     on_loss(signals);
-                    self.end();
+                    self.end(guardian::END, Signal::SIGTERM);
                     if !killed {
                         deadline.get_or_insert_with(|| Instant::now() + self.grace);
                     }
@@ -145,7 +145,7 @@ impl Child {
                     (deadline, killed) = (None, true);
                     let grace = self.grace.as_secs_f64();
                     say(format_args!("the command has not ended within {grace} s, so it is killed"));
-                    self.kill();
+                    self.end(guardian::KILL, Signal::SIGKILL);
                 }
             }
         }
@@ -171,22 +171,13 @@ impl Child {
         }
     }
 
-    fn end(&mut self) {
+    fn end(&mut self, order: u8, signal: Signal) {
         if let Some(pipes) = &mut self.guardian {
-            pipes.send(guardian::END);
+            pipes.send(order);
         } else {
-            self.sender.send(&[self.pid], Signal::SIGTERM);
+            self.sender.send(&[self.pid], signal);
         }
         // A stopped process does nothing.
-        self.sender.send(&[self.pid], Signal::SIGCONT);
-    }
-
-    fn kill(&mut self) {
-        if let Some(pipes) = &mut self.guardian {
-            pipes.send(guardian::KILL);
-        } else {
-            self.sender.send(&[self.pid], Signal::SIGKILL);
-        }
         self.sender.send(&[self.pid], Signal::SIGCONT);
     }
 }

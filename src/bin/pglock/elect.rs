@@ -89,8 +89,8 @@ candidates may wait for as long as they have to.
 
 With --observe, one line is printed for each change: the time, the name, the
 term, the address and the pid of the session, or that there is no leader. With
---json it is an object: name, term, since, client_addr, pid; null without a
-leader. The command of --hook finds PGLOCK_KEY, PGLOCK_LEADER and
+--json it is an object: name, term, since, backend_pid, client_addr; null
+without a leader. The command of --hook finds PGLOCK_KEY, PGLOCK_LEADER and
 PGLOCK_TOKEN, both empty without a leader.
 
 Exit codes:

@@ -64,9 +64,7 @@ pub(crate) async fn run(args: LsArgs, database: DatabaseArgs) -> Result<Exit, Fa
         say(format_args!("no advisory lock of database {} is held or waited for", database.name()));
     } else {
         print(show::table(&locks, database.name(), table::width()).as_bytes())?;
-        if let Some(hidden) = show::hidden(&locks) {
-            say(format_args!("{hidden}"));
-        }
+        show::warn_of_hidden(&locks);
     }
     Ok(Exit::FINE)
 }

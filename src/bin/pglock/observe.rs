@@ -1,12 +1,11 @@
 //! `pglock elect --observe`: each change of the leader.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use clap::Args;
 use pglock::{Election, Leader};
 use serde_json::json;
 use sqlx::PgPool;
-use tokio::time::sleep;
 
 use crate::acquire::clock;
 use crate::child::start_hook;
@@ -33,8 +32,6 @@ impl ObserveArgs {
     }
 }
 
-const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-
 /// Prints each change until a signal ends it, or the output is not read any more.
 pub(crate) async fn run(
     pool: &PgPool,
@@ -55,10 +52,9 @@ pub(crate) async fn run(
             Err(error) if error.is_transient() => {
                 if !failing {
                     complain(&error);
-                    say(format_args!("retrying every second"));
+                    say(format_args!("retrying"));
                 }
                 failing = true;
-                sleep(RETRY_INTERVAL).await;
                 continue;
             }
             Err(error) => return Err(error.into()),

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::future::poll_fn;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use sqlx::PgPool;
@@ -232,9 +232,14 @@ async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<E
 
 impl RunArgs {
     fn wanted(&self) -> Wanted {
-        let limit = if self.no_wait { Some(Duration::ZERO) } else { self.wait };
-        let permits = self.permits.map(usize::from);
-        Wanted::new(self.key.clone(), self.shared, permits, limit, !self.no_retry)
+        Wanted {
+            key: self.key.clone(),
+            shared: self.shared,
+            permits: self.permits.map(usize::from),
+            limit: if self.no_wait { Some(Duration::ZERO) } else { self.wait },
+            retry: !self.no_retry,
+            started: Instant::now(),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use pglock::{Key, Leader, interop};
 use serde_json::{Value, json};
 use sqlx::postgres::PgAdvisoryLockKey;
 
-use crate::exit::Failure;
+use crate::exit::{Failure, say};
 use crate::known::Tools;
 use crate::table;
 use crate::tree::{self, Row};
@@ -36,15 +36,6 @@ take nothing away:
   seen_at      when the server was asked
 Times are in seconds since 1970, by the server's clock. What is not known, or
 not visible to this role, is null.";
-
-/// A key as the server knows it.
-pub(crate) fn nameless(key: &Key) -> Key {
-    match PgAdvisoryLockKey::from(key) {
-        PgAdvisoryLockKey::BigInt(number) => number.into(),
-        PgAdvisoryLockKey::IntPair(first, second) => (first, second).into(),
-        _ => key.clone(),
-    }
-}
 
 /// Names that are known, as arguments of several commands.
 #[derive(clap::Args, Debug)]
@@ -126,13 +117,15 @@ pub(crate) fn table(locks: &[LockInfo], database: &str, width: Option<usize>) ->
     table::lay_out(HEADLINE, &rows, width)
 }
 
-/// Returns a warning if the role may see the locks, but not all of their sessions.
-pub(crate) fn hidden(locks: &[LockInfo]) -> Option<&'static str> {
+/// Warns if the role may see the locks, but not all of their sessions.
+pub(crate) fn warn_of_hidden(locks: &[LockInfo]) {
     let mut sessions = locks.iter().filter_map(|lock| lock.session.as_ref());
     // Its own session, and those of its role, are always visible.
-    sessions.any(|session| session.started_at.is_none()).then_some(
-        "this role may not see all of the sessions of other roles (shown as ?); grant it pg_read_all_stats",
-    )
+    if sessions.any(|session| session.started_at.is_none()) {
+        say(format_args!(
+            "this role may not see all of the sessions of other roles (shown as ?); grant it pg_read_all_stats"
+        ));
+    }
 }
 
 /// The name of a key, or of the tool that locks it.

@@ -40,9 +40,12 @@ pub(crate) async fn run(
     let mut screen = Some(Screen::enter().map_err(no_screen)?);
     let mut input = read_input();
     let mut view = View { database: database.name().to_owned(), ..View::default() };
+    let mut pause = Duration::ZERO;
     loop {
         // What fails is tried again, and the keys work meanwhile.
+        let wait = pause;
         let refresh = async {
+            sleep(wait).await;
             let locks = fetch(database, keys, &mut conn).await;
             (locks, SystemTime::now())
         };
@@ -61,20 +64,7 @@ pub(crate) async fn run(
         };
         view.update(locks, time);
         view.draw().map_err(no_screen)?;
-        let next = sleep(interval);
-        tokio::pin!(next);
-        loop {
-            tokio::select! {
-                biased;
-                received = signals.next() => return Ok(received.signal.into()),
-                Some(input) = input.recv() => {
-                    if let Some(exit) = view.react(&input, &mut screen).map_err(no_screen)? {
-                        return Ok(exit);
-                    }
-                }
-                () = &mut next => break,
-            }
-        }
+        pause = interval;
     }
 }
 

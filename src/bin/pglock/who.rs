@@ -4,6 +4,7 @@ use clap::Args;
 use pglock::Key;
 use pglock::inspect::{self, LockInfo};
 use sqlx::PgExecutor;
+use sqlx::postgres::PgAdvisoryLockKey;
 
 use crate::connection::close;
 use crate::database::DatabaseArgs;
@@ -46,9 +47,7 @@ pub(crate) async fn run(args: WhoArgs, database: DatabaseArgs) -> Result<Exit, F
         say(format_args!("no session holds {}", args.key));
     } else if !args.quiet {
         print(show::table(&locks, database.name(), table::width()).as_bytes())?;
-        if let Some(hidden) = show::hidden(&locks) {
-            say(format_args!("{hidden}"));
-        }
+        show::warn_of_hidden(&locks);
     }
     Ok(if held { Exit::FINE } else { FREE })
 }
@@ -58,7 +57,7 @@ pub(crate) async fn locks_of(db: impl PgExecutor<'_>, key: &Key) -> pglock::Resu
     let mut locks = inspect::locks(db).await?;
     for lock in &mut locks {
         // A session may show the name of another key.
-        lock.key = show::nameless(&lock.key);
+        lock.key = PgAdvisoryLockKey::from(&lock.key).into();
     }
     inspect::name_keys(&mut locks, [key]);
     // What has a name now is of the key, or of its semaphore.

@@ -29,7 +29,7 @@ const fn parameter(keyword: &'static str, env: &'static str, use_: Use) -> Param
 }
 
 /// All of PostgreSQL 18, and those of a URL of sqlx.
-pub(super) const PARAMETERS: [Parameter; 63] = [
+pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("application_name", "PGAPPNAME", Honoured),
     parameter("connect_timeout", "PGCONNECT_TIMEOUT", Honoured),
     parameter("datestyle", "PGDATESTYLE", Honoured),
@@ -93,16 +93,11 @@ pub(super) const PARAMETERS: [Parameter; 63] = [
     parameter("tty", "", NoEffect),
     // Of sqlx.
     parameter("statement-cache-capacity", "", NoEffect),
-    // What a URL of sqlx may call them.
-    parameter("ssl-ca", "", Honoured),
-    parameter("ssl-cert", "", Honoured),
-    parameter("ssl-key", "", Honoured),
-    parameter("ssl-mode", "", Honoured),
-    parameter("ssl-root-cert", "", Honoured),
 ];
 
 impl Parameter {
     pub(super) fn find(keyword: &str) -> Option<&'static Self> {
+        // What a URL of sqlx may call them.
         let keyword = match keyword {
             "ssl-ca" | "ssl-root-cert" => "sslrootcert",
             "ssl-cert" => "sslcert",
