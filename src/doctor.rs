@@ -33,7 +33,7 @@ use crate::session::conn::Conn;
 use crate::session::policy::WaitPolicy;
 use crate::session::pool::lend;
 use crate::session::{DEADLINE, within};
-use crate::sql::doctor as statements;
+use crate::sql::{backend, doctor as statements, settings};
 
 /// One thing that was looked at.
 ///
@@ -50,7 +50,7 @@ pub struct Finding {
     pub severity: Severity,
     /// What was seen.
     pub seen: String,
-    /// What to change. `None` if nothing need be; of what is fine, it is what else there would be.
+    /// What to change. `None` if there is nothing to change; for a finding that is fine, an optional improvement.
     pub advice: Option<String>,
 }
 
@@ -71,9 +71,9 @@ pub struct Finding {
 pub enum Severity {
     /// As it should be.
     Fine,
-    /// Locks hold what they promise, but not all of the time, or not for everything.
+    /// Locks exclude other sessions, with the restriction that the finding describes.
     Warning,
-    /// Locks can't be had, or would mean nothing.
+    /// Locks can't be acquired, or exclude no other session.
     Broken,
 }
 
@@ -118,9 +118,11 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
     let mut conn = Conn::new(pooled, Handle::current(), None);
     let asking = within(DEADLINE, async {
         let pg = conn.pg()?;
-        let refused = statements::look_after(pg, options.keepalives).await.err();
+        let refused = backend::heartbeat(pg, Some(options.keepalives)).await.err();
         // After that, so that the settings are those of a session that holds a lock.
-        Ok((refused, statements::circumstances(pg).await?))
+        let seen = statements::circumstances(pg).await?;
+        settings::put_back(pg).await?;
+        Ok((refused, seen))
     });
     let (refused, seen) = asking.await.map_err(failed)?;
     conn.give_back();

@@ -70,7 +70,9 @@ const SLICE: Duration = Duration::from_secs(110);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Election {
-    /// Makes a candidate, named after its process. Sends nothing.
+    /// Makes a candidate, named `process-PID`. Sends nothing.
+    ///
+    /// In containers the PID is usually 1 everywhere, so set a [`candidate`](Self::candidate) name there.
     ///
     /// # Examples
     ///
@@ -513,20 +515,18 @@ impl Election {
 
     /// Makes a leader of who was granted the lock.
     async fn lead(&self, held: Guard) -> Result<Leadership> {
-        if let Some(term) = self.status.term() {
-            return Ok(self.leadership(held, term));
-        }
-        let term = held.fencing_token().await?;
-        let name = Leader::show(&self.candidate, term, SystemTime::now(), &self.key);
-        held.session().show_name(&self.key, &name).await?;
-        held.session().leading.start(&self.request().labels(&self.owner.options));
-        self.status.leads(Arc::downgrade(held.session()), self.key.clone(), term);
-        Ok(self.leadership(held, term))
-    }
-
-    fn leadership(&self, held: Guard, term: u64) -> Leadership {
+        let term = if let Some(term) = self.status.term() {
+            term
+        } else {
+            let term = held.fencing_token().await?;
+            let name = Leader::show(&self.candidate, term, SystemTime::now(), &self.key);
+            held.session().show_name(&self.key, &name).await?;
+            held.session().leading.start(&self.request().labels(&self.owner.options));
+            self.status.leads(Arc::downgrade(held.session()), self.key.clone(), term);
+            term
+        };
         let stopping = watch::Sender::new(false);
-        Leadership { guard: held, term, stopping, _share: Share(self.status.clone()) }
+        Ok(Leadership { guard: held, term, stopping, _share: Share(self.status.clone()) })
     }
 }
 
@@ -573,7 +573,7 @@ struct Turn(Arc<Holdings>);
 impl Turn {
     async fn end(self) {
         // What was lost needs no resigning. The drop finds nothing left to release.
-        drop(self.0.release_all().done().await);
+        drop(self.0.release_all().await);
     }
 }
 
@@ -657,8 +657,8 @@ impl Leadership {
         self.guard.key()
     }
 
-    /// Returns whether [`Election::run`] ends the term: it is stopped, the pool is closed, or the leadership is
-    /// lost. `false` for a leadership from elsewhere. Sends nothing.
+    /// Returns whether [`Election::run`] ends the term, because it is stopped, the pool is closed, or the leadership is
+    /// lost. Always `false` for a leadership from [`campaign`](Election::campaign). Sends nothing.
     ///
     /// # Examples
     ///
@@ -668,8 +668,8 @@ impl Leadership {
         *self.stopping.borrow()
     }
 
-    /// Waits until [`Election::run`] ends the term: it is stopped, the pool is closed, or the leadership is
-    /// lost. Never ready for a leadership from elsewhere. Sends nothing.
+    /// Waits until [`Election::run`] ends the term, because it is stopped, the pool is closed, or the leadership is
+    /// lost. Never ready for a leadership from [`campaign`](Election::campaign). Sends nothing.
     ///
     /// The future that leads is dropped after the [grace period](Election::grace), at once by default.
     ///
@@ -687,12 +687,11 @@ impl Leadership {
 
     /// Resigns: releases the lock (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// See [`Guard::release`].
+    /// Cancel safe; see [`Guard::release`].
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
-    /// guard's connection stays borrowed for ten seconds.
+    /// As for [`Guard::release`].
     pub async fn resign(self) -> Result<()> {
         self.guard.release().await
     }

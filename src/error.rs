@@ -1,6 +1,5 @@
 //! Everything that can go wrong, and what to do about it.
 
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -60,9 +59,8 @@ pub enum Error {
         source: Arc<sqlx::Error>,
     },
 
-    /// The session's connection is borrowed
-    /// ([`connection`](crate::Guard::connection)), and was not returned within ten seconds, or
-    /// the caller's own timeout.
+    /// The session's connection is borrowed ([`connection`](crate::Guard::connection)), and was not returned within ten
+    /// seconds.
     #[error(
         "lock {key}: the session's connection is borrowed, and was not returned in time; drop the \
          SessionConnection first, or use another handle"
@@ -83,7 +81,9 @@ pub enum Error {
         source: Arc<sqlx::Error>,
     },
 
-    /// Two sessions waited for each other, and the server ended the wait of this one (SQLSTATE 40P01).
+    /// Two sessions waited for each other, and the server ended the wait of this one (SQLSTATE 40P01). Or two holders of
+    /// a shared lock of a [`LockManager`](crate::LockManager) each wanted the exclusive one; then the source is an I/O
+    /// error of the kind `Deadlock`.
     #[error(
         "lock {key}: deadlock, two sessions waited for each other; release what you hold, then \
          acquire again, and everywhere in the same order"
@@ -107,7 +107,7 @@ pub enum Error {
     },
 
     /// A call of [`inspect`](crate::inspect) failed. It is about no lock in particular.
-    #[error("cannot {action}: {}", InspectHint(privilege.as_deref()))]
+    #[error("cannot {action}: {}", inspect_hint(privilege.as_deref()))]
     #[non_exhaustive]
     Inspect {
         /// What was to be done, such as `list the locks of the database` or `end session 4711`.
@@ -129,7 +129,7 @@ pub enum Error {
 
     /// The last term of [`Election::run`](crate::Election::run) ended with an error. The candidate has
     /// resigned.
-    #[error("lock {key}: the last term ended with an error")]
+    #[error("lock {key}: the future of the last term returned an error; see its source")]
     #[non_exhaustive]
     LeaderFailed {
         /// The key of the election.
@@ -188,7 +188,7 @@ pub enum Error {
     },
 
     /// No connection of the pool became available in time. The lock was not requested.
-    #[error("lock {key}: timed out waiting for a connection of the pool, not for the lock{}", PoolHint(*locks, *permits))]
+    #[error("lock {key}: timed out waiting for a connection of the pool, not for the lock{}", pool_hint(*locks, *permits))]
     #[non_exhaustive]
     PoolTimedOut {
         /// The key of the lock.
@@ -272,13 +272,15 @@ pub enum Loss {
     /// ended the session while its connection was borrowed.
     #[error("the server says that the session does not hold the lock: other code unlocked it")]
     NotHeld,
-    /// The handle released it: [`Lock::release_all`](crate::Lock::release_all).
-    #[error("release_all was called on the handle")]
+    /// The handle released it: [`Lock::release_all`](crate::Lock::release_all), that of a
+    /// [`MultiLock`](crate::MultiLock), or the end of a term of [`Election::run`](crate::Election::run).
+    #[error("the handle released it")]
     Released,
     /// The tokio runtime of the acquire was shut down, and with it the task that monitors the session.
     #[error("the runtime on which the lock was acquired was shut down")]
     RuntimeShutdown,
-    /// The server did not answer within the heartbeat's interval and timeout.
+    /// No answer was processed within the heartbeat's interval and timeout: the server or the network is silent, or
+    /// this process was stopped, or its runtime blocked.
     #[error("the server has not answered for too long")]
     Unresponsive,
 }
@@ -448,40 +450,31 @@ impl Error {
 }
 
 /// What to do about a pool that is exhausted.
-struct PoolHint(Option<u32>, Option<usize>);
-
-impl fmt::Display for PoolHint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(locks, permits) = self;
-        if let Some(locks) = locks {
-            write!(f, "; locks have {locks} of its connections, and leave the others to queries")?;
+fn pool_hint(locks: Option<u32>, permits: Option<usize>) -> String {
+    let share = locks.map_or_else(String::new, |locks| {
+        format!("; locks have {locks} of its connections, and leave the others to queries")
+    });
+    let advice = match (locks, permits) {
+        (_, Some(permits)) => format!(
+            "each permit uses one, and the pool does not have one for each of the semaphore's \
+             {permits} permits; raise max_connections, or hold fewer permits at once"
+        ),
+        (Some(_), None) => {
+            "raise max_connections, or hold and await fewer locks at once".to_owned()
         }
-        match (locks, permits) {
-            (_, Some(permits)) => write!(
-                f,
-                "; each permit uses one, and the pool does not have one for each of the semaphore's \
-                 {permits} permits; raise max_connections, or hold fewer permits at once"
-            ),
-            (Some(_), None) => {
-                f.write_str("; raise max_connections, or hold and await fewer locks at once")
-            }
-            (None, None) => f.write_str(
-                "; raise max_connections or acquire_timeout, or hold connections for less time",
-            ),
+        (None, None) => {
+            "raise max_connections or acquire_timeout, or hold connections for less time".to_owned()
         }
-    }
+    };
+    format!("{share}; {advice}")
 }
 
 /// Why a call of `inspect` failed, and what to grant.
-struct InspectHint<'a>(Option<&'a str>);
-
-impl fmt::Display for InspectHint<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(privilege) => write!(f, "the role lacks a privilege; grant it {privilege}"),
-            None => f.write_str("the query failed; see its source"),
-        }
-    }
+fn inspect_hint(privilege: Option<&str>) -> String {
+    privilege.map_or_else(
+        || "the query failed; see its source".to_owned(),
+        |privilege| format!("the role lacks a privilege; grant it {privilege}"),
+    )
 }
 
 /// The five characters by which the server classifies its error.

@@ -12,10 +12,11 @@ use tracing::Span;
 use tracing::field::{Empty, display};
 
 use crate::error::{Error, Loss, Result};
-use crate::holdings::Holding;
+use crate::holdings::Holdings;
 use crate::key::Key;
-use crate::manager::{Managed, PendingRelease};
+use crate::manager::{Manager, PendingRelease};
 use crate::metrics::{self, Held};
+use crate::mode::Mode;
 use crate::owner::Owner;
 use crate::request::{Need, Request};
 use crate::session::Session;
@@ -68,13 +69,20 @@ pub struct Guard {
     request: Request,
     token: OnceLock<u64>,
     released: bool,
-    /// The handle that can release it as well.
-    holding: Option<Holding>,
-    /// A manager took it, and has others on the session, too.
-    managed: Option<Managed>,
+    /// The handle, which can release it as well.
+    handle: Arc<Holdings>,
+    home: Home,
     held: Held,
     // A subscriber receives the end, and nothing else.
     span: AssertUnwindSafe<Span>,
+}
+
+/// Who counts the lock of a guard, beside its session.
+pub(crate) enum Home {
+    /// The handle, by this number.
+    Handle(u64),
+    /// A manager, which has other locks on the session, too.
+    Manager(Arc<Manager>),
 }
 
 impl Guard {
@@ -97,6 +105,23 @@ impl Guard {
         self.session.backend_pid()
     }
 
+    /// Returns the keys that the guard holds, each with its mode. Sends nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use pglock::{Key, Mode, MultiLock};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
+    /// # let pool = pglock_testkit::pool().await;
+    /// let guard = MultiLock::new(&pool, [1]).acquire().await?;
+    /// assert_eq!(guard.keys().next(), Some((&Key::from(1), Mode::Exclusive)));
+    /// # Ok(()) }
+    /// ```
+    pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
+        self.request.locks().iter().map(|(key, mode)| (key, *mode))
+    }
+
     /// Drops this guard, releases the lock if it was the last of its handle (`pg_advisory_unlock`), and waits for the
     /// server's answer.
     ///
@@ -113,7 +138,7 @@ impl Guard {
     ///
     /// [`Error::Lost`] if the session no longer held the lock: its
     /// connection broke, or other code unlocked it. Another session may have held the lock
-    /// since. [`Error::ConnectionBorrowed`] if another guard's
+    /// since. [`Error::NoExclusion`] if locks exclude no other session there. [`Error::ConnectionBorrowed`] if another guard's
     /// [`connection`](Self::connection) stays borrowed for ten seconds; the release continues
     /// when it is returned.
     ///
@@ -136,7 +161,7 @@ impl Guard {
 
     /// Returns whether the lock was lost: `true` as soon as the loss is detected.
     ///
-    /// Sends nothing. `false` is as good as the session's last answer. A silent session is lost when the heartbeat's
+    /// Sends nothing. `false` means that no loss was detected; it is as recent as the session's last answer. A silent session is lost when the heartbeat's
     /// interval and timeout ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed
     /// since the last question that was answered: over a direct TCP connection, [before](crate::guide::guarantees#loss)
     /// the server grants the lock to another session. A closed connection is detected within 50 ms if it is idle and
@@ -169,7 +194,7 @@ impl Guard {
     ///
     /// # Panics
     ///
-    /// If called on another runtime than that of the session, which has no timer.
+    /// If called on a runtime other than the session's that has no time driver.
     ///
     /// # Examples
     ///
@@ -186,16 +211,9 @@ impl Guard {
     /// # Ok(()) }
     /// ```
     pub async fn lost(&self) -> Loss {
-        let closed = async {
-            match (&self.managed, &self.holding) {
-                (Some(managed), _) => managed.is_closed().await,
-                (None, Some(holding)) => holding.is_closed().await,
-                (None, None) => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
-            loss = closed => loss,
+            loss = self.handle.is_closed() => loss,
             loss = self.session.lost() => loss,
         }
     }
@@ -203,7 +221,8 @@ impl Guard {
     /// Asks the server whether the session still holds the lock (`pg_lock_status`).
     ///
     /// Sends one statement on the session's own connection, for any number of keys. Waits while
-    /// the connection is in use.
+    /// the connection is in use. For a guard of a [`LockManager`](crate::LockManager), the answer has a row for each lock
+    /// of the manager's session.
     ///
     /// # Cancel safety
     ///
@@ -217,6 +236,10 @@ impl Guard {
     /// answer within the heartbeat's timeout, which is not a loss: the next heartbeat decides;
     /// [`Error::ConnectionBorrowed`] if the connection stays borrowed for ten
     /// seconds.
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
     ///
     /// # Examples
     ///
@@ -247,7 +270,11 @@ impl Guard {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the lock is lost before the future has ended.
+    /// [`Error::Lost`], or [`Error::NoExclusion`], if the lock is lost before the future has ended.
+    ///
+    /// # Panics
+    ///
+    /// As [`lost`](Self::lost).
     ///
     /// # Examples
     ///
@@ -317,6 +344,10 @@ impl Guard {
     /// seconds; [`Error::ConnectionBorrowed`] if the connection stays borrowed for
     /// ten seconds.
     ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
     /// # Examples
     ///
     /// ```
@@ -341,7 +372,8 @@ impl Guard {
         Ok(*self.token.get_or_init(|| drawn))
     }
 
-    /// Borrows the connection of the session that holds the lock.
+    /// Borrows the connection of the session that holds the lock. A guard of a [`LockManager`](crate::LockManager) has
+    /// none: [`Error::SharedSession`].
     ///
     /// A statement that is sent through it takes no effect after the session has ended, and the lock with it: the
     /// server rolls back the open transaction. Waits while the connection is in use, for example borrowed from another
@@ -366,7 +398,11 @@ impl Guard {
     /// [`Error::Lost`] if the session has ended;
     /// [`Error::ConnectionBorrowed`] if the connection stays borrowed elsewhere for
     /// ten seconds; [`Error::SharedSession`] for a guard of a
-    /// [`LockManager`](crate::LockManager), which has no connection of its own.
+    /// [`LockManager`](crate::LockManager).
+    ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
     ///
     /// # Examples
     ///
@@ -382,7 +418,7 @@ impl Guard {
     /// ```
     pub async fn connection(&self) -> Result<SessionConnection<'_>> {
         self.check_open()?;
-        if self.managed.is_some() {
+        if let Home::Manager(_) = self.home {
             let key = self.key();
             return Err(match self.loss() {
                 Some(loss) => Error::lost(key, loss),
@@ -392,35 +428,22 @@ impl Guard {
         self.session.lend(self.key()).await
     }
 
-    pub(crate) fn new(session: Arc<Session>, request: Request) -> Self {
-        let token = OnceLock::new();
+    /// A guard of a handle, which counts it.
+    pub(crate) fn new(granted: Granted, handle: &Arc<Holdings>) -> Self {
+        let number = handle.add(&granted.session, &granted.request);
+        Self::at(Home::Handle(number), granted, handle)
+    }
+
+    pub(crate) fn at(home: Home, granted: Granted, handle: &Arc<Holdings>) -> Self {
+        let Granted { session, request } = granted;
         let held = Held::start(&request.labels(session.options()));
-        let (span, released) = (AssertUnwindSafe(Span::none()), false);
-        Self { session, request, token, released, holding: None, managed: None, held, span }
-    }
-
-    /// What a manager took for one of its owners.
-    pub(crate) fn managed(session: Arc<Session>, request: Request, managed: Managed) -> Self {
-        let mut held = Self::new(session, request);
-        held.managed = Some(managed);
-        held
-    }
-
-    /// The same, as a holding of a handle.
-    pub(crate) fn held_by(
-        mut self,
-        handle: impl FnOnce(&Arc<Session>, &Request) -> Holding,
-    ) -> Self {
-        self.holding = Some(handle(&self.session, &self.request));
-        self
+        let (token, span) = (OnceLock::new(), AssertUnwindSafe(Span::none()));
+        let handle = Arc::clone(handle);
+        Self { session, request, token, released: false, handle, home, held, span }
     }
 
     pub(crate) fn session(&self) -> &Arc<Session> {
         &self.session
-    }
-
-    pub(crate) fn request(&self) -> &Request {
-        &self.request
     }
 
     pub(crate) fn key(&self) -> &Key {
@@ -439,47 +462,39 @@ impl Guard {
         self.check_open()?;
         let session = &self.session;
         let ended = || Error::lost(request.key(), self.loss().unwrap_or(Loss::NotHeld));
-        if let Some(managed) = &self.managed {
+        if let Home::Manager(manager) = &self.home {
             if self.is_lost() {
                 return Err(ended());
             }
-            let more = managed.acquire(request, WaitPolicy::Never).await?;
+            let more = manager.acquire(&self.handle, request, WaitPolicy::Never).await?;
             // If the session was lost meanwhile, it was granted on another.
             let is_elsewhere =
                 more.as_ref().is_some_and(|more| !Arc::ptr_eq(&more.session, session));
             return if is_elsewhere { Err(ended()) } else { Ok(more.map(Self::traced)) };
         }
         let joined = match session.join(request) {
-            Join::Covered => Some(Self::new(Arc::clone(session), request.clone())),
+            Join::Covered => {
+                Some(Granted { session: Arc::clone(session), request: request.clone() })
+            }
             Join::Ask => {
                 let joining = Pending::join(Arc::clone(session), request, WaitPolicy::Never).await;
                 let pending = joining.map_err(|reason| reason.error(request.key()))?;
                 let (pending, verdict) =
                     pending.ok_or_else(ended)?.try_now(WaitPolicy::Never).await?;
                 let waiting = &mut metrics::Waiting::default();
-                let granted = pending.settle(verdict, WaitPolicy::Never, waiting).await?;
-                granted.map(|Granted { session, request }| Self::new(session, request))
+                pending.settle(verdict, WaitPolicy::Never, waiting).await?
             }
             Join::Lost | Join::Released => return Err(ended()),
         };
-        Ok(joined.map(Self::traced).map(|joined| match &self.holding {
-            Some(holding) => joined.held_by(|session, request| holding.another(session, request)),
-            None => joined,
-        }))
+        Ok(joined.map(|granted| Self::new(granted, &self.handle).traced()))
     }
 
     pub(crate) fn loss(&self) -> Option<Loss> {
-        self.closed().or_else(|| self.session.loss())
-    }
-
-    /// The handle was closed; the session may live on.
-    fn closed(&self) -> Option<Loss> {
-        let managed = self.managed.as_ref().and_then(Managed::closed);
-        managed.or_else(|| self.holding.as_ref().and_then(Holding::closed))
+        self.handle.closed().or_else(|| self.session.loss())
     }
 
     fn check_open(&self) -> Result<()> {
-        self.closed().map_or(Ok(()), |closed| Err(Error::lost(self.key(), closed)))
+        self.handle.closed().map_or(Ok(()), |closed| Err(Error::lost(self.key(), closed)))
     }
 
     /// Begins the span of the hold, a child of the current one. A session of a manager is no lock.
@@ -516,19 +531,21 @@ impl Guard {
         self.released = true;
         self.held.end();
         self.end_span();
-        if let Some(managed) = &self.managed {
-            let awaited = matches!(protocol, Protocol::Extended);
-            let (key, mode) = (self.key(), self.request.mode());
-            let pending = managed.leave(key, mode, &self.session, awaited);
-            return Some(Releasing::ByManager(pending));
-        }
-        if self.holding.as_ref().is_some_and(|holding| !holding.end()) {
+        Some(match &self.home {
+            Home::Manager(manager) => {
+                let awaited = matches!(protocol, Protocol::Extended);
+                let (key, mode) = (self.key(), self.request.mode());
+                Releasing::ByManager(manager.leave(&self.handle, key, mode, &self.session, awaited))
+            }
             // The close of the handle has released it.
-            let closed = Err(Error::lost(self.key(), Loss::Released));
-            return Some(Releasing::BySession(Release::Done(closed)));
-        }
-        let release = Arc::clone(&self.session).release(&self.request, protocol);
-        Some(Releasing::BySession(release))
+            Home::Handle(number) if !self.handle.end(*number) => {
+                let closed = Err(Error::lost(self.key(), Loss::Released));
+                Releasing::BySession(Release::Done(closed))
+            }
+            Home::Handle(_) => {
+                Releasing::BySession(Arc::clone(&self.session).release(&self.request, protocol))
+            }
+        })
     }
 }
 
@@ -551,7 +568,11 @@ impl Releasing {
 impl Sealed for Guard {
     /// An owner that takes other locks on the same session, or through the same manager.
     fn owner(&self) -> Owner {
-        Owner::of(&self.session, self.managed.as_ref())
+        let manager = match &self.home {
+            Home::Manager(manager) => Some(Arc::clone(manager)),
+            Home::Handle(_) => None,
+        };
+        Owner::of(&self.session, manager)
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is locked: a number, a pair of numbers, or a name.
 
+use std::cmp::Ordering;
 use std::convert::Infallible;
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -227,6 +228,19 @@ impl PartialEq for Key {
 }
 
 impl Eq for Key {}
+
+impl Ord for Key {
+    /// The order in which a [`MultiLock`](crate::MultiLock) takes keys.
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.id.cmp(&other.id)
+    }
+}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {

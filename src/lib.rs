@@ -35,7 +35,7 @@
 //! # Overview
 //!
 //! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
-//!   Handles are re-entrant; two handles exclude each other.
+//!   Handles are re-entrant; two handles exclude each other, unless both are made from one guard.
 //! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; the drop of the last one of a handle releases
 //!   it. [`Guard`] is what all guards have in common.
 //! * [`Source`] is where a handle gets its session: a pool, a manager, or a guard.
@@ -48,7 +48,7 @@
 //! * [`transaction`] has locks that end with a transaction of yours.
 //! * [`inspect`] lists holders and waiters, and ends a session.
 //! * [`doctor`] reports whether locks exclude other sessions on a server, and what to change there.
-//! * [`Error`] is everything that can fail; each message names the key and says what to do.
+//! * [`Error`] is everything that can fail. Its message names the key, if there is one, and says what to do.
 //!
 //! # Cancel safety
 //!
@@ -56,14 +56,14 @@
 //! [at a cost](transaction#cancel-safety).) A background task cancels the wait through another connection
 //! (`pg_cancel_backend`), reads the outstanding answer, releases a lock that was granted meanwhile, and returns the
 //! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A
-//! guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. That of a
-//! [`LockManager`] is released when the runtime runs, or its connection closes.
+//! guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. The manager's
+//! task releases that of a [`LockManager`], when its runtime runs, or the end of its connection does.
 //!
 //! # Loss
 //!
 //! A session can end without its client: an administrator terminates it, the server restarts, the network fails.
 //! Then its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all
-//! other methods return [`Error::Lost`]. A server that has not answered within the
+//! other methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. A server that has not answered within the
 //! [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too; [`Loss`] lists all causes.
 //! An answer that is an error is no loss. Over TCP, the server ends the session of a [silent
 //! client](LockOptions::keepalives_interval) only later, so a holder that is cut off stops before another session
@@ -78,6 +78,7 @@
 //! | the first acquire of a process on a server | 26 on two connections beside the pool, in the background, to prove that locks exclude other sessions |
 //! | the first acquire on a connection with prepared statements of the application | 1 more, for the settings |
 //! | a re-entrant guard acquired or released | 0 |
+//! | an acquire with [`application_name`](LockOptions::application_name), or by a role with an `idle_session_timeout` | 1 more for each |
 //! | a lock [passed on](guide::guarantees#fairness) to another task of the process | 0; 1 if the release is awaited |
 //! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; 0 for a hand-off inside the process |
 //! | a free [`MultiLock`] acquired | 1; if one of its keys is busy, 1 more |

@@ -16,9 +16,9 @@ use crate::source::Source;
 /// A handle on the lock of one key (`pg_advisory_lock`).
 ///
 /// Making a handle costs nothing. If it is made from a pool, its first acquire takes a connection, and its last
-/// guard returns that. Two handles exclude each other, in one process as on two machines. Handles are
-/// re-entrant: acquiring a lock that the handle already holds returns immediately, without a round
-/// trip, and the lock is released when the last guard is dropped.
+/// guard returns that. Two handles exclude each other, in one process as on two machines, unless both are made from
+/// the same [guard](Source#the-session-of-a-guard) of a pool. Handles are re-entrant: acquiring a lock that the handle
+/// already holds returns immediately, without a round trip, and the lock is released when the last guard is dropped.
 ///
 /// Never share a handle between tasks, not in a `Mutex` either: the second task would re-enter, and both would hold
 /// the lock. [`clone`](Clone::clone) it instead, once for each task: a clone shares only the source, the key and
@@ -30,6 +30,12 @@ use crate::source::Source;
 /// | exclusive | [`acquire`](Self::acquire) | [`try_acquire_for`](Self::try_acquire_for) | [`try_acquire`](Self::try_acquire) |
 /// | shared | [`acquire_shared`](Self::acquire_shared) | [`try_acquire_shared_for`](Self::try_acquire_shared_for) | [`try_acquire_shared`](Self::try_acquire_shared) |
 /// | a future under the exclusive lock | [`run`](Self::run) | [`try_run_for`](Self::try_run_for) | [`try_run`](Self::try_run) |
+///
+/// [`try_acquire_until`](Self::try_acquire_until) and [`try_acquire_shared_until`](Self::try_acquire_shared_until) take
+/// a deadline instead of a timeout.
+///
+/// The `try_` methods return an `Option`, which must be checked: `lock.try_acquire_for(timeout).await?;` compiles
+/// without a warning, and what follows runs without the lock. Use `let … else`, or [`try_run`](Self::try_run).
 ///
 /// Waiters are served in FIFO order: of the handles that hold nothing, and wait for the same key on the same pool, one
 /// waits in the server's queue, and the others [in line](crate::guide::guarantees#fairness) behind it. `try_acquire`
@@ -151,7 +157,7 @@ impl Lock {
     ///   transaction mode.
     /// * [`Error::ConnectionBorrowed`] if another guard's connection of the same session stays borrowed for ten
     ///   seconds.
-    /// * [`Error::Disconnected`] if the connection broke.
+    /// * [`Error::Disconnected`] if the connection broke; [`Error::Lost`] if that happened just after the grant.
     /// * [`Error::Database`] for all other errors.
     ///
     /// # Panics
@@ -215,7 +221,8 @@ impl Lock {
     /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
     /// [`Error::PoolTimedOut`], because the lock was not requested, or `None` if other calls of the process wait for
     /// the same key already. The server ends the wait itself, so no statement is cancelled; if the server does not
-    /// answer, the call returns half a second after the timeout.
+    /// answer, the call returns half a second after the timeout. A timeout of zero is a
+    /// [`try_acquire`](Self::try_acquire), which may wait for a connection for the pool's `acquire_timeout`.
     ///
     /// # Cancel safety
     ///
@@ -252,6 +259,12 @@ impl Lock {
     }
 
     /// Acquires the lock exclusively, waiting until `deadline`. Returns `None` after that.
+    ///
+    /// If the deadline has passed, this is a [`try_acquire`](Self::try_acquire).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`acquire`](Self::acquire).
     ///
     /// # Errors
     ///
@@ -376,6 +389,12 @@ impl Lock {
 
     /// Acquires the lock shared, waiting until `deadline`. Returns `None` after that.
     ///
+    /// If the deadline has passed, this is a [`try_acquire_shared`](Self::try_acquire_shared).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`acquire`](Self::acquire).
+    ///
     /// # Errors
     ///
     /// As for [`try_acquire_for`](Self::try_acquire_for).
@@ -405,7 +424,8 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] if the lock was lost before it was released. The
+    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] or [`Error::NoExclusion`] if the lock was lost before it was
+    /// released. The
     /// future may have ended by then; its output is not returned, and another session may have held the lock meanwhile.
     ///
     /// # Panics
@@ -432,6 +452,10 @@ impl Lock {
     /// Runs a future under the lock if it is available. Returns `None` if another session holds it.
     ///
     /// Acquires like [`try_acquire`](Self::try_acquire); in all other respects like [`run`](Self::run).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`run`](Self::run).
     ///
     /// # Errors
     ///
@@ -467,6 +491,10 @@ impl Lock {
     ///
     /// Acquires like [`try_acquire_for`](Self::try_acquire_for); in all other respects like
     /// [`run`](Self::run). The timeout does not bound the future.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`run`](Self::run).
     ///
     /// # Errors
     ///

@@ -9,7 +9,6 @@ mod wait_session;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 #[cfg(not(test))]
 use std::sync::{Mutex, MutexGuard};
@@ -24,17 +23,15 @@ use tokio::time::timeout;
 
 use crate::error::{Error, Loss};
 use crate::key::KeyId;
-use crate::metrics;
-use crate::mode::Modes;
 use crate::options::LockOptions;
 use crate::owner::Owner;
 use crate::session::Session;
 use crate::session::budget::Budget;
 use crate::source::Source;
 use crate::source::sealed::Sealed;
-use batch::Batch;
-pub(crate) use managed::{Managed, PendingRelease};
-use table::{Bound, Caller, Effect, OwnerId, Seat, Table, Taken};
+use batch::LARGEST;
+pub(crate) use managed::PendingRelease;
+use table::{Bound, Effect, Table, Taken};
 #[cfg(test)]
 use threads::wait_session;
 
@@ -82,17 +79,17 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Fairness
 ///
-/// Busy keys take turns to wait in the server's queue. A turn lasts 250 ms at first, and the longer a key has waited,
-/// the longer it lasts: as long as the key has waited if it is the only one, otherwise an eighth of that, at most a
-/// minute. Until the next turn of a key, each of the others may have as much time as it had. So none waits forever: a
-/// key that the server's queue reaches within a time, of up to 50 seconds, is granted after about nine times as long,
-/// plus two minutes for each busy key of the process. Where no key has waited for more than two seconds, the two
-/// minutes are half a second. A [`wait_slice`](LockOptions::wait_slice) of less than a minute limits the turns, too.
+/// Busy keys take turns to wait in the server's queue. The first turn of a key lasts 250 ms. Later ones last an eighth of
+/// the time that the key has waited (all of it, if no other key is busy), and at most a minute; then each of the other
+/// keys may have as much time before its next turn. So no key waits forever: if the server's queue takes a time *t* of
+/// up to 50 s to reach the key, it is granted within about 9 *t* plus two minutes for each busy key of the process; plus
+/// half a second for each, if none of them has waited for more than two seconds. A
+/// [`wait_slice`](LockOptions::wait_slice) of less than a minute limits the turns, too.
 ///
-/// A turn needs a connection. Where locks have their share of the pool, and each of its connections holds a key, a
-/// busy key is only tried again, and may be overtaken by those that wait in the server's queue. So it is on a pool that
-/// can spare only one connection for locks (by default one of up to two): that connection waits if nothing is held on
-/// it and nothing else is to be done.
+/// A turn needs a connection. If locks use their whole share of the pool, and each of these connections holds a key, a
+/// busy key is only retried, and waiters in the server's queue may overtake it. On a pool that can spare one connection
+/// for locks (by default, a pool of up to two), that connection waits only while it holds nothing and has nothing else
+/// to do.
 ///
 /// # What is different
 ///
@@ -168,7 +165,7 @@ impl Sealed for LockManager {
     fn owner(&self) -> Owner {
         let manager = &self.manager;
         let owner = Owner::new(&manager.pool, manager.options.clone());
-        owner.managed_by(Managed::new(manager))
+        owner.managed_by(manager)
     }
 }
 
@@ -194,11 +191,10 @@ pub(crate) struct Manager {
     work: Notify,
     /// There is a key for an idle wait session.
     line: Notify,
-    owners: AtomicU64,
 }
 
 struct State {
-    table: Table<Place, Tell>,
+    table: Table<Arc<Session>, Tell>,
     /// Keys with a step to take on the shared session. Some may have been called off.
     to_do: VecDeque<KeyId>,
     /// The keys that wait sessions wait for, or hold.
@@ -207,8 +203,6 @@ struct State {
     driver: Option<Driving>,
     /// The number of drivers so far.
     drivers: u64,
-    /// The list that [`effects`](Self::effects) returns, so that it need not be allocated each time.
-    spare: Vec<Effect<Place, Tell>>,
 }
 
 /// A key that a wait session waits for, or holds.
@@ -235,11 +229,6 @@ struct Driving {
 }
 
 impl State {
-    /// What follows from a change is written here, and goes to [`Manager::settle`].
-    fn effects(&mut self) -> Vec<Effect<Place, Tell>> {
-        std::mem::take(&mut self.spare)
-    }
-
     /// Whether there are keys in the line, and no wait session is open.
     fn awaits_connection(&self) -> bool {
         let none_is_open = |driver: &Driving| driver.idle == 0 && self.apart.is_empty();
@@ -255,9 +244,13 @@ impl State {
         u32::try_from(self.apart.keys().filter(is_settled).count()).unwrap_or(u32::MAX)
     }
 
-    /// Whether the driver is on another runtime than this one.
-    fn is_driven_elsewhere(&self, here: &Handle) -> bool {
-        self.driver.as_ref().is_some_and(|driver| driver.runtime.id() != here.id())
+    /// Whether the driver is on another runtime than this one. Outside of one, where a release may be awaited, there is no
+    /// timer to watch it by.
+    fn is_driven_elsewhere(&self) -> bool {
+        let is_elsewhere = |driver: &Driving| {
+            Handle::try_current().is_ok_and(|here| here.id() != driver.runtime.id())
+        };
+        self.driver.as_ref().is_some_and(is_elsewhere)
     }
 
     /// The driver, if it still is this one.
@@ -266,60 +259,18 @@ impl State {
     }
 }
 
-/// A session on which the manager holds something.
-#[derive(Clone)]
-struct Place {
-    session: Arc<Session>,
-    shared: bool,
-}
-
 /// Sends a caller the result.
-struct Tell {
-    told: oneshot::Sender<Told>,
-    /// Of an acquire.
-    waiting: metrics::Waiting,
-}
-
-impl Tell {
-    fn send(self, told: Told) -> Result<(), Told> {
-        self.waiting.end();
-        self.told.send(told)
-    }
-}
-
-impl From<oneshot::Sender<Told>> for Tell {
-    fn from(told: oneshot::Sender<Told>) -> Self {
-        Self { told, waiting: metrics::Waiting::default() }
-    }
-}
-
-impl Caller for Tell {
-    fn waits(&mut self) {
-        self.waiting.start();
-    }
-}
+type Tell = oneshot::Sender<Told>;
 
 /// The result that a caller gets.
 enum Told {
-    Granted(Place),
+    Granted(Arc<Session>),
     Refused,
     Deadlock,
     Released(Result<(), Loss>),
     /// The process keeps the key: the server was not asked.
     PassedOn,
     Failed(Error),
-}
-
-impl Seat for Place {
-    fn is_shared(&self) -> bool {
-        self.shared
-    }
-}
-
-impl PartialEq for Place {
-    fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.session, &other.session)
-    }
 }
 
 impl Manager {
@@ -330,7 +281,6 @@ impl Manager {
             apart: HashMap::new(),
             driver: None,
             drivers: 0,
-            spare: Vec::new(),
         };
         let budget = Budget::of(pool);
         // One connection is for the shared session.
@@ -346,12 +296,7 @@ impl Manager {
             state: Mutex::new(state),
             work: Notify::new(),
             line: Notify::new(),
-            owners: AtomicU64::new(0),
         }
-    }
-
-    fn next_owner(&self) -> OwnerId {
-        self.owners.fetch_add(1, Ordering::Relaxed)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -359,14 +304,10 @@ impl Manager {
     }
 
     /// Changes the table, and applies the effects.
-    fn change<T>(
-        self: &Arc<Self>,
-        change: impl FnOnce(&mut State, Instant, &mut Vec<Effect<Place, Tell>>) -> T,
-    ) -> T {
+    fn change<T>(self: &Arc<Self>, change: impl FnOnce(&mut State, Instant) -> T) -> T {
         let mut state = self.state();
-        let mut effects = state.effects();
-        let changed = change(&mut state, Instant::now(), &mut effects);
-        self.settle(&mut state, effects);
+        let changed = change(&mut state, Instant::now());
+        self.settle(&mut state);
         if state.table.is_empty() {
             // The driver ends if the table is empty.
             self.work.notify_one();
@@ -407,7 +348,7 @@ impl Manager {
             if let Some(output) = Box::pin(self.watch_driver(&mut future)).await {
                 return output;
             }
-            elsewhere = self.state().is_driven_elsewhere(&Handle::current());
+            elsewhere = self.state().is_driven_elsewhere();
         }
         future.await
     }
@@ -432,22 +373,21 @@ impl Manager {
     /// Loses all sessions, because their driver has ended or is stalled. Waiting acquires retry, and the first
     /// starts another driver.
     fn clear(&self, driver: u64, loss: &Loss) {
-        let (seats, farewells) = {
+        let (apart, (seats, farewells)) = {
             let mut state = self.state();
-            if state.driver.as_ref().is_none_or(|driving| driving.number != driver) {
+            if state.driver_of(driver).is_none() {
                 return;
             }
             state.driver = None;
-            state.apart.clear();
             state.to_do.clear();
-            state.table.clear()
+            (std::mem::take(&mut state.apart), state.table.clear())
         };
-        for place in seats {
-            place.session.give_up(loss);
+        for session in seats {
+            session.give_up(loss);
         }
-        for tell in farewells {
-            drop(tell.send(Told::Released(Err(loss.clone()))));
-        }
+        // After that, so that the wait sessions see the loss.
+        drop(apart);
+        tell_lost(farewells, loss);
     }
 
     /// The driver runs. Returns whether it still is the driver.
@@ -459,26 +399,26 @@ impl Manager {
     }
 
     /// The steps that are to be taken on the shared session. If that is open, keys in the line that are due
-    /// are tried again.
-    fn next_batch(self: &Arc<Self>, is_open: bool) -> Batch {
-        let mut batch = Batch::default();
+    /// are tried again. `None` if this is not the driver any more: the steps are another one's.
+    fn next_batch(self: &Arc<Self>, driver: u64, is_open: bool) -> Option<Vec<(KeyId, Taken)>> {
+        let mut batch = Vec::new();
         let mut state = self.state();
+        state.driver_of(driver)?;
         let now = Instant::now();
         if is_open && state.table.next_retry().is_some_and(|retry| retry <= now) {
-            let mut effects = state.effects();
-            state.table.retry(now, &mut effects);
-            self.settle(&mut state, effects);
+            state.table.retry(now);
+            self.settle(&mut state);
             // Those that hold may not count any more.
             self.staff_line(&mut state);
         }
-        while !batch.is_full()
+        while batch.len() < LARGEST
             && let Some(key) = state.to_do.pop_front()
         {
             if let Some(taken) = state.table.take_for_shared(key) {
-                batch.add(key, taken);
+                batch.push((key, taken));
             }
         }
-        batch
+        Some(batch)
     }
 
     /// Whether anything is held on the shared session, or to be done there.
@@ -510,7 +450,7 @@ impl Manager {
 
     /// The shared session is to be opened, or was. If no connection is free for it, wait sessions stop waiting.
     fn set_opening(self: &Arc<Self>, driver: u64, opening: bool) {
-        self.change(|state, now, effects| {
+        self.change(|state, now| {
             if let Some(driving) = state.driver_of(driver) {
                 driving.opening = opening;
             }
@@ -518,7 +458,7 @@ impl Manager {
                 let waited_for: Vec<_> =
                     state.apart.iter().map(|(key, apart)| (*key, apart.wait)).collect();
                 for (key, wait) in waited_for {
-                    if state.table.not_granted(key, wait, now, effects) {
+                    if state.table.not_granted(key, wait, now) {
                         state.apart.remove(&key);
                     }
                 }
@@ -527,36 +467,14 @@ impl Manager {
     }
 
     /// A step was taken. Returns whether it still counted.
-    fn taken(self: &Arc<Self>, key: KeyId, id: u64, place: &Place, yes: bool) -> bool {
-        self.change(|state, now, effects| state.table.taken(key, id, (place, yes), now, effects))
-    }
-
-    /// Many steps were taken. The state is locked once for all of them, because the notified callers will want it.
-    fn all_taken(self: &Arc<Self>, place: &Place, steps: impl Iterator<Item = (KeyId, u64, bool)>) {
-        self.change(|state, now, effects| {
-            for (key, id, yes) in steps {
-                state.table.taken(key, id, (place, yes), now, effects);
-            }
-        });
+    fn taken(self: &Arc<Self>, key: KeyId, id: u64, seat: &Arc<Session>, yes: bool) -> bool {
+        self.change(|state, now| state.table.taken(key, id, (seat, yes), now))
     }
 
     /// A step failed. Notifies the waiters for it; without an error they retry.
     fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Error>) {
-        let waiters = self.change(|state, _, _| state.table.failed(key, id));
-        fail(waiters.into_iter().flatten(), error);
-    }
-
-    /// Fails all waiting acquires.
-    fn fail_all(self: &Arc<Self>, error: &Error) {
-        let waiters = self.change(|state, now, effects| state.table.dismiss_all(now, effects));
-        fail(waiters, Some(error));
-    }
-
-    /// This is what the server has granted, after a step that failed half-way.
-    fn corrected(self: &Arc<Self>, key: KeyId, place: &Place, server: Modes) {
-        self.change(|state, now, effects| {
-            state.table.corrected(key, (place, server), now, effects);
-        });
+        let waiters = self.change(|state, _| state.table.failed(key, id));
+        fail(waiters, error);
     }
 
     /// Has the session name the keys that the manager holds on it, when it reports its loss.
@@ -568,38 +486,34 @@ impl Manager {
             };
             // A loss may be found wherever a guard is asked, so this must not wait.
             let state = manager.state.try_lock();
-            state.map_or_else(
-                |_| Vec::new(),
-                |state| state.table.some_at(&Place { session, shared: true }),
-            )
+            state.map_or_else(|_| Vec::new(), |state| state.table.some_at(&session))
         });
     }
 
     /// A session was lost, and with it all that was held there.
-    fn lost(self: &Arc<Self>, place: &Place, loss: &Loss) {
-        let farewells = self.change(|state, now, effects| state.table.lost(place, now, effects));
+    fn lost(self: &Arc<Self>, seat: &Arc<Session>, loss: &Loss) {
+        let farewells = self.change(|state, now| state.table.lost(seat, now));
         tell_lost(farewells, loss);
     }
 
     /// A key was lost with its session, which has not reported that yet.
-    fn lost_key(self: &Arc<Self>, key: KeyId, place: &Place, loss: &Loss) {
-        let farewells =
-            self.change(|state, now, effects| state.table.lost_key(key, place, now, effects));
+    fn lost_key(self: &Arc<Self>, key: KeyId, seat: &Arc<Session>, loss: &Loss) {
+        let farewells = self.change(|state, now| state.table.lost_key(key, seat, now));
         tell_lost(farewells, loss);
     }
 
     /// The wait session that waited for a key, or held it, has done with it, unless another one has it now.
-    fn done_apart(
+    fn done_apart<T>(
         self: &Arc<Self>,
         key: KeyId,
         wait: u64,
-        change: impl FnOnce(&mut State, Instant, &mut Vec<Effect<Place, Tell>>) -> Vec<Tell>,
-    ) -> Vec<Tell> {
-        self.change(|state, now, effects| {
+        change: impl FnOnce(&mut State, Instant) -> T,
+    ) -> T {
+        self.change(|state, now| {
             if state.apart.get(&key).is_some_and(|apart| apart.wait == wait) {
                 state.apart.remove(&key);
             }
-            change(state, now, effects)
+            change(state, now)
         })
     }
 
@@ -656,11 +570,11 @@ impl Manager {
     }
 
     /// Applies the effects of a change. A caller is notified before another can see the change.
-    fn settle(self: &Arc<Self>, state: &mut State, mut effects: Vec<Effect<Place, Tell>>) {
-        for effect in effects.drain(..) {
+    fn settle(self: &Arc<Self>, state: &mut State) {
+        while let Some(effect) = state.table.effects().pop_front() {
             // A failed send is ignored: a waiter that is being dropped checks for an answer itself.
             match effect {
-                Effect::Granted(tell, place) => drop(tell.send(Told::Granted(place))),
+                Effect::Granted(tell, session) => drop(tell.send(Told::Granted(session))),
                 Effect::Refused(tell) => drop(tell.send(Told::Refused)),
                 Effect::Deadlock(tell) => drop(tell.send(Told::Deadlock)),
                 Effect::Released(tell, true) => drop(tell.send(Told::Released(Ok(())))),
@@ -685,7 +599,6 @@ impl Manager {
                 }
             }
         }
-        state.spare = effects;
     }
 
     /// How many wait sessions there may be now.
@@ -727,7 +640,7 @@ struct Wait {
     orders: mpsc::UnboundedReceiver<Taken>,
 }
 
-fn fail(waiters: impl IntoIterator<Item = Tell>, error: Option<&Error>) {
+fn fail(waiters: Vec<Tell>, error: Option<&Error>) {
     for tell in waiters {
         if let Some(error) = error {
             drop(tell.send(Told::Failed(error.clone())));

@@ -83,6 +83,6 @@ mod record;
 
 pub use record::describe;
 pub(crate) use record::{
-    Acquire, Held, KeyLabel, Labels, Leading, One, Waiting, abandoned, batch, candidate,
-    connection, heartbeat, lost, queued, update,
+    Acquire, Held, Labels, Leading, One, Waiting, abandoned, batch, candidate, connection,
+    heartbeat, lost, queued, update,
 };

@@ -48,6 +48,11 @@ impl Modes {
         Self { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared }
     }
 
+    /// An exclusive lock covers a shared one too.
+    pub(crate) fn covers(self, mode: Mode) -> bool {
+        self.exclusive || self.shared && mode == Mode::Shared
+    }
+
     pub(crate) fn iter(self) -> impl Iterator<Item = Mode> {
         let exclusive = self.exclusive.then_some(Mode::Exclusive);
         exclusive.into_iter().chain(self.shared.then_some(Mode::Shared))

@@ -42,7 +42,7 @@ pub struct MultiLock {
 }
 
 impl MultiLock {
-    /// Makes a handle on these keys, to be held exclusively, with the default options. Sends nothing.
+    /// Makes a handle on these keys, to be held exclusively, with the options of its [`Source`]. Sends nothing.
     ///
     /// Acquiring no key at all is an error.
     ///
@@ -62,7 +62,7 @@ impl MultiLock {
         Self::with_modes(source, keys.into_iter().map(|key| (key, Mode::Exclusive)))
     }
 
-    /// Makes a handle on these keys, each to be held in its mode, with the default options. Sends nothing.
+    /// Makes a handle on these keys, each to be held in its mode, with the options of its [`Source`]. Sends nothing.
     ///
     /// [`keys`](Self::keys) has the same form.
     ///
@@ -115,6 +115,9 @@ impl MultiLock {
     }
 
     /// Acquires all the locks (`pg_advisory_lock`), waiting until each of them is available.
+    ///
+    /// Sends one statement if all are free. Otherwise it waits for each busy key as
+    /// [`Lock::acquire`](crate::Lock::acquire) does, and tries the remaining keys in one statement after each grant.
     ///
     /// # Cancel safety
     ///
@@ -213,7 +216,11 @@ impl MultiLock {
         Ok(held.map(MultiGuard::new))
     }
 
-    /// The same, with a deadline instead of a timeout.
+    /// The same, with a deadline instead of a timeout. If it has passed, this is a [`try_acquire`](Self::try_acquire).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`acquire`](Self::acquire).
     ///
     /// # Errors
     ///
@@ -235,7 +242,7 @@ impl MultiLock {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the locks were lost before; [`Error::ConnectionBorrowed`] if a guard's connection stays
+    /// [`Error::Lost`], or [`Error::NoExclusion`], if the locks were lost before; [`Error::ConnectionBorrowed`] if a guard's connection stays
     /// borrowed for ten seconds.
     ///
     /// # Examples
@@ -304,31 +311,13 @@ impl MultiGuard {
         Self { guard }
     }
 
-    /// Returns the keys of the locks, each with its mode.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use pglock::{Key, Mode, MultiLock};
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
-    /// # let pool = pglock_testkit::pool().await;
-    /// let guard = MultiLock::new(&pool, [1]).acquire().await?;
-    /// assert_eq!(guard.keys().next(), Some((&Key::from(1), Mode::Exclusive)));
-    /// # Ok(()) }
-    /// ```
-    pub fn keys(&self) -> impl Iterator<Item = (&Key, Mode)> {
-        self.guard.request().locks().iter().map(|(key, mode)| (key, *mode))
-    }
-
     /// Releases the locks (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// See [`Guard::release`].
+    /// Cancel safe; see [`Guard::release`].
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
-    /// guard's connection stays borrowed for ten seconds.
+    /// As for [`Guard::release`].
     pub async fn release(self) -> Result<()> {
         self.guard.release().await
     }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use sqlx::PgPool;
 
 use crate::error::{Error, Result};
-use crate::metrics::KeyLabel;
 
 /// Settings of a lock, each with a default that suits most.
 ///
@@ -35,7 +34,7 @@ pub struct LockOptions {
     pub(crate) reserve_connections: Option<u32>,
     pub(crate) max_hold: Option<Duration>,
     pub(crate) application_name: Option<Arc<str>>,
-    pub(crate) key_label: KeyLabel,
+    pub(crate) label_by_key: bool,
 }
 
 /// How often a session is asked, and how long it may take to answer.
@@ -121,7 +120,7 @@ impl LockOptions {
             reserve_connections: None,
             max_hold: None,
             application_name: None,
-            key_label: KeyLabel::default(),
+            label_by_key: false,
         }
     }
 
@@ -244,7 +243,7 @@ impl LockOptions {
 
     /// Allows locks on a hot standby, which exclude only others on the same standby.
     ///
-    /// Without, an acquire there is an [`Error::Standby`].
+    /// By default, an acquire there returns [`Error::Standby`].
     ///
     /// When the standby is promoted, its sessions live on, and their locks with them. A holder of the
     /// same key on the old primary keeps it there, and is not excluded. A fencing token can only be drawn
@@ -296,8 +295,8 @@ impl LockOptions {
     ///
     /// A lock that is held, or a key that is waited for, uses a connection, and what it protects usually needs another
     /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire
-    /// that would leave fewer waits in the process, in FIFO order, for up to the pool's `acquire_timeout`,
-    /// and then fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one
+    /// that would leave fewer connections than that waits in the process, in FIFO order. After the pool's
+    /// `acquire_timeout` it fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one
     /// connection has none to leave, and one connection is always allowed.
     ///
     /// # Examples
@@ -325,8 +324,9 @@ impl LockOptions {
     /// warning is logged, and the connection is closed, so the server grants the locks to others. A holder that goes on
     /// all the same is not stopped: use [`Guard::while_held`](crate::Guard::while_held) or
     /// [`Lock::run`](crate::Lock::run), which cancel the work. If the connection is
-    /// [borrowed](crate::Guard::connection) then, it is closed when it is returned. Needs a runtime that runs. Has no
-    /// effect on the locks of a [`LockManager`](crate::LockManager), which share a session.
+    /// [borrowed](crate::Guard::connection) then, it is closed when it is returned. Needs a runtime that runs. It
+    /// also ends the term of a leader of an [`Election`](crate::Election). Has no effect on the locks of a
+    /// [`LockManager`](crate::LockManager), which share a session.
     ///
     /// To limit the work without closing the connection, put a timeout around it.
     ///
@@ -378,7 +378,8 @@ impl LockOptions {
     /// # Ok(()) }
     /// ```
     #[must_use]
-    pub fn application_name(mut self, name: &str) -> Self {
+    pub fn application_name(mut self, name: impl Into<String>) -> Self {
+        let name: String = name.into();
         self.application_name = Some(name.into());
         self
     }
@@ -404,7 +405,7 @@ impl LockOptions {
     #[cfg(feature = "metrics")]
     #[must_use]
     pub fn label_metrics_by_key(mut self) -> Self {
-        self.key_label = KeyLabel::Show;
+        self.label_by_key = true;
         self
     }
 

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::guard::Guard;
 use crate::holdings::Holdings;
 use crate::key::Key;
-use crate::manager::Managed;
+use crate::manager::Manager;
 use crate::metrics;
 use crate::options::LockOptions;
 use crate::progress::reported;
@@ -40,10 +40,10 @@ pub struct Owner {
     pub(crate) options: LockOptions,
     /// The session of the guards that this owner has given out, while any live.
     session: Weak<Session>,
-    /// What the guards of this owner hold.
+    /// This handle, as its guards know it.
     holdings: Arc<Holdings>,
     /// A manager takes the locks.
-    managed: Option<Managed>,
+    manager: Option<Arc<Manager>>,
     /// The task that acquired last.
     task: Option<task::Id>,
     /// It was warned that several tasks use the handle.
@@ -60,15 +60,15 @@ impl Owner {
             options,
             session,
             holdings,
-            managed: None,
+            manager: None,
             task: None,
             warned: false,
         }
     }
 
     /// The same, but a manager takes its locks.
-    pub(crate) fn managed_by(self, managed: Managed) -> Self {
-        Self { managed: Some(managed), ..self }
+    pub(crate) fn managed_by(self, manager: &Arc<Manager>) -> Self {
+        Self { manager: Some(Arc::clone(manager)), ..self }
     }
 
     /// An owner in the same pool that opens sessions of its own, and holds nothing.
@@ -78,28 +78,27 @@ impl Owner {
 
     /// The same, unless a manager takes its locks: then an owner [`apart`](Self::apart).
     pub(crate) fn unmanaged(self) -> Self {
-        if self.managed.is_some() { self.apart() } else { self }
+        if self.manager.is_some() { self.apart() } else { self }
     }
 
     /// The owner of what a session holds.
-    pub(crate) fn of(session: &Arc<Session>, managed: Option<&Managed>) -> Self {
+    pub(crate) fn of(session: &Arc<Session>, manager: Option<Arc<Manager>>) -> Self {
         let session_of = Self::new(session.pool(), session.options().clone());
-        let managed = managed.map(Managed::another);
-        Self { session: Arc::downgrade(session), managed, ..session_of }
+        Self { session: Arc::downgrade(session), manager, ..session_of }
     }
 
     /// An owner like this one, that holds nothing.
     pub(crate) fn another(&self) -> Self {
-        let managed = self.managed.as_ref().map(Managed::another);
-        Self { session: Weak::new(), holdings: Arc::default(), managed, task: None, ..self.clone() }
+        Self { session: Weak::new(), holdings: Arc::default(), task: None, ..self.clone() }
     }
 
     /// Releases everything, however many guards are alive.
     pub(crate) async fn release_all(&mut self, key: &Key) -> Result<()> {
-        if let Some(managed) = &mut self.managed {
-            return managed.release_all(key).await;
+        let holdings = self.take_holdings();
+        match &self.manager {
+            Some(manager) => manager.release_all(&holdings, key).await,
+            None => holdings.release_all().await,
         }
-        self.take_holdings().release_all().done().await
     }
 
     /// What the guards of this owner hold. It holds nothing from then on.
@@ -121,15 +120,6 @@ impl Owner {
         self.take(request, WaitPolicy::Never).await
     }
 
-    /// The same, but waits for the pool until then.
-    pub(crate) async fn try_acquire_by(
-        &mut self,
-        request: &Request,
-        deadline: Instant,
-    ) -> Result<Option<Guard>> {
-        self.take(request, WaitPolicy::ForPool(deadline)).await
-    }
-
     pub(crate) async fn try_acquire_for(
         &mut self,
         request: &Request,
@@ -143,7 +133,11 @@ impl Owner {
     }
 
     /// Acquires, inside a span that tells how it went.
-    async fn take(&mut self, request: &Request, policy: WaitPolicy) -> Result<Option<Guard>> {
+    pub(crate) async fn take(
+        &mut self,
+        request: &Request,
+        policy: WaitPolicy,
+    ) -> Result<Option<Guard>> {
         let span = tracing::debug_span!(
             "acquire",
             lock.key = %request.key().id(),
@@ -155,7 +149,7 @@ impl Owner {
         let ending = Ending::of(&span);
         let acquire = metrics::Acquire::start(request.labels(&self.options));
         let slice = self.options.slice();
-        let key = (!request.is_internal()).then(|| request.key());
+        let key = (!request.internal).then(|| request.key());
         let taken = {
             let acquiring = pin!(self.take_from_session(request, policy));
             reported(key, slice, acquiring).instrument(span).await
@@ -178,22 +172,20 @@ impl Owner {
         request: &Request,
         policy: WaitPolicy,
     ) -> Result<Option<Guard>> {
-        if self.managed.as_ref().is_some_and(Managed::has_guards) {
-            self.check_task(request.key());
+        if let Some(manager) = self.manager.clone() {
+            // A guard of the handle lives.
+            if Arc::strong_count(&self.holdings) > 1 {
+                self.check_task(request.key());
+            }
+            return manager.acquire(&self.holdings, request, policy).await;
         }
-        if let Some(managed) = &self.managed {
-            return managed.acquire(request, policy).await;
-        }
-        let joined = match self.session.upgrade() {
-            Some(session) => match session.join(request) {
-                Join::Covered => {
-                    self.check_task(request.key());
-                    let held = Guard::new(session, request.clone());
-                    return Ok(Some(held.held_by(|s, r| self.holdings.add(s, r))));
-                }
-                join @ (Join::Ask | Join::Lost | Join::Released) => Some((session, join)),
-            },
-            None => None,
+        let joined = match self.session.upgrade().map(|session| (session.join(request), session)) {
+            Some((Join::Covered, session)) => {
+                self.check_task(request.key());
+                let granted = Granted { session, request: request.clone() };
+                return Ok(Some(Guard::new(granted, &self.holdings)));
+            }
+            joined => joined,
         };
         // On the heap, or all waiters in a manager's queue would have room for it.
         Box::pin(self.take_from_own_session(joined, request, policy)).await
@@ -215,12 +207,12 @@ impl Owner {
 
     async fn take_from_own_session(
         &mut self,
-        joined: Option<(Arc<Session>, Join)>,
+        joined: Option<(Join, Arc<Session>)>,
         request: &Request,
         policy: WaitPolicy,
     ) -> Result<Option<Guard>> {
         let joined = match joined {
-            Some((session, Join::Ask)) => {
+            Some((Join::Ask, session)) => {
                 match Box::pin(Pending::join(session, request, policy)).await {
                     Ok(joined) => joined,
                     // It waited for another wait of the session.
@@ -228,16 +220,16 @@ impl Owner {
                     Err(reason) => return Err(reason.error(request.key())),
                 }
             }
-            Some((session, Join::Released)) => {
+            Some((Join::Released, session)) => {
                 // Otherwise this handle could find a lock busy that it has just released: the task that releases it
                 // is in the queue already.
-                match Box::pin(session.connection_for_acquire(policy.deadline())).await {
+                match Box::pin(session.connection_for_acquire(policy)).await {
                     Ok(_) | Err(Unavailable::Lost(_)) => None,
                     Err(Unavailable::TimedOut) => return Ok(None),
                     Err(reason) => return Err(reason.error(request.key())),
                 }
             }
-            Some((_, Join::Covered | Join::Lost)) | None => None,
+            Some((Join::Covered | Join::Lost, _)) | None => None,
         };
         let granted = if let Some(pending) = joined {
             let waiting = &mut metrics::Waiting::new(request.labels(&self.options));
@@ -246,10 +238,9 @@ impl Owner {
         } else {
             self.take_on_new_session(request, policy).await?
         };
-        Ok(granted.map(|Granted { session, request }| {
-            self.session = Arc::downgrade(&session);
-            Guard::new(session, request)
-                .held_by(|session, request| self.holdings.add(session, request))
+        Ok(granted.map(|granted| {
+            self.session = Arc::downgrade(&granted.session);
+            Guard::new(granted, &self.holdings)
         }))
     }
 
@@ -260,9 +251,9 @@ impl Owner {
         policy: WaitPolicy,
     ) -> Result<Option<Granted>> {
         let Self { pool, server, options, .. } = self;
-        let queues = Arc::clone(&server.budget().local_queues);
+        let queues = Arc::clone(&server.budget.local_queues);
         let line = LineId::new(server.server(pool), request.key().id());
-        let mut in_line = request.is_in_line() && policy.waits();
+        let mut in_line = request.in_line && policy.waits();
         let mut waiting = metrics::Waiting::new(request.labels(options));
         let mut place = if in_line { queues.join(line, request, options) } else { None };
         let mut front = None;

@@ -13,9 +13,9 @@ pub(crate) struct Request {
     locks: Locks,
     pub(crate) need: Need,
     /// The crate made it for an acquire of the application, which is counted and reported instead.
-    internal: bool,
+    pub(crate) internal: bool,
     /// It waits in line with others of this process for the key.
-    in_line: bool,
+    pub(crate) in_line: bool,
 }
 
 /// Never empty, and no key twice.
@@ -71,17 +71,9 @@ impl Request {
         Self { internal: true, ..self }
     }
 
-    pub(crate) fn is_internal(&self) -> bool {
-        self.internal
-    }
-
     /// The same; while the key is busy, it waits in line with others of this process, and one of them on the server.
     pub(crate) fn in_line(self) -> Self {
         Self { in_line: true, ..self }
-    }
-
-    pub(crate) fn is_in_line(&self) -> bool {
-        self.in_line
     }
 
     /// The key that it passes to the next in line, or has from the one before: if it is the exclusive one.
@@ -91,7 +83,7 @@ impl Request {
 
     /// The labels of its metrics.
     pub(crate) fn labels(&self, options: &LockOptions) -> Labels {
-        Labels::new(options.key_label, self.key(), self.mode()).only_if(!self.internal)
+        Labels::new(!self.internal, options.label_by_key, self.key(), self.mode())
     }
 
     /// The key that stands for all of them: errors name it.

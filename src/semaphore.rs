@@ -32,8 +32,8 @@ pub use permit::Permit;
 /// numbered things: ports, licences, workers.
 ///
 /// Waiters are served in FIFO order: the tasks of a process queue locally, and the first of them waits in the server's
-/// queue, [as for a lock](crate::guide::guarantees#fairness). The first in that queue looks for a free permit every 20
-/// ms, or for one of 128 permits of a larger semaphore, in turn. `try_acquire` does not overtake waiters, except in the
+/// queue, [as for a lock](crate::guide::guarantees#fairness). The first in that queue tries the permits every 20 ms; of
+/// more than 128, it tries 128 at a time, in turn. `try_acquire` does not overtake waiters, except in the
 /// moment between two of the same process.
 ///
 /// A clone is the same semaphore. A permit uses one connection of the pool, and all waiters of a process use one
@@ -78,15 +78,9 @@ struct Inner {
     waiting: tokio::sync::Mutex<()>,
     /// Ends the wait of all of them: the pool has no connection.
     exhausted: watch::Sender<Option<Error>>,
-    /// When it was last asked whether a larger semaphore has this key.
-    census: Mutex<Census>,
-}
-
-#[derive(Clone, Copy)]
-enum Census {
-    Due(Option<Instant>),
-    /// There is one, and it was reported; or the role may not ask.
-    Done,
+    /// When to ask next whether a larger semaphore has this key. `None` once one was reported, or if there can be none,
+    /// or the role may not ask.
+    census_due: Mutex<Option<Instant>>,
 }
 
 /// How often the first waiter looks for a free permit.
@@ -99,7 +93,7 @@ const WINDOW: usize = 128;
 const CENSUS_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Semaphore {
-    /// Makes a semaphore with the default options. Sends nothing to the server.
+    /// Makes a semaphore, with the options of its [`Source`]. Sends nothing to the server.
     ///
     /// # Errors
     ///
@@ -135,7 +129,7 @@ impl Semaphore {
             owner,
             waiting: tokio::sync::Mutex::default(),
             exhausted: watch::Sender::new(None),
-            census: Mutex::new(Census::Due(None)),
+            census_due: Mutex::new((permits < MAX_PERMITS).then(Instant::now)),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -184,8 +178,8 @@ impl Semaphore {
     ///
     /// # Errors
     ///
-    /// As for [`Lock::acquire`](crate::Lock::acquire). If the connection breaks that waits, another goes on, at the
-    /// end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the process get
+    /// As for [`Lock::acquire`](crate::Lock::acquire). If the connection of the waiter breaks, the wait goes on with
+    /// another, at the end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the process get
     /// the [`Error::PoolTimedOut`].
     ///
     /// # Panics
@@ -215,6 +209,8 @@ impl Semaphore {
     }
 
     /// Acquires a permit if one is free, and no other task or process waits for it. `None` otherwise.
+    ///
+    /// Sends three statements, or one if others wait; every ten seconds one more.
     ///
     /// # Cancel safety
     ///
@@ -283,7 +279,11 @@ impl Semaphore {
         }
     }
 
-    /// The same, with a deadline instead of a timeout.
+    /// The same, with a deadline instead of a timeout. If it has passed, this is a [`try_acquire`](Self::try_acquire).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`acquire`](Self::acquire).
     ///
     /// # Errors
     ///
@@ -335,7 +335,7 @@ impl Inner {
     }
 
     fn labels(&self) -> Labels {
-        Labels::new(self.owner.options.key_label, &self.key, Mode::Exclusive)
+        Labels::new(true, self.owner.options.label_by_key, &self.key, Mode::Exclusive)
     }
 
     /// Waits until all others of this process that came before have a permit, or none of them can get one.
@@ -382,10 +382,8 @@ impl Inner {
     async fn pass(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let request = Request::one(self.layout.queue(), Mode::Shared).internal();
         let mut owner = self.owner.another();
-        let passing = match deadline {
-            None => owner.try_acquire(&request).await?,
-            Some(deadline) => owner.try_acquire_by(&request, deadline).await?,
-        };
+        let policy = deadline.map_or(WaitPolicy::Never, WaitPolicy::ForPool);
+        let passing = owner.take(&request, policy).await?;
         match passing {
             Some(passing) => self.look(&passing, &self.slots).await,
             None => Ok(None),
@@ -423,11 +421,7 @@ impl Inner {
         waiting.start();
         let request = Request::one(self.layout.queue(), Mode::Exclusive).internal();
         let mut owner = self.owner.another();
-        let first = match left() {
-            None => Some(owner.acquire(&request).await?),
-            Some(left) if left.is_zero() => None,
-            Some(left) => owner.try_acquire_for(&request, left).await?,
-        };
+        let first = if is_over() { None } else { owner.take(&request, until(deadline)).await? };
         let Some(first) = first else { return Ok(None) };
         // At first, and at last, it looks at all of them.
         let mut windows = self.windows.iter().cycle();
@@ -454,7 +448,8 @@ impl Inner {
 
     /// Takes one of these permits if one is free, on the session that may look.
     async fn look(&self, may: &Guard, slots: &Request) -> Result<Option<Permit>> {
-        if self.census_is_due() {
+        let census_due = *self.census_due.lock().unwrap_or_else(PoisonError::into_inner);
+        if census_due.is_some_and(|due| due <= Instant::now()) {
             self.take_census(may).await;
         }
         let Some(held) = may.and(slots).await? else { return Ok(None) };
@@ -466,8 +461,8 @@ impl Inner {
     /// Warns if a permit is in use that this semaphore does not have.
     async fn take_census(&self, may: &Guard) {
         let beyond = self.layout.beyond(self.permits);
-        let census = match may.session().greatest_held(&self.key, beyond).await {
-            Ok(None) => Census::Due(Some(Instant::now())),
+        let due = match may.session().greatest_held(&self.key, beyond).await {
+            Ok(None) => Some(Instant::now() + CENSUS_INTERVAL),
             Ok(Some(permit)) => {
                 let slot = self.layout.slot(&Key::from(permit));
                 tracing::warn!(
@@ -477,10 +472,10 @@ impl Inner {
                     others = slot.map(|slot| slot + 1),
                     "a semaphore has more permits elsewhere; give it the same number everywhere"
                 );
-                Census::Done
+                None
             }
             // If it was the session, the next statement fails.
-            Err(error) if !matches!(error, Error::Database { .. }) => Census::Due(None),
+            Err(error) if !matches!(error, Error::Database { .. }) => Some(Instant::now()),
             // The role may not ask.
             Err(error) => {
                 tracing::debug!(
@@ -489,21 +484,10 @@ impl Inner {
                     error = %chain(&error),
                     "cannot see the size of a semaphore"
                 );
-                Census::Done
+                None
             }
         };
-        *self.census.lock().unwrap_or_else(PoisonError::into_inner) = census;
-    }
-
-    fn census_is_due(&self) -> bool {
-        let census = *self.census.lock().unwrap_or_else(PoisonError::into_inner);
-        match census {
-            Census::Due(last) => {
-                self.permits < MAX_PERMITS
-                    && last.is_none_or(|last| last.elapsed() > CENSUS_INTERVAL)
-            }
-            Census::Done => false,
-        }
+        *self.census_due.lock().unwrap_or_else(PoisonError::into_inner) = due;
     }
 }
 

@@ -58,7 +58,6 @@ use crate::options::{Heartbeat, Keepalives, LockOptions};
 use crate::request::Request;
 use conn::Conn;
 use ledger::{Join, Ledger};
-use local_queue::LocalQueues;
 use servers::Server;
 
 /// How long a statement may take that never waits for a lock. After that the connection is closed.
@@ -80,8 +79,6 @@ pub(crate) struct Session {
     last_answered: Mutex<Instant>,
     /// The session is lost: the ledger says how.
     loss_notify: Notify,
-    /// Why the connection was closed, if it was: the ledger forgets it with the last guard.
-    connection_error: OnceLock<Loss>,
     /// Since when it holds something, so that the clock decides whether it is trusted.
     kept_since: OnceLock<Instant>,
     /// Has the keeper poll the idle connection again.
@@ -107,12 +104,16 @@ pub(crate) struct Session {
     /// Whether it is that of a leader.
     pub(crate) leading: metrics::Leading,
     pool: PgPool,
-    /// Where calls of this process wait. `None` for a session that opens its connection later.
-    local_queues: Option<Arc<LocalQueues>>,
     server: Arc<Server>,
     /// How to reach the server, as the pool was told when the session was opened.
     connect_options: Arc<PgConnectOptions>,
     runtime: Handle,
+}
+
+impl PartialEq for Session {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
 }
 
 impl Session {
@@ -124,10 +125,8 @@ impl Session {
         runtime: Handle,
         options: &LockOptions,
     ) -> Arc<Self> {
-        let conn = conn.into();
-        let local_queues = conn.as_ref().and_then(Conn::local_queues).map(Arc::clone);
         Arc::new(Self {
-            conn: Arc::new(tokio::sync::Mutex::new(conn)),
+            conn: Arc::new(tokio::sync::Mutex::new(conn.into())),
             borrowed: AtomicBool::new(false),
             uses: AtomicU64::new(0),
             ledger: Mutex::new(Ledger::opening()),
@@ -136,7 +135,6 @@ impl Session {
             options: options.clone(),
             last_answered: Mutex::new(Instant::now()),
             loss_notify: Notify::new(),
-            connection_error: OnceLock::new(),
             kept_since: OnceLock::new(),
             wake: OnceLock::new(),
             settings_to_restore: AtomicBool::new(false),
@@ -150,7 +148,6 @@ impl Session {
             managed_keys: OnceLock::new(),
             leading: metrics::Leading::default(),
             pool: pool.clone(),
-            local_queues,
             server: Arc::clone(server),
             connect_options: pool.connect_options(),
             runtime,
@@ -317,8 +314,6 @@ impl Session {
 
     /// The same, of a loss that says nothing new of the server.
     fn end(&self, loss: &Loss) {
-        // The first one counts.
-        self.connection_error.set(loss.clone()).ok();
         let locks = {
             let mut ledger = self.ledger();
             let locks = ledger.lose(loss.clone());
@@ -380,11 +375,7 @@ impl Session {
     /// keep it. Detach: no caller waits for it.
     fn close(&self, conn: Option<Conn>) {
         let locks = std::mem::take(&mut *self.left_behind());
-        if !locks.is_empty() {
-            let (options, pid) = (self.connect_options(), self.backend_pid());
-            let releasing = async move { retrieve::release(conn, &options, pid, &locks).await };
-            drop(self.runtime.spawn(releasing));
-        }
+        self.retrieve(conn, self.backend_pid(), locks);
     }
 
     fn left_behind(&self) -> MutexGuard<'_, Vec<(KeyId, Mode)>> {

@@ -122,7 +122,7 @@ use tokio::time::timeout_at;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::mode::Mode;
-use crate::sql::transaction::{self as statements, Tried, Way};
+use crate::sql::transaction::{self as statements, Tried};
 
 /// The longest that one statement waits, and holds its snapshot.
 const SLICE: Duration = Duration::from_mins(1);
@@ -369,7 +369,7 @@ async fn queue(
     deadline: Option<Instant>,
 ) -> Result<bool> {
     let Some(deadlock_timeout) = try_once(tx, key, mode).await? else { return Ok(true) };
-    let mut way = Way::Block;
+    let mut plainly = false;
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
@@ -378,7 +378,7 @@ async fn queue(
         let jitter = Duration::from_millis(RandomState::new().hash_one(()) % JITTER);
         let slice = slice(deadlock_timeout, jitter);
         let limit = left.map_or(slice, |left| left.min(slice));
-        let waited = statements::wait(tx, key.id(), mode, limit, &mut way).await;
+        let waited = statements::wait(tx, key.id(), mode, limit, &mut plainly).await;
         if waited.map_err(|error| Error::acquiring(key, error))? {
             return Ok(true);
         }

@@ -31,7 +31,7 @@ pub(super) fn functions(seen: &Circumstances) -> Finding {
     match &seen.forbidden {
         Ok(None) => Finding::fine(check, "the role may call every function that a lock needs"),
         Ok(Some(forbidden)) => Finding::fine(check, format!("not allowed: {forbidden}"))
-            .broken(format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {:?}", seen.role)),
+            .broken(format!("GRANT EXECUTE ON FUNCTION {forbidden} TO {}", seen.role)),
         Err(why) => Finding::unknown(check, why, "check that the server is a PostgreSQL server"),
     }
 }
@@ -54,13 +54,13 @@ pub(super) fn plpgsql(seen: &Circumstances) -> Finding {
         Ok(false) => Finding::fine(check, "the role can't use the language plpgsql").warn(format!(
             "each wait for a busy lock writes an error to the server's log when it starts, and \
              one for each slice that ends without the lock: CREATE EXTENSION plpgsql, or GRANT \
-             USAGE ON LANGUAGE plpgsql TO {:?}",
+             USAGE ON LANGUAGE plpgsql TO {}",
             seen.role
         )),
         Err(why) => Finding::unknown(
             check,
             why,
-            format!("GRANT SELECT ON {} TO {:?}", statements::LANGUAGES, seen.role),
+            format!("GRANT SELECT ON {} TO {}", statements::LANGUAGES, seen.role),
         ),
     }
 }
@@ -76,7 +76,7 @@ pub(super) fn logged_waits(seen: &Circumstances) -> Finding {
                 Severity::Fine,
                 format!(
                     "a wait that is longer than deadlock_timeout writes a line to the server's log in each slice: \
-                     GRANT SET ON PARAMETER log_lock_waits TO {:?} (PostgreSQL 15), or set log_lock_waits = off",
+                     GRANT SET ON PARAMETER log_lock_waits TO {} (PostgreSQL 15), or set log_lock_waits = off",
                     seen.role
                 ),
             )
@@ -98,7 +98,7 @@ pub(super) fn lock_list(seen: &Circumstances) -> Finding {
             Finding::fine(check, format!("the role can't list locks: {why}")).warn(format!(
                 "a lock that another program unlocks on the same session is not detected as lost, \
                  and `inspect`, `pglock ls` and the observers of elections fail: GRANT EXECUTE ON \
-                 FUNCTION {} TO {:?}",
+                 FUNCTION {} TO {}",
                 statements::LOCK_LIST,
                 seen.role
             ))
@@ -119,8 +119,8 @@ pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
             }
             None => Finding::fine(
                 check,
-                "locks exclude no other session: a pooler in transaction mode or a load balancer sits in \
-                 between, or the server's locks do nothing",
+                "locks exclude no other session: the connection goes through a pooler in transaction mode or a load \
+                 balancer, or the server's locks do nothing",
             )
             .broken("connect to the server directly, or through a pooler in session mode"),
         },
@@ -231,11 +231,14 @@ pub(super) fn dead_holder(
     let user_timeout = seen.setting("tcp_user_timeout") / 1000;
     // Where it is set, it counts instead of the probes.
     let silent = if user_timeout == 0 { probes } else { probes.min(user_timeout) };
+    let ends = if user_timeout == 0 { idle + probes } else { user_timeout.min(idle + probes) };
     let holder = options.heartbeat.bound();
     let server = Duration::from_secs(silent.try_into().unwrap_or_default());
     let finding = Finding::fine(
         "dead holder",
-        format!("the holder gives up after {holder:?}, and the server after {} s", idle + probes),
+        format!(
+            "the holder reports the loss after {holder:?}, the server ends the session after {ends} s"
+        ),
     );
     if holder >= server {
         return finding.broken(format!(
@@ -246,7 +249,7 @@ pub(super) fn dead_holder(
     }
     match refused {
         Some(error) => finding.warn(format!(
-            "the server refuses the settings by which it would notice a dead client sooner \
+            "the server rejects the settings by which it would detect a dead client sooner \
              ({error}); set tcp_keepalives_idle = 3, tcp_keepalives_interval = 1 and \
              tcp_keepalives_count = 5 on the server"
         )),
@@ -259,12 +262,12 @@ pub(super) fn dead_waiter(seen: &Circumstances) -> Finding {
     let check = |seen: String| Finding::fine("dead waiter", seen);
     if seen.version < 140_000 {
         return check(format!("before PostgreSQL 14 there is no {name}")).warn(
-            "a client that dies while it waits keeps its place in the queue until its turn: upgrade",
+            "a client that dies while it waits keeps its place in the queue until its slice ends: upgrade",
         );
     }
     match seen.setting(name) {
         0 => check(format!("{name} is 0, and can't be set")).warn(format!(
-            "a client that dies while it waits keeps its place in the queue until its turn: set \
+            "a client that dies while it waits keeps its place in the queue until its slice ends: set \
              {name} to 1s on the server, or let the role set it"
         )),
         set => check(format!("noticed after {set} ms")),
@@ -287,7 +290,7 @@ pub(super) fn transactions(seen: &Circumstances) -> Finding {
         return Finding::fine(check, "none");
     }
     let limits = set.iter().map(|name| format!("{name} is {} ms", seen.setting(name)));
-    let resets = set.iter().map(|name| format!("ALTER ROLE {:?} SET {name} = 0", seen.role));
+    let resets = set.iter().map(|name| format!("ALTER ROLE {} SET {name} = 0", seen.role));
     Finding::fine(check, limits.collect::<Vec<_>>().join(", ")).warn(format!(
         "the server ends a session for that, and with it all its locks: keep transactions short \
          that hold a lock, or run on a guard's connection, or {}",
@@ -304,7 +307,7 @@ pub(super) fn statements(seen: &Circumstances) -> Finding {
         0 => Finding::fine(check, "no limit"),
         limit if limit < SHORT => Finding::fine(check, format!("{limit} ms")).warn(format!(
             "a busy server may take longer to answer a heartbeat, and the lock is lost then: \
-             ALTER ROLE {:?} SET {check} = '{SHORT}ms', or more",
+             ALTER ROLE {} SET {check} = '{SHORT}ms', or more",
             seen.role
         )),
         limit => Finding::fine(check, format!("{limit} ms; lifted while a lock is waited for")),
@@ -317,7 +320,7 @@ pub(super) fn locks(seen: &Circumstances) -> Finding {
         Ok(in_use) => in_use,
         Err(why) => {
             let list = statements::LOCK_LIST;
-            let grant = format!("GRANT EXECUTE ON FUNCTION {list} TO {:?}", seen.role);
+            let grant = format!("GRANT EXECUTE ON FUNCTION {list} TO {}", seen.role);
             return Finding::unknown(check, why, grant);
         }
     };
@@ -339,8 +342,8 @@ pub(super) fn connections(seen: &Circumstances) -> Finding {
         Err(why) => {
             let (list, limits) = (statements::SESSION_LIST, statements::LIMITS);
             let grants = format!(
-                "GRANT EXECUTE ON FUNCTION {list} TO {role:?}, without which `inspect` and `pglock ls` \
-                 fail too, and GRANT SELECT ON {limits} TO {role:?}",
+                "GRANT EXECUTE ON FUNCTION {list} TO {role}, without which `inspect` and `pglock ls` \
+                 fail too, and GRANT SELECT ON {limits} TO {role}",
                 role = seen.role
             );
             return Finding::unknown(check, why, grants);
@@ -366,8 +369,8 @@ pub(super) fn connections(seen: &Circumstances) -> Finding {
         return finding;
     }
     finding.warn(
-        "each lock that is held or waited for takes one, and one more while its monitoring starts: \
-         raise max_connections, or the CONNECTION LIMIT of the role or the database",
+        "each lock that is held or waited for takes one; beside the pool, monitoring takes one per runtime, and the \
+         proof of exclusion two for a moment: raise max_connections, or the CONNECTION LIMIT of the role or the database",
     )
 }
 
@@ -389,7 +392,7 @@ pub(super) fn rights(seen: &Circumstances) -> Finding {
     let missing: Vec<_> = grants
         .into_iter()
         .filter(|(granted, ..)| !granted)
-        .map(|(_, purpose, grant)| format!("{purpose}, GRANT {grant} TO {role:?}"))
+        .map(|(_, purpose, grant)| format!("{purpose}, GRANT {grant} TO {role}"))
         .collect();
     if missing.is_empty() {
         return Finding::fine(check, format!("{role} sees and may end the sessions of others"));
@@ -408,7 +411,7 @@ mod tests {
         Circumstances {
             version: 150_018,
             product: String::new(),
-            role: "app".to_owned(),
+            role: "\"app\"".to_owned(),
             standby: false,
             tcp: true,
             settings: settings.to_vec(),

@@ -206,15 +206,11 @@ impl Observer {
             let (pool, key, due) = (self.pool.clone(), self.key.clone(), self.due);
             let look = self.look().get_or_insert_with(|| {
                 Box::pin(async move {
-                    // A closed pool is reported at once, but not all the time.
-                    if let Some(due) = due
-                        && pool.is_closed()
-                    {
-                        sleep_until(due).await;
-                    } else if let Some(due) = due {
+                    if let Some(due) = due {
                         tokio::select! {
                             () = sleep_until(due) => {}
-                            () = pool.close_event() => {}
+                            // A closed pool is reported at once, but not all the time.
+                            () = pool.close_event(), if !pool.is_closed() => {}
                         }
                     }
                     leader(&pool, &key).await

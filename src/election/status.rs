@@ -47,6 +47,7 @@ pub struct LeaderStatus {
 pub enum LeaderState {
     /// [`Election::run`](crate::Election::run) can't elect this candidate, or its last term failed. It
     /// retries.
+    #[non_exhaustive]
     Failing {
         /// Why, most recently.
         error: Error,
@@ -57,6 +58,7 @@ pub enum LeaderState {
     #[default]
     Idle,
     /// The candidate leads.
+    #[non_exhaustive]
     Leading {
         /// The term.
         term: u64,
@@ -141,8 +143,8 @@ impl LeaderStatus {
         }
     }
 
-    /// Waits until the state is another one than this status has returned last, and returns it. Sends
-    /// nothing. For a new status, that is another one than [`Idle`](LeaderState::Idle).
+    /// Waits until the state differs from the one that this status has returned last, and returns it. The first call
+    /// compares with [`Idle`](LeaderState::Idle). Sends nothing.
     ///
     /// A state that lasted only for a moment may be missed.
     ///

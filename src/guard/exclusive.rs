@@ -53,8 +53,8 @@ impl ExclusiveGuard {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if the session's
-    /// connection stays borrowed for ten seconds.
+    /// [`Error::Lost`], or [`Error::NoExclusion`], if the session no longer held the lock;
+    /// [`Error::ConnectionBorrowed`] if the session's connection stays borrowed for ten seconds.
     ///
     /// # Examples
     ///
@@ -81,12 +81,11 @@ impl ExclusiveGuard {
 
     /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// See [`Guard::release`].
+    /// Cancel safe; see [`Guard::release`].
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
-    /// guard's connection stays borrowed for ten seconds.
+    /// As for [`Guard::release`].
     pub async fn release(self) -> Result<()> {
         self.guard.release().await
     }

@@ -86,12 +86,11 @@ impl SharedGuard {
 
     /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// See [`Guard::release`].
+    /// Cancel safe; see [`Guard::release`].
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session no longer held the lock; [`Error::ConnectionBorrowed`] if another
-    /// guard's connection stays borrowed for ten seconds.
+    /// As for [`Guard::release`].
     pub async fn release(self) -> Result<()> {
         self.guard.release().await
     }

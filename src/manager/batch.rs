@@ -9,75 +9,47 @@ use crate::sql::batch::Call;
 /// does not wait long for the last.
 pub(super) const LARGEST: usize = 1000;
 
-/// What goes into one statement.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    steps: Vec<(KeyId, Taken)>,
+/// Leaves the other steps out: with the session on which they were to be taken, they are void.
+pub(super) fn keep_only_locks(steps: &mut Vec<(KeyId, Taken)>) {
+    steps.retain(|(_, taken)| matches!(taken.step, Step::Lock(_)));
 }
 
-/// What the server did for a step.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Answer {
-    /// As asked, or not.
-    Taken(bool),
-    /// It did not hold what it should have released.
-    NotHeld,
+/// The calls that make the steps, in their order.
+pub(super) fn calls(steps: &[(KeyId, Taken)]) -> Vec<(KeyId, Call)> {
+    let of_step = |(key, taken): &(KeyId, Taken)| {
+        let key = *key;
+        calls_of(taken).into_iter().flatten().map(move |call| (key, call))
+    };
+    steps.iter().flat_map(of_step).collect()
 }
 
-impl Batch {
-    pub(super) fn add(&mut self, key: KeyId, taken: Taken) {
-        self.steps.push((key, taken));
-    }
+/// What the server did for a step: as asked, or not; `None` if it did not hold what it should have released.
+pub(super) type Answer = Option<bool>;
 
-    /// Leaves the other steps out: with the session on which they were to be taken, they are void.
-    pub(super) fn keep_only_locks(&mut self) {
-        self.steps.retain(|(_, taken)| matches!(taken.step, Step::Lock(_)));
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.steps.is_empty()
-    }
-
-    pub(super) fn is_full(&self) -> bool {
-        self.steps.len() >= LARGEST
-    }
-
-    pub(super) fn steps(&self) -> &[(KeyId, Taken)] {
-        &self.steps
-    }
-
-    /// In the order in which they are to be made.
-    pub(super) fn calls(&self) -> Vec<(KeyId, Call)> {
-        let of_step = |(key, taken): &(KeyId, Taken)| {
-            let key = *key;
-            calls(taken).into_iter().flatten().map(move |call| (key, call))
-        };
-        self.steps.iter().flat_map(of_step).collect()
-    }
-
-    /// Reads the answers to the calls. `None` if there are not as many.
-    pub(super) fn read(&self, answers: &[bool]) -> Option<Vec<Answer>> {
-        let mut rest = answers.iter().copied();
-        let mut read = Vec::with_capacity(self.steps.len());
-        for (_, taken) in &self.steps {
-            let mut answer = Answer::Taken(true);
-            for call in calls(taken).into_iter().flatten() {
-                match (call, rest.next()?) {
-                    (Call::Unlock(_), false) => answer = Answer::NotHeld,
-                    (Call::TryLock(_) | Call::IsWaitedFor, yes) if answer != Answer::NotHeld => {
-                        answer = Answer::Taken(yes);
-                    }
-                    _ => {}
-                }
+/// Reads the answers to the calls: for each step, its key, its number, and what the server did. `None` if there are not
+/// as many.
+pub(super) fn read(
+    steps: &[(KeyId, Taken)],
+    answers: &[bool],
+) -> Option<Vec<(KeyId, u64, Answer)>> {
+    let mut rest = answers.iter().copied();
+    let mut read = Vec::with_capacity(steps.len());
+    for (key, taken) in steps {
+        let mut answer = Some(true);
+        for call in calls_of(taken).into_iter().flatten() {
+            match (call, rest.next()?) {
+                (Call::Unlock(_), false) => answer = None,
+                (Call::TryLock(_) | Call::IsWaitedFor, yes) => answer = answer.map(|_| yes),
+                _ => {}
             }
-            read.push(answer);
         }
-        rest.next().is_none().then_some(read)
+        read.push((*key, taken.id, answer));
     }
+    rest.next().is_none().then_some(read)
 }
 
 /// The calls that make a step.
-fn calls(taken: &Taken) -> [Option<Call>; 3] {
+fn calls_of(taken: &Taken) -> [Option<Call>; 3] {
     let Modes { exclusive, shared } = taken.server;
     let unlock_exclusive = exclusive.then_some(Call::Unlock(Mode::Exclusive));
     let unlock_shared = shared.then_some(Call::Unlock(Mode::Shared));

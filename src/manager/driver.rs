@@ -4,20 +4,18 @@
 //! for the first step that needs it, makes one statement of all steps that have come up since the
 //! last, and hands the answers to the table; while it does that, the server has the next statement.
 
-use std::collections::HashSet;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use sqlx::PgPool;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
 
-use super::batch::{Answer, Batch};
-use super::table::Step;
-use super::{Manager, Place, WAIT_SESSION_PAUSE};
+use super::batch::{Answer, calls, keep_only_locks, read};
+use super::table::{Step, Taken};
+use super::{Manager, WAIT_SESSION_PAUSE, fail};
 use crate::error::{Error, Loss};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
@@ -27,6 +25,7 @@ use crate::owner::Owner;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::shared::Called;
+use crate::sql::backend::Held;
 
 /// How long the session is unused before its idle connection is polled for closure again.
 const QUIET: Duration = Duration::from_millis(20);
@@ -55,7 +54,7 @@ pub(super) async fn run(manager: Arc<Manager>, number: u64) {
         owner: Owner::new(&manager.pool, manager.options.clone()),
         number,
         keeper: None,
-        under_way: Batch::default(),
+        under_way: Vec::new(),
         answered: None,
         is_stuck: false,
         manager,
@@ -84,57 +83,50 @@ struct Driver {
     owner: Owner,
     /// Keeps the session open.
     keeper: Option<Guard>,
-    under_way: Batch,
+    under_way: Vec<(KeyId, Taken)>,
     /// The answers that the table has not received yet.
     answered: Option<Answered>,
     /// Neither the shared session nor a wait session is open for the keys in the line.
     is_stuck: bool,
 }
 
-/// Steps that were taken.
-struct Answered {
-    place: Place,
-    batch: Batch,
-    answers: Vec<Answer>,
-}
-
-enum Rest {
-    Over,
-    Retired,
-}
+/// Where steps were taken, and for each its key, its number and the answer.
+type Answered = (Arc<Session>, Vec<(KeyId, u64, Answer)>);
 
 impl Driver {
     async fn run(&mut self) {
         loop {
-            if self.answered.as_ref().is_some_and(|answered| answered.answers.len() >= CROWD) {
+            if self.answered.as_ref().is_some_and(|(_, answers)| answers.len() >= CROWD) {
                 yield_now().await;
             }
             let tries_line = self.keeper.is_some() || std::mem::take(&mut self.is_stuck);
-            self.under_way = self.manager.next_batch(tries_line);
+            let Some(batch) = self.manager.next_batch(self.number, tries_line) else { return };
+            self.under_way = batch;
             if !self.under_way.is_empty() {
                 self.step().await;
             } else if self.answered.is_some() {
                 if !hand_over(&self.manager, &mut self.answered) {
                     self.broke(&Loss::NotHeld);
                 }
-            } else if let Rest::Retired = self.rest().await {
+            } else if !self.rest().await {
                 break;
             }
         }
     }
 
-    /// Waits for something to do.
-    async fn rest(&mut self) -> Rest {
+    /// Waits for something to do. Returns false if the driver is not needed any more.
+    async fn rest(&mut self) -> bool {
         let manager = Arc::clone(&self.manager);
         let mut quiet_since = None;
         loop {
             let session = self.keeper.as_ref().map(|keeper| Arc::clone(keeper.session()));
             if session.is_none() && manager.retire(self.number) {
-                return Rest::Retired;
+                return false;
             }
             let is_closed = manager.pool.is_closed();
             if is_closed {
-                manager.fail_all(&Error::PoolClosed { key: self.first_key() });
+                let waiters = manager.change(|state, now| state.table.dismiss_all(now));
+                fail(waiters, Some(&Error::PoolClosed { key: self.first_key() }));
                 if session.is_some() && self.let_go() {
                     continue;
                 }
@@ -148,19 +140,19 @@ impl Driver {
             let retry = session.as_ref().and_then(|_| manager.state().table.next_retry());
             tokio::select! {
                 biased;
-                () = manager.work.notified() => return Rest::Over,
+                () = manager.work.notified() => return true,
                 loss = lost(session.as_ref()) => {
                     self.lose(&loss);
-                    return Rest::Over;
+                    return true;
                 }
                 () = manager.pool.close_event(), if !is_closed => {}
                 () = sleep_until(retry.unwrap_or_else(Instant::now).into()), if retry.is_some() => {
-                    return Rest::Over;
+                    return true;
                 }
                 () = sleep(WAIT_SESSION_PAUSE), if session.is_none() => {
                     self.is_stuck = manager.is_stuck();
                     if self.is_stuck {
-                        return Rest::Over;
+                        return true;
                     }
                 }
                 () = sleep(time), if session.is_some() => {
@@ -168,7 +160,10 @@ impl Driver {
                         session.resume_polling();
                     }
                     let is_idle = quiet_since.is_some_and(|since: Instant| since.elapsed() >= IDLE);
-                    let is_wanted = is_exhausted(&manager.pool) && quiet_since.is_some();
+                    // A caller may wait for a connection.
+                    let is_exhausted = manager.pool.num_idle() == 0
+                        && manager.pool.size() >= manager.pool.options().get_max_connections();
+                    let is_wanted = is_exhausted && quiet_since.is_some();
                     if is_idle || is_wanted || manager.state().awaits_connection() {
                         self.let_go();
                     }
@@ -199,7 +194,7 @@ impl Driver {
         let is_new = self.keeper.is_none();
         if is_new {
             // What was held on the old session has been called off.
-            self.under_way.keep_only_locks();
+            keep_only_locks(&mut self.under_way);
             self.manager.set_opening(self.number, true);
             let opened = self.open().await;
             self.manager.set_opening(self.number, false);
@@ -218,9 +213,8 @@ impl Driver {
         }
         let Some(keeper) = &self.keeper else { return };
         let session = Arc::clone(keeper.session());
-        let place = Place { session: Arc::clone(&session), shared: true };
-        metrics::batch(self.under_way.steps().len());
-        let calls = self.under_way.calls();
+        metrics::batch(self.under_way.len());
+        let calls = calls(&self.under_way);
         let calling = async {
             tokio::select! {
                 biased;
@@ -232,25 +226,20 @@ impl Driver {
             let mut calling = pin!(calling);
             // Sends it.
             let called = poll_fn(|cx| Poll::Ready(calling.as_mut().poll(cx))).await;
-            if hand_over(&self.manager, &mut self.answered) {
-                Some(match called {
-                    Poll::Ready(called) => called,
-                    Poll::Pending => calling.await,
-                })
-            } else {
-                None
+            if !hand_over(&self.manager, &mut self.answered) {
+                return self.ask_again(&Loss::NotHeld);
+            }
+            match called {
+                Poll::Ready(called) => called,
+                Poll::Pending => calling.await,
             }
         };
-        let Some(called) = called else { return self.ask_again(&Loss::NotHeld) };
         match called {
-            Called::Answers(answers) => match self.under_way.read(&answers) {
-                Some(answers) => {
-                    let batch = std::mem::take(&mut self.under_way);
-                    self.answered = Some(Answered { place, batch, answers });
-                }
+            Called::Answers(answers) => match read(&self.under_way, &answers) {
+                Some(answers) => self.answered = Some((Arc::clone(&session), answers)),
                 None => self.broke(&Loss::NotHeld),
             },
-            Called::Failed(error, held) => self.sort_out(&place, error, &held),
+            Called::Failed(error, held) => self.sort_out(&session, error, &held),
             Called::Lost(loss) => {
                 end_with_the_runtime().await;
                 // As with a pool's idle connection that was dead: the caller of an acquire gets no error for it, but
@@ -262,21 +251,21 @@ impl Driver {
                 }
             }
         }
-        self.under_way = Batch::default();
+        self.under_way.clear();
     }
 
     /// Opens the session, because the first key needs it.
     async fn open(&mut self) -> Result<Option<Guard>, Error> {
-        let Some((key, _)) = self.under_way.steps().first() else { return Ok(None) };
+        let Some((key, _)) = self.under_way.first() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::from_id(*key))).await
     }
 
     /// The server failed the statement half-way: finds out for each step how far it came.
-    fn sort_out(&self, place: &Place, error: sqlx::Error, held: &[(KeyId, Mode)]) {
-        let held: HashSet<&(KeyId, Mode)> = held.iter().collect();
-        let holds = |key, mode| held.contains(&(key, mode));
-        let error = Arc::new(Error::acquiring(&self.first_key(), error));
-        for (key, taken) in self.under_way.steps() {
+    fn sort_out(&self, session: &Arc<Session>, error: sqlx::Error, held: &Held) {
+        let pid = session.backend_pid();
+        let holds = |key, mode| held.contains(&(pid, key, mode));
+        let error = Error::acquiring(&self.first_key(), error);
+        for (key, taken) in &self.under_way {
             let server = Modes {
                 exclusive: holds(*key, Mode::Exclusive),
                 shared: holds(*key, Mode::Shared),
@@ -287,10 +276,11 @@ impl Driver {
                 Step::Unlock | Step::Downgrade => true,
                 Step::Look | Step::Renew(_) | Step::Wait(_) => false,
             };
-            if !granted {
-                self.manager.failed(*key, taken.id, Some(&error));
-            }
-            self.manager.corrected(*key, place, server);
+            let waiters = self.manager.change(|state, now| {
+                let found = (session, server);
+                state.table.failed_half_way(*key, taken.id, granted, found, now)
+            });
+            fail(waiters, Some(&error));
         }
     }
 
@@ -298,37 +288,34 @@ impl Driver {
     fn fail_all_steps(&mut self, error: &Error) {
         while !self.under_way.is_empty() {
             self.fail(Some(error));
-            self.under_way = self.manager.next_batch(false);
-            self.under_way.keep_only_locks();
+            self.under_way = self.manager.next_batch(self.number, false).unwrap_or_default();
         }
     }
 
-    /// Notifies the callers that wait for the steps in flight; without an error they retry.
+    /// Notifies the callers that wait for the locks in flight; without an error they retry. The other steps have been
+    /// called off with the session.
     fn fail(&mut self, error: Option<&Error>) {
-        for (key, taken) in std::mem::take(&mut self.under_way).steps() {
-            self.manager.failed(*key, taken.id, error);
+        keep_only_locks(&mut self.under_way);
+        for (key, taken) in std::mem::take(&mut self.under_way) {
+            self.manager.failed(key, taken.id, error);
         }
     }
 
     /// The session broke before the steps that were in flight, which are tried on another.
     fn ask_again(&mut self, loss: &Loss) {
         self.lose(loss);
-        // The others have been called off.
-        self.under_way.keep_only_locks();
         self.fail(None);
     }
 
     /// The session broke under the steps that were in flight.
     fn broke(&mut self, loss: &Loss) {
         self.lose(loss);
-        // The others have been called off.
-        self.under_way.keep_only_locks();
         let error = Error::broken(&self.first_key(), loss);
         self.fail(Some(&error));
     }
 
     fn first_key(&self) -> Key {
-        let first = self.under_way.steps().first();
+        let first = self.under_way.first();
         Key::from_id(first.map_or(KeyId::BigInt(0), |(key, _)| *key))
     }
 
@@ -337,32 +324,30 @@ impl Driver {
         let Some(keeper) = self.keeper.take() else { return };
         let session = Arc::clone(keeper.session());
         session.give_up(loss);
-        self.manager.lost(&Place { session, shared: true }, loss);
+        self.manager.lost(&session, loss);
     }
 }
 
 /// Hands the answers to the table. Returns whether the session held all that it should have held.
 fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
-    let Some(Answered { place, batch, answers }) = answered.take() else { return true };
-    for (steps, answers) in batch.steps().chunks(AT_ONCE).zip(answers.chunks(AT_ONCE)) {
-        let taken = steps.iter().zip(answers).filter_map(|((key, taken), answer)| match answer {
-            Answer::Taken(yes) => Some((*key, taken.id, *yes)),
-            Answer::NotHeld => None,
+    let Some((session, answers)) = answered.take() else { return true };
+    for answers in answers.chunks(AT_ONCE) {
+        // Locked once for all of these, because the notified callers will want it.
+        manager.change(|state, now| {
+            for (key, id, answer) in answers {
+                if let Some(yes) = *answer {
+                    state.table.taken(*key, *id, (&session, yes), now);
+                }
+            }
         });
-        manager.all_taken(&place, taken);
     }
-    !answers.contains(&Answer::NotHeld)
+    answers.iter().all(|(.., answer)| answer.is_some())
 }
 
 /// A runtime that is shut down fails what is in flight on it, and then drops its tasks. The callers that wait
 /// for them retry elsewhere, and get no error for that.
 pub(super) async fn end_with_the_runtime() {
     yield_now().await;
-}
-
-/// A caller may wait for a connection.
-pub(super) fn is_exhausted(pool: &PgPool) -> bool {
-    pool.num_idle() == 0 && pool.size() >= pool.options().get_max_connections()
 }
 
 /// Waits for the loss of a session, if there is one.

@@ -19,6 +19,7 @@ mod holders;
 mod line;
 mod queue;
 
+use std::collections::VecDeque;
 use std::collections::hash_map::{Entry as Slot, HashMap, OccupiedEntry};
 use std::time::{Duration, Instant};
 
@@ -30,28 +31,22 @@ use entry::{Entry, Turn, Waiter};
 use line::{LAST_RETRY, Line};
 
 /// Identifies an owner: each handle is one.
-pub(super) type OwnerId = u64;
+pub(super) type OwnerId = usize;
 
-/// A session on which the server can grant a key.
-pub(super) trait Seat: Clone + PartialEq {
-    /// Whether many keys share it, so that it must never wait.
-    fn is_shared(&self) -> bool;
-}
-
-/// The caller that the result of a wait is sent to.
-pub(super) trait Caller {
-    /// The lock was found busy.
-    fn waits(&mut self);
-}
-
-/// The keys of a process: `S` is where they are held, `W` notifies a waiter of the result.
-#[derive(Debug)]
+/// The keys of a process: `S` is a session where they are held, `W` notifies a waiter of the result.
 pub(super) struct Table<S, W> {
     // Invariant: every entry has a holder, a waiter, a step, or something that the server has granted.
     // Boxed, because a map has room for a third more than it holds.
     keys: HashMap<KeyId, Box<Entry<S, W>>>,
+    common: Common<S, W>,
+}
+
+/// What the entries of a table have in common.
+struct Common<S, W> {
     bound: Bound,
     line: Line,
+    /// What has followed from changes so far.
+    effects: VecDeque<Effect<S, W>>,
 }
 
 /// How often, and for how long, a lock is handed off inside the process before other processes get their turn.
@@ -131,9 +126,15 @@ pub(super) struct Taken {
     pub(super) server: Modes,
 }
 
-impl<S: Seat, W: Caller> Table<S, W> {
+impl<S: Clone + PartialEq, W> Table<S, W> {
     pub(super) fn new(bound: Bound) -> Self {
-        Self { keys: HashMap::new(), bound, line: Line::default() }
+        let common = Common { bound, line: Line::default(), effects: VecDeque::new() };
+        Self { keys: HashMap::new(), common }
+    }
+
+    /// What has followed from changes, to be taken out by the caller.
+    pub(super) fn effects(&mut self) -> &mut VecDeque<Effect<S, W>> {
+        &mut self.common.effects
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -164,36 +165,36 @@ impl<S: Seat, W: Caller> Table<S, W> {
 
     /// How many keys stand in the line.
     pub(super) fn line_len(&self) -> usize {
-        self.line.turns.len()
+        self.common.line.turns.len()
     }
 
     /// The key that is next in the line.
     pub(super) fn first_in_line(&self) -> Option<KeyId> {
-        self.line.turns.first().map(|(_, key)| *key)
+        self.common.line.turns.first().map(|(_, key)| *key)
     }
 
     /// When a key in the line is to be tried again.
     pub(super) fn next_retry(&self) -> Option<Instant> {
-        self.line.retries.first().map(|(retry, _)| *retry)
+        self.common.line.retries.first().map(|(retry, _)| *retry)
     }
 
     /// Has the keys tried again that are due.
-    pub(super) fn retry(&mut self, now: Instant, effects: &mut Vec<Effect<S, W>>) {
-        while let Some(&(due, key)) = self.line.retries.first()
+    pub(super) fn retry(&mut self, now: Instant) {
+        while let Some(&(due, key)) = self.common.line.retries.first()
             && due <= now
         {
             let Some(entry) = self.keys.get_mut(&key) else {
-                self.line.retries.pop_first();
+                self.common.line.retries.pop_first();
                 continue;
             };
-            entry.leave_line(key, &mut self.line);
+            entry.leave_line(key, &mut self.common.line);
             if let (Some(Turn { step: Step::Wait(mode), .. }), Some(stand)) =
                 (entry.turn, &mut entry.stand)
             {
                 stand.pause = LAST_RETRY.min(2 * stand.pause);
-                let id = self.line.next_number();
+                let id = self.common.line.next_number();
                 entry.turn = Some(Turn { id, step: Step::Lock(mode), taken: false });
-                effects.push(Effect::Start(key));
+                self.common.effects.push_back(Effect::Start(key));
             }
         }
     }
@@ -204,9 +205,8 @@ impl<S: Seat, W: Caller> Table<S, W> {
         key: KeyId,
         owner: OwnerId,
         (mode, waits): (Mode, bool),
-        tell: impl FnOnce() -> W,
+        tell: impl FnOnce() -> (W, metrics::Waiting),
         now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
     ) -> Want<S> {
         let mut slot = match self.keys.entry(key) {
             Slot::Occupied(slot) => slot,
@@ -236,23 +236,24 @@ impl<S: Seat, W: Caller> Table<S, W> {
         // Usually no number is needed: a lock that can be handed off is granted at once.
         if entry.queue.is_empty()
             && entry.may_change()
-            && entry.admits(owner, mode, self.bound, now)
+            && entry.admits(owner, mode, self.common.bound, now)
             && let Some(seat) = entry.seat.clone()
         {
-            entry.leave_line(key, &mut self.line);
+            entry.leave_line(key, &mut self.common.line);
             entry.turn = None;
             entry.admit(owner, mode);
-            entry.part(effects, false);
-            advance(slot, self.bound, &mut self.line, now, effects);
+            entry.part(&mut self.common.effects, false);
+            advance(slot, &mut self.common, now);
             return Want::Granted(seat);
         }
-        let mut waiter = Waiter { owner, mode, waits, tell: tell() };
+        let (tell, waiting) = tell();
+        let mut waiter = Waiter { owner, mode, waits, tell, waiting };
         // An owner that upgrades its lock waits for others only.
         if entry.is_plainly_busy(mode) && (mine.is_none() || entry.holders.len() > 1) {
-            waiter.tell.waits();
+            waiter.waiting.start();
         }
-        let id = entry.queue.push(self.line.next_number(), waiter, mine.is_some());
-        advance(slot, self.bound, &mut self.line, now, effects);
+        let id = entry.queue.push(self.common.line.next_number(), waiter, mine.is_some());
+        advance(slot, &mut self.common, now);
         Want::Queued(id)
     }
 
@@ -264,14 +265,13 @@ impl<S: Seat, W: Caller> Table<S, W> {
         seat: &S,
         farewell: Option<impl FnOnce() -> W>,
         now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
     ) -> Left {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Left::Stale };
         let entry = slot.get_mut();
         if entry.seat.as_ref() != Some(seat) || !entry.holders.uncount(owner, mode) {
             return Left::Stale;
         }
-        let entry = advance(slot, self.bound, &mut self.line, now, effects);
+        let entry = advance(slot, &mut self.common, now);
         left(entry, farewell)
     }
 
@@ -282,28 +282,21 @@ impl<S: Seat, W: Caller> Table<S, W> {
         owner: OwnerId,
         farewell: impl FnOnce() -> W,
         now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
     ) -> Left {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Left::Stale };
         if !slot.get_mut().holders.remove(owner) {
             return Left::Stale;
         }
-        let entry = advance(slot, self.bound, &mut self.line, now, effects);
+        let entry = advance(slot, &mut self.common, now);
         left(entry, Some(farewell))
     }
 
     /// A waiter stops waiting. Returns whether it still waited.
-    pub(super) fn cancel(
-        &mut self,
-        key: KeyId,
-        waiter: i64,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) -> bool {
+    pub(super) fn cancel(&mut self, key: KeyId, waiter: i64, now: Instant) -> bool {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
         let cancelled = slot.get_mut().queue.remove(waiter).is_some();
         if cancelled {
-            advance(slot, self.bound, &mut self.line, now, effects);
+            advance(slot, &mut self.common, now);
         }
         cancelled
     }
@@ -324,11 +317,11 @@ impl<S: Seat, W: Caller> Table<S, W> {
     /// The next key in the line, and how long to wait for it: the step is a [`Step::Wait`], which from
     /// here on is in flight.
     pub(super) fn take_wait(&mut self, now: Instant) -> Option<(KeyId, Taken, Duration)> {
-        while let Some((_, key)) = self.line.turns.pop_first() {
+        while let Some((_, key)) = self.common.line.turns.pop_first() {
             let Some(entry) = self.keys.get_mut(&key) else { continue };
-            entry.leave_line(key, &mut self.line);
+            entry.leave_line(key, &mut self.common.line);
             let Some(stand) = &mut entry.stand else { continue };
-            let slice = stand.turn(now, self.line.turns.len());
+            let slice = stand.turn(now, self.common.line.turns.len());
             if let Some(taken) = entry.take() {
                 return Some((key, taken, slice));
             }
@@ -344,7 +337,6 @@ impl<S: Seat, W: Caller> Table<S, W> {
         id: u64,
         (seat, yes): (&S, bool),
         now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
     ) -> bool {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
         let entry = slot.get_mut();
@@ -353,14 +345,17 @@ impl<S: Seat, W: Caller> Table<S, W> {
         };
         entry.turn = None;
         match (turn.step, yes) {
-            (Step::Lock(mode) | Step::Wait(mode), true) => entry.granted(mode, seat, now),
+            (Step::Lock(mode) | Step::Wait(mode), true) => {
+                entry.apart = matches!(turn.step, Step::Wait(_));
+                entry.granted(mode, seat, now);
+            }
             (Step::Lock(_) | Step::Wait(_), false) => {
-                entry.refused(key, &mut self.line, now, effects);
+                entry.refused(key, &mut self.common, now);
             }
             (Step::Look, true) => {
                 entry.closing = true;
                 metrics::update(|| entry.queue.all_wait());
-                entry.dismiss(effects);
+                entry.dismiss(&mut self.common.effects);
             }
             (Step::Look, false) => entry.renew(now),
             (Step::Upgrade, true) => entry.server.exclusive = true,
@@ -368,99 +363,104 @@ impl<S: Seat, W: Caller> Table<S, W> {
                 if entry.queue.front().is_some_and(|first| entry.upgrades(first))
                     && let Some(waiter) = entry.queue.pop_front()
                 {
-                    effects.push(waiter.turned_away());
+                    // Another session shares the lock that it wants exclusively.
+                    let turned_away = if waiter.waits { Effect::Deadlock } else { Effect::Refused };
+                    self.common.effects.push_back(turned_away(waiter.tell));
                 }
             }
             (Step::Downgrade, _) => {
                 entry.server = Modes { exclusive: false, shared: true };
-                entry.part(effects, true);
+                entry.part(&mut self.common.effects, true);
             }
             (Step::Renew(mode), true) => {
-                entry.part(effects, true);
+                entry.part(&mut self.common.effects, true);
                 entry.granted(mode, seat, now);
             }
             (Step::Renew(_), false) => {
-                entry.given_up(effects);
-                entry.refused(key, &mut self.line, now, effects);
+                entry.given_up(&mut self.common.effects);
+                entry.refused(key, &mut self.common, now);
             }
-            (Step::Unlock, _) => entry.given_up(effects),
+            (Step::Unlock, _) => entry.given_up(&mut self.common.effects),
         }
-        advance(slot, self.bound, &mut self.line, now, effects);
+        advance(slot, &mut self.common, now);
         true
     }
 
     /// A wait was over before the key was granted. Returns whether the key still waited.
-    pub(super) fn not_granted(
-        &mut self,
-        key: KeyId,
-        id: u64,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) -> bool {
+    pub(super) fn not_granted(&mut self, key: KeyId, id: u64, now: Instant) -> bool {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
         let entry = slot.get_mut();
         if entry.turn.is_none_or(|turn| turn.id != id) {
             return false;
         }
         entry.turn = None;
-        entry.refused(key, &mut self.line, now, effects);
-        advance(slot, self.bound, &mut self.line, now, effects);
+        entry.refused(key, &mut self.common, now);
+        advance(slot, &mut self.common, now);
         true
     }
 
-    /// A step failed. Returns the waiters for it, unless it was called off before.
-    pub(super) fn failed(&mut self, key: KeyId, id: u64) -> Option<Vec<W>> {
-        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return None };
+    /// A step failed. Returns the waiters for it: none if it was called off before.
+    pub(super) fn failed(&mut self, key: KeyId, id: u64) -> Vec<W> {
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();
-        entry.turn.filter(|turn| turn.id == id)?;
-        entry.leave_line(key, &mut self.line);
+        if entry.turn.is_none_or(|turn| turn.id != id) {
+            return Vec::new();
+        }
+        entry.leave_line(key, &mut self.common.line);
         entry.turn = None;
         entry.stand = None;
         let waiters = entry.queue.take_all().map(|waiter| waiter.tell).collect();
         if entry.is_unused() {
             slot.remove();
         }
-        Some(waiters)
+        waiters
     }
 
-    /// After a step with an unknown result: this is what the server has granted.
-    pub(super) fn corrected(
+    /// A step failed half-way: this is what the server has granted. Returns the waiters for it, unless it was `done`, or
+    /// called off before.
+    pub(super) fn failed_half_way(
         &mut self,
         key: KeyId,
+        id: u64,
+        done: bool,
         (seat, server): (&S, Modes),
         now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) {
-        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return };
+    ) -> Vec<W> {
+        let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();
-        entry.leave_line(key, &mut self.line);
+        if entry.turn.is_none_or(|turn| turn.id != id) {
+            return Vec::new();
+        }
+        entry.leave_line(key, &mut self.common.line);
         entry.turn = None;
+        let mut waiters = Vec::new();
+        if !done {
+            entry.stand = None;
+            waiters.extend(entry.queue.take_all().map(|waiter| waiter.tell));
+        }
         if server == Modes::default() {
-            entry.given_up(effects);
+            entry.given_up(&mut self.common.effects);
         } else {
             if entry.seat.is_none() {
+                entry.apart = false;
                 entry.granted = now;
                 entry.renew(now);
             }
             entry.server = server;
             entry.seat = Some(seat.clone());
         }
-        advance(slot, self.bound, &mut self.line, now, effects);
+        advance(slot, &mut self.common, now);
+        waiters
     }
 
     /// A session was lost, and with it all that was held there. Returns the owners to notify of a release of
     /// its keys; the waiters for those keys ask again.
-    pub(super) fn lost(
-        &mut self,
-        seat: &S,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) -> Vec<W> {
+    pub(super) fn lost(&mut self, seat: &S, now: Instant) -> Vec<W> {
         let of_it = self.keys.iter().filter(|(_, entry)| entry.seat.as_ref() == Some(seat));
         let keys: Vec<KeyId> = of_it.map(|(key, _)| *key).collect();
         let mut farewells = Vec::new();
         for key in keys {
-            farewells.append(&mut self.lost_key(key, seat, now, effects));
+            farewells.append(&mut self.lost_key(key, seat, now));
         }
         farewells
     }
@@ -474,13 +474,7 @@ impl<S: Seat, W: Caller> Table<S, W> {
     }
 
     /// The same for one key, if it was held there.
-    pub(super) fn lost_key(
-        &mut self,
-        key: KeyId,
-        seat: &S,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) -> Vec<W> {
+    pub(super) fn lost_key(&mut self, key: KeyId, seat: &S, now: Instant) -> Vec<W> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();
         if entry.seat.as_ref() != Some(seat) {
@@ -491,19 +485,19 @@ impl<S: Seat, W: Caller> Table<S, W> {
         entry.server = Modes::default();
         entry.seat = None;
         entry.turn = None;
-        advance(slot, self.bound, &mut self.line, now, effects);
+        advance(slot, &mut self.common, now);
         farewells
     }
 
     /// Takes out all waiters.
-    pub(super) fn dismiss_all(&mut self, now: Instant, effects: &mut Vec<Effect<S, W>>) -> Vec<W> {
+    pub(super) fn dismiss_all(&mut self, now: Instant) -> Vec<W> {
         let awaited = self.keys.iter().filter(|(_, entry)| !entry.queue.is_empty());
         let keys: Vec<KeyId> = awaited.map(|(key, _)| *key).collect();
         let mut waiters = Vec::new();
         for key in keys {
             let Slot::Occupied(mut slot) = self.keys.entry(key) else { continue };
             waiters.extend(slot.get_mut().queue.take_all().map(|waiter| waiter.tell));
-            advance(slot, self.bound, &mut self.line, now, effects);
+            advance(slot, &mut self.common, now);
         }
         waiters
     }
@@ -511,8 +505,8 @@ impl<S: Seat, W: Caller> Table<S, W> {
     /// Forgets everything, because all sessions were lost. Returns the sessions, and the owners to notify of a
     /// release; the waiters ask again.
     pub(super) fn clear(&mut self) -> (Vec<S>, Vec<W>) {
-        self.line.turns.clear();
-        self.line.retries.clear();
+        self.common.line.turns.clear();
+        self.common.line.retries.clear();
         let (mut seats, mut farewells) = (Vec::new(), Vec::new());
         for (_, entry) in self.keys.drain() {
             seats.extend(entry.seat);
@@ -526,15 +520,13 @@ impl<S: Seat, W: Caller> Table<S, W> {
 ///
 /// Every change of an entry ends with this. It takes the place in the map, so that the key is hashed and looked
 /// up only once. (The hash is slow, because a key may be chosen by an attacker.)
-fn advance<'t, S: Seat, W: Caller>(
+fn advance<'t, S: Clone + PartialEq, W>(
     mut slot: OccupiedEntry<'t, KeyId, Box<Entry<S, W>>>,
-    bound: Bound,
-    line: &mut Line,
+    common: &mut Common<S, W>,
     now: Instant,
-    effects: &mut Vec<Effect<S, W>>,
 ) -> Option<&'t mut Entry<S, W>> {
     let key = *slot.key();
-    slot.get_mut().advance(key, bound, line, now, effects);
+    slot.get_mut().advance(key, common, now);
     if slot.get().is_unused() {
         slot.remove();
         return None;
@@ -543,10 +535,7 @@ fn advance<'t, S: Seat, W: Caller>(
 }
 
 /// An owner has left. It is notified of the result, if the server is asked to release the lock.
-fn left<S: Seat, W: Caller>(
-    entry: Option<&mut Entry<S, W>>,
-    farewell: Option<impl FnOnce() -> W>,
-) -> Left {
+fn left<S, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
     let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
     match (entry, farewell) {
         (Some(entry), Some(farewell)) if entry.turn.is_some_and(told) => {

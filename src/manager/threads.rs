@@ -21,9 +21,10 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::runtime::{Builder, Handle};
 
 use super::table::Step;
-use super::{Managed, Manager, Next, Place, Wait, fail, tell_lost};
+use super::{Manager, Next, Wait, fail, tell_lost};
 use crate::error::{Error, Loss};
 use crate::guard::Guard;
+use crate::holdings::Holdings;
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::options::LockOptions;
@@ -59,10 +60,14 @@ fn meet(pool: &PgPool) {
         move || drive(&manager, &over)
     });
     let inside = Arc::new(Inside::default());
-    let (one, two) = (Managed::new(&manager), Managed::new(&manager));
-    let threads = [(0, one.clone()), (0, one), (1, two)].map(|(owner, managed)| {
-        let inside = Arc::clone(&inside);
-        thread::spawn(move || (0..ROUNDS).for_each(|_| take_a_turn(owner, &managed, &inside)))
+    let (one, two): (Arc<Holdings>, Arc<Holdings>) = Default::default();
+    let threads = [(0, Arc::clone(&one)), (0, one), (1, two)].map(|(owner, handle)| {
+        let (manager, inside) = (Arc::clone(&manager), Arc::clone(&inside));
+        thread::spawn(move || {
+            for _ in 0..ROUNDS {
+                take_a_turn(owner, &manager, &handle, &inside);
+            }
+        })
     });
     for thread in threads {
         thread.join().unwrap();
@@ -79,7 +84,7 @@ fn meet(pool: &PgPool) {
 /// Takes the steps, as [`driver`](super::driver) does, whenever a driver is started, until the threads have
 /// ended and everything is released.
 fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
-    let mut place = open(manager, true);
+    let mut session = open(manager);
     loop {
         let Some(number) = manager.state().driver.as_ref().map(|driver| driver.number) else {
             if over.load(Ordering::Relaxed) {
@@ -91,11 +96,13 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
         if one_in(16) {
             // Its runtime ends, or is stalled.
             manager.clear(number, &Loss::RuntimeShutdown);
-            place.session.give_up(&Loss::RuntimeShutdown);
-            place = open(manager, true);
+            // It may still run for a moment. The steps are another one's.
+            assert!(manager.next_batch(number, true).is_none());
+            session.give_up(&Loss::RuntimeShutdown);
+            session = open(manager);
             continue;
         }
-        let batch = manager.next_batch(true);
+        let Some(batch) = manager.next_batch(number, true) else { continue };
         if batch.is_empty() {
             if !manager.retire(number) {
                 block_on(manager.work.notified());
@@ -104,19 +111,19 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
         }
         if one_in(8) {
             // The server may or may not have done what is in flight.
-            place.session.give_up(&Loss::Unresponsive);
-            manager.lost(&place, &Loss::Unresponsive);
+            session.give_up(&Loss::Unresponsive);
+            manager.lost(&session, &Loss::Unresponsive);
             let error = Error::broken(&Key::from(0), &Loss::Unresponsive);
             let error = one_in(2).then_some(&error);
-            for (key, taken) in batch.steps() {
+            for (key, taken) in &batch {
                 if matches!(taken.step, Step::Lock(_)) {
                     manager.failed(*key, taken.id, error);
                 }
             }
-            place = open(manager, true);
+            session = open(manager);
             continue;
         }
-        for (key, taken) in batch.steps() {
+        for (key, taken) in &batch {
             let yes = match taken.step {
                 // Another process shares the lock, or waits for it.
                 Step::Look | Step::Upgrade => one_in(2),
@@ -125,7 +132,7 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
                 Step::Downgrade | Step::Unlock => true,
                 Step::Wait(_) => unreachable!("the shared session never waits"),
             };
-            manager.taken(*key, taken.id, &place, yes);
+            manager.taken(*key, taken.id, &session, yes);
         }
     }
 }
@@ -173,55 +180,51 @@ pub(super) mod wait_session {
             return;
         }
         if one_in(8) {
-            let error = Arc::new(Error::broken(&Key::from_id(key), &Loss::Unresponsive));
-            let waiters = manager.done_apart(key, taken.id, |state, _, _| {
-                state.table.failed(key, taken.id).unwrap_or_default()
-            });
+            let error = Error::broken(&Key::from_id(key), &Loss::Unresponsive);
+            let waiters =
+                manager.done_apart(key, taken.id, |state, _| state.table.failed(key, taken.id));
             return fail(waiters, one_in(2).then_some(&error));
         }
         if one_in(4) {
-            drop(manager.done_apart(key, taken.id, |state, now, effects| {
-                state.table.not_granted(key, taken.id, now, effects);
-                Vec::new()
-            }));
+            manager.done_apart(key, taken.id, |state, now| {
+                state.table.not_granted(key, taken.id, now)
+            });
             return;
         }
-        let place = open(manager, false);
-        if !manager.taken(key, taken.id, &place, true) {
+        let session = open(manager);
+        if !manager.taken(key, taken.id, &session, true) {
             return;
         }
         loop {
             thread::yield_now();
-            let is_lost = one_in(8) || place.session.loss().is_some() || orders.is_closed();
+            let is_lost = one_in(8) || session.loss().is_some() || orders.is_closed();
             let order = if is_lost { None } else { orders.try_recv().ok() };
             if order.is_none() && !is_lost {
                 continue;
             }
             let Some(order) = order else {
-                place.session.give_up(&Loss::Unresponsive);
-                let farewells = manager.done_apart(key, taken.id, |state, now, effects| {
-                    state.table.lost_key(key, &place, now, effects)
+                session.give_up(&Loss::Unresponsive);
+                let farewells = manager.done_apart(key, taken.id, |state, now| {
+                    state.table.lost_key(key, &session, now)
                 });
                 return tell_lost(farewells, &Loss::Unresponsive);
             };
             if order.step == Step::Unlock {
-                drop(manager.done_apart(key, taken.id, |state, now, effects| {
-                    state.table.taken(key, order.id, (&place, true), now, effects);
-                    Vec::new()
-                }));
+                manager.done_apart(key, taken.id, |state, now| {
+                    state.table.taken(key, order.id, (&session, true), now)
+                });
                 return;
             }
             // Another process shares the lock, or waits for it.
             let yes = order.step == Step::Downgrade || one_in(2);
-            manager.taken(key, order.id, &place, yes);
+            manager.taken(key, order.id, &session, yes);
         }
     }
 }
 
-fn open(manager: &Manager, shared: bool) -> Place {
+fn open(manager: &Manager) -> Arc<Session> {
     let (server, options) = (Arc::default(), LockOptions::new());
-    let session = Session::open(&manager.pool, &server, None, Handle::current(), &options);
-    Place { session, shared }
+    Session::open(&manager.pool, &server, None, Handle::current(), &options)
 }
 
 fn one_in(times: u32) -> bool {
@@ -229,19 +232,19 @@ fn one_in(times: u32) -> bool {
 }
 
 /// Acquires in one of several ways, perhaps acquires more, and releases in one of two ways.
-fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
+fn take_a_turn(owner: usize, manager: &Arc<Manager>, handle: &Arc<Holdings>, inside: &Inside) {
     let key = Key::from(thread_rng().gen_range(0..KEYS));
     let request = |mode| Request::one(&key, mode);
     let mode = if one_in(2) { Mode::Exclusive } else { Mode::Shared };
     let wanted = request(mode);
     let acquired = match thread_rng().gen_range(0..4) {
-        0 => block_on(managed.acquire(&wanted, WaitPolicy::Never)),
+        0 => block_on(manager.acquire(handle, &wanted, WaitPolicy::Never)),
         1 => {
             let polls = thread_rng().gen_range(1..4);
-            let given_up = given_up(polls, managed.acquire(&wanted, WaitPolicy::Forever));
+            let given_up = given_up(polls, manager.acquire(handle, &wanted, WaitPolicy::Forever));
             block_on(given_up).unwrap_or(Ok(None))
         }
-        _ => block_on(managed.acquire(&wanted, WaitPolicy::Forever)),
+        _ => block_on(manager.acquire(handle, &wanted, WaitPolicy::Forever)),
     };
     let Some(held) = unless_it_passes(acquired) else { return };
     let entered = inside.enter(owner, &held, mode);
@@ -250,7 +253,7 @@ fn take_a_turn(owner: usize, managed: &Managed, inside: &Inside) {
         let upgraded = if one_in(2) {
             block_on(held.and(&exclusive))
         } else {
-            block_on(managed.acquire(&exclusive, WaitPolicy::Forever))
+            block_on(manager.acquire(handle, &exclusive, WaitPolicy::Forever))
         };
         if let Some(more) = unless_it_passes(upgraded) {
             let entered = inside.enter(owner, &more, Mode::Exclusive);

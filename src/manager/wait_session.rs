@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 use super::driver::end_with_the_runtime;
 use super::table::{Step, Taken};
-use super::{Manager, Next, Place, Wait, fail, tell_lost};
+use super::{Manager, Next, State, Tell, Wait, fail, tell_lost};
 use crate::error::{Error, Loss, Result, chain};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
@@ -68,7 +68,7 @@ struct Busy {
     key: KeyId,
     wait: u64,
     /// Once it is granted.
-    place: Option<Place>,
+    session: Option<Arc<Session>>,
 }
 
 impl WaitSession {
@@ -83,7 +83,7 @@ impl WaitSession {
         while !keeper.is_lost() {
             match manager.next_wait(self.driver) {
                 Next::Wait(wait) => {
-                    self.busy = Some(Busy { key: wait.key, wait: wait.taken.id, place: None });
+                    self.busy = Some(Busy { key: wait.key, wait: wait.taken.id, session: None });
                     self.serve(wait, keeper).await;
                     self.busy = None;
                     continue;
@@ -115,81 +115,62 @@ impl WaitSession {
             biased;
             // There are no orders before it holds the key, so the channel is closed: no owner wants the key any more.
             _ = orders.recv() => return,
-            loss = keeper.lost() => {
-                end_with_the_runtime().await;
-                let error = Error::broken(request.key(), &loss);
-                return self.failed(key, taken.id, &error);
-            }
+            loss = keeper.lost() => Err(Error::broken(request.key(), &loss)),
             acquired = self.owner.try_acquire_for(&request, slice) => acquired,
         };
         let held = match acquired {
             Ok(Some(held)) => held,
-            Ok(None) => return self.slice_over(key, taken.id),
+            Ok(None) => {
+                // It stands in the line again.
+                manager.done_apart(key, taken.id, |state, now| {
+                    state.table.not_granted(key, taken.id, now)
+                });
+                return;
+            }
             Err(error) => {
                 end_with_the_runtime().await;
-                return self.failed(key, taken.id, &error);
+                return fail(self.ends(key, taken.id), Some(&error));
             }
         };
-        let place = Place { session: Arc::clone(held.session()), shared: false };
+        let session = Arc::clone(held.session());
         let mut holds = vec![held];
-        if !manager.taken(key, taken.id, &place, true) {
+        if !manager.taken(key, taken.id, &session, true) {
             // No owner wants it any more.
             return;
         }
-        self.busy = Some(Busy { key, wait: taken.id, place: Some(place.clone()) });
-        let loss = hold(&manager, key, &place, &mut holds, &mut orders).await;
+        self.busy = Some(Busy { key, wait: taken.id, session: Some(Arc::clone(&session)) });
+        let loss = hold(&manager, key, &session, &mut holds, &mut orders).await;
         match loss {
-            Ok(Some(unlock)) => {
+            Ok(unlock) => {
                 let mut released = Ok(());
                 for held in holds {
                     released = released.and(held.release().await);
                 }
                 if released.is_ok() {
                     self.busy = None;
-                    let gave_up = |state: &mut super::State, now, effects: &mut Vec<_>| {
-                        state.table.taken(key, unlock, (&place, true), now, effects);
-                        Vec::new()
-                    };
-                    manager.done_apart(key, taken.id, gave_up);
+                    manager.done_apart(key, taken.id, |state, now| {
+                        state.table.taken(key, unlock, (&session, true), now)
+                    });
                     return;
                 }
-                self.lose(&place.session.loss().unwrap_or(Loss::NotHeld));
+                self.lose(&session.loss().unwrap_or(Loss::NotHeld));
             }
-            Ok(None) => self.lose(&Loss::NotHeld),
             Err(loss) => self.lose(&loss),
         }
     }
 
-    /// The key was not granted in time, and stands in the line again.
-    fn slice_over(&self, key: KeyId, wait: u64) {
-        // The session does not matter, because the key was not granted.
-        self.manager.done_apart(key, wait, |state, now, effects| {
-            state.table.not_granted(key, wait, now, effects);
-            Vec::new()
-        });
-    }
-
-    fn failed(&self, key: KeyId, wait: u64, error: &Error) {
-        let waiters = self
-            .manager
-            .done_apart(key, wait, |state, _, _| state.table.failed(key, wait).unwrap_or_default());
-        fail(waiters, Some(error));
+    /// It does not wait for the key any more. Returns the waiters, which retry if they are not notified.
+    fn ends(&self, key: KeyId, wait: u64) -> Vec<Tell> {
+        self.manager.done_apart(key, wait, |state, _| state.table.failed(key, wait))
     }
 
     /// The session was lost, and the key with it.
     fn lose(&mut self, loss: &Loss) {
-        let Some(Busy { key, wait, place }) = self.busy.take() else { return };
-        let Some(place) = place else {
-            let ask_again = |state: &mut super::State, _, _: &mut Vec<_>| {
-                state.table.failed(key, wait).unwrap_or_default()
-            };
-            return drop(self.manager.done_apart(key, wait, ask_again));
-        };
-        place.session.give_up(loss);
-        let farewells = self.manager.done_apart(key, wait, |state, now, effects| {
-            state.table.lost_key(key, &place, now, effects)
-        });
-        tell_lost(farewells, loss);
+        let Some(Busy { key, wait, session }) = self.busy.take() else { return };
+        let Some(session) = session else { return drop(self.ends(key, wait)) };
+        session.give_up(loss);
+        let lost_key = |state: &mut State, now| state.table.lost_key(key, &session, now);
+        tell_lost(self.manager.done_apart(key, wait, lost_key), loss);
     }
 }
 
@@ -207,39 +188,43 @@ fn request(key: KeyId, mode: Mode) -> Request {
 async fn hold(
     manager: &Arc<Manager>,
     key: KeyId,
-    place: &Place,
+    session: &Arc<Session>,
     holds: &mut Vec<Guard>,
     orders: &mut UnboundedReceiver<Taken>,
-) -> Result<Option<u64>, Loss> {
+) -> Result<u64, Loss> {
     loop {
         let order = tokio::select! {
             biased;
-            loss = place.session.lost() => return Err(loss),
+            loss = session.lost() => return Err(loss),
             order = orders.recv() => order,
         };
-        let Some(order) = order else { return Ok(None) };
+        let Some(order) = order else { return Err(Loss::NotHeld) };
         if order.step == Step::Unlock {
-            return Ok(Some(order.id));
+            return Ok(order.id);
         }
-        let yes = take(key, holds, order.step).await?;
-        manager.taken(key, order.id, place, yes);
+        let yes = take(key, session, holds, order.step).await?;
+        manager.taken(key, order.id, session, yes);
     }
 }
 
 /// Takes any step but the last.
-async fn take(key: KeyId, holds: &mut Vec<Guard>, step: Step) -> Result<bool, Loss> {
+async fn take(
+    key: KeyId,
+    session: &Arc<Session>,
+    holds: &mut Vec<Guard>,
+    step: Step,
+) -> Result<bool, Loss> {
     let Some(held) = holds.first() else { return Err(Loss::NotHeld) };
-    let why = |session: &Session| session.loss().unwrap_or(Loss::NotHeld);
     match step {
         Step::Downgrade => {
             let shared = held.and(&request(key, Mode::Shared)).await;
             let Ok(Some(shared)) = shared else {
                 // The server has refused, and the exclusive lock is held for longer than it need be.
-                return held.session().loss().map_or(Ok(true), Err);
+                return session.loss().map_or(Ok(true), Err);
             };
             for before in std::mem::replace(holds, vec![shared]) {
-                let session = Arc::clone(before.session());
-                before.release().await.map_err(|_| why(&session))?;
+                let released = before.release().await;
+                released.map_err(|_| session.loss().unwrap_or(Loss::NotHeld))?;
             }
             Ok(true)
         }
@@ -249,9 +234,9 @@ async fn take(key: KeyId, holds: &mut Vec<Guard>, step: Step) -> Result<bool, Lo
                 Ok(true)
             }
             Ok(None) => Ok(false),
-            Err(_) => held.session().loss().map_or(Ok(false), Err),
+            Err(_) => session.loss().map_or(Ok(false), Err),
         },
-        Step::Look => match held.session().call(&[(key, Call::IsWaitedFor)]).await {
+        Step::Look => match session.call(&[(key, Call::IsWaitedFor)]).await {
             Called::Answers(answers) => Ok(answers.contains(&true)),
             // Then it is another session's turn.
             Called::Failed(..) => Ok(true),

@@ -12,19 +12,12 @@ use crate::error::Loss;
 use crate::key::Key;
 use crate::mode::Mode;
 
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct KeyLabel {}
-
 #[derive(Clone)]
 pub(crate) struct Labels {}
 
 impl Labels {
-    pub(crate) fn new(_: KeyLabel, _: &Key, _: Mode) -> Self {
+    pub(crate) fn new(_: bool, _: bool, _: &Key, _: Mode) -> Self {
         Self {}
-    }
-
-    pub(crate) fn only_if(self, _: bool) -> Self {
-        self
     }
 }
 
@@ -47,8 +40,6 @@ impl Waiting {
     }
 
     pub(crate) fn start(&mut self) {}
-
-    pub(crate) fn end(self) {}
 }
 
 pub(crate) struct Held {}

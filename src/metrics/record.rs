@@ -238,14 +238,6 @@ fn with_key(name: &Name, key: &Key) -> Name {
     name.with_extra_labels(vec![Label::new("key", value)])
 }
 
-/// Whether the application wants the key as a label.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(crate) enum KeyLabel {
-    #[default]
-    Omit,
-    Show,
-}
-
 /// The labels of a lock.
 #[derive(Clone)]
 pub(crate) struct Labels {
@@ -256,15 +248,10 @@ pub(crate) struct Labels {
 }
 
 impl Labels {
-    pub(crate) fn new(label: KeyLabel, key: &Key, mode: Mode) -> Self {
-        let counted = is_recording();
-        let key = (label == KeyLabel::Show).then(|| Box::new(key.clone()));
-        Self { counted, mode, key }
-    }
-
-    /// The same, if the application made the acquire.
-    pub(crate) fn only_if(self, counted: bool) -> Self {
-        Self { counted: self.counted && counted, ..self }
+    /// `counted` if the application made the acquire.
+    pub(crate) fn new(counted: bool, label_by_key: bool, key: &Key, mode: Mode) -> Self {
+        let key = label_by_key.then(|| Box::new(key.clone()));
+        Self { counted: counted && is_recording(), mode, key }
     }
 
     fn metric<T: Record>(&self, choose: impl FnOnce(&Metrics) -> &ByMode<T>) -> T {
@@ -387,10 +374,6 @@ impl Waiting {
         if let Some(labels) = self.labels.take() {
             self.lasting = Lasting::start(&labels, |m| &m.waiting, |m| &m.wait);
         }
-    }
-
-    pub(crate) fn end(self) {
-        drop(self);
     }
 }
 

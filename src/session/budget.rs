@@ -43,14 +43,8 @@ pub(crate) struct Budget {
 pub(crate) struct Permit {
     _share: OwnedSemaphorePermit,
     // The pool finds it again as long as one of its permits is out.
-    budget: Arc<Budget>,
+    pub(super) budget: Arc<Budget>,
     _connection: metrics::One,
-}
-
-impl Permit {
-    pub(super) fn local_queues(&self) -> &Arc<LocalQueues> {
-        &self.budget.local_queues
-    }
 }
 
 impl Drop for Permit {

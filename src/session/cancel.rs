@@ -8,8 +8,8 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::conn::Conn;
-use super::{DEADLINE, Session, silence};
-use crate::error::{chain, is_answer};
+use super::{DEADLINE, Session, is_alive, silence};
+use crate::error::chain;
 use crate::sql;
 
 /// How many connections of a process may be open beside its pools, to cancel something.
@@ -95,7 +95,7 @@ impl Session {
             let mut conn = Conn::new(pooled, self.runtime.clone(), None);
             let cancelling = async { sql::backend::cancel(conn.pg()?, backend_pid).await };
             match timeout(SEND_LIMIT, cancelling).await {
-                Ok(answer) if answer.as_ref().err().is_none_or(is_answer) => {
+                Ok(answer) if is_alive(&answer) => {
                     conn.give_back();
                     if answer.is_ok_and(|sent| sent) {
                         return Ok(());

@@ -51,7 +51,7 @@ impl Conn {
 
     /// The lines of the pool in which calls of this process wait. `None` for a connection that is used for a question.
     pub(super) fn local_queues(&self) -> Option<&Arc<LocalQueues>> {
-        self.permit.as_ref().map(Permit::local_queues)
+        self.permit.as_ref().map(|permit| &permit.budget.local_queues)
     }
 
     /// Returns the connection to its pool. It must hold nothing of ours.

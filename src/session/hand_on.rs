@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Session;
+use super::conn::Conn;
 use super::local_queue::{LineId, Next, Waiter};
 use super::pending::Granted;
 use super::slot::ConnGuard;
@@ -52,9 +53,8 @@ impl Drop for Handed {
 
 impl Session {
     /// Whether a call is in line to which the lock of the last guard may be passed on.
-    pub(super) fn has_next_in_line(&self, request: &Request) -> bool {
-        let queues = self.local_queues.as_ref();
-        queues.is_some_and(|queues| {
+    pub(super) fn has_next_in_line(&self, conn: &Conn, request: &Request) -> bool {
+        conn.local_queues().is_some_and(|queues| {
             request.hand_over_key().is_some_and(|key| queues.has_first(self.line(key)))
         })
     }
@@ -65,8 +65,13 @@ impl Session {
     /// Only what is as good as a fresh grant is passed on: the server's answer is younger than [`TIME`], the session
     /// holds nothing else, and `is_clean`: the application has not used the connection, on which it may have left
     /// something, or released the lock.
-    pub(super) fn next_in_line(&self, request: &Request, is_clean: bool) -> Option<Waiter> {
-        let queues = self.local_queues.as_ref().filter(|queues| !queues.is_empty())?;
+    pub(super) fn next_in_line(
+        &self,
+        conn: &Conn,
+        request: &Request,
+        is_clean: bool,
+    ) -> Option<Waiter> {
+        let queues = conn.local_queues().filter(|queues| !queues.is_empty())?;
         let is_fresh = self.kept_since.get().is_some_and(|since| since.elapsed() < TIME);
         let can_hand_on = is_clean
             && is_fresh
@@ -131,9 +136,9 @@ impl Session {
         *self.last_answered.lock().unwrap_or_else(PoisonError::into_inner) = other.last_answered();
         let mut ledger = self.ledger();
         for (key, mode) in request.ids() {
-            // It is new, and has not ended.
-            ledger.granted(key, mode).ok();
+            ledger.granted(key, mode);
         }
+        // It is new, and has not ended.
         ledger.settle(request.need).ok();
         drop(ledger);
         self.keep(other.kept_since.get().copied().unwrap_or_else(Instant::now));

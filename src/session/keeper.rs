@@ -31,10 +31,8 @@ use super::monitor::Monitor;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
 use crate::error::{Loss, chain, is_answer, refuses_settings};
-use crate::key::KeyId;
-use crate::mode::Mode;
 use crate::options::Heartbeat;
-use crate::sql;
+use crate::sql::{self, backend::Held, backend::is_covered};
 
 /// How long a session is held before its idle connection is polled for closure, unless the heartbeat is
 /// quicker. Younger ones cost nothing extra.
@@ -126,34 +124,19 @@ impl std::task::Wake for Wake {
     fn wake(self: Arc<Self>) {
         self.again();
     }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.again();
-    }
 }
 
 /// A session that is monitored.
 struct Kept {
     session: Weak<Session>,
     since: Instant,
-    /// A question is in flight.
-    asking: Arc<AtomicBool>,
+    /// A question that is in flight has a clone.
+    asking: Question,
     /// When something may be due. Most sessions have nothing due in most ticks.
     next_look: Instant,
 }
 
-/// A question that is in flight.
-///
-/// # Drop
-///
-/// It is not any more.
-struct Question(Arc<AtomicBool>);
-
-impl Drop for Question {
-    fn drop(&mut self) {
-        self.0.store(false, Ordering::Relaxed);
-    }
-}
+type Question = Arc<()>;
 
 type SharedMonitor = Arc<tokio::sync::Mutex<Monitor>>;
 
@@ -195,7 +178,7 @@ impl KeeperTask {
                 self.sessions.extend(admitted.into_iter().map(|session| Kept {
                     session,
                     since: Instant::now(),
-                    asking: Arc::new(AtomicBool::new(false)),
+                    asking: Question::default(),
                     next_look: Instant::now(),
                 }));
                 mem::take(&mut inbox.awake)
@@ -291,8 +274,8 @@ impl KeeperTask {
                     session.wake.set(Arc::new(wake)).ok();
                     self.questions.spawn(listen(Arc::clone(&session), Arc::clone(monitor)));
                 }
-                if due && !kept.asking.swap(true, Ordering::Relaxed) {
-                    let question = Question(Arc::clone(&kept.asking));
+                if due && Arc::strong_count(&kept.asking) == 1 {
+                    let question = Arc::clone(&kept.asking);
                     match session.free_connection() {
                         Some(slot) => {
                             self.questions.spawn(beat(slot, question, Arc::clone(monitor)));
@@ -381,12 +364,13 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         }
         Err(error) => {
             let loss = Loss::broken(error);
-            // A release that waits for the connection returns this error.
-            session.connection_error.set(loss.clone()).ok();
-            drop(slot.take());
             if session.ledger().has_guards() {
                 session.give_up(&loss);
+            } else {
+                // A release that waits for the connection returns this.
+                session.ledger().lose(loss);
             }
+            drop(slot.take());
             return;
         }
     }
@@ -408,9 +392,7 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
             "cannot monitor idle sessions; a closed one is noticed at its next heartbeat"
         );
     }
-    if let Some(wake) = session.wake.get() {
-        wake.again();
-    }
+    session.resume_polling();
 }
 
 /// Asks on another connection whether sessions still hold their locks.
@@ -434,32 +416,22 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
         monitor.holdings(&pids, limit).await
     };
     let answer = answer.await;
-    let mut held: HashMap<i32, HashSet<(KeyId, Mode)>> = HashMap::new();
-    match &answer {
-        Ok(holdings) => {
-            for &(pid, key, mode) in holdings {
-                held.entry(pid).or_default().insert((key, mode));
-            }
-        }
-        Err(error) => tracing::debug!(
+    if let Err(error) = &answer {
+        tracing::debug!(
             sessions = sessions.len(),
             error = %chain(error),
             "cannot ask about lock sessions whose connections are in use"
-        ),
+        );
     }
     for ((session, _), (uses, granted)) in sessions.iter().zip(before) {
-        let held = held.remove(&session.backend_pid()).unwrap_or_default();
         // A release may have begun before the question, and reached the server before the answer. It takes
         // what it releases out of the ledger first.
         let now = session.ledger().granted_by_server();
         // During a downgrade, the exclusive lock is still held, or the shared one already.
-        let holds = |(key, mode)| {
-            held.contains(&(key, mode))
-                || mode == Mode::Shared && held.contains(&(key, Mode::Exclusive))
-        };
-        let holds_all = granted.iter().all(|lock| holds(*lock) || !now.contains(lock));
+        let holds = |held: &Held, lock| is_covered(held, session.backend_pid(), lock);
+        let holds_all = |held| granted.iter().all(|lock| holds(held, *lock) || !now.contains(lock));
         match &answer {
-            Ok(_) if holds_all => session.answered(asked),
+            Ok(held) if holds_all(held) => session.answered(asked),
             // It may have been released meanwhile, unless its connection is still in the same use.
             Ok(_) if session.uses.load(Ordering::Relaxed) == uses => {
                 session.give_up(&Loss::NotHeld);

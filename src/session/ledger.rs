@@ -100,7 +100,7 @@ impl Ledger {
     }
 
     fn covers(&self, key: KeyId, mode: Mode) -> bool {
-        self.keys.get(&key).is_some_and(|counts| counts.covers(mode))
+        self.keys.get(&key).is_some_and(|counts| counts.server.covers(mode))
     }
 
     /// Counts shares of an acquire that is in flight: those that what the session holds covers. Moves them
@@ -120,21 +120,14 @@ impl Ledger {
         });
     }
 
-    /// Counts a share of an acquire that is in flight: the server has granted it.
-    ///
-    /// The session may have been lost while the answer was on its way. Then nothing is counted, and the
-    /// connection is closed.
-    pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) -> Result<(), Loss> {
-        if let Some(loss) = self.loss() {
-            return Err(loss);
-        }
+    /// Counts a share of an acquire that is in flight: the server has granted it, and the session is not lost.
+    pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) {
         let counts = self.keys.entry(key).or_default();
         *counts.of(mode) += 1;
         match mode {
             Mode::Exclusive => counts.server.exclusive = true,
             Mode::Shared => counts.server.shared = true,
         }
-        Ok(())
     }
 
     /// Turns the shares of an acquire that was in flight into a guard.
@@ -288,14 +281,6 @@ impl Ledger {
 }
 
 impl Counts {
-    /// An exclusive lock covers shared guards too: its session could not be granted less.
-    fn covers(&self, mode: Mode) -> bool {
-        match mode {
-            Mode::Exclusive => self.server.exclusive,
-            Mode::Shared => self.server.exclusive || self.server.shared,
-        }
-    }
-
     /// What the server has granted beyond what the guards need.
     ///
     /// A shared lock beside an exclusive one is left until both go: it costs nothing to keep.

@@ -1,6 +1,5 @@
 //! The session's own connection, borrowed by the application.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
@@ -62,21 +61,14 @@ const RETURNED: &str = "BUG: the connection is used after it was returned";
 impl Session {
     /// Lends the connection; waits while it is borrowed or used for a statement of ours.
     pub(crate) async fn lend<'g>(self: &Arc<Self>, key: &Key) -> Result<SessionConnection<'g>> {
-        let mut slot = self.connection_for_guard().await.map_err(|reason| reason.error(key))?;
-        let tidied = match slot.as_mut() {
-            Some(conn) => within(DEADLINE, self.make_fit(conn)).await,
-            // Only a released session is empty, and a guard is proof that this one was not.
-            None => return Err(Error::lost(key, Loss::NotHeld)),
-        };
-        if let Err(error) = tidied {
-            // First, because the server grants the lock to another session once the connection is closed.
-            self.give_up(&Loss::broken(error));
-            drop(slot.take());
-        }
-        if let Some(reason) = self.loss() {
-            return Err(Error::lost(key, reason));
-        }
+        let mut slot = self.for_guard(key).await?;
         if let Some(conn) = slot.as_mut() {
+            if let Err(error) = within(DEADLINE, self.make_fit(conn)).await {
+                return Err(self.give_up_with(slot, key, Loss::broken(error)));
+            }
+            if let Some(loss) = self.loss() {
+                return Err(Error::lost(key, loss));
+            }
             conn.untidy = true;
             conn.lent = true;
         }
@@ -126,10 +118,9 @@ impl Session {
             self.tidy(conn).await?;
             match sql::backend::holdings(conn.pg()?, &[self.backend_pid()]).await {
                 Ok((_, held)) => {
-                    let held: HashSet<_> =
-                        held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
+                    let pid = self.backend_pid();
                     let granted = self.ledger().granted_by_server();
-                    Ok(granted.iter().all(|lock| held.contains(lock)))
+                    Ok(granted.into_iter().all(|(key, mode)| held.contains(&(pid, key, mode))))
                 }
                 // The role may not ask.
                 Err(error) if is_answer(&error) => Ok(true),
@@ -158,18 +149,13 @@ impl Drop for SessionConnection<'_> {
     }
 }
 
-impl SessionConnection<'_> {
-    fn conn(&self) -> Option<&Conn> {
-        self.slot.as_ref()?.as_ref()
-    }
-}
-
 #[expect(clippy::expect_used, reason = "the field is only empty in Drop")]
 impl Deref for SessionConnection<'_> {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.conn().and_then(Conn::as_pg).expect(RETURNED)
+        let conn = self.slot.as_ref().and_then(|slot| slot.as_ref());
+        conn.and_then(Conn::as_pg).expect(RETURNED)
     }
 }
 

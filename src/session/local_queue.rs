@@ -51,10 +51,7 @@ pub(crate) struct LineId {
 }
 
 /// The calls behind the front, in the order in which they came.
-#[derive(Default)]
-struct Line {
-    waiters: BTreeMap<u64, Waiter>,
-}
+type Line = BTreeMap<u64, Waiter>;
 
 /// A call that waits.
 pub(crate) struct Waiter {
@@ -145,7 +142,7 @@ impl LocalQueues {
         let (sender, receiver) = oneshot::channel();
         let (request, options, runtime) = (request.clone(), options.clone(), Handle::current());
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-        line.waiters.insert(number, Waiter { request, options, runtime, is_first: false, sender });
+        line.insert(number, Waiter { request, options, runtime, is_first: false, sender });
         Place { id, number, queues: Arc::clone(self), receiver }
     }
 
@@ -156,15 +153,14 @@ impl LocalQueues {
 
     /// Whether the first in a line waits for the lock to be passed on.
     pub(super) fn has_first(&self, id: LineId) -> bool {
-        let has_first =
-            |line: &Line| line.waiters.values().next().is_some_and(|first| first.is_first);
+        let has_first = |line: &Line| line.values().next().is_some_and(|first| first.is_first);
         !self.is_empty() && self.lines().get(&id).is_some_and(has_first)
     }
 
     /// Takes the first out of a line, if it waits for the lock to be passed on.
     pub(super) fn take_first(&self, id: LineId) -> Option<Waiter> {
         let mut lines = self.lines();
-        let first = lines.get_mut(&id)?.waiters.first_entry()?;
+        let first = lines.get_mut(&id)?.first_entry()?;
         first.get().is_first.then(|| first.remove())
     }
 
@@ -195,7 +191,7 @@ impl Front {
     /// Fails all that are in line, because the pool has no connection.
     pub(crate) fn fail(&self, error: &Error) {
         let Some(queues) = &self.queues else { return };
-        let failed = queues.lines().get_mut(&self.id).map(|line| mem::take(&mut line.waiters));
+        let failed = queues.lines().get_mut(&self.id).map(mem::take);
         for waiter in failed.unwrap_or_default().into_values() {
             waiter.tell(Next::Failed(error.clone()));
         }
@@ -210,7 +206,7 @@ impl Front {
         let mut first = None;
         match mode {
             Mode::Exclusive => {
-                let next = line.waiters.first_entry();
+                let next = line.first_entry();
                 let wants_it = next.filter(|next| next.get().request.mode() == mode);
                 if let Some(mut next) = wants_it.filter(|_| Instant::now() < until) {
                     let (sender, receiver) = oneshot::channel();
@@ -219,7 +215,7 @@ impl Front {
                 }
             }
             Mode::Shared => {
-                while let Some(next) = line.waiters.first_entry()
+                while let Some(next) = line.first_entry()
                     && next.get().request.mode() == mode
                 {
                     sharing.push(next.remove());
@@ -239,34 +235,28 @@ impl Front {
             }
         }
     }
-
-    /// Passes it to the first in line. Returns it if that call has gone meanwhile.
-    fn pass_on(mut self) -> Option<Self> {
-        let queues = self.queues.take()?;
-        let waiter = {
-            let mut lines = queues.lines();
-            let waiter = lines.get_mut(&self.id)?.waiters.pop_first();
-            if waiter.is_none() {
-                lines.remove(&self.id);
-                queues.count.store(lines.len(), Ordering::Relaxed);
-            }
-            waiter?.1
-        };
-        let front = Self { id: self.id, queues: Some(queues) };
-        match waiter.sender.send(Next::Front(Arc::new(front))) {
-            Err(Next::Front(front)) => Arc::into_inner(front),
-            Ok(()) | Err(_) => None,
-        }
-    }
 }
 
 impl Drop for Front {
     fn drop(&mut self) {
-        // Not by its own drop, which would nest for each call that has gone.
-        let queues = self.queues.take();
-        let mut front = queues.map(|queues| Self { id: self.id, queues: Some(queues) });
-        while let Some(passed) = front.take() {
-            front = passed.pass_on();
+        while let Some(queues) = self.queues.take() {
+            let waiter = {
+                let mut lines = queues.lines();
+                let Some(line) = lines.get_mut(&self.id) else { return };
+                let Some((_, waiter)) = line.pop_first() else {
+                    lines.remove(&self.id);
+                    queues.count.store(lines.len(), Ordering::Relaxed);
+                    return;
+                };
+                waiter
+            };
+            let front = Self { id: self.id, queues: Some(queues) };
+            // If that call has gone, the next one is due: not by another drop, which would nest.
+            if let Err(Next::Front(front)) = waiter.sender.send(Next::Front(Arc::new(front)))
+                && let Some(mut front) = Arc::into_inner(front)
+            {
+                self.queues = front.queues.take();
+            }
         }
     }
 }
@@ -327,7 +317,7 @@ impl Place {
     /// Leaves the line. Returns false if it was taken out of it.
     fn leave(&self) -> bool {
         let mut lines = self.queues.lines();
-        let waiter = lines.get_mut(&self.id).and_then(|line| line.waiters.remove(&self.number));
+        let waiter = lines.get_mut(&self.id).and_then(|line| line.remove(&self.number));
         drop(lines);
         waiter.is_some()
     }

@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use super::{DEADLINE, is_alive, within};
 use crate::error::is_answer;
 use crate::sql;
-use crate::sql::backend::Holding;
+use crate::sql::backend::Held;
 
 /// How long to wait before connecting again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -44,17 +44,6 @@ impl Monitor {
         if self.failed.is_some_and(|at| at.elapsed() < PAUSE) {
             return Err(sqlx::Error::PoolTimedOut);
         }
-        let connected = self.connect_now(options, patience).await;
-        // An answer is worth asking for again: it says that the server lives.
-        self.failed = (!is_alive(&connected)).then(Instant::now);
-        connected
-    }
-
-    async fn connect_now(
-        &mut self,
-        options: &PgConnectOptions,
-        patience: Duration,
-    ) -> Result<(), sqlx::Error> {
         let connecting = async {
             if let Some(listener) = &mut self.listener {
                 return listener.acquire().await.map(drop);
@@ -73,7 +62,10 @@ impl Monitor {
             self.listener = Some(listener);
             Ok(())
         };
-        within(DEADLINE, connecting).await
+        let connected = within(DEADLINE, connecting).await;
+        // An answer is worth asking for again: it says that the server lives.
+        self.failed = (!is_alive(&connected)).then(Instant::now);
+        connected
     }
 
     /// Returns the advisory locks that these backends hold.
@@ -81,7 +73,7 @@ impl Monitor {
         &mut self,
         pids: &[i32],
         limit: Duration,
-    ) -> Result<Vec<Holding>, sqlx::Error> {
+    ) -> Result<Held, sqlx::Error> {
         let listener = self.listener.as_mut().ok_or(sqlx::Error::PoolClosed)?;
         let asking = async { sql::backend::holdings(listener.acquire().await?, pids).await };
         let answer = within(limit, asking).await;
@@ -89,7 +81,7 @@ impl Monitor {
             // The next question connects again.
             self.lost |= self.listener.take().is_some();
         }
-        answer.map(|(_, holdings)| holdings)
+        answer.map(|(_, held)| held)
     }
 
     pub(super) fn is_connected(&self) -> bool {

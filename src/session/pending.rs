@@ -26,7 +26,7 @@ use crate::mode::Mode;
 use crate::options::LockOptions;
 use crate::request::{Need, Request};
 use crate::sql;
-use crate::sql::lock::{Tried, Wanted};
+use crate::sql::lock::Tried;
 
 /// What the server said.
 pub(crate) enum Verdict {
@@ -89,7 +89,7 @@ impl Pending {
         policy: WaitPolicy,
     ) -> Result<Option<Self>, Unavailable> {
         let mut pending = Self::new(session, request);
-        match pending.session.connection_for_acquire(policy.deadline()).await {
+        match pending.session.connection_for_acquire(policy).await {
             Ok(slot) => {
                 let open = slot.is_some();
                 pending.slot = Some(slot);
@@ -115,7 +115,7 @@ impl Pending {
     ) -> Result<(Self, Verdict)> {
         let runtime = Handle::current();
         let started = Instant::now();
-        let budget = Arc::clone(server.budget());
+        let budget = Arc::clone(&server.budget);
         let server = server.server(pool);
         let mut permit = budget.permit(request.key(), options.reserve_connections, policy).await?;
         while let Some(idle) = pool.try_acquire() {
@@ -206,26 +206,27 @@ impl Pending {
                 session.tidy(conn).await?;
                 *stage = Stage::Trying;
                 let pg = conn.pg()?;
-                let (need, required) = (request.need, options.require_settings);
-                let wanted: Wanted<'_> = (required || !session.server.refuses_settings())
-                    .then(|| (options.keepalives, &*options.mark));
-                let allow_standby = options.allow_standby;
-                match sql::lock::try_lock(pg, missing, need, wanted, required, allow_standby).await
-                {
+                let need = request.need;
+                let with_settings = options.require_settings || !session.server.refuses_settings();
+                match sql::lock::try_lock(pg, missing, need, options, with_settings).await {
                     Err(error) if needs_another_try(&error) => {
                         Box::pin(async {
                             if sqlstate(&error).as_deref() == Some("25P02") {
                                 sql::backend::end_transaction(pg).await?;
                                 return sql::lock::try_lock(
-                                    pg, missing, need, wanted, required, allow_standby,
+                                    pg,
+                                    missing,
+                                    need,
+                                    options,
+                                    with_settings,
                                 )
                                 .await;
                             }
                             // In case the server took a lock first.
                             session.give_up_unknown(pg, missing).await.ok();
                             let tried =
-                                sql::lock::try_lock(pg, missing, need, None, false, allow_standby).await?;
-                            if required {
+                                sql::lock::try_lock(pg, missing, need, options, false).await?;
+                            if options.require_settings {
                                 *settings_rejected = true;
                                 return Err(error);
                             }
@@ -249,7 +250,7 @@ impl Pending {
         let Tried { backend_pid, count, idle_limited, refused } = tried;
         if *session.backend_pid.get_or_init(|| backend_pid) != backend_pid {
             session.server.proof.disprove();
-            session.retrieve(backend_pid, missing.clone());
+            session.retrieve(None, backend_pid, missing.clone());
             return Ok(Verdict::Pooled);
         }
         session.trust(asked);
@@ -277,26 +278,28 @@ impl Pending {
                 0..1
             }
         };
-        let lost = self.count(granted);
-        if lost.is_err() || self.missing.is_empty() { Verdict::Granted } else { Verdict::Busy }
+        // A loss shows when the acquire is settled.
+        if !self.count(granted) || self.missing.is_empty() {
+            Verdict::Granted
+        } else {
+            Verdict::Busy
+        }
     }
 
-    /// Counts shares of the first ones that are missing: the server has granted them.
-    fn count(&mut self, granted: std::ops::Range<usize>) -> Result<(), Loss> {
-        let mut counted = Ok(());
+    /// Counts shares of the first ones that are missing: the server has granted them. Returns false if the session was
+    /// lost while the answer was on its way: then nothing is counted, and the connection is closed.
+    fn count(&mut self, granted: std::ops::Range<usize>) -> bool {
         let mut ledger = self.session.ledger();
-        for (key, mode) in self.missing.drain(granted) {
-            match ledger.granted(key, mode) {
-                Ok(()) => self.claimed.push((key, mode)),
-                Err(loss) => {
-                    if matches!(loss, Loss::NoExclusion) {
-                        self.session.left_behind().push((key, mode));
-                    }
-                    counted = Err(loss);
-                }
+        let granted = self.missing.drain(granted);
+        match ledger.loss() {
+            None => {
+                self.claimed.extend(granted.inspect(|&(key, mode)| ledger.granted(key, mode)));
+                return true;
             }
+            Some(Loss::NoExclusion) => self.session.left_behind().extend(granted),
+            Some(_) => {}
         }
-        counted
+        false
     }
 
     /// Asks, and takes the acquire back if that fails.

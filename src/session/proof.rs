@@ -30,7 +30,7 @@ use super::{DEADLINE, within};
 use crate::error::{chain, sqlstate};
 use crate::key::KeyId;
 use crate::mode::Mode;
-use crate::sql;
+use crate::sql::{self, release::Unlocked};
 
 /// How long acquires wait for the first answer.
 const WAIT: Duration = Duration::from_millis(250);
@@ -70,7 +70,7 @@ enum State {
 struct Attempt {
     /// When the first acquire began to wait.
     since: Instant,
-    /// Has seen the state at the beginning, and nothing since.
+    /// Has changed if something was found out since then.
     begun: watch::Receiver<State>,
     task: JoinHandle<()>,
 }
@@ -81,18 +81,13 @@ impl Attempt {
     fn is_enough(&self, known: State) -> bool {
         let age = self.since.elapsed();
         let is_running = !self.task.is_finished();
-        !has_changed(&self.begun)
+        !self.begun.has_changed().unwrap_or(true)
             && match known {
                 State::Unknown => is_running,
                 State::Disproven(_) if is_running => age < ATTEMPT + PAUSE,
                 State::Proven | State::Disproven(_) => age < PAUSE,
             }
     }
-}
-
-/// Whether something was found out since the receiver was made.
-fn has_changed(begun: &watch::Receiver<State>) -> bool {
-    begun.has_changed().unwrap_or(true)
 }
 
 impl Proof {
@@ -177,7 +172,7 @@ async fn prove(state: watch::Sender<State>, mut begun: watch::Receiver<State>, p
 /// Sets the answer of an attempt. A positive one only counts if nothing was found out since it began.
 fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes: bool) {
     state.send_if_modified(|state| {
-        let counts = !excludes || !has_changed(begun);
+        let counts = !excludes || !begun.has_changed().unwrap_or(true);
         if counts {
             *state = if excludes { State::Proven } else { State::Disproven(Instant::now()) };
         }
@@ -216,11 +211,12 @@ async fn ask(
     other: &mut PgConnection,
     key: i64,
 ) -> Result<bool, sqlx::Error> {
-    let (holding, locked) = sql::proof::lock(holder, key).await?;
-    let (asked, granted) = match sql::proof::lock_in_transaction(other, key).await {
+    let lock = [(KeyId::BigInt(key), Mode::Exclusive)];
+    let (holding, locked) = sql::proof::lock(holder, key, false).await?;
+    let (asked, granted) = match sql::proof::lock(other, key, true).await {
         // A pooler that assigns a server connection to each statement allows no transaction.
         Err(error) if sqlstate(&error).as_deref() == Some(PROTOCOL_VIOLATION) => {
-            sql::proof::unlock(holder, key).await.ok();
+            sql::release::unlock_all(holder, &lock, false).await.ok();
             return Ok(false);
         }
         answer => answer?,
@@ -229,23 +225,23 @@ async fn ask(
     let mut excludes = locked && !granted && !same;
     let mut unlocked = None;
     if excludes {
-        unlocked = Some(sql::proof::unlock(holder, key).await?);
+        unlocked = Some(sql::release::unlock_all(holder, &lock, false).await?);
     } else {
         // The backend may be another client's, and would keep what it was granted. A server that runs all clients
         // in one session lets the holder wait until the transaction ends.
         for _ in 0..u8::from(granted) + u8::from(locked && same) {
-            sql::proof::unlock(other, key).await?;
+            sql::release::unlock_all(other, &lock, false).await?;
         }
     }
-    sql::proof::end_transaction(other).await?;
+    sqlx::raw_sql("ROLLBACK").execute(other).await?;
     if locked && !same {
-        let (unlocking, unlocked) = match unlocked {
+        let Unlocked { backend_pid, all } = match unlocked {
             Some(answer) => answer,
-            None => sql::proof::unlock(holder, key).await?,
+            None => sql::release::unlock_all(holder, &lock, false).await?,
         };
-        excludes &= unlocked && unlocking == holding;
-        if !unlocked {
-            retrieve(options, holding, &[(KeyId::BigInt(key), Mode::Exclusive)]).await?;
+        excludes &= all && backend_pid == holding;
+        if !all {
+            retrieve(options, holding, &lock).await?;
         }
     }
     Ok(excludes)

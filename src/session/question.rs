@@ -1,6 +1,5 @@
 //! Questions that a guard puts to its session.
 
-use std::collections::HashSet;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,9 +10,8 @@ use super::slot::ConnGuard;
 use super::{DEADLINE, Session, silence, within};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::Key;
-use crate::mode::Mode;
 use crate::request::Request;
-use crate::sql;
+use crate::sql::{self, backend::is_covered};
 
 impl Session {
     /// Draws a fencing token.
@@ -72,13 +70,8 @@ impl Session {
         });
         let loss = match answer.await {
             Ok(Ok((pid, held))) if pid == self.backend_pid() => {
-                let held: HashSet<_> = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
                 // A shared guard may be covered by the exclusive lock of another one.
-                let is_held = |(key, mode)| {
-                    held.contains(&(key, mode))
-                        || mode == Mode::Shared && held.contains(&(key, Mode::Exclusive))
-                };
-                if request.ids().all(is_held) {
+                if request.ids().all(|lock| is_covered(&held, pid, lock)) {
                     self.trust(asked);
                     return Ok(());
                 }
@@ -90,18 +83,13 @@ impl Session {
                 return Err(Error::NoExclusion { key: key.clone() });
             }
             Ok(Err(error)) => return self.sort_out(key, slot, Err(error)),
-            Err(_) => {
-                return Err(Error::database(key, silence(limit)));
-            }
+            Err(_) => return Err(Error::database(key, silence(limit))),
         };
-        // First, because the server grants the lock to another session once the connection is closed.
-        self.give_up(&loss);
-        drop(slot.take());
-        Err(Error::lost(key, loss))
+        Err(self.give_up_with(slot, key, loss))
     }
 
     /// Waits for the connection, behind all that asked before.
-    async fn for_guard(self: &Arc<Self>, key: &Key) -> Result<ConnGuard> {
+    pub(super) async fn for_guard(self: &Arc<Self>, key: &Key) -> Result<ConnGuard> {
         let slot = self.connection_for_guard().await.map_err(|reason| reason.error(key))?;
         if slot.is_none() {
             return Err(Error::lost(key, self.loss().unwrap_or(Loss::NotHeld)));
@@ -115,12 +103,7 @@ impl Session {
         match self.unless_lost(key, drained).await {
             Ok(Ok(())) => Error::database(key, silence(DEADLINE)),
             Err(lost) => lost,
-            Ok(Err(source)) => {
-                let loss = Loss::broken(source);
-                self.give_up(&loss);
-                drop(slot.take());
-                Error::lost(key, loss)
-            }
+            Ok(Err(source)) => self.give_up_with(slot, key, Loss::broken(source)),
         }
     }
 
@@ -138,21 +121,21 @@ impl Session {
     }
 
     /// Distinguishes a failure of the question from a failure of the session.
-    fn sort_out<T>(
-        &self,
-        key: &Key,
-        mut slot: ConnGuard,
-        answer: Result<T, sqlx::Error>,
-    ) -> Result<T> {
+    fn sort_out<T>(&self, key: &Key, slot: ConnGuard, answer: Result<T, sqlx::Error>) -> Result<T> {
         answer.map_err(|source| {
             // The session lives, and its lock is held.
             if is_answer(&source) {
                 return Error::database(key, source);
             }
-            let loss = Loss::broken(source);
-            self.give_up(&loss);
-            drop(slot.take());
-            Error::lost(key, loss)
+            self.give_up_with(slot, key, Loss::broken(source))
         })
+    }
+
+    /// Gives the session up, and closes its connection.
+    pub(super) fn give_up_with(&self, mut slot: ConnGuard, key: &Key, loss: Loss) -> Error {
+        // First, because the server grants the lock to another session once the connection is closed.
+        self.give_up(&loss);
+        drop(slot.take());
+        Error::lost(key, self.loss().unwrap_or(loss))
     }
 }

@@ -1,10 +1,9 @@
 //! The release of guards, and the end of a session.
 
-use std::collections::HashSet;
 use std::future::poll_fn;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use sqlx::PgConnection;
 
@@ -96,8 +95,7 @@ impl Session {
             self.done(slot);
             // Another release has done the work of both; or the connection broke while this one waited
             // for it.
-            let loss = self.ledger().loss().or_else(|| self.connection_error.get().cloned());
-            return loss.map_or(Ok(()), Err);
+            return self.ledger().loss().map_or(Ok(()), Err);
         };
         let mut locks = Vec::new();
         let answer = {
@@ -108,15 +106,15 @@ impl Session {
                 // A release that is awaited reports whether the lock was held until now.
                 if matches!(protocol, Protocol::Extended)
                     && is_clean
-                    && self.has_next_in_line(request)
+                    && self.has_next_in_line(conn, request)
                 {
                     let answer = sql::backend::heartbeat(conn.pg()?, None).await;
                     // An answer that is an error is a sign of life.
-                    if !is_failed_statement(&answer) && answer? != self.backend_pid() {
+                    if !answer.as_ref().is_err_and(is_answer) && answer? != self.backend_pid() {
                         return Ok(Answer::Elsewhere);
                     }
                 }
-                match self.next_in_line(request, is_clean) {
+                match self.next_in_line(conn, request, is_clean) {
                     Some(waiter) => Ok(Answer::HandedOn(Box::new(waiter))),
                     None => self.give_up_surplus(conn, keys, protocol, &mut locks).await,
                 }
@@ -179,7 +177,8 @@ impl Session {
             return Ok(Answer::Released);
         }
         let answer = sql::release::unlock(conn.pg()?, locks, protocol, put_back).await;
-        if is_failed_statement(&answer) {
+        // It was cancelled, or failed in another way that leaves the session alive. The server may have released some.
+        if answer.as_ref().is_err_and(is_answer) {
             self.give_up_unknown(conn.pg()?, locks).await?;
             return Ok(Answer::Released);
         }
@@ -188,7 +187,12 @@ impl Session {
             return Ok(Answer::Elsewhere);
         }
         if put_back {
-            self.settings_to_restore.store(false, Ordering::Relaxed);
+            // An acquire may have joined meanwhile, and go on with the session.
+            for set in [&self.settings_to_restore, &self.has_long_settings, &self.has_user_timeout]
+            {
+                set.store(false, Ordering::Relaxed);
+            }
+            *self.shown_key.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         Ok(if all { Answer::Released } else { Answer::NotHeld })
     }
@@ -196,7 +200,7 @@ impl Session {
     /// Leaves a key with a shared lock where the server has granted an exclusive one.
     async fn downgrade(&self, pg: &mut PgConnection, key: KeyId) -> Result<Unlocked, sqlx::Error> {
         let answer = sql::release::downgrade(pg, key).await;
-        if !is_failed_statement(&answer) {
+        if !answer.as_ref().is_err_and(is_answer) {
             return answer;
         }
         let pid = self.backend_pid();
@@ -222,7 +226,18 @@ impl Session {
         if excess {
             self.tidy(conn).await?;
             let keys = claimed.iter().map(|&(key, _)| key);
-            self.give_up_surplus(conn, keys, Protocol::Simple, &mut Vec::new()).await?;
+            let mut locks = Vec::new();
+            let answer = self.give_up_surplus(conn, keys, Protocol::Simple, &mut locks).await?;
+            let loss = match answer {
+                Answer::Released | Answer::HandedOn(_) => return Ok(()),
+                Answer::NotHeld => Loss::NotHeld,
+                Answer::Elsewhere => {
+                    self.left_behind().extend(locks);
+                    Loss::NoExclusion
+                }
+            };
+            // The connection is closed with the slot.
+            self.give_up(&loss);
         }
         Ok(())
     }
@@ -243,8 +258,8 @@ impl Session {
         };
         let held: Vec<_> = match sql::backend::holdings(pg, &[pid]).await {
             Ok((_, held)) => {
-                let held: HashSet<_> = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
-                locks.iter().copied().filter(|lock| held.contains(lock)).collect()
+                let is_held = |&(key, mode): &_| held.contains(&(pid, key, mode));
+                locks.iter().copied().filter(is_held).collect()
             }
             // The role may not ask. Then the server warns of what was not held.
             Err(error) if is_answer(&error) => locks.to_vec(),
@@ -259,7 +274,7 @@ impl Session {
     /// Counts a statement as done that failed, after which it is not known what the session holds.
     pub(super) fn fail(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
         // First, because the server grants the lock to another session once the connection is closed.
-        self.lose(&loss);
+        self.give_up(&loss);
         drop(slot.take());
         self.done(slot);
         loss
@@ -297,10 +312,4 @@ impl Session {
         self.left_behind().extend(locks);
         self.close(slot.take());
     }
-}
-
-/// Whether a release was cancelled, or failed in another way that leaves the session alive: the server may have
-/// released some of the locks, and what the session holds can be asked for.
-fn is_failed_statement<T>(answer: &Result<T, sqlx::Error>) -> bool {
-    answer.as_ref().err().is_some_and(is_answer)
 }

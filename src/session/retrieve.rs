@@ -23,26 +23,26 @@ const LIMIT: Duration = Duration::from_mins(1);
 static SEARCHES: Semaphore = Semaphore::const_new(1);
 
 impl Session {
-    /// Releases locks on a backend that the pooler had assigned to one of our connections before. Detach: no caller
-    /// waits for it.
-    pub(super) fn retrieve(&self, backend_pid: i32, locks: Vec<(KeyId, Mode)>) {
+    /// Releases locks on a backend that the pooler had assigned to one of our connections before, if there are any.
+    /// Detach: no caller waits for it.
+    pub(super) fn retrieve(&self, conn: Option<Conn>, backend_pid: i32, locks: Vec<(KeyId, Mode)>) {
+        if locks.is_empty() {
+            return;
+        }
         let options = self.connect_options();
-        let releasing = async move { release(None, &options, backend_pid, &locks).await };
+        let releasing = async move { release(conn, &options, backend_pid, &locks).await };
         drop(self.runtime.spawn(releasing));
     }
 }
 
 /// Releases locks where they exclude nothing: through the connection that has acquired them, or, if a pooler has assigned
 /// another backend to that since, through new ones.
-pub(super) async fn release(
+async fn release(
     conn: Option<Conn>,
     options: &PgConnectOptions,
     backend_pid: i32,
     locks: &[(KeyId, Mode)],
 ) {
-    if locks.is_empty() {
-        return;
-    }
     if let Some(mut conn) = conn
         && !conn.untidy
         && let Ok(pg) = conn.pg()

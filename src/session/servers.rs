@@ -57,7 +57,8 @@ impl Server {
 pub(crate) struct PoolServer {
     options: Arc<PgConnectOptions>,
     server: Arc<Server>,
-    budget: Arc<Budget>,
+    /// How many of the pool's connections locks may have.
+    pub(crate) budget: Arc<Budget>,
 }
 
 impl PoolServer {
@@ -73,11 +74,6 @@ impl PoolServer {
             *self = Self::of(pool);
         }
         &self.server
-    }
-
-    /// How many of the pool's connections locks may have.
-    pub(crate) fn budget(&self) -> &Arc<Budget> {
-        &self.budget
     }
 }
 

@@ -12,15 +12,15 @@ use sqlx::Connection;
 use crate::error::{Loss, is_answer, is_not_prepared};
 use crate::key::KeyId;
 use crate::mode::Mode;
-use crate::sql;
 use crate::sql::batch::{self, Call};
+use crate::sql::{self, backend::Held};
 
 /// What came of calls.
 pub(crate) enum Called {
     /// Of each, in their order.
     Answers(Vec<bool>),
     /// The server failed them half-way, and the session holds these locks.
-    Failed(sqlx::Error, Vec<(KeyId, Mode)>),
+    Failed(sqlx::Error, Held),
     /// The session was lost.
     Lost(Loss),
 }
@@ -63,12 +63,11 @@ impl Session {
             }
             // Another session than the one that was asked has answered.
             Ok(Ok(called)) => {
-                self.retrieve(called.backend_pid, tried(calls));
+                self.retrieve(None, called.backend_pid, tried(calls));
                 Loss::NoExclusion
             }
             Ok(Err((error, held))) => {
                 self.trust(asked);
-                let held: Vec<_> = held.into_iter().map(|(_, key, mode)| (key, mode)).collect();
                 let others = self.ledger().granted_by_server().len();
                 self.managed_locks.store(held.len().saturating_sub(others), Ordering::Relaxed);
                 return Called::Failed(error, held);

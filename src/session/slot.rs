@@ -3,13 +3,13 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use sqlx::PgConnection;
 use tokio::sync::OwnedMutexGuard;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::sleep;
 
 use super::conn::Conn;
+use super::policy::WaitPolicy;
 use super::{DEADLINE, Session};
 use crate::error::{Error, Loss};
 use crate::key::Key;
@@ -38,10 +38,8 @@ struct Wakeup {
 impl Drop for Wakeup {
     fn drop(&mut self) {
         self.session.close_if_lost();
-        if !self.skip
-            && let Some(wake) = self.session.wake.get()
-        {
-            wake.again();
+        if !self.skip {
+            self.session.resume_polling();
         }
     }
 }
@@ -142,20 +140,16 @@ impl Session {
     /// The same on behalf of an acquire, which also ends when its deadline has passed, or the pool is closed.
     pub(crate) async fn connection_for_acquire(
         self: &Arc<Self>,
-        deadline: Option<Instant>,
+        policy: WaitPolicy,
     ) -> Result<ConnGuard, Unavailable> {
-        let passed = async {
-            match deadline {
-                Some(deadline) => sleep_until(deadline.into()).await,
-                None => std::future::pending().await,
+        let connection = async {
+            tokio::select! {
+                biased;
+                conn = self.connection_for_guard() => conn,
+                () = self.pool.close_event() => Err(Unavailable::PoolClosed),
             }
         };
-        tokio::select! {
-            biased;
-            conn = self.connection_for_guard() => conn,
-            () = passed => Err(Unavailable::TimedOut),
-            () = self.pool.close_event() => Err(Unavailable::PoolClosed),
-        }
+        policy.bound(connection).await.unwrap_or(Err(Unavailable::TimedOut))
     }
 
     pub(super) async fn borrowed_for_too_long(&self) {

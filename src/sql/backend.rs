@@ -1,5 +1,7 @@
 //! Questions to a backend, and about backends.
 
+use std::collections::HashSet;
+
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
@@ -31,8 +33,13 @@ pub(crate) async fn heartbeat(
     fetch(conn, format!("SELECT pg_catalog.pg_backend_pid(), {settings}true")).await?.try_get(0)
 }
 
-/// An advisory lock that a backend holds.
-pub(crate) type Holding = (i32, KeyId, Mode);
+/// Advisory locks, and the process ids of the backends that hold them.
+pub(crate) type Held = HashSet<(i32, KeyId, Mode)>;
+
+/// Whether a backend holds a lock, or the exclusive one that covers a shared one.
+pub(crate) fn is_covered(held: &Held, pid: i32, (key, mode): (KeyId, Mode)) -> bool {
+    held.contains(&(pid, key, mode)) || held.contains(&(pid, key, Mode::Exclusive))
+}
 
 /// Returns the process id of the backend that answers, and the advisory locks that backends hold.
 ///
@@ -40,7 +47,7 @@ pub(crate) type Holding = (i32, KeyId, Mode);
 pub(crate) async fn holdings(
     conn: &mut PgConnection,
     pids: &[i32],
-) -> Result<(i32, Vec<Holding>), sqlx::Error> {
+) -> Result<(i32, Held), sqlx::Error> {
     let pids: Vec<_> = pids.iter().map(ToString::to_string).collect();
     let statement = format!(
         "SELECT pg_catalog.pg_backend_pid(); \
@@ -54,7 +61,7 @@ pub(crate) async fn holdings(
     Ok((first.try_get(0)?, rest.iter().map(holding).collect::<Result<_, _>>()?))
 }
 
-fn holding(row: &PgRow) -> Result<Holding, sqlx::Error> {
+fn holding(row: &PgRow) -> Result<(i32, KeyId, Mode), sqlx::Error> {
     let (class, object): (i64, i64) = (row.try_get(1)?, row.try_get(2)?);
     let half = |bits| u32::try_from(bits).map_or(0, u32::cast_signed);
     let key = if row.try_get::<i16, _>(3)? == 2 {

@@ -6,7 +6,6 @@ use sqlx::{AssertSqlSafe, PgConnection, Row};
 use super::place::LOCKS;
 use super::{fetch, units};
 use crate::error::is_answer;
-use crate::options::Keepalives;
 
 /// What the server answered, or why it did not.
 pub(crate) type Seen<T> = Result<T, String>;
@@ -124,7 +123,8 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
          pg_catalog.inet_client_addr() IS NOT NULL, pg_catalog.version(){settings}"
     );
     let row = fetch(conn, statement).await?;
-    let (role, standby, tcp) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let role = format!("\"{}\"", row.try_get::<&str, _>(0)?.replace('"', "\"\""));
+    let (standby, tcp) = (row.try_get(1)?, row.try_get(2)?);
     let product = row.try_get(3)?;
     let mut settings = Vec::with_capacity(SETTINGS.len());
     for (name, column) in SETTINGS.into_iter().zip(4..) {
@@ -227,13 +227,4 @@ pub(crate) async fn has_mark(conn: &mut PgConnection) -> Result<bool, sqlx::Erro
     let statement = "SELECT pg_catalog.current_setting('pglock.doctor', true)".to_owned();
     let mark: Option<String> = fetch(conn, statement).await?.try_get(0)?;
     Ok(mark.is_some_and(|mark| !mark.is_empty()))
-}
-
-/// Applies the settings that each acquire applies.
-pub(crate) async fn look_after(
-    conn: &mut PgConnection,
-    keepalives: Keepalives,
-) -> Result<(), sqlx::Error> {
-    let settings = keepalives.settings(conn.server_version_num());
-    fetch(conn, format!("SELECT {settings}true")).await.map(drop)
 }

@@ -6,7 +6,7 @@ use pglock_testkit::{HIJACKED, Server, TestDb, hostile_schema};
 use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::batch::{Call, call_all};
-use super::transaction::{Tried, Way};
+use super::transaction::Tried;
 use super::{doctor, election, inspect, semaphore, transaction};
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -127,15 +127,15 @@ async fn transactions(holder: &mut PgConnection, conn: &mut PgConnection) {
             execute(conn, "BEGIN").await;
             let busy = transaction::try_lock(conn, key, mode).await.unwrap();
             assert_eq!(busy, Tried::Busy { deadlock_timeout: Duration::from_secs(1) });
-            for mut way in [Way::Block, Way::Call] {
-                assert!(!transaction::wait(conn, key, mode, LIMIT, &mut way).await.unwrap());
+            for mut plainly in [false, true] {
+                assert!(!transaction::wait(conn, key, mode, LIMIT, &mut plainly).await.unwrap());
                 let free = match key {
                     KeyId::BigInt(number) => KeyId::BigInt(number + 1),
                     KeyId::IntPair(first, second) => KeyId::IntPair(first + 1, second),
                 };
-                let expected = way;
-                assert!(transaction::wait(conn, free, mode, LIMIT, &mut way).await.unwrap());
-                assert_eq!(way, expected);
+                let expected = plainly;
+                assert!(transaction::wait(conn, free, mode, LIMIT, &mut plainly).await.unwrap());
+                assert_eq!(plainly, expected);
             }
             execute(conn, "ROLLBACK").await;
         }

@@ -8,7 +8,7 @@ use super::{bind, call, calls, fetch, pair, parameters, suffix};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
 use crate::mode::Mode;
-use crate::options::Keepalives;
+use crate::options::LockOptions;
 use crate::request::Need;
 
 /// The answer to [`try_lock`].
@@ -19,13 +19,9 @@ pub(crate) struct Tried {
     pub(crate) count: Option<usize>,
     /// The role has a limit on idle sessions.
     pub(crate) idle_limited: bool,
-    /// The session goes without the settings of [`Keepalives`].
+    /// The session goes without the settings of [`Keepalives`](crate::options::Keepalives).
     pub(crate) refused: bool,
 }
-
-/// The settings that a session should have, and the mark by which they are recognized. Without any, the
-/// server rejected them.
-pub(crate) type Wanted<'o> = Option<(Keepalives, &'o str)>;
 
 /// The mark of a session on which the server rejected the settings.
 const REFUSED: &str = "none";
@@ -42,10 +38,11 @@ pub(crate) async fn try_lock(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
     need: Need,
-    wanted: Wanted<'_>,
-    required: bool,
-    allow_standby: bool,
+    options: &LockOptions,
+    with_settings: bool,
 ) -> Result<Tried, sqlx::Error> {
+    // By which a session is recognized that has the settings.
+    let wanted = if with_settings { &*options.mark } else { REFUSED };
     let mut granted = None;
     if let &[(key, mode)] = locks
         && conn.cached_statements_size() > 0
@@ -56,8 +53,8 @@ pub(crate) async fn try_lock(
                 // One of all was granted, or none of any was refused.
                 let count = Some(usize::from(is_granted == (need == Need::All)));
                 let tried = Tried { backend_pid, count, idle_limited: false, refused };
-                let has_mark = wanted.is_some_and(|(_, mark_of)| mark.as_deref() == Some(mark_of));
-                if has_mark || (refused && !required) {
+                let has_mark = mark.as_deref() == Some(wanted);
+                if has_mark || (refused && !options.require_settings) {
                     return Ok(tried);
                 }
                 granted = is_granted.then_some(tried);
@@ -72,9 +69,9 @@ pub(crate) async fn try_lock(
     // Boxed, because usually it is not needed.
     Box::pin(async {
         let Some(granted) = granted else {
-            return try_with_settings(conn, locks, need, wanted, allow_standby).await;
+            return try_with_settings(conn, locks, need, options, wanted).await;
         };
-        let set = try_with_settings(conn, &[], need, wanted, allow_standby).await?;
+        let set = try_with_settings(conn, &[], need, options, wanted).await?;
         if set.count.is_none() {
             super::release::unlock_all(conn, locks, false).await?;
         }
@@ -132,13 +129,11 @@ async fn try_with_settings(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
     need: Need,
-    wanted: Wanted<'_>,
-    allow_standby: bool,
+    options: &LockOptions,
+    mark: &str,
 ) -> Result<Tried, sqlx::Error> {
-    let (settings, mark) = match wanted {
-        Some((keepalives, mark)) => (keepalives.keepalives(), mark),
-        None => (String::new(), REFUSED),
-    };
+    let refused = mark == REFUSED;
+    let settings = if refused { String::new() } else { options.keepalives.keepalives() };
     let count = locks.len();
     let tries = if locks.is_empty() {
         count.to_string()
@@ -149,7 +144,7 @@ async fn try_with_settings(
             "coalesce((SELECT n OPERATOR(pg_catalog.-) 1 FROM {calls} WHERE {not}{TRY} LIMIT 1), {count})"
         )
     };
-    let standby = if allow_standby { "false" } else { "pg_catalog.pg_is_in_recovery()" };
+    let standby = if options.allow_standby { "false" } else { "pg_catalog.pg_is_in_recovery()" };
     // A session on a standby never gets the mark, so that each acquire asks whether it still is one; nor
     // does one with a limit on idle sessions, which each holder lifts.
     let statement = format!(
@@ -166,11 +161,11 @@ async fn try_with_settings(
         backend_pid: row.try_get(0)?,
         count: count.and_then(|count| usize::try_from(count).ok()),
         idle_limited: limit.is_some_and(|limit| limit != "0"),
-        refused: wanted.is_none(),
+        refused,
     };
     if row.try_get(1)? && end_transaction(conn).await? {
         // That has undone the settings, and no lock.
-        Box::pin(try_with_settings(conn, &[], need, wanted, allow_standby)).await?;
+        Box::pin(try_with_settings(conn, &[], need, options, mark)).await?;
     }
     Ok(answer)
 }

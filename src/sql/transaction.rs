@@ -45,34 +45,26 @@ pub(crate) async fn try_lock(
     })
 }
 
-/// How [`wait`] waits on a connection.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Way {
-    /// In a PL/pgSQL block, which catches the timeout, so the server logs nothing.
-    Block,
-    /// By a plain call, if the role may not use PL/pgSQL. The server logs each timeout as an error.
-    Call,
-}
-
 /// Waits in the server's queue for a transaction-level lock. Returns whether it was granted.
 ///
 /// The transaction is the caller's, so its settings are restored, and it stays usable after a timeout.
 ///
-/// `way` is set to [`Way::Call`] if the server refuses the block.
+/// Waits in a PL/pgSQL block, which catches the timeout, so the server logs nothing. If the role may not use PL/pgSQL,
+/// `plainly` is set, and a call waits; the server logs each timeout of it as an error.
 pub(crate) async fn wait(
     conn: &mut PgConnection,
     key: KeyId,
     mode: Mode,
     limit: Duration,
-    way: &mut Way,
+    plainly: &mut bool,
 ) -> Result<bool, sqlx::Error> {
-    if *way == Way::Block {
+    if !*plainly {
         match wait_in_block(conn, key, mode, limit).await {
             // 42704: there is no such language. 42501: the role may not use it. Where the role may not
             // call the function, the plain call fails with the same error.
             Err(error) if matches!(sqlstate(&error).as_deref(), Some("42704" | "42501")) => {
                 roll_back(conn).await?;
-                *way = Way::Call;
+                *plainly = true;
             }
             waited => return waited,
         }
@@ -138,10 +130,6 @@ async fn wait_in_block(
     mode: Mode,
     limit: Duration,
 ) -> Result<bool, sqlx::Error> {
-    let mode = match mode {
-        Mode::Exclusive => "exclusive",
-        Mode::Shared => "shared",
-    };
     let (key1, key2) = match key {
         KeyId::BigInt(number) => (number, String::new()),
         KeyId::IntPair(first, second) => (first.into(), second.to_string()),

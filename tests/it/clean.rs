@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use pglock::doctor::examine;
 use pglock::{Error, Lock, LockOptions, Loss};
 use pglock_testkit::{TestDb, advisory_locks};
 use sqlx::{Connection, PgConnection};
 
-use crate::support::{SOON, backend_is, borrow_all, no_locks, terminate};
+use crate::support::{SOON, all_are_idle, backend_is, borrow_all, no_locks, terminate};
 
 #[tokio::test]
 async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
@@ -24,6 +25,30 @@ async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
     let pid = guard.backend_pid();
     guard.release().await.unwrap();
     assert_eq!(borrow_all(&pool).await, [pid]);
+}
+
+/// Whichever connection it has asked on.
+#[tokio::test]
+async fn an_examination_leaves_no_setting_on_a_connection_of_the_pool() {
+    let db = TestDb::new().await;
+    let pool = db.pool(3).await;
+    let settings = async || {
+        let (mut settings, mut conns) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            let mut conn = pool.acquire().await.unwrap();
+            let setting = "SELECT current_setting('client_connection_check_interval', true)";
+            let setting: Option<String> =
+                sqlx::query_scalar(setting).fetch_one(&mut *conn).await.unwrap();
+            settings.push(setting);
+            conns.push(conn);
+        }
+        settings
+    };
+    let before = settings().await;
+    all_are_idle(&pool).await;
+    examine(&pool, &LockOptions::new()).await.unwrap();
+    all_are_idle(&pool).await;
+    assert_eq!(settings().await, before);
 }
 
 /// Leaves the borrowed connection in the middle of something; then everything must still be right.

@@ -1,21 +1,23 @@
 //! One key: its holders, its waiters and its next step.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::holders::Holders;
 use super::line::{Line, Stand};
 use super::queue::Queue;
-use super::{Bound, Caller, Effect, OwnerId, Seat, Step, Taken};
+use super::{Bound, Common, Effect, OwnerId, Step, Taken};
 use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::{Mode, Modes};
 
-#[derive(Debug)]
 pub(super) struct Entry<S, W> {
     pub(super) holders: Holders,
     pub(super) server: Modes,
     /// `Some` while the server has granted something.
     pub(super) seat: Option<S>,
+    /// That is a session of its own, which has waited for the key. All others are on the shared session.
+    pub(super) apart: bool,
     pub(super) turn: Option<Turn>,
     /// When the server granted the lock.
     pub(super) granted: Instant,
@@ -32,12 +34,13 @@ pub(super) struct Entry<S, W> {
     pub(super) farewells: Vec<W>,
 }
 
-#[derive(Debug)]
 pub(super) struct Waiter<W> {
     pub(super) owner: OwnerId,
     pub(super) mode: Mode,
     pub(super) waits: bool,
     pub(super) tell: W,
+    /// Measures the wait, once it has begun.
+    pub(super) waiting: metrics::Waiting,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -48,12 +51,13 @@ pub(super) struct Turn {
     pub(super) taken: bool,
 }
 
-impl<S: Seat, W: Caller> Entry<S, W> {
+impl<S: Clone + PartialEq, W> Entry<S, W> {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             holders: Holders::default(),
             server: Modes::default(),
             seat: None,
+            apart: false,
             turn: None,
             granted: now,
             since: now,
@@ -66,35 +70,28 @@ impl<S: Seat, W: Caller> Entry<S, W> {
     }
 
     /// Admits the waiters that can be admitted, and finds the next step.
-    pub(super) fn advance(
-        &mut self,
-        key: KeyId,
-        bound: Bound,
-        line: &mut Line,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) {
+    pub(super) fn advance(&mut self, key: KeyId, common: &mut Common<S, W>, now: Instant) {
         if !self.may_change() {
             if self.queue.is_empty()
                 && let Some(Turn { step: Step::Wait(_), .. }) = self.turn
             {
                 self.turn = None;
-                effects.push(Effect::Abandon(key));
+                common.effects.push_back(Effect::Abandon(key));
             }
             return;
         }
         let before = self.turn;
         while let Some((owner, mode)) = self.queue.front().map(|first| (first.owner, first.mode))
-            && self.admits(owner, mode, bound, now)
+            && self.admits(owner, mode, common.bound, now)
             && let Some(seat) = self.seat.clone()
             && let Some(first) = self.queue.pop_front()
         {
             self.admit(owner, mode);
-            self.part(effects, false);
-            effects.push(Effect::Granted(first.tell, seat));
+            self.part(&mut common.effects, false);
+            common.effects.push_back(Effect::Granted(first.tell, seat));
         }
         let Some(step) = self.next_step() else {
-            self.leave_line(key, line);
+            self.leave_line(key, &mut common.line);
             self.turn = None;
             self.stand = None;
             return;
@@ -106,21 +103,15 @@ impl<S: Seat, W: Caller> Entry<S, W> {
         if before.as_ref().is_some_and(same) {
             return;
         }
-        self.leave_line(key, line);
-        self.turn = Some(Turn { id: line.next_number(), step, taken: false });
+        self.leave_line(key, &mut common.line);
+        self.turn = Some(Turn { id: common.line.next_number(), step, taken: false });
         let shared = self.is_for_shared() == Some(true);
-        effects.push(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
+        common.effects.push_back(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
     }
 
     /// The lock was busy: requests that do not wait are refused, the others stand in the line.
-    pub(super) fn refused(
-        &mut self,
-        key: KeyId,
-        line: &mut Line,
-        now: Instant,
-        effects: &mut Vec<Effect<S, W>>,
-    ) {
-        self.dismiss(effects);
+    pub(super) fn refused(&mut self, key: KeyId, common: &mut Common<S, W>, now: Instant) {
+        self.dismiss(&mut common.effects);
         let Some(first) = self.queue.front() else {
             self.stand = None;
             return;
@@ -129,11 +120,12 @@ impl<S: Seat, W: Caller> Entry<S, W> {
         if self.stand.is_none() {
             metrics::update(|| self.queue.all_wait());
         }
-        self.turn = Some(Turn { id: line.next_number(), step: Step::Wait(mode), taken: false });
+        self.turn =
+            Some(Turn { id: common.line.next_number(), step: Step::Wait(mode), taken: false });
         let stand = self.stand.get_or_insert_with(|| Box::new(Stand::new(now)));
         stand.retry = now + stand.pause;
-        line.enter(key, stand);
-        effects.push(Effect::Line);
+        common.line.enter(key, stand);
+        common.effects.push_back(Effect::Line);
     }
 
     /// Takes the key out of the line: no wait session takes it, and it is not retried.
@@ -151,12 +143,11 @@ impl<S: Seat, W: Caller> Entry<S, W> {
 
     pub(super) fn is_for_shared(&self) -> Option<bool> {
         let turn = self.turn.filter(|turn| !turn.taken)?;
-        let own = self.seat.as_ref().is_some_and(|seat| !seat.is_shared());
-        Some(!own && !matches!(turn.step, Step::Wait(_)))
+        Some(!self.is_apart() && !matches!(turn.step, Step::Wait(_)))
     }
 
-    pub(super) fn covers(&self, mode: Mode) -> bool {
-        self.server.exclusive || mode == Mode::Shared && self.server.shared
+    fn is_apart(&self) -> bool {
+        self.apart && self.seat.is_some()
     }
 
     /// No step is in flight that cannot be called off.
@@ -180,7 +171,7 @@ impl<S: Seat, W: Caller> Entry<S, W> {
 
     /// Whether an owner can be admitted in the current state.
     pub(super) fn admits(&self, owner: OwnerId, mode: Mode, bound: Bound, now: Instant) -> bool {
-        if !self.covers(mode) {
+        if !self.server.covers(mode) {
             return false;
         }
         // An owner that holds the lock already does not wait for another turn.
@@ -215,9 +206,9 @@ impl<S: Seat, W: Caller> Entry<S, W> {
     }
 
     /// Refuses the requests that do not wait.
-    pub(super) fn dismiss(&mut self, effects: &mut Vec<Effect<S, W>>) {
+    pub(super) fn dismiss(&mut self, effects: &mut VecDeque<Effect<S, W>>) {
         while let Some(waiter) = self.queue.pop_trying() {
-            effects.push(Effect::Refused(waiter.tell));
+            effects.push_back(Effect::Refused(waiter.tell));
         }
     }
 
@@ -244,15 +235,13 @@ impl<S: Seat, W: Caller> Entry<S, W> {
             None => held.then_some(Step::Unlock),
             Some(first) if !held => Some(Step::Lock(first.mode)),
             // A lock on a wait session can only be released with that session.
-            Some(_) if self.seat.as_ref().is_some_and(|seat| !seat.is_shared()) => {
-                Some(Step::Unlock)
-            }
+            Some(_) if self.is_apart() => Some(Step::Unlock),
             Some(first) => Some(Step::Renew(first.mode)),
         }
     }
 
     pub(super) fn granted(&mut self, mode: Mode, seat: &S, now: Instant) {
-        self.server = Modes { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared };
+        self.server = Modes::only(mode);
         self.seat = Some(seat.clone());
         self.stand = None;
         self.granted = now;
@@ -265,14 +254,14 @@ impl<S: Seat, W: Caller> Entry<S, W> {
         self.since = now;
     }
 
-    pub(super) fn given_up(&mut self, effects: &mut Vec<Effect<S, W>>) {
+    pub(super) fn given_up(&mut self, effects: &mut VecDeque<Effect<S, W>>) {
         self.server = Modes::default();
         self.seat = None;
         self.part(effects, true);
     }
 
     /// The owner that left need not wait any longer: the server has answered, or the key was handed off.
-    pub(super) fn part(&mut self, effects: &mut Vec<Effect<S, W>>, answered: bool) {
+    pub(super) fn part(&mut self, effects: &mut VecDeque<Effect<S, W>>, answered: bool) {
         let told = |tell| Effect::Released(tell, answered);
         effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
     }
@@ -283,12 +272,5 @@ impl<S: Seat, W: Caller> Entry<S, W> {
             && self.turn.is_none()
             && self.seat.is_none()
             && self.farewells.is_empty()
-    }
-}
-
-impl<W> Waiter<W> {
-    /// Another session shares the lock that this waiter wants exclusively.
-    pub(super) fn turned_away<S>(self) -> Effect<S, W> {
-        if self.waits { Effect::Deadlock(self.tell) } else { Effect::Refused(self.tell) }
     }
 }

@@ -148,7 +148,7 @@ mod tests {
         /// After any operations, the holders equal a plain map of counts.
         #[test]
         fn are_a_map_of_counts(
-            steps in prop::collection::vec((0_u64..4, any::<bool>(), 0_u8..5), 0..60),
+            steps in prop::collection::vec((0_usize..4, any::<bool>(), 0_u8..5), 0..60),
         ) {
             let mut holders = Holders::default();
             let mut model: BTreeMap<(OwnerId, bool), u32> = BTreeMap::new();

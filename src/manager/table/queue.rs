@@ -2,14 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Caller;
 use super::entry::Waiter;
 use crate::mode::Mode;
 
 /// Waiters of one key. Every operation takes logarithmic time.
 ///
 /// Each has a place: those that go before all others have negative ones.
-#[derive(Debug)]
 pub(super) struct Queue<W> {
     /// Usually the only one, which then needs no memory of its own.
     first: Option<(i64, Waiter<W>)>,
@@ -17,7 +15,6 @@ pub(super) struct Queue<W> {
     exclusive: usize,
 }
 
-#[derive(Debug)]
 struct Others<W> {
     waiters: BTreeMap<i64, Waiter<W>>,
     /// The places of those that do not wait for a busy lock.
@@ -118,14 +115,11 @@ impl<W> Queue<W> {
     }
 
     /// Notifies all waiters that the lock was found busy.
-    pub(super) fn all_wait(&mut self)
-    where
-        W: Caller,
-    {
+    pub(super) fn all_wait(&mut self) {
         let others = self.others.as_mut().map(|others| others.waiters.values_mut());
         let first = self.first.as_mut().map(|(_, waiter)| waiter);
         for waiter in first.into_iter().chain(others.into_iter().flatten()) {
-            waiter.tell.waits();
+            waiter.waiting.start();
         }
     }
 

@@ -8,8 +8,9 @@ use std::collections::HashSet;
 use proptest::prelude::*;
 
 use self::model::{Act, Session, World, act};
-use super::{Effect, Left, Modes, Seat, Step, Table, Taken, Want};
+use super::{Effect, Left, Modes, Step, Table, Taken, Want};
 use crate::key::KeyId;
+use crate::metrics::Waiting;
 use crate::mode::Mode;
 
 proptest! {
@@ -55,8 +56,13 @@ fn take(world: &mut World) -> Taken {
     world.table.take_for_shared(KEY).unwrap()
 }
 
+/// What has followed from changes.
+fn effects(world: &mut World) -> Vec<Effect<Session, u64>> {
+    std::mem::take(world.table.effects()).into()
+}
+
 /// A world in which these owners share [`KEY`].
-fn shared_by(owners: u64) -> World {
+fn shared_by(owners: usize) -> World {
     let mut world = World::new();
     for owner in 0..owners {
         world.act(Act::Want { owner, key: 1, mode: Mode::Shared, waits: true });
@@ -70,14 +76,13 @@ fn shared_by(owners: u64) -> World {
 fn an_upgrade_is_tried_by_who_is_alone() {
     for sharers in [1, 2] {
         let mut world = shared_by(sharers);
-        let mut effects = Vec::new();
         let wanted = (Mode::Exclusive, false);
-        let want = world.table.want(KEY, 0, wanted, || 99, world.now, &mut effects);
+        let want = world.table.want(KEY, 0, wanted, || (99, Waiting::default()), world.now);
         if sharers == 1 {
             assert!(matches!(want, Want::Queued(_)), "{want:?}");
             assert_eq!(take(&mut world).step, Step::Upgrade);
         } else {
-            assert_eq!((want, effects), (Want::Busy, vec![]));
+            assert_eq!((want, effects(&mut world)), (Want::Busy, vec![]));
         }
     }
 }
@@ -140,13 +145,12 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
         let mut table = world.table;
         for mode in modes {
             let expected = if mode == Exclusive { &exclusive } else { &shared };
-            let mut effects = Vec::new();
-            let want = table.want(KEY, 9, (mode, false), || 99, world.now, &mut effects);
+            let want = table.want(KEY, 9, (mode, false), || (99, Waiting::default()), world.now);
             if let Some(expected) = expected {
                 assert_eq!(want, *expected, "{mode:?} behind {who}");
             } else {
                 let Want::Queued(id) = want else { panic!("{want:?} for {mode:?} behind {who}") };
-                assert!(table.cancel(KEY, id, world.now, &mut effects));
+                assert!(table.cancel(KEY, id, world.now));
             }
         }
     }
@@ -157,18 +161,16 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
 fn the_last_to_leave_is_told() {
     let mut world = shared_by(2);
     let mut leave = |owner| {
-        let (mut effects, guard) = (Vec::new(), (owner, Mode::Shared));
-        let left =
-            world.table.leave(KEY, guard, &SHARED_SESSION, Some(|| 7), world.now, &mut effects);
-        (left, effects)
+        let guard = (owner, Mode::Shared);
+        let left = world.table.leave(KEY, guard, &SHARED_SESSION, Some(|| 7), world.now);
+        (left, effects(&mut world))
     };
     assert_eq!(leave(0), (Left::Done, vec![]));
     assert_eq!(leave(1), (Left::Told, vec![Effect::Start(KEY)]));
     let Taken { id, step, .. } = take(&mut world);
     assert_eq!(step, Step::Unlock);
-    let mut effects = Vec::new();
-    assert!(world.table.taken(KEY, id, (&SHARED_SESSION, true), world.now, &mut effects));
-    assert_eq!(effects, [Effect::Released(7, true)]);
+    assert!(world.table.taken(KEY, id, (&SHARED_SESSION, true), world.now));
+    assert_eq!(effects(&mut world), [Effect::Released(7, true)]);
 }
 
 /// An answer counts only for its own step, only after that was taken, and only once.
@@ -179,7 +181,7 @@ fn answers_to_other_steps_do_not_count() {
     world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
     let id = world.table.keys.get(&KEY).and_then(|entry| entry.turn).unwrap().id;
     let counts = |table: &mut Table<Session, u64>, id| {
-        table.taken(KEY, id, (&SHARED_SESSION, true), world.now, &mut Vec::new())
+        table.taken(KEY, id, (&SHARED_SESSION, true), world.now)
     };
     assert!(!counts(&mut world.table, id));
     assert_eq!(world.table.take_for_shared(KEY).unwrap().id, id);
@@ -195,16 +197,17 @@ fn what_the_server_has_granted_is_believed() {
         let mut world = World::new();
         world.act(Act::Hurry(false));
         world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
-        take(&mut world);
+        let id = take(&mut world).id;
         let server = Modes { exclusive: granted, shared: false };
-        let mut effects = Vec::new();
-        world.table.corrected(KEY, (&SHARED_SESSION, server), world.now, &mut effects);
+        let found = (&SHARED_SESSION, server);
+        assert!(world.table.failed_half_way(KEY, id + 1, false, found, world.now).is_empty());
+        assert!(world.table.failed_half_way(KEY, id, true, found, world.now).is_empty());
         if granted {
-            assert_eq!(effects, [Effect::Granted(1, SHARED_SESSION)]);
+            assert_eq!(effects(&mut world), [Effect::Granted(1, SHARED_SESSION)]);
             let seat = world.table.keys.get(&KEY).and_then(|entry| entry.seat);
             assert_eq!(seat, Some(SHARED_SESSION));
         } else {
-            assert_eq!(effects, [Effect::Start(KEY)]);
+            assert_eq!(effects(&mut world), [Effect::Start(KEY)]);
             assert_eq!(take(&mut world).step, Step::Lock(Mode::Exclusive));
         }
     }
@@ -219,11 +222,10 @@ fn an_upgrade_goes_before_who_holds_nothing() {
     }
     world.act(Act::Answer);
     world.act(Act::Want { owner: 2, key: 1, mode: Mode::Exclusive, waits: true });
-    let mut effects = Vec::new();
     let wanted = (Mode::Exclusive, true);
-    let want = world.table.want(KeyId::BigInt(1), 0, wanted, || 99, world.now, &mut effects);
+    let want = world.table.want(KEY, 0, wanted, || (99, Waiting::default()), world.now);
     assert!(matches!(want, Want::Queued(_)), "{want:?}");
-    let want = world.table.want(KeyId::BigInt(1), 1, wanted, || 100, world.now, &mut effects);
+    let want = world.table.want(KEY, 1, wanted, || (100, Waiting::default()), world.now);
     assert_eq!(want, Want::Deadlock);
 }
 
@@ -235,9 +237,8 @@ fn a_step_follows_what_is_needed() {
     world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
     world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, waits: true });
     let (guard, id) = world.waiting.remove(&1).unwrap();
-    let mut effects = Vec::new();
-    assert!(world.table.cancel(guard.key, id, world.now, &mut effects));
-    assert_eq!(effects, [Effect::Start(KEY)]);
+    assert!(world.table.cancel(guard.key, id, world.now));
+    assert_eq!(effects(&mut world), [Effect::Start(KEY)]);
     assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
 }
 
@@ -267,7 +268,7 @@ fn who_only_tries_is_refused_when_the_server_says_so() {
     world.act(Act::Want { owner: 0, key: 1, mode: Mode::Shared, waits: false });
     world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, waits: true });
     world.act(Act::Answer);
-    let waiting: Vec<u64> = world.waiting.values().map(|(wish, _)| wish.owner).collect();
+    let waiting: Vec<usize> = world.waiting.values().map(|(wish, _)| wish.owner).collect();
     assert_eq!(waiting, [1]);
     let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Wait(Mode::Shared)]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use super::{Granted, Pending, Stage, Verdict};
-use crate::error::{Error, Result, is_answer, sqlstate};
+use crate::error::{Error, Result, is_answer, refuses_settings, sqlstate};
 use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::Mode;
@@ -23,16 +23,6 @@ const JOINED_SLICE: Duration = Duration::from_secs(5);
 
 /// How much later than the server an unbounded wait gives up.
 const LATE: Duration = Duration::from_secs(8);
-
-/// What came of a slice.
-enum Waiting {
-    Answered(Waited),
-    /// The session was lost, or the pool closed, or the server is silent.
-    Ended(Error),
-    Failed(sqlx::Error),
-    /// The server is silent, and the caller's time is over.
-    TimedOut,
-}
 
 impl Pending {
     /// Waits in the server's queue, slice by slice, for one lock after the other. `None` if the
@@ -65,17 +55,21 @@ impl Pending {
                 .then(|| self.session.options().keepalives);
             let asked = Instant::now();
             let slice = Slice { key, mode, limit, keepalives };
-            let granted = match self.wait_once(slice, left, plainly).await {
-                Waiting::Answered(waited) => {
+            // The drop of `self` cleans up.
+            let Some(answer) = self.wait_once(slice, left, plainly).await? else { return Ok(None) };
+            let granted = match answer {
+                Ok(waited) => {
                     if plainly {
                         session.server.waits_plainly.store(true, Ordering::Relaxed);
                     }
                     if waited.backend_pid != session.backend_pid() {
-                        return Err(self.found_pooler(waited.backend_pid));
+                        session.server.proof.disprove();
+                        session.retrieve(None, waited.backend_pid, self.missing.clone());
+                        return Err(Error::NoExclusion { key: self.request.key().clone() });
                     }
                     waited.granted
                 }
-                Waiting::Failed(error) => match sqlstate(&error).as_deref() {
+                Err(error) => match sqlstate(&error).as_deref() {
                     // The timeout was not caught, so the slice is over, and the lock may be held.
                     Some("55P03") => false,
                     // The role may not use plpgsql, or not make a setting.
@@ -84,9 +78,7 @@ impl Pending {
                         plainly = true;
                         continue;
                     }
-                    Some("0A000" | "22023" | "42501" | "42704" | "55P02")
-                        if keepalives.is_some() =>
-                    {
+                    _ if keepalives.is_some() && refuses_settings(&error) => {
                         self.stage = Stage::Idle;
                         session.settings_refused.store(true, Ordering::Relaxed);
                         plainly = session.server.waits_plainly.load(Ordering::Relaxed);
@@ -94,9 +86,6 @@ impl Pending {
                     }
                     _ => return Err(self.fail(error).await),
                 },
-                // The drop of `self` cleans up.
-                Waiting::Ended(error) => return Err(error),
-                Waiting::TimedOut => return Ok(None),
             };
             self.stage = Stage::Trying;
             let limit = policy.answer_limit();
@@ -113,7 +102,7 @@ impl Pending {
                     return Err(self.fail(error).await);
                 }
                 // A loss shows when the acquire is settled.
-                self.count(0..1).ok();
+                self.count(0..1);
             }
             self.stage = Stage::Idle;
             if granted {
@@ -132,7 +121,7 @@ impl Pending {
                 }
             }
             self.slot = None;
-            match session.connection_for_acquire(policy.deadline()).await {
+            match session.connection_for_acquire(policy).await {
                 Ok(slot) => {
                     // The application may have had it between two slices.
                     let limit = policy.answer_limit();
@@ -154,8 +143,14 @@ impl Pending {
         }
     }
 
-    /// Waits for a slice.
-    async fn wait_once(&mut self, slice: Slice, left: Option<Duration>, plainly: bool) -> Waiting {
+    /// Waits for a slice. Returns an error if the session was lost, the pool closed, or the server is silent; `None` if
+    /// it is silent and the caller's time is over.
+    async fn wait_once(
+        &mut self,
+        slice: Slice,
+        left: Option<Duration>,
+        plainly: bool,
+    ) -> Result<Option<Result<Waited, sqlx::Error>>> {
         let session = Arc::clone(&self.session);
         let key = self.request.key().clone();
         if slice.keepalives.is_some() {
@@ -177,15 +172,12 @@ impl Pending {
         tokio::select! {
             biased;
             answer = timeout(over.unwrap_or(late), waiting) => match answer {
-                Ok(Ok(waited)) => Waiting::Answered(waited),
-                Ok(Err(error)) => Waiting::Failed(error),
-                Err(_) if over.is_some() => Waiting::TimedOut,
-                Err(_) => Waiting::Ended(Error::acquiring(&key, silence(slice.limit))),
+                Ok(answer) => Ok(Some(answer)),
+                Err(_) if over.is_some() => Ok(None),
+                Err(_) => Err(Error::acquiring(&key, silence(slice.limit))),
             },
-            () = session.pool.close_event() => {
-                Waiting::Ended(Error::PoolClosed { key })
-            }
-            loss = session.lost() => Waiting::Ended(Error::broken(&key, &loss)),
+            () = session.pool.close_event() => Err(Error::PoolClosed { key }),
+            loss = session.lost() => Err(Error::broken(&key, &loss)),
         }
     }
 
@@ -245,13 +237,6 @@ impl Pending {
         }
     }
 
-    /// Another backend has answered.
-    fn found_pooler(self, backend_pid: i32) -> Error {
-        self.session.server.proof.disprove();
-        self.session.retrieve(backend_pid, self.missing.clone());
-        Error::NoExclusion { key: self.request.key().clone() }
-    }
-
     /// Makes sure that the server still receives from us, after a wait in which nothing was sent to it.
     ///
     /// The grant proves only that we receive from the server. An answer proves that the server receives from us,
@@ -262,7 +247,11 @@ impl Pending {
         if waiting_since.elapsed() > heartbeat.interval {
             asked = Instant::now();
             let answer = async { sql::backend::heartbeat(self.pg()?, None).await };
-            within(heartbeat.answer_limit(), answer).await?;
+            let backend_pid = within(heartbeat.answer_limit(), answer).await?;
+            if backend_pid != self.session.backend_pid() {
+                // So the lock is not granted.
+                self.session.server.proof.disprove();
+            }
         }
         self.session.trust(asked);
         Ok(())

@@ -5,16 +5,17 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::super::{Bound, Caller, Effect, Left, Modes, Seat, Step, Table, Taken, Want};
+use super::super::{Bound, Effect, Left, Modes, Step, Table, Taken, Want};
 use crate::key::KeyId;
+use crate::metrics::Waiting;
 use crate::mode::Mode;
 
 /// The shared session is 0, the others are wait sessions, opened for each key.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(super) struct Session(pub(super) u32);
 
-impl Seat for Session {
-    fn is_shared(&self) -> bool {
+impl Session {
+    pub(super) fn is_shared(self) -> bool {
         self.0 < 1000
     }
 }
@@ -22,7 +23,7 @@ impl Seat for Session {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Act {
     Want {
-        owner: u64,
+        owner: usize,
         key: i64,
         mode: Mode,
         waits: bool,
@@ -34,7 +35,7 @@ pub(super) enum Act {
         which: usize,
     },
     Close {
-        owner: u64,
+        owner: usize,
         key: i64,
     },
     /// The server answers the oldest step.
@@ -59,11 +60,11 @@ pub(super) fn act() -> impl Strategy<Value = Act> {
     let mode = || prop_oneof![Just(Mode::Exclusive), Just(Mode::Shared)];
     let key = 0..3_i64;
     prop_oneof![
-        6 => (0..5_u64, key.clone(), mode(), any::<bool>())
+        6 => (0..5_usize, key.clone(), mode(), any::<bool>())
             .prop_map(|(owner, key, mode, waits)| Act::Want { owner, key, mode, waits }),
         6 => (0..20_usize).prop_map(|which| Act::Leave { which }),
         2 => (0..20_usize).prop_map(|which| Act::Cancel { which }),
-        1 => (0..5_u64, key.clone()).prop_map(|(owner, key)| Act::Close { owner, key }),
+        1 => (0..5_usize, key.clone()).prop_map(|(owner, key)| Act::Close { owner, key }),
         12 => Just(Act::Answer),
         2 => (key, prop_oneof![Just(None), mode().prop_map(Some)])
             .prop_map(|(key, mode)| Act::Others { key, mode }),
@@ -78,13 +79,9 @@ pub(super) fn act() -> impl Strategy<Value = Act> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Guard {
     pub(super) key: KeyId,
-    pub(super) owner: u64,
+    pub(super) owner: usize,
     pub(super) mode: Mode,
     pub(super) seat: Session,
-}
-
-impl Caller for u64 {
-    fn waits(&mut self) {}
 }
 
 /// Everything around the table.
@@ -132,7 +129,6 @@ impl World {
     }
 
     pub(super) fn act(&mut self, act: Act) {
-        let mut effects = Vec::new();
         match act {
             Act::Want { owner, key, mode, waits } => {
                 let key = KeyId::BigInt(key);
@@ -143,7 +139,8 @@ impl World {
                 self.wishes += 1;
                 let wish = self.wishes;
                 let wanted = (mode, waits);
-                let want = self.table.want(key, owner, wanted, || wish, self.now, &mut effects);
+                let want =
+                    self.table.want(key, owner, wanted, || (wish, Waiting::default()), self.now);
                 let guard = Guard { key, owner, mode, seat: Session(0) };
                 match want {
                     Want::Granted(seat) => self.guards.push(Guard { seat, ..guard }),
@@ -155,31 +152,24 @@ impl World {
             Act::Leave { which } => {
                 if which < self.guards.len() {
                     let Guard { key, owner, mode, seat } = self.guards.swap_remove(which);
-                    let left = self.table.leave(
-                        key,
-                        (owner, mode),
-                        &seat,
-                        NO_WAITER,
-                        self.now,
-                        &mut effects,
-                    );
+                    let left = self.table.leave(key, (owner, mode), &seat, NO_WAITER, self.now);
                     assert_ne!(left, Left::Stale);
                 }
             }
             Act::Cancel { which } => {
                 let wish = self.waiting.keys().copied().min_by_key(|wish| wish % 7 + which as u64);
                 if let Some((guard, id)) = wish.and_then(|wish| self.waiting.remove(&wish)) {
-                    assert!(self.table.cancel(guard.key, id, self.now, &mut effects));
+                    assert!(self.table.cancel(guard.key, id, self.now));
                 }
             }
             Act::Close { owner, key } => {
                 let key = KeyId::BigInt(key);
                 if !self.waiting.values().any(|(wish, _)| wish.key == key && wish.owner == owner) {
-                    self.table.close(key, owner, || 0, self.now, &mut effects);
+                    self.table.close(key, owner, || 0, self.now);
                     self.guards.retain(|guard| guard.key != key || guard.owner != owner);
                 }
             }
-            Act::Answer => self.answer(&mut effects),
+            Act::Answer => self.answer(),
             Act::Others { key, mode } => {
                 let key = KeyId::BigInt(key);
                 self.others.remove(&key);
@@ -195,10 +185,10 @@ impl World {
                 self.server.retain(|(_, session), _| *session != seat);
                 self.guards.retain(|guard| guard.seat != seat);
                 let under_way = std::mem::take(&mut self.under_way);
-                self.table.lost(&seat, self.now, &mut effects);
+                self.table.lost(&seat, self.now);
                 for (key, taken, session) in under_way {
                     if session.is_shared() && matches!(taken.step, Step::Lock(_)) {
-                        for wish in self.table.failed(key, taken.id).into_iter().flatten() {
+                        for wish in self.table.failed(key, taken.id) {
                             assert!(self.waiting.remove(&wish).is_some());
                         }
                     } else if !session.is_shared() {
@@ -213,13 +203,13 @@ impl World {
                 if let Some(oldest) = self.under_way.iter().position(is_wait)
                     && let Some((key, taken, _)) = self.under_way.remove(oldest)
                 {
-                    self.table.not_granted(key, taken.id, self.now, &mut effects);
+                    self.table.not_granted(key, taken.id, self.now);
                 }
             }
-            Act::Retry => self.table.retry(self.now, &mut effects),
+            Act::Retry => self.table.retry(self.now),
             Act::Later => self.now += Duration::from_millis(11),
         }
-        self.settle(effects);
+        self.settle();
         if self.hurry {
             self.start();
         }
@@ -244,7 +234,7 @@ impl World {
     }
 
     /// What the server does for the oldest step that it can do.
-    fn answer(&mut self, effects: &mut Vec<Effect<Session, u64>>) {
+    fn answer(&mut self) {
         for _ in 0..self.under_way.len() {
             let Some((key, taken, session)) = self.under_way.pop_front() else { return };
             let Modes { exclusive, shared } =
@@ -291,7 +281,7 @@ impl World {
             } else {
                 self.server.insert((key, session), held);
             }
-            if !self.table.taken(key, taken.id, (&session, yes), self.now, effects) {
+            if !self.table.taken(key, taken.id, (&session, yes), self.now) {
                 // It was called off: the session must not keep it.
                 assert!(matches!(taken.step, Step::Wait(_)), "{taken:?}");
                 self.server.remove(&(key, session));
@@ -300,8 +290,8 @@ impl World {
         }
     }
 
-    fn settle(&mut self, effects: Vec<Effect<Session, u64>>) {
-        for effect in effects {
+    fn settle(&mut self) {
+        for effect in std::mem::take(self.table.effects()) {
             match effect {
                 Effect::Granted(wish, seat) => {
                     let (guard, _) = self.waiting.remove(&wish).expect("it waits");
@@ -356,8 +346,9 @@ impl World {
             assert!(wanted || !matches!(taken.step, Step::Wait(_)), "no waiter wants {key:?}");
         }
         // With nothing in flight, a waiter that could share a lock shares it, unless others have waited for it.
-        let rests =
-            self.under_way.is_empty() && self.to_do.is_empty() && self.table.line.turns.is_empty();
+        let rests = self.under_way.is_empty()
+            && self.to_do.is_empty()
+            && self.table.common.line.turns.is_empty();
         for (wish, _) in self.waiting.values().filter(|_| rests) {
             let excludes = |other: &Guard| other.key == wish.key && other.mode == Mode::Exclusive;
             let waiting = self.waiting.values().map(|(wish, _)| wish);
@@ -417,7 +408,7 @@ impl World {
             })
             .map(|(key, _)| *key)
             .collect();
-        let line = &self.table.line;
+        let line = &self.table.common.line;
         assert_eq!(line.turns.iter().map(|(_, key)| *key).collect::<HashSet<_>>(), awaited);
         assert_eq!(line.retries.iter().map(|(_, key)| *key).collect::<HashSet<_>>(), awaited);
         assert_eq!((line.turns.len(), line.retries.len()), (awaited.len(), awaited.len()));
@@ -440,6 +431,6 @@ impl World {
         }
         assert!(self.waiting.is_empty(), "a waiter waits for ever: {:?}", self.waiting);
         assert!(self.server.is_empty(), "something is held: {:?}", self.server);
-        assert!(self.table.is_empty(), "something is left: {:?}", self.table);
+        assert_eq!(self.table.len(), 0, "keys are left");
     }
 }

@@ -7,21 +7,21 @@ use super::super::line::LAST_SLICE;
 use super::SHARED_SESSION;
 use super::model::{Session, World};
 use crate::key::KeyId;
+use crate::metrics::Waiting;
 use crate::mode::Mode;
 
 /// Refuses a key that is wanted, so that it stands in the line.
 fn refuse(table: &mut Table<Session, u64>, key: KeyId, now: Instant) {
-    let effects = &mut Vec::new();
-    table.want(key, 0, (Mode::Exclusive, true), || 99, now, effects);
+    table.want(key, 0, (Mode::Exclusive, true), || (99, Waiting::default()), now);
     let lock = table.take_for_shared(key).unwrap();
-    table.taken(key, lock.id, (&SHARED_SESSION, false), now, effects);
+    table.taken(key, lock.id, (&SHARED_SESSION, false), now);
 }
 
 /// Has one wait session wait in vain. Returns the key, and how long it waited.
 fn turn(table: &mut Table<Session, u64>, now: &mut Instant) -> (KeyId, Duration) {
     let (key, wait, slice) = table.take_wait(*now).unwrap();
     *now += slice;
-    assert!(table.not_granted(key, wait.id, *now, &mut Vec::new()));
+    assert!(table.not_granted(key, wait.id, *now));
     (key, slice)
 }
 
