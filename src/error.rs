@@ -81,9 +81,9 @@ pub enum Error {
         source: Arc<sqlx::Error>,
     },
 
-    /// Two sessions waited for each other, and the server ended the wait of this one (SQLSTATE 40P01). Or two holders of
-    /// a shared lock of a [`LockManager`](crate::LockManager) each wanted the exclusive one; then the source is an I/O
-    /// error of the kind `Deadlock`.
+    /// Two sessions waited for each other, and the server ended the wait of this one (SQLSTATE 40P01). Or a holder of a
+    /// shared lock of a [`LockManager`](crate::LockManager) wanted the exclusive one, and another holder wanted it too, or
+    /// another process shared the lock; then the source is an I/O error of the kind `Deadlock`.
     #[error(
         "lock {key}: deadlock, two sessions waited for each other; release what you hold, then \
          acquire again, and everywhere in the same order"
@@ -392,7 +392,7 @@ impl Error {
     }
 
     pub(crate) fn deadlock(key: &Key) -> Self {
-        let reason = "two holders of a shared lock each wait for the exclusive one";
+        let reason = "a holder of a shared lock wants the exclusive one, and so does another one, or shares it elsewhere";
         let source = sqlx::Error::Io(io::Error::new(io::ErrorKind::Deadlock, reason));
         Self::Deadlock { key: key.clone(), source: Arc::new(source) }
     }

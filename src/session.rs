@@ -424,7 +424,7 @@ fn silence(limit: Duration) -> sqlx::Error {
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message))
 }
 
-/// Whether a statement failed with an answer: the session lives, and holds what it held.
+/// Whether the server has answered a statement, if only with an error: the session lives, and holds what it held.
 fn is_alive<T>(answer: &Result<T, sqlx::Error>) -> bool {
     answer.as_ref().err().is_none_or(is_answer)
 }

@@ -227,11 +227,13 @@ pub(super) fn dead_holder(
         return Finding::fine("dead holder", "over a unix socket, one that dies is known at once");
     }
     let idle = or("tcp_keepalives_idle", 7200);
-    let probes = or("tcp_keepalives_interval", 75) * or("tcp_keepalives_count", 9);
+    let interval = or("tcp_keepalives_interval", 75);
+    let probes = interval * or("tcp_keepalives_count", 9);
     let user_timeout = seen.setting("tcp_user_timeout") / 1000;
     // Where it is set, it counts instead of the probes.
     let silent = if user_timeout == 0 { probes } else { probes.min(user_timeout) };
-    let ends = if user_timeout == 0 { idle + probes } else { user_timeout.min(idle + probes) };
+    // An idle session is probed first. After that, the timeout counts instead of the number of probes.
+    let ends = if user_timeout == 0 { idle + probes } else { user_timeout.max(idle + interval) };
     let holder = options.heartbeat.bound();
     let server = Duration::from_secs(silent.try_into().unwrap_or_default());
     let finding = Finding::fine(

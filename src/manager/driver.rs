@@ -100,7 +100,11 @@ impl Driver {
                 yield_now().await;
             }
             let tries_line = self.keeper.is_some() || std::mem::take(&mut self.is_stuck);
-            let Some(batch) = self.manager.next_batch(self.number, tries_line) else { return };
+            let Some(batch) = self.manager.next_batch(self.number, tries_line) else {
+                // It may have taken a notification that was for the other one.
+                self.manager.work.notify_one();
+                return;
+            };
             self.under_way = batch;
             if !self.under_way.is_empty() {
                 self.step().await;

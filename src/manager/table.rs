@@ -30,7 +30,8 @@ use crate::session::MOST_KEYS;
 use entry::{Entry, Turn, Waiter};
 use line::{LAST_RETRY, Line};
 
-/// Identifies an owner: each handle is one.
+/// Identifies an owner: each handle is one, by its address. Only an acquire whose future was forgotten leaves it to a
+/// later handle.
 pub(super) type OwnerId = usize;
 
 /// The keys of a process: `S` is a session where they are held, `W` notifies a waiter of the result.
@@ -428,9 +429,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
     ) -> Vec<W> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();
-        if entry.turn.is_none_or(|turn| turn.id != id) {
-            return Vec::new();
-        }
+        let Some(turn) = entry.turn.filter(|turn| turn.id == id) else { return Vec::new() };
         entry.leave_line(key, &mut self.common.line);
         entry.turn = None;
         let mut waiters = Vec::new();
@@ -441,6 +440,10 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         if server == Modes::default() {
             entry.given_up(&mut self.common.effects);
         } else {
+            if turn.step == Step::Downgrade && !server.exclusive {
+                // It was taken before the statement failed.
+                entry.part(&mut self.common.effects, true);
+            }
             if entry.seat.is_none() {
                 entry.apart = false;
                 entry.granted = now;
@@ -473,7 +476,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         keys
     }
 
-    /// The same for one key, if it was held there.
+    /// One key was lost with its session, if it was held there. Returns the same as [`lost`](Self::lost).
     pub(super) fn lost_key(&mut self, key: KeyId, seat: &S, now: Instant) -> Vec<W> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();

@@ -308,11 +308,12 @@ impl KeeperTask {
         // If it is in use, its return wakes the keeper again; as does the end of tidying it.
         let Ok(mut slot) = session.conn.try_lock() else { return false };
         let closed = poll_slot(&mut slot, &mut monitor, wake);
-        drop(slot);
-        match &closed {
-            Some(loss) => session.give_up(loss),
-            None => session.close_if_lost(),
+        if let Some(loss) = &closed {
+            // First, so that a release that waits for the connection returns it.
+            session.give_up(loss);
         }
+        drop(slot);
+        session.close_if_lost();
         closed.is_some()
     }
 }
@@ -364,11 +365,17 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         }
         Err(error) => {
             let loss = Loss::broken(error);
-            if session.ledger().has_guards() {
+            let has_guards = {
+                let mut ledger = session.ledger();
+                let has_guards = ledger.has_guards();
+                if !has_guards {
+                    // A release that waits for the connection returns this.
+                    ledger.lose(loss.clone());
+                }
+                has_guards
+            };
+            if has_guards {
                 session.give_up(&loss);
-            } else {
-                // A release that waits for the connection returns this.
-                session.ledger().lose(loss);
             }
             drop(slot.take());
             return;

@@ -120,7 +120,7 @@ impl Ledger {
         });
     }
 
-    /// Counts a share of an acquire that is in flight: the server has granted it, and the session is not lost.
+    /// Counts a share of an acquire that is in flight: the server has granted it. The session must not be lost.
     pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) {
         let counts = self.keys.entry(key).or_default();
         *counts.of(mode) += 1;

@@ -289,6 +289,9 @@ impl Pending {
     /// Counts shares of the first ones that are missing: the server has granted them. Returns false if the session was
     /// lost while the answer was on its way: then nothing is counted, and the connection is closed.
     fn count(&mut self, granted: std::ops::Range<usize>) -> bool {
+        if granted.is_empty() {
+            return true;
+        }
         let mut ledger = self.session.ledger();
         let granted = self.missing.drain(granted);
         match ledger.loss() {

@@ -11,7 +11,7 @@
 //! negative, the keeper ends the guards that exist, and acquires fail until another attempt succeeds.
 //!
 //! A busy pooler can send two statements of one client to the same backend, so the question is asked
-//! several times. Answers to heartbeats and releases are compared as well: each says which backend sent
+//! several times. Answers to heartbeats, waits, undos and releases are compared as well: each says which backend sent
 //! it.
 
 use std::hash::{BuildHasher, RandomState};

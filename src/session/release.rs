@@ -180,7 +180,7 @@ impl Session {
         // It was cancelled, or failed in another way that leaves the session alive. The server may have released some.
         if answer.as_ref().is_err_and(is_answer) {
             self.give_up_unknown(conn.pg()?, locks).await?;
-            return Ok(Answer::Released);
+            return Ok(if self.is_lost() { Answer::NotHeld } else { Answer::Released });
         }
         let Unlocked { backend_pid, all } = answer?;
         if backend_pid != self.backend_pid() {
@@ -188,10 +188,10 @@ impl Session {
         }
         if put_back {
             // An acquire may have joined meanwhile, and go on with the session.
-            for set in [&self.settings_to_restore, &self.has_long_settings, &self.has_user_timeout]
-            {
-                set.store(false, Ordering::Relaxed);
-            }
+            self.settings_to_restore.store(false, Ordering::Relaxed);
+            self.has_long_settings.store(false, Ordering::Relaxed);
+            // What a loan had set is put back as well: the next one sets it again.
+            self.has_user_timeout.store(conn.checked, Ordering::Relaxed);
             *self.shown_key.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         Ok(if all { Answer::Released } else { Answer::NotHeld })
@@ -214,7 +214,7 @@ impl Session {
     }
 
     /// Undoes an acquire that was in flight: releases what was granted of `missing` although no answer
-    /// came, and the shares that were counted.
+    /// came, and the shares that were counted. Loses the session if it did not hold those, or another backend answers.
     pub(super) async fn undo(
         &self,
         conn: &mut Conn,
@@ -266,7 +266,12 @@ impl Session {
             Err(error) => return Err(error),
         };
         if !held.is_empty() {
-            sql::release::unlock_all(pg, &held, false).await?;
+            let unlocked = sql::release::unlock_all(pg, &held, false).await?;
+            if unlocked.backend_pid != pid {
+                self.left_behind().extend(held);
+                // The connection is closed with the slot.
+                self.give_up(&Loss::NoExclusion);
+            }
         }
         Ok(())
     }

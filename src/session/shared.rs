@@ -63,6 +63,7 @@ impl Session {
             }
             // Another session than the one that was asked has answered.
             Ok(Ok(called)) => {
+                self.server.proof.disprove();
                 self.retrieve(None, called.backend_pid, tried(calls));
                 Loss::NoExclusion
             }
@@ -74,7 +75,7 @@ impl Session {
             }
             Err(error) => Loss::broken(error),
         };
-        self.lose(&loss);
+        self.give_up(&loss);
         drop(slot.take());
         Called::Lost(loss)
     }
@@ -106,12 +107,15 @@ impl Session {
                 self.trust(asked);
                 return Ok(());
             }
-            Ok(_) => Loss::NoExclusion,
+            Ok(_) => {
+                self.server.proof.disprove();
+                Loss::NoExclusion
+            }
             // The server lives, and the session with it.
             Err(error) if is_answer(&error) => return Ok(()),
             Err(error) => Loss::broken(error),
         };
-        self.lose(&loss);
+        self.give_up(&loss);
         drop(slot.take());
         Err(loss)
     }
@@ -129,7 +133,7 @@ impl Session {
         self.managed_locks.store(locks, Ordering::Relaxed);
     }
 
-    /// Has the idle connection polled for closure again, after it was used quietly.
+    /// Has the keeper poll the idle connection for closure again.
     pub(crate) fn resume_polling(&self) {
         if let Some(wake) = self.wake.get() {
             wake.again();

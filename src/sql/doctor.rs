@@ -16,6 +16,7 @@ pub(crate) struct Circumstances {
     pub(crate) version: u32,
     /// What the server calls itself.
     pub(crate) product: String,
+    /// As a quoted identifier, for statements that are advised.
     pub(crate) role: String,
     pub(crate) standby: bool,
     /// Not over a unix socket.

@@ -41,7 +41,7 @@ pub(crate) async fn try_lock(
     options: &LockOptions,
     with_settings: bool,
 ) -> Result<Tried, sqlx::Error> {
-    // By which a session is recognized that has the settings.
+    // The mark of a session that has the settings, or goes without.
     let wanted = if with_settings { &*options.mark } else { REFUSED };
     let mut granted = None;
     if let &[(key, mode)] = locks

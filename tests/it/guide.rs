@@ -47,8 +47,7 @@ async fn run(conn: &mut PgConnection, query: &str) -> Vec<PgRow> {
 /// All queries of the guide, in a scene of one holder, one waiter and a pair with a negative number.
 #[tokio::test]
 async fn the_queries_for_psql_find_what_they_say() {
-    let db = TestDb::new().await;
-    let pool = db.pool(5).await;
+    let (db, pool) = TestDb::with_pool(5).await;
     let mut psql = db.admin().await;
     let (cookbook, operations) = (page("cookbook.md"), page("operations.md"));
     let mut tried = 0;

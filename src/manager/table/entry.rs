@@ -16,7 +16,7 @@ pub(super) struct Entry<S, W> {
     pub(super) server: Modes,
     /// `Some` while the server has granted something.
     pub(super) seat: Option<S>,
-    /// That is a session of its own, which has waited for the key. All others are on the shared session.
+    /// Whether that is a session of its own, which has waited for the key. Means nothing without a seat.
     pub(super) apart: bool,
     pub(super) turn: Option<Turn>,
     /// When the server granted the lock.

@@ -213,6 +213,26 @@ fn what_the_server_has_granted_is_believed() {
     }
 }
 
+/// An owner that awaits a downgrade hears of it, although the statement that it was in has failed.
+#[test]
+fn a_downgrade_that_was_taken_is_told_after_a_failure() {
+    let mut world = World::new();
+    for mode in [Mode::Exclusive, Mode::Shared] {
+        world.act(Act::Want { owner: 0, key: 1, mode, waits: true });
+        world.act(Act::Answer);
+    }
+    let guard = (0, Mode::Exclusive);
+    let left = world.table.leave(KEY, guard, &SHARED_SESSION, Some(|| 7), world.now);
+    assert_eq!(left, Left::Told);
+    let Taken { id, step, .. } = take(&mut world);
+    assert_eq!(step, Step::Downgrade);
+    effects(&mut world);
+    let server = Modes::only(Mode::Shared);
+    let failed = world.table.failed_half_way(KEY, id, true, (&SHARED_SESSION, server), world.now);
+    assert!(failed.is_empty());
+    assert_eq!(effects(&mut world), [Effect::Released(7, true)]);
+}
+
 /// Only two owners that share a lock and both want it exclusively would wait for each other for ever.
 #[test]
 fn an_upgrade_goes_before_who_holds_nothing() {

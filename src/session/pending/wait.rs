@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use super::{Granted, Pending, Stage, Verdict};
-use crate::error::{Error, Result, is_answer, refuses_settings, sqlstate};
+use crate::error::{Error, Loss, Result, is_answer, refuses_settings, sqlstate};
 use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::Mode;
@@ -240,7 +240,7 @@ impl Pending {
     /// Makes sure that the server still receives from us, after a wait in which nothing was sent to it.
     ///
     /// The grant proves only that we receive from the server. An answer proves that the server receives from us,
-    /// and is not about to close the connection.
+    /// and is not about to close the connection; and it says which backend sent it.
     async fn confirm(&mut self, waiting_since: Instant) -> Result<(), sqlx::Error> {
         let mut asked = waiting_since;
         let heartbeat = self.session.heartbeat;
@@ -249,8 +249,8 @@ impl Pending {
             let answer = async { sql::backend::heartbeat(self.pg()?, None).await };
             let backend_pid = within(heartbeat.answer_limit(), answer).await?;
             if backend_pid != self.session.backend_pid() {
-                // So the lock is not granted.
-                self.session.server.proof.disprove();
+                // The connection is closed with the slot.
+                self.session.give_up(&Loss::NoExclusion);
             }
         }
         self.session.trust(asked);
