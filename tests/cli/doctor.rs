@@ -34,8 +34,7 @@ async fn a_new_server_is_fine() {
 
 #[tokio::test]
 async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let as_role = async |admin: &mut sqlx::PgConnection, change: &str| {
         sqlx::raw_sql(AssertSqlSafe(change.to_owned())).execute(admin).await.unwrap();
@@ -100,8 +99,7 @@ async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
 /// A role may have to work without the catalog's views. What can't be determined is not reported as fine.
 #[tokio::test]
 async fn a_role_that_may_not_read_the_catalog_is_examined_all_the_same() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let run = async |admin: &mut sqlx::PgConnection, change: &str| {
         sqlx::raw_sql(AssertSqlSafe(change.to_owned())).execute(admin).await.unwrap();
@@ -163,8 +161,7 @@ async fn a_role_that_may_not_read_the_catalog_is_examined_all_the_same() {
 /// The limit on connections is that of the role that logged in; the grants are for the current role.
 #[tokio::test]
 async fn a_role_that_becomes_another_is_examined() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let roles = "CREATE ROLE owner NOLOGIN CONNECTION LIMIT 1; \
                  CREATE ROLE app LOGIN CONNECTION LIMIT 3 IN ROLE owner; \
@@ -205,8 +202,7 @@ async fn a_pooler_in_transaction_mode_is_broken() {
 /// Each engine has locks that do nothing, and is known by what it calls itself.
 #[tokio::test]
 async fn an_engine_without_locks_is_named() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     for function in ["pg_try_advisory_lock(bigint)", "pg_advisory_unlock(bigint)"] {
         replace_function(&mut admin, function, "BEGIN RETURN true; END").await;
@@ -235,8 +231,7 @@ async fn an_engine_without_locks_is_named() {
 
 #[tokio::test]
 async fn a_pooler_that_does_not_reset_its_sessions_is_found() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     for (reset, severity) in [("", "warning"), ("DISCARD ALL", "fine")] {
         let settings = [("pool_mode", "session"), ("server_reset_query", reset)];
         let Some(pooler) = PgBouncer::start(&server, &settings) else { return };

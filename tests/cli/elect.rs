@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use pglock::Election;
-use pglock_testkit::{Server, Shutdown, TestDb};
+use pglock_testkit::{Shutdown, TestDb};
 
 use crate::support::{Running, is_gone, locks_are, pglock, run, terminate_holder};
 
@@ -29,8 +29,7 @@ async fn the_next_candidate_leads_when_the_leader_is_killed() {
 
 #[tokio::test]
 async fn others_see_the_name() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let args = [&["elect", "--name", "node-7"][..], &LEAD].concat();
     let mut leader = Running::start(pglock(&db, &args));
     leader.says("led").await;
@@ -127,8 +126,7 @@ async fn a_post_that_is_lost_is_told_by_the_exit_code_of_the_only_turn() {
 
 #[tokio::test]
 async fn a_restart_of_the_server_is_survived() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let args = [&["elect"][..], &LEAD].concat();
     let mut leader = Running::start(pglock(&db, &args));
     leader.says("led").await;

@@ -35,9 +35,7 @@ async fn every_scheme_is_shown_where_the_server_shows_it() {
     let ended = Running::start(command).finish().await;
     assert_eq!((ended.code(), &*ended.errors), (Some(0), ""));
 
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut lines = ended.output.lines().skip(1);
     for (scheme, number, place) in SCHEMES {
         let line = lines.next().unwrap();

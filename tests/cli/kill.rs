@@ -1,7 +1,7 @@
 //! `pglock kill`: ends the session that it showed, if that is confirmed.
 
 use pglock::Lock;
-use pglock_testkit::{Server, TestDb, advisory_locks};
+use pglock_testkit::{TestDb, advisory_locks};
 use tokio::time::timeout;
 
 use crate::ls::sql;
@@ -43,9 +43,7 @@ async fn a_waiter_is_ended_too() {
 /// Not without a confirmation, and not a session that has no lock.
 #[tokio::test]
 async fn nothing_is_ended_unasked() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (db, pool, mut admin) = TestDb::scene(1).await;
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
     let pid = guard.backend_pid().to_string();
     let asked = run(&db, &["kill", &pid]).await;
@@ -65,8 +63,7 @@ async fn nothing_is_ended_unasked() {
 
 #[tokio::test]
 async fn who_must_not_is_told_what_it_takes() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     sql(&mut admin, "CREATE ROLE onlooker LOGIN").await;
     let pool = db.pool(1).await;

@@ -111,8 +111,7 @@ async fn programs_read_all_of_it() {
 
 #[tokio::test]
 async fn names_that_are_given_are_recognized() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
     let _guards = (
         Lock::new(&pool, "nightly-report").acquire().await.unwrap(),
         Lock::new(&pool, interop::with_advisory_lock("job")).acquire().await.unwrap(),

@@ -43,8 +43,7 @@ async fn many_locks_take_no_longer_than_few() {
 
 #[tokio::test]
 async fn migrations_of_other_tools_are_named() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
     let _guards = (
         Lock::new(&pool, 72_707_369).acquire().await.unwrap(),
         Lock::new(&pool, interop::rails_migrations(db.name())).acquire().await.unwrap(),
@@ -61,8 +60,7 @@ async fn migrations_of_other_tools_are_named() {
 /// A database without an encoding can make a role whose name is not UTF-8.
 #[tokio::test]
 async fn a_name_that_is_not_utf_8_is_escaped() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     sql(
         &mut admin,
@@ -138,8 +136,7 @@ async fn a_database_without_an_encoding_shows_all_names() {
 
 #[tokio::test]
 async fn what_a_role_may_not_see_is_said() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     sql(&mut admin, "CREATE ROLE onlooker LOGIN; SELECT pg_advisory_lock(42)").await;
     let url = db.url().replacen("postgres@", "onlooker@", 1);

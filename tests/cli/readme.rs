@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
-use pglock_testkit::{Server, TestDb};
+use pglock_testkit::TestDb;
 use tokio::process::Command;
 
 use crate::support::{PGLOCK, Running, hold, locks_are, pglock};
@@ -22,8 +22,7 @@ struct Example {
 #[tokio::test]
 async fn the_examples_print_what_they_show() {
     // With a unix socket, which is where the tables say `local`.
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pages = pages();
     let examples: Vec<Example> = pages.iter().flat_map(|page| examples(page)).collect();
     assert!(examples.len() >= 7, "there are examples");

@@ -87,8 +87,7 @@ async fn a_busy_lock_is_waited_for() {
 
 #[tokio::test]
 async fn a_key_is_that_of_the_library() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
     for (written, mut lock) in [
         ("42", Lock::new(&pool, 42)),
         ("-42", Lock::new(&pool, -42)),

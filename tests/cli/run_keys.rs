@@ -1,7 +1,7 @@
 //! `pglock run` in a terminal: ^C for commands that are not in the foreground process group, and for a server that
 //! does not answer.
 
-use pglock_testkit::{Server, TestDb, eventually};
+use pglock_testkit::{TestDb, eventually};
 
 use crate::support::{LIMIT, locks_are};
 use crate::terminal::Terminal;
@@ -46,8 +46,7 @@ fn runs(command: &str, db: &TestDb) -> bool {
 
 #[tokio::test]
 async fn a_second_ctrl_c_ends_a_wait_for_a_silent_server() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let Some(terminal) = Terminal::open(&db).await else { return };
     let mut admin = db.admin().await;
     let holder = crate::support::hold(&db, &["run", "key"]).await;

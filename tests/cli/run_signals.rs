@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pglock_testkit::{Server, TestDb};
+use pglock_testkit::TestDb;
 use tokio::time::sleep;
 
 use crate::support::{PGLOCK, Running, hold, is_gone, locks_are, pglock, run};
@@ -119,8 +119,7 @@ async fn what_was_ignored_stays_ignored() {
 /// The command has ended, and the server does not answer to the release.
 #[tokio::test]
 async fn a_signal_ends_a_release_that_is_not_answered() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut listener = Running::start(pglock(&db, &["run", "key", "--", "sh", "-c", LISTEN]));
     listener.says("ready").await;
     server.pause();

@@ -9,8 +9,7 @@ use crate::support::{Running, hold, locks_are, pglock, run, send};
 
 #[tokio::test]
 async fn a_wait_survives_a_restart_of_the_server() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let holder = hold(&db, &["run", "--grace", "1", "key"]).await;
     let mut waiter = Running::start(pglock(&db, &["run", "key", "--", "echo", "ran"]));
     let strict = Running::start(pglock(&db, &["run", "--no-retry", "key", "--", "echo", "ran"]));
@@ -61,8 +60,7 @@ async fn a_silent_server_is_waited_for_within_the_limit() {
 
 #[tokio::test]
 async fn a_session_that_does_not_answer_is_waited_for_within_the_limit() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let holder = hold(&db, &["run", "key"]).await;
     let waiter = Running::start(pglock(&db, &["run", "-w", "3", "key", "true"]));

@@ -8,8 +8,7 @@ use crate::support::{Running, hold, locks_are, pglock, run};
 
 #[tokio::test]
 async fn the_exit_code_says_whether_it_is_held() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     for (written, mut lock) in [
         ("42", Lock::new(&pool, 42)),
         ("-42", Lock::new(&pool, -42)),
@@ -61,8 +60,7 @@ async fn its_waiters_are_shown_and_no_other_key() {
 
 #[tokio::test]
 async fn of_a_semaphore_it_shows_the_permits() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let semaphore = Semaphore::new(&pool, "printers", 2).unwrap();
     let permit = semaphore.acquire().await.unwrap();
     let ended = run(&db, &["who", "printers"]).await;

@@ -116,8 +116,7 @@ async fn acquiring_several_free_locks() {
 
 #[tokio::test]
 async fn acquiring_several_locks_of_which_one_is_busy() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let _held = Lock::new(&pool, "nightly-report").acquire().await.unwrap();
     several_locks_dropped(1, &db).await;
 }
@@ -145,8 +144,7 @@ async fn acquiring_another_lock_on_the_session() {
 
 #[tokio::test]
 async fn acquiring_another_lock_on_the_session_that_is_busy() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let _held = Lock::new(&pool, "nightly-report").acquire().await.unwrap();
     another_lock_on_the_session_dropped(1, &db).await;
 }
@@ -187,8 +185,7 @@ async fn acquiring_a_permit_when_none_is_free() {
 }
 
 async fn acquiring_when_none_is_free(permits: usize) {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let semaphore = Semaphore::new(&pool, "printers", permits).unwrap();
     let mut held = Vec::new();
     for _ in 0..permits {
@@ -201,9 +198,7 @@ async fn acquiring_when_none_is_free(permits: usize) {
 /// A waiter in the process, behind another waiter that goes on.
 #[tokio::test]
 async fn waiting_for_a_permit_behind_others() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let semaphore = Semaphore::new(&pool, "printers", 1).unwrap();
     let held = semaphore.acquire().await.unwrap();
     let mut first = Box::pin(semaphore.acquire());

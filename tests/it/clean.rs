@@ -11,8 +11,7 @@ use crate::support::{SOON, all_are_idle, backend_is, borrow_all, no_locks, termi
 
 #[tokio::test]
 async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, 1);
     let guard = lock.acquire().await.unwrap();
 
@@ -30,8 +29,7 @@ async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
 /// Whichever connection it has asked on.
 #[tokio::test]
 async fn an_examination_leaves_no_setting_on_a_connection_of_the_pool() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let settings = async || {
         let (mut settings, mut conns) = (Vec::new(), Vec::new());
         for _ in 0..3 {
@@ -53,9 +51,7 @@ async fn an_examination_leaves_no_setting_on_a_connection_of_the_pool() {
 
 /// Leaves the borrowed connection in the middle of something; then everything must still be right.
 async fn lock_survives(leave: impl AsyncFnOnce(&mut PgConnection)) {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     // No heartbeat comes along and tidies.
     let minute = Duration::from_mins(1);
     let options = LockOptions::new().heartbeat_interval(minute).heartbeat_timeout(minute);
@@ -140,9 +136,7 @@ async fn a_begin_whose_future_was_dropped_is_rolled_back() {
 
 #[tokio::test]
 async fn dropping_the_guard_after_a_dropped_query_frees_the_lock_soon() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
     let query = sqlx::raw_sql("SELECT pg_sleep(600)").execute(&mut *conn);
@@ -155,8 +149,7 @@ async fn dropping_the_guard_after_a_dropped_query_frees_the_lock_soon() {
 
 #[tokio::test]
 async fn a_downgrade_of_what_was_unlocked_behind_its_back_is_a_loss() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
     sqlx::raw_sql("SELECT pg_advisory_unlock_all()").execute(&mut *conn).await.unwrap();
@@ -169,9 +162,7 @@ async fn a_downgrade_of_what_was_unlocked_behind_its_back_is_a_loss() {
 
 #[tokio::test]
 async fn every_guard_of_a_lost_session_reports_the_loss() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut lock = Lock::new(&pool, 7);
     let first = lock.acquire().await.unwrap();
     let second = lock.acquire_shared().await.unwrap();
@@ -191,8 +182,7 @@ async fn every_guard_of_a_lost_session_reports_the_loss() {
 
 #[tokio::test]
 async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     for left_open in ["BEGIN", "BEGIN; SELECT 1 / 0"].repeat(10) {
         let mut conn = pool.acquire().await.unwrap();
         drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);

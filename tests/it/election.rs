@@ -41,9 +41,7 @@ async fn names_shown(admin: &mut PgConnection) -> i64 {
 
 #[tokio::test]
 async fn one_leads_and_the_others_wait_for_their_turn() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut other = election(&pool);
     let leadership = election(&pool).campaign().await.unwrap();
     assert!(other.try_campaign().await.unwrap().is_none());
@@ -66,8 +64,7 @@ async fn one_leads_and_the_others_wait_for_their_turn() {
 
 #[tokio::test]
 async fn terms_grow_from_leader_to_leader_and_over_a_restart() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pools = [db.pool(2).await, db.pool(2).await];
     let mut last = 0;
     for turn in 0..20 {
@@ -86,9 +83,7 @@ async fn terms_grow_from_leader_to_leader_and_over_a_restart() {
 
 #[tokio::test]
 async fn who_leads_already_campaigns_for_the_same_term() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut election = election(&pool);
     let status = election.status();
     let first = election.campaign().await.unwrap();
@@ -115,8 +110,7 @@ async fn who_leads_already_campaigns_for_the_same_term() {
 
 #[tokio::test]
 async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let mut election = election(&pool);
     let status = election.status();
     assert_eq!(status.term(), None);
@@ -148,9 +142,7 @@ async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
 
 #[tokio::test]
 async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut election = monitored_election(&pool);
     let status = election.status();
     let leadership = election.campaign().await.unwrap();
@@ -181,8 +173,7 @@ async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
 /// The heartbeat's bound has passed, and no task has checked the session, because none could run.
 #[tokio::test]
 async fn a_status_says_no_by_the_clock_alone() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let second = Duration::from_secs(1);
     let options = LockOptions::new().heartbeat_interval(second / 2).heartbeat_timeout(second / 2);
     let mut election = Election::new(&options.on(&pool).unwrap(), "billing");
@@ -199,8 +190,7 @@ async fn a_status_says_no_by_the_clock_alone() {
 
 #[tokio::test]
 async fn everybody_can_see_who_leads() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (db, pool) = TestDb::with_pool(3).await;
     let mut election = election(&pool);
     assert_eq!(election.leader().await.unwrap(), None);
 
@@ -227,8 +217,7 @@ async fn everybody_can_see_who_leads() {
 
 #[tokio::test]
 async fn a_pair_of_numbers_is_an_election_too() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let mut election = Election::new(&pool, (-1, 7)).candidate("node-7");
     let _leadership = election.campaign().await.unwrap();
     assert_eq!(election.leader().await.unwrap().unwrap().name, "node-7");
@@ -261,8 +250,7 @@ async fn a_leader_is_seen_with_its_address_by_who_may_see_it() {
 
 #[tokio::test]
 async fn a_name_that_the_server_cannot_show_is_shown_as_far_as_it_can() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     for (name, shown) in [
         ("", ""),
         ("two words @ home", "two words @ home"),
@@ -284,8 +272,7 @@ async fn a_name_that_the_server_cannot_show_is_shown_as_far_as_it_can() {
 
 #[tokio::test]
 async fn another_programs_lock_is_a_leader_without_a_term() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let election = election(&pool);
     let others = pool_of(db.options().application_name("their program"), 1).await;
     let mut lock = Lock::new(&others, "billing");
@@ -307,8 +294,7 @@ async fn another_programs_lock_is_a_leader_without_a_term() {
 
 #[tokio::test]
 async fn an_observer_tells_each_change_once() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (_db, pool) = TestDb::with_pool(4).await;
     let (mut ada, mut bob) =
         ["ada", "bob"].map(|name| Election::new(&pool, "billing").candidate(name)).into();
     let mut observer = ada.observe();
@@ -343,8 +329,7 @@ async fn an_observer_tells_each_change_once() {
 /// With the combinators of another crate. It has no end.
 #[tokio::test]
 async fn an_observer_is_a_stream() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let mut ada = Election::new(&pool, "billing").candidate("ada");
     let mut names = ada.observe().map(|told| told.unwrap().map(|leader| leader.name));
     let mut next = async || timeout(SOON * 10, names.next()).await.unwrap().unwrap();
@@ -360,8 +345,7 @@ async fn an_observer_is_a_stream() {
 /// It is dropped at each of its polls: the whole observer, or the call.
 #[tokio::test]
 async fn an_observer_that_is_dropped_leaves_the_pool_its_connection() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     dropped_at(5, async || {
         let mut dropped = 0;
         for polls in 1..POLLS {
@@ -399,8 +383,7 @@ async fn an_observer_pauses_after_an_error() {
 
 #[tokio::test]
 async fn an_observer_goes_on_after_an_error() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = quick_pool(&db);
     let mut observer = election(&pool).observe();
     assert_eq!(observer.changed().await.unwrap(), None);
@@ -617,8 +600,7 @@ async fn running_dropped_at_every_poll() {
 
 #[tokio::test]
 async fn looking_dropped_at_every_poll() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let _leadership = election(&pool).campaign().await.unwrap();
     let leader = async |election: &mut Election| {
         assert_eq!(election.leader().await.unwrap().unwrap().name, "node-7");
@@ -689,9 +671,7 @@ async fn never_two_lead_while_others_give_up_at_random() {
 
 #[tokio::test]
 async fn a_leadership_outlives_its_candidate_and_ends_anywhere() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     // The handle goes first, and its leadership is held all the same.
     let leadership = election(&pool).campaign().await.unwrap();
     leadership.verify().await.unwrap();
@@ -703,9 +683,7 @@ async fn a_leadership_outlives_its_candidate_and_ends_anywhere() {
 /// A hundred candidates shall send fewer than 10,000 statements an hour: a wait is two for each slice.
 #[tokio::test]
 async fn a_candidate_waits_in_long_slices() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let leading = Election::new(&pool, "billing").campaign().await.unwrap();
     let mut other = Election::new(&pool, "billing");
     let waiting = spawn(async move { other.campaign().await });

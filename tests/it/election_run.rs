@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pglock::{Election, Error, LeaderState, Leadership, Loss};
-use pglock_testkit::{Server, TestDb, advisory_locks, eventually};
+use pglock_testkit::{TestDb, advisory_locks, eventually};
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -79,9 +79,7 @@ async fn all_lead_in_turn_until_they_are_stopped() {
 
 #[tokio::test]
 async fn stopping_ends_a_campaign() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let leadership = election(&pool).campaign().await.unwrap();
     let mut election = election(&pool);
     let (stop, stopped) = oneshot::channel::<()>();
@@ -102,9 +100,7 @@ async fn stopping_ends_a_campaign() {
 
 #[tokio::test]
 async fn stopping_ends_what_leads_and_resigns() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut election = election(&pool);
     let status = election.status();
     let (stop, stopped) = oneshot::channel::<()>();
@@ -129,8 +125,7 @@ async fn stopping_ends_what_leads_and_resigns() {
 
 #[tokio::test]
 async fn who_is_stopped_already_does_not_campaign() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let lead = |_| async { Err("it leads") };
     election(&pool).run(std::future::ready(()), lead).await.unwrap();
 }
@@ -271,9 +266,7 @@ async fn a_clone_that_somebody_keeps_is_lost_when_the_turn_is_over() {
 
 #[tokio::test]
 async fn a_panic_resigns_and_goes_on() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let kept = Kept::default();
     for synchronous in [false, true] {
         let (mut election, there) = (election(&pool), Arc::clone(&kept));
@@ -325,9 +318,7 @@ async fn a_caught_panic_leaves_a_candidate_that_can_run_again() {
 
 #[tokio::test]
 async fn dropping_the_future_ends_what_leads_and_resigns() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut election = election(&pool);
     let counts = Counts::default();
     let (told, leads) = oneshot::channel();
@@ -352,8 +343,7 @@ async fn dropping_the_future_ends_what_leads_and_resigns() {
 
 #[tokio::test]
 async fn what_passes_is_tried_again() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut election = election(&quick_pool(&db));
     let (told, mut leads) = mpsc::unbounded_channel();
     let run = election.run(std::future::pending(), |leadership| {
@@ -379,8 +369,7 @@ async fn what_passes_is_tried_again() {
 
 #[tokio::test]
 async fn what_does_not_pass_is_returned() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut election = election(&pool);
     let turns = AtomicUsize::new(0);
     let run = election.run(std::future::pending(), |_| {
@@ -401,8 +390,7 @@ async fn what_does_not_pass_is_returned() {
 
 #[tokio::test]
 async fn a_leader_that_fails_pauses_and_reports_its_error() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let mut failing = election(&pool);
     let status = failing.status();
     let terms = Mutex::new(Vec::new());
@@ -445,9 +433,7 @@ async fn a_leader_that_fails_pauses_and_reports_its_error() {
 
 #[tokio::test]
 async fn a_leader_is_stopped_gracefully() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     for (grace, finishes) in [(SOON * 30, true), (Duration::from_millis(100), false)] {
         let (stop, stopped) = oneshot::channel::<()>();
         let mut stop = Some(stop);
@@ -525,8 +511,7 @@ async fn closing_the_pool_ends_a_leader_a_candidate_an_observer_and_a_pause() {
 
 #[tokio::test]
 async fn a_status_can_be_awaited() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = quick_pool(&db);
     let first = election(&pool).campaign().await.unwrap();
     let mut candidate = election(&pool);
@@ -567,9 +552,7 @@ async fn a_status_can_be_awaited() {
 
 #[tokio::test]
 async fn a_status_sees_every_end_of_a_leadership() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut election = election(&pool);
     let mut status = election.status();
     for way in ["drop", "resign", "loss"] {

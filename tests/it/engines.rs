@@ -117,8 +117,7 @@ async fn locks_that_are_always_granted_are_refused() {
 /// Citus and EDB Postgres Distributed, of whose nodes each has a lock table of its own.
 #[tokio::test]
 async fn doctor_warns_of_a_database_on_several_nodes() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let pool = db.pool(3).await;
     let nodes = async || {
         let findings = examine(&pool, &LockOptions::new()).await.unwrap();
@@ -137,8 +136,7 @@ async fn doctor_warns_of_a_database_on_several_nodes() {
 /// Citus locks its shards by advisory locks of kinds for which the server has no function.
 #[tokio::test]
 async fn advisory_locks_of_other_kinds_are_no_keys() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let (pool, mut admin) = (db.pool(3).await, db.admin().await);
     let shards = "BEGIN
             RETURN QUERY SELECT * FROM original.pg_lock_status();

@@ -95,8 +95,7 @@ pub(crate) fn is_deadlock(error: &Error) {
 /// because its state is unknown.
 #[tokio::test]
 async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, KEY);
     let guard = lock.acquire().await.unwrap();
     let pid = guard.backend_pid();
@@ -171,9 +170,7 @@ async fn a_wait_is_cancelled_without_harm_to_a_guard_of_the_same_handle() {
 /// With a program that speaks SQL: each holds what the other wants.
 #[tokio::test]
 async fn a_deadlock_between_two_keys_hits_exactly_one() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
-    let mut admin = db.admin().await;
+    let (db, pool, mut admin) = TestDb::scene(2).await;
     let mut lock = Lock::new(&pool, KEY);
     let shared = lock.acquire_shared().await.unwrap();
     let mut sql = db.admin().await;

@@ -119,9 +119,7 @@ async fn the_holder_is_killed() {
 
 #[tokio::test]
 async fn a_waiter_is_killed() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (db, pool, mut admin) = TestDb::scene(2).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut waiter = Role::start("faults::service", &[("URL", &db.url())]);
     waiter.tell("acquire").await;
@@ -138,8 +136,7 @@ async fn a_waiter_is_killed() {
 
 #[tokio::test]
 async fn the_server_crashes() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = db.pool(3).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut waiter = Lock::new(&pool, 1);
@@ -161,8 +158,7 @@ async fn the_server_crashes() {
 
 #[tokio::test]
 async fn the_server_stands_still_for_a_moment() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = db.pool(3).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
@@ -508,8 +504,7 @@ fn the_runtime_is_shut_down() {
 
 #[tokio::test]
 async fn the_pool_is_closed() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     // Longer than the heartbeat's interval, after which the session is monitored.

@@ -134,8 +134,7 @@ async fn hostile_pools(db: &TestDb) -> Vec<PgPool> {
 /// PostgreSQL prefers an exact overload from any schema of the search path (CVE-2018-1058).
 #[tokio::test]
 async fn no_schema_takes_over_a_statement_of_a_transaction_or_an_inspection() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     for pool in hostile_pools(&db).await {
         transactions(&pool, "ledger").await;
         let mut tx = pool.begin().await.unwrap();
@@ -150,8 +149,7 @@ async fn no_schema_takes_over_a_statement_of_a_transaction_or_an_inspection() {
 
 #[tokio::test]
 async fn no_schema_takes_over_a_statement_of_a_lock() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     for pool in hostile_pools(&db).await {
         locks(&pool, Key::from("ledger")).await;
         let named = LockOptions::new().application_name("billing").on(&pool).unwrap();

@@ -55,8 +55,7 @@ async fn until_passed_on(mut attempt: impl AsyncFnMut() -> bool) {
 
 #[tokio::test]
 async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     until_passed_on(async || {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
         let (before, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
@@ -84,8 +83,7 @@ async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
 
 #[tokio::test]
 async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(9).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(9).await;
     until_passed_on(async || {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
         let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
@@ -138,8 +136,7 @@ async fn a_connection_that_the_application_has_used_is_not_passed_on() {
 /// Its `release` reports whether the lock was held until then.
 #[tokio::test]
 async fn a_release_that_is_awaited_asks_a_session_that_it_passes_on() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     for _ in 0..20 {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
         let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
@@ -156,8 +153,7 @@ async fn a_release_that_is_awaited_asks_a_session_that_it_passes_on() {
 #[tokio::test]
 async fn one_connection_waits_however_many_tasks_do() {
     const TASKS: usize = 200;
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let inside = Arc::new(AtomicUsize::new(0));
     let mut tasks = JoinSet::new();
@@ -184,8 +180,7 @@ async fn one_connection_waits_however_many_tasks_do() {
 #[tokio::test]
 async fn readers_behind_a_writer_share_it() {
     const READERS: usize = 4;
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(12).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(12).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let mut readers = JoinSet::new();
     for _ in 0..READERS {
@@ -211,8 +206,7 @@ async fn readers_behind_a_writer_share_it() {
 #[tokio::test]
 async fn a_call_in_line_can_be_dropped() {
     const POLLS: usize = 12;
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     for polls in 1..POLLS {
         let mut tasks = JoinSet::new();
         for task in 0..10 {
@@ -235,8 +229,7 @@ async fn a_call_in_line_can_be_dropped() {
 
 #[tokio::test]
 async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut one, mut two) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
     let mut short = Box::pin(one.try_acquire_for(Duration::from_secs(1)));
@@ -261,8 +254,7 @@ async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
 /// Nor is it one for the others.
 #[tokio::test]
 async fn a_timeout_in_line_is_no_error() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut bounded, mut unbounded) = (JoinSet::new(), JoinSet::new());
     for number in 0..100 {
@@ -332,8 +324,7 @@ async fn a_try_that_finds_no_connection_is_an_error_though_others_wait() {
 #[tokio::test]
 async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
     const TIMEOUT: Duration = Duration::from_secs(6);
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
     let first = spawn(async move { first.acquire().await });
@@ -348,8 +339,7 @@ async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
 
 #[tokio::test]
 async fn the_end_of_the_pool_ends_the_waits_in_line() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(6).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let mut tasks = JoinSet::new();
     for _ in 0..20 {
@@ -447,8 +437,7 @@ async fn the_end_of_a_runtime_moves_the_line_on() {
 /// The server restarts again and again while the lock goes round.
 #[tokio::test]
 async fn the_line_outlives_a_restart() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = db.pool(4).await;
     let inside = Arc::new(AtomicUsize::new(0));
     let done = Arc::new(AtomicUsize::new(0));

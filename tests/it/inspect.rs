@@ -48,8 +48,7 @@ fn sqlstate(error: &Error) -> Option<String> {
 
 #[tokio::test]
 async fn every_number_is_shown_as_its_key() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let mut other = db.admin().await;
     let numbers = [i64::MIN, i64::MIN + 1, -1, 0, 1, 0x1_0000_002a, i64::MAX].map(Key::from);
     let halves = [i32::MIN, -1, 0, 42, i32::MAX];
@@ -68,8 +67,7 @@ async fn every_number_is_shown_as_its_key() {
 /// All holders and waiters, in whatever way, and whom they wait for.
 #[tokio::test]
 async fn holders_and_waiters_of_all_programs_are_shown() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(3).await, db.admin().await);
+    let (db, pool, mut admin) = TestDb::scene(3).await;
     let options = db.options().application_name("psql");
     let mut sql = options.connect().await.unwrap();
     run(&mut sql, "BEGIN; SELECT pg_advisory_xact_lock_shared(42)").await;
@@ -132,8 +130,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
 /// A session that holds one lock waits for another: it is that one it is blocked for.
 #[tokio::test]
 async fn who_holds_is_not_blocked() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(1).await, db.admin().await);
+    let (db, pool, mut admin) = TestDb::scene(1).await;
     let guard = Lock::new(&pool, 2).acquire().await.unwrap();
     let mut sql = db.admin().await;
     run(&mut sql, "SELECT pg_advisory_lock(1)").await;
@@ -175,8 +172,7 @@ async fn equal_keys_in_other_databases_are_not_shown() {
 
 #[tokio::test]
 async fn one_key_is_that_key_alone() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (_db, pool) = TestDb::with_pool(4).await;
     let _pair = Lock::new(&pool, (0, 42)).acquire().await.unwrap();
     let _other = Lock::new(&pool, 0x1_0000_002a_i64).acquire().await.unwrap();
     assert_eq!(inspect::locks_of(&pool, 42).await.unwrap(), []);
@@ -187,8 +183,7 @@ async fn one_key_is_that_key_alone() {
 
 #[tokio::test]
 async fn who_knows_the_names_can_give_them() {
-    let db = TestDb::new().await;
-    let pool = db.pool(6).await;
+    let (_db, pool) = TestDb::with_pool(6).await;
     let printers = Semaphore::new(&pool, "printers", 2).unwrap();
     let _guards = (
         Lock::new(&pool, "nightly-report").acquire().await.unwrap(),
@@ -219,8 +214,7 @@ async fn who_knows_the_names_can_give_them() {
 /// Two names of one CRC-32: the first that is given stays.
 #[tokio::test]
 async fn a_key_keeps_its_name() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let [plumless, buckeroo] = ["plumless", "buckeroo"].map(interop::django_pglocks_v1);
     assert_eq!(plumless, buckeroo);
     let _guard = Lock::new(&pool, &plumless).acquire().await.unwrap();
@@ -231,8 +225,7 @@ async fn a_key_keeps_its_name() {
 
 #[tokio::test]
 async fn the_queue_of_a_semaphore_has_a_name() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (_db, pool) = TestDb::with_pool(4).await;
     let semaphore = Semaphore::new(&pool, 7, 1).unwrap();
     let permit = semaphore.acquire().await.unwrap();
     let waiter = semaphore.clone();
@@ -250,8 +243,7 @@ async fn the_queue_of_a_semaphore_has_a_name() {
 
 #[tokio::test]
 async fn a_leader_shows_its_name_and_term() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (db, pool) = TestDb::with_pool(3).await;
     let mut election = Election::new(&pool, "billing").candidate("node-7");
     let leadership = election.campaign().await.unwrap();
     let lock = only(&pool).await;
@@ -275,8 +267,7 @@ async fn a_leader_shows_its_name_and_term() {
 /// Whatever runs a query of sqlx, on any thread.
 #[tokio::test]
 async fn it_runs_on_whatever_runs_a_query() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let look = spawn(async move {
         let mut seen = Vec::new();
@@ -296,8 +287,7 @@ async fn it_runs_on_whatever_runs_a_query() {
 /// By process id and by the time at which it was started.
 #[tokio::test]
 async fn only_the_session_that_was_shown_is_ended() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(2).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut lock = Lock::new(&pool, 1);
     let guard = lock.acquire().await.unwrap();
     let shown = session(&only(&pool).await).clone();
@@ -329,9 +319,7 @@ async fn only_the_session_that_was_shown_is_ended() {
 /// The server shows a transaction the sessions as they were when it first looked.
 #[tokio::test]
 async fn a_transaction_that_has_looked_before_sees_what_is() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
-    let mut admin = db.admin().await;
+    let (db, pool, mut admin) = TestDb::scene(3).await;
     let mut tx = admin.begin().await.unwrap();
     let look = "SELECT count(*) FROM pg_stat_activity";
     let before: i64 = sqlx::query_scalar(look).fetch_one(&mut *tx).await.unwrap();
@@ -355,8 +343,7 @@ async fn a_transaction_that_has_looked_before_sees_what_is() {
 
 #[tokio::test]
 async fn a_role_sees_and_ends_what_it_may() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     run(&mut admin, "CREATE ROLE holder LOGIN; CREATE ROLE onlooker LOGIN").await;
     let pool = PgPool::connect_with(db.options().username("holder")).await.unwrap();
@@ -407,8 +394,7 @@ async fn a_role_sees_and_ends_what_it_may() {
 /// A hardened server: it is the functions behind the views that are called.
 #[tokio::test]
 async fn a_call_that_is_refused_a_function_names_it() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     run(&mut admin, "CREATE ROLE app LOGIN").await;
     let mut app = db.options().username("app").connect().await.unwrap();
@@ -445,8 +431,7 @@ async fn a_call_that_is_refused_a_function_names_it() {
 /// One is worth a retry, the other is not; neither is about privileges.
 #[tokio::test]
 async fn a_call_that_fails_otherwise_says_whether_to_retry() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut conn = pool.acquire().await.unwrap();
     let own = pid(&mut conn).await;
     run(&mut db.admin().await, &format!("SELECT pg_terminate_backend({own})")).await;

@@ -109,8 +109,7 @@ async fn hashtext_is_what_the_server_computes() {
 /// What hand-written SQL locks by a name.
 #[tokio::test]
 async fn a_scheme_excludes_who_locks_by_it() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut sql = db.admin().await;
     for (statement, key) in [
         ("SELECT pg_advisory_xact_lock(hashtext('job'))", interop::hashtext("job")),

@@ -87,8 +87,7 @@ async fn lost_during_a_call(server: &Server, call: u32) {
 /// What the application did to a borrowed connection shows, also if another call was waiting for it.
 #[tokio::test]
 async fn what_is_unlocked_on_a_borrowed_connection_is_lost_when_it_is_returned() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&slow_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut connection = guard.connection().await.unwrap();
     sqlx::raw_sql("SELECT pg_advisory_unlock_all()").execute(&mut *connection).await.unwrap();
@@ -127,8 +126,7 @@ fn a_loss_is_reported_on_another_runtime_than_the_one_that_stands_still() {
     let [idle, other] =
         [(); 2].map(|()| Builder::new_current_thread().enable_all().build().unwrap());
     let (_db, pool) = other.block_on(async {
-        let db = TestDb::new().await;
-        let pool = db.pool(2).await;
+        let (db, pool) = TestDb::with_pool(2).await;
         (db, pool)
     });
     let mut lock = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1);
@@ -143,8 +141,7 @@ fn a_loss_is_reported_on_another_runtime_than_the_one_that_stands_still() {
 #[tokio::test]
 async fn a_hold_that_is_too_long_is_ended() {
     const MOST: Duration = Duration::from_secs(1);
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
     let short = Lock::new(&limited, 2).acquire().await.unwrap();
     short.release().await.unwrap();
@@ -178,8 +175,7 @@ async fn the_hold_of_a_managed_lock_is_not_limited() {
 
 #[tokio::test]
 async fn a_silent_server_is_told_while_the_connection_is_lent() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = db.pool(3).await;
     let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
@@ -239,9 +235,7 @@ async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() 
 
 #[tokio::test]
 async fn the_end_of_a_borrowed_connection_is_reported() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let conn = guard.connection().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
@@ -253,8 +247,7 @@ async fn the_end_of_a_borrowed_connection_is_reported() {
 
 #[tokio::test]
 async fn verify_finds_what_was_unlocked_behind_its_back() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, (1, -1));
     let shared = lock.acquire_shared().await.unwrap();
     shared.verify().await.unwrap();
@@ -349,8 +342,7 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
 
 #[tokio::test]
 async fn options_under_which_the_server_would_give_up_first_are_refused() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let second = Duration::from_secs(1);
     let options = LockOptions::new().heartbeat_interval(second * 4).heartbeat_timeout(second * 4);
     let error = options.on(&pool).unwrap_err();
@@ -376,9 +368,7 @@ async fn options_under_which_the_server_would_give_up_first_are_refused() {
 /// The release waits for the connection that was borrowed, which is being tidied, and breaks.
 #[tokio::test]
 async fn a_session_that_breaks_while_its_release_waits_is_no_success() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let conn = guard.connection().await.unwrap();
     let pid = guard.backend_pid();

@@ -24,9 +24,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn a_thousand_locks_are_one_connection() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();
     for key in 0..1000 {
@@ -127,8 +125,7 @@ async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
 /// A question that is in flight is not yet an answer.
 #[tokio::test]
 async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let options = LockOptions::new()
         .heartbeat_interval(SOON * 2)
         .heartbeat_timeout(SOON)
@@ -184,8 +181,7 @@ async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
 
 #[tokio::test]
 async fn it_excludes_and_is_excluded() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (_db, pool) = TestDb::with_pool(4).await;
     let manager = LockManager::new(&pool);
     let mut ours = Lock::new(&manager, "invoice-17");
     let mut sibling = Lock::new(&manager, "invoice-17");
@@ -209,9 +205,7 @@ async fn it_excludes_and_is_excluded() {
 
 #[tokio::test]
 async fn shared_locks_admit_each_other() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let manager = LockManager::new(&pool);
     let one = Lock::new(&manager, 1).acquire_shared().await.unwrap();
     let two = Lock::new(&manager, 1).acquire_shared().await.unwrap();
@@ -278,8 +272,7 @@ async fn two_managers_and_a_plain_lock_take_turns() {
 /// The heartbeat finds the session in use, and holding nothing, again and again.
 #[tokio::test]
 async fn a_busy_session_that_holds_nothing_just_now_is_not_lost() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (db, pool) = TestDb::with_pool(3).await;
     let second = Duration::from_secs(1);
     let options = LockOptions::new().heartbeat_interval(second / 10).heartbeat_timeout(second * 4);
     let manager = LockManager::new(
@@ -353,9 +346,7 @@ async fn many_guards_are_told_of_a_loss_and_acquire_again() {
 
 #[tokio::test]
 async fn closing_a_handle_tells_its_guards_and_nobody_elses() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let manager = LockManager::new(&pool);
     let mut lock = Lock::new(&manager, 1);
     let guard = lock.acquire().await.unwrap();
@@ -410,8 +401,7 @@ async fn a_full_lock_table_fails_some_and_loses_none() {
 
 #[tokio::test]
 async fn the_connection_is_not_lent() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&LockManager::new(&pool), "invoice-17").acquire().await.unwrap();
     let error = guard.connection().await.unwrap_err();
     assert!(matches!(error, Error::SharedSession { .. }), "{error:?}");
@@ -423,8 +413,7 @@ async fn the_connection_is_not_lent() {
 
 #[tokio::test]
 async fn a_closed_pool_gets_its_connection_back() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     // Idle.
     Lock::new(&manager, 1).acquire().await.unwrap().release().await.unwrap();
@@ -447,9 +436,7 @@ async fn a_closed_pool_gets_its_connection_back() {
 
 #[tokio::test]
 async fn one_connection_is_enough_to_wait_with() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (db, pool, mut admin) = TestDb::scene(1).await;
     let other = db.pool(1).await;
     let held = Lock::new(&other, 1).acquire().await.unwrap();
     let manager = LockManager::new(&pool);
@@ -501,8 +488,7 @@ async fn dropped_at_every_poll() {
 /// Another task of the process holds the key, and the waiter times out.
 #[tokio::test]
 async fn dropped_in_the_process_queue() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     let mut first = Lock::new(&manager, 1);
@@ -525,8 +511,7 @@ async fn dropped_in_the_process_queue() {
 
 #[tokio::test]
 async fn changing_the_mode() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (_db, pool) = TestDb::with_pool(4).await;
     let manager = LockManager::new(&pool);
     let mut plain = Lock::new(&pool, 1);
     let mut lock = Lock::new(&manager, 1);
@@ -553,8 +538,7 @@ async fn changing_the_mode() {
 
 #[tokio::test]
 async fn two_that_share_a_key_and_want_it_alone_are_a_deadlock_for_one() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     let (mut one, mut two) = (Lock::new(&manager, 1), Lock::new(&manager, 1));
     let shared = one.acquire_shared().await.unwrap();
@@ -572,9 +556,7 @@ async fn two_that_share_a_key_and_want_it_alone_are_a_deadlock_for_one() {
 /// A key that was waited for has a session of its own, which is lost alone.
 #[tokio::test]
 async fn a_key_of_its_own_session_is_lost_alone() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (db, pool, mut admin) = TestDb::scene(3).await;
     let other = db.pool(1).await;
     let held = Lock::new(&other, 1).acquire().await.unwrap();
     let manager = LockManager::new(&pool);
@@ -600,8 +582,7 @@ async fn a_key_of_its_own_session_is_lost_alone() {
 
 #[tokio::test]
 async fn a_restart_of_the_server_loses_all_and_all_can_be_acquired_again() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = db.pool(2).await;
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();
@@ -687,8 +668,7 @@ async fn an_unused_manager_keeps_no_pool_alive() {
 /// A guard may be dropped where there is no runtime.
 #[tokio::test]
 async fn dropped_on_a_plain_thread() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     std::thread::spawn(move || drop(guard)).join().unwrap();

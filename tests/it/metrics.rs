@@ -124,8 +124,7 @@ impl Recorded {
 /// Every call counts once, re-entrant ones too, and by its outcome.
 #[tokio::test]
 async fn each_acquire_is_counted_by_outcome_and_mode() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let recorded = Recorded::from_now_on();
 
     acquire_with_each_outcome(&pool, MOMENT).await;
@@ -164,8 +163,7 @@ async fn an_acquire_never_polled_is_not_counted() {
 
 #[tokio::test]
 async fn a_hold_lasts_from_the_grant_to_the_drop() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     for by_manager in [false, true] {
         let mut lock = if by_manager { Lock::new(&manager, 42) } else { Lock::new(&pool, 42) };
@@ -214,9 +212,7 @@ async fn a_downgrade_is_a_hold_in_each_mode_and_one_acquire() {
 
 #[tokio::test]
 async fn only_acquires_that_wait_have_a_wait() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let recorded = Recorded::from_now_on();
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
     assert!(Lock::new(&pool, 42).try_acquire().await.unwrap().is_none());
@@ -238,9 +234,7 @@ async fn only_acquires_that_wait_have_a_wait() {
 /// A wait that is dropped is cancelled through another connection.
 #[tokio::test]
 async fn an_abandoned_wait_is_counted() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let recorded = Recorded::from_now_on();
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
     // Nor is one that ends by its timeout.
@@ -259,8 +253,7 @@ async fn an_abandoned_wait_is_counted() {
 
 #[tokio::test]
 async fn the_connections_of_locks_are_counted() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let recorded = Recorded::from_now_on();
     let one = Lock::new(&pool, 1).acquire().await.unwrap();
     let same = Lock::new(&one, 2).acquire().await.unwrap();
@@ -275,8 +268,7 @@ async fn the_connections_of_locks_are_counted() {
 /// A manager's own requests are no acquires.
 #[tokio::test]
 async fn a_manager_records_its_batches_and_its_queue() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let manager = LockManager::new(&pool);
     let recorded = Recorded::from_now_on();
     let mut guards = Vec::new();
@@ -327,9 +319,7 @@ async fn a_manager_records_waits_for_other_processes() {
 
 #[tokio::test]
 async fn losses_are_counted_by_reason() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let recorded = Recorded::from_now_on();
     // Held by two guards, and beside another lock of the session.
     let mut lock = Lock::new(&pool, 1);
@@ -363,9 +353,7 @@ async fn losses_are_counted_by_reason() {
 
 #[tokio::test]
 async fn a_leader_is_shown_until_it_resigns_or_is_lost() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let recorded = Recorded::from_now_on();
     let mut election = Election::new(&pool, "billing");
     let leadership = election.campaign().await.unwrap();
@@ -395,8 +383,7 @@ async fn a_leader_is_shown_until_it_resigns_or_is_lost() {
 /// A clone of the leadership that outlives the term does not prolong it.
 #[tokio::test]
 async fn a_leader_is_not_shown_after_its_run() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let recorded = Recorded::from_now_on();
     let mut election = Election::new(&pool, "billing");
     let clones = RefCell::new(Vec::new());
@@ -418,8 +405,7 @@ async fn a_leader_is_not_shown_after_its_run() {
 /// From its first campaign on, so that there is a zero to alert on.
 #[tokio::test]
 async fn a_candidate_that_waits_is_shown_as_zero() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let _leader = Election::new(&pool, "billing").campaign().await.unwrap();
     let recorded = Recorded::from_now_on();
     assert!(Election::new(&pool, "billing").try_campaign().await.unwrap().is_none());
@@ -448,8 +434,7 @@ async fn heartbeats_are_timed() {
 /// The locks of which it is made are not counted, nor that the first waiter looks every 20 ms.
 #[tokio::test]
 async fn a_permit_is_one_lock() {
-    let db = TestDb::new().await;
-    let pool = db.pool(6).await;
+    let (_db, pool) = TestDb::with_pool(6).await;
     let semaphore = Semaphore::new(&pool, "printers", 1).unwrap();
     let recorded = Recorded::from_now_on();
     let permit = semaphore.acquire().await.unwrap();
@@ -492,8 +477,7 @@ async fn several_keys_are_one_lock() {
 /// Only the locks of the source whose options ask for it have the label.
 #[tokio::test]
 async fn the_key_is_a_label_where_the_application_wants_it() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let labelled = LockOptions::new().label_metrics_by_key().on(&pool).unwrap();
     let recorded = Recorded::from_now_on();
     let report = Lock::new(&labelled, "nightly-report").acquire().await.unwrap();
@@ -553,8 +537,7 @@ fn all_metrics_are_described_as_the_table_says() {
 /// The exporter of the example `web_app`. It records for the whole process, so only locks of this key are looked at.
 #[tokio::test]
 async fn prometheus_scrapes_the_metrics() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let router = exporter::router().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -46,9 +46,7 @@ async fn becomes(admin: &mut PgConnection, expected: &[(i64, bool)]) {
 
 #[tokio::test]
 async fn any_number_of_keys_of_any_kind_is_held_by_one_session() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     // A server's `SELECT` has 1664 columns at most.
     for count in [1, 2, 200, 2000] {
         let keys = (0..count).map(|number| match number % 4 {
@@ -130,9 +128,7 @@ async fn no_keys_are_an_error() {
 
 #[tokio::test]
 async fn what_is_refused_half_way_holds_nothing() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     for busy in [1, 2, 3] {
         let held = Lock::new(&pool, busy).acquire().await.unwrap();
         let mut locks = shares_the_second(&pool);
@@ -150,9 +146,7 @@ async fn what_is_refused_half_way_holds_nothing() {
 
 #[tokio::test]
 async fn many_keys_that_are_refused_at_the_last_are_given_up_in_time() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let held = Lock::new(&pool, 3999).acquire().await.unwrap();
     let mut locks = MultiLock::new(&pool, 0..4000);
     let started = Instant::now();
@@ -166,9 +160,7 @@ async fn many_keys_that_are_refused_at_the_last_are_given_up_in_time() {
 
 #[tokio::test]
 async fn what_fails_half_way_holds_nothing() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let held = Lock::new(&pool, 2).acquire().await.unwrap();
     for strike in ["pg_terminate_backend", "pg_cancel_backend"] {
         let mut locks = exclusive(&pool, &[3, 2, 1]);
@@ -210,9 +202,7 @@ async fn more_than_the_lock_table_takes_is_an_error_that_holds_nothing() {
 #[tokio::test]
 async fn a_bounded_wait_has_one_bound_for_all_keys() {
     const TIMEOUT: Duration = Duration::from_secs(2);
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let first = Lock::new(&pool, 1).acquire().await.unwrap();
     let second = Lock::new(&pool, 2).acquire().await.unwrap();
     let third = Lock::new(&pool, 3).acquire().await.unwrap();
@@ -234,9 +224,7 @@ async fn a_bounded_wait_has_one_bound_for_all_keys() {
 
 #[tokio::test]
 async fn one_key_after_another_is_waited_for() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let second = Lock::new(&pool, 2).acquire().await.unwrap();
     let fourth = Lock::new(&pool, 4).acquire_shared().await.unwrap();
     let mut locks = exclusive(&pool, &[4, 3, 2, 1]);
@@ -256,9 +244,7 @@ async fn one_key_after_another_is_waited_for() {
 
 #[tokio::test]
 async fn a_handle_stacks_and_a_clone_is_another_owner() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut locks = exclusive(&pool, &[1, 2]);
     let mut clone = locks.clone();
     let first = locks.acquire().await.unwrap();
@@ -284,9 +270,7 @@ async fn a_handle_stacks_and_a_clone_is_another_owner() {
 
 #[tokio::test]
 async fn closing_lets_go_of_all_and_tells_the_guards() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut locks = exclusive(&pool, &[1, 2]);
     let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());
     let pid = first.backend_pid();
@@ -308,9 +292,7 @@ async fn says_lost(guard: MultiGuard) {
 
 #[tokio::test]
 async fn a_loss_is_told_whichever_key_it_is_of() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut locks = shares_the_second(&pool);
 
     let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());

@@ -74,9 +74,7 @@ async fn a_circle_of_locks_on_sessions_of_their_own_is_told_to_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_key_on_two_handles_of_one_session_stacks() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut other = Lock::new(&pool, 1);
     for round in 0..200 {
         let anchor = Lock::new(&pool, 0).acquire().await.unwrap();
@@ -115,9 +113,7 @@ async fn one_key_on_two_handles_of_one_session_stacks() {
 /// What one of two acquires gives up is not what the other has got.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_acquire_that_is_dropped_takes_nothing_from_another_on_the_session() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut other = Lock::new(&pool, 1);
     for round in 0..200 {
         let anchor = Lock::new(&pool, 0).acquire().await.unwrap();
@@ -145,9 +141,7 @@ async fn an_acquire_that_is_dropped_takes_nothing_from_another_on_the_session() 
 
 #[tokio::test]
 async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     for _ in 0..50 {
         let first = Lock::new(&pool, 1).acquire().await.unwrap();
         let mut handle = Lock::new(&first, 2);
@@ -170,9 +164,7 @@ async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
 
 #[tokio::test]
 async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let first = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut handle = Lock::new(&first, 2);
     let second = handle.acquire_shared().await.unwrap();
@@ -200,8 +192,7 @@ async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
 /// The release waits for the connection, which the application has borrowed.
 #[tokio::test]
 async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let mut lock = Lock::new(&pool, 1);
     let guard = lock.acquire().await.unwrap();
     let connection = guard.connection().await.unwrap();
@@ -222,8 +213,7 @@ async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
 /// It would wait for itself.
 #[tokio::test]
 async fn a_call_behind_a_connection_that_its_own_task_keeps_ends_with_an_error() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
     let mut lock = Lock::new(&pool, 1);
     let (guard, other) =
         (lock.acquire_shared().await.unwrap(), lock.acquire_shared().await.unwrap());
@@ -256,8 +246,7 @@ async fn a_call_behind_a_connection_that_its_own_task_keeps_ends_with_an_error()
 
 #[tokio::test]
 async fn a_handle_acquires_again_although_the_connection_of_its_lost_session_is_kept() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let mut lock = Lock::new(&pool, 1);
     let guard = lock.acquire().await.unwrap();
     let connection = guard.connection().await.unwrap();
@@ -296,8 +285,7 @@ async fn a_bounded_acquire_on_a_frozen_link_ends_in_its_time() {
 /// Where there is no timer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_release_that_waits_for_the_connection_may_be_awaited_outside_of_a_runtime() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let other = Lock::new(&guard, 2).acquire().await.unwrap();
     let connection = guard.connection().await.unwrap();

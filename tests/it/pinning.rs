@@ -33,8 +33,7 @@ fn options() -> LockOptions {
 
 #[tokio::test]
 async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     for cache in CACHES {
         let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
@@ -78,8 +77,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
 
 #[tokio::test]
 async fn a_manager_holds_its_locks() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
     let pool = pool(pooler.connect_options().database(db.name()), 3).await;
@@ -109,8 +107,7 @@ async fn a_manager_holds_its_locks() {
 
 #[tokio::test]
 async fn locks_of_a_transaction_exclude() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
     let pool = pool(pooler.connect_options().database(db.name()), 2).await;
     let (mut tx, mut other) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
@@ -156,8 +153,7 @@ mod until_unlocked {
 
     #[tokio::test]
     async fn a_free_lock_excludes_and_is_held_until_it_is_released() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let (_pooler, pool, _others) = start(&server, &db).await;
         let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
@@ -175,8 +171,7 @@ mod until_unlocked {
     /// A wait calls the lock function in a block, where it is not seen; the try before it has pinned the client.
     #[tokio::test]
     async fn a_lock_that_was_waited_for_is_held() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let (_pooler, pool, _others) = start(&server, &db).await;
         let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);

@@ -91,8 +91,7 @@ mod in_transaction_mode {
     ///
     /// `None` if there is no PgBouncer.
     async fn meet(clients: usize) -> Option<BTreeMap<&'static str, usize>> {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let mut total = BTreeMap::new();
         for cache in CACHES {
@@ -126,8 +125,7 @@ mod in_transaction_mode {
     /// A transaction keeps all other clients from the only server connection.
     #[tokio::test]
     async fn one_with_a_single_server_connection_is_found_out() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         for cache in CACHES {
             let settings = [("pool_mode", "transaction"), ("default_pool_size", "1")];
             let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
@@ -154,8 +152,7 @@ mod in_transaction_mode {
         const TASKS: usize = 6;
         const ROUNDS: usize = 20;
 
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         execute(&mut admin, "CREATE TABLE counter AS SELECT 0 AS n").await;
         for cache in CACHES {
@@ -198,8 +195,7 @@ mod in_transaction_mode {
     /// The server's connections are shared: what one client's wait has changed, another would see.
     #[tokio::test]
     async fn a_transaction_that_waited_leaves_no_setting() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let limit = format!("ALTER DATABASE {} SET statement_timeout = '1min'", db.name());
         execute(&mut admin, &limit).await;
@@ -258,8 +254,7 @@ mod that_turns_from_session_to_transaction_mode {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_lock_is_given_up_when_that_is_found_out() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut count = 0;
         for cache in CACHES.into_iter().cycle().take(ROUNDS) {
             let Some((_pooler, pool, _others)) = turned(&server, &db, cache).await else { return };
@@ -279,8 +274,7 @@ mod that_turns_from_session_to_transaction_mode {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_release_finds_out_and_the_lock_is_given_up() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut count = 0;
         for cache in CACHES.into_iter().cycle().take(ROUNDS) {
             let Some((_pooler, pool, _others)) = turned(&server, &db, cache).await else { return };
@@ -306,8 +300,7 @@ mod that_turns_from_session_to_transaction_mode {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_heartbeat_finds_out_and_the_lock_is_given_up() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut count = 0;
         for _ in 0..ROUNDS {
             let Some((_pooler, pool, _others)) = turned(&server, &db, 0).await else { return };
@@ -335,8 +328,7 @@ mod that_turns_from_session_to_transaction_mode {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_wait_in_another_session_is_found_out() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let mut count = 0;
         for _ in 0..ROUNDS {
@@ -370,8 +362,7 @@ async fn one_in_statement_mode_is_found_out_by_the_first_acquire() {
     // Acquires wait for the proof for 250 ms; a busy machine may take longer.
     const POOLERS: usize = 5;
 
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     for _ in 0..POOLERS {
         let settings = [("pool_mode", "statement")];
         let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
@@ -390,8 +381,7 @@ mod in_session_mode {
     /// answers for that session. It holds nothing, so there is nothing to lose.
     #[tokio::test]
     async fn a_manager_waits_longer_than_the_heartbeat_without_a_monitor() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let settings = [("pool_mode", "session"), ("default_pool_size", "2")];
         let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
         let pool = pool(pooler.connect_options().database(db.name()), 2).await;
@@ -414,8 +404,7 @@ mod in_session_mode {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn all_works() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         for cache in CACHES {
             let settings = [("pool_mode", "session")];
@@ -514,8 +503,7 @@ mod in_session_mode {
 
     #[tokio::test]
     async fn a_full_one_lets_an_acquire_wait() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let Some(pooler) = start(&server, "1", &[]) else { return };
         let options = pooler.connect_options().database(db.name());
         let mut console = console(&pooler).await;
@@ -535,8 +523,7 @@ mod in_session_mode {
 
     #[tokio::test]
     async fn a_full_one_that_ends_its_clients_fails_an_acquire() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let Some(pooler) = start(&server, "1", &[("query_wait_timeout", "1")]) else { return };
         let options = pooler.connect_options().database(db.name());
         let mut other = options.connect().await.unwrap();
@@ -553,8 +540,7 @@ mod in_session_mode {
 
     #[tokio::test]
     async fn a_restart_loses_what_is_held_and_the_next_acquire_works() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let Some(mut pooler) = start(&server, "10", &[]) else { return };
         let pool = pool(pooler.connect_options().database(db.name()), 3).await;
@@ -582,8 +568,7 @@ mod in_session_mode {
     /// The sessions that clients have go on. A client that connects waits for the end.
     #[tokio::test]
     async fn a_pause_ends_nothing_and_delays_new_sessions() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let Some(pooler) = start(&server, "10", &[]) else { return };
         let through = pooler.connect_options().database(db.name());
@@ -636,8 +621,7 @@ mod in_session_mode {
 
     #[tokio::test]
     async fn a_reconnect_ends_a_held_lock_only_with_its_client() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let Some(pooler) = start(&server, "10", &[]) else { return };
         let through = pooler.connect_options().database(db.name());
@@ -664,8 +648,7 @@ mod in_session_mode {
     /// The end of a process closes its sockets, and says nothing to the server.
     #[tokio::test]
     async fn the_reset_query_releases_the_lock_of_a_client_that_dies() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         for (reset, left) in [("DISCARD ALL", 0), ("", 1)] {
             let more = [("server_reset_query", reset)];

@@ -176,8 +176,7 @@ async fn a_dropped_wait_warns_of_nothing_in_the_application() {
     /// Longer than the second after which sqlx warns of a slow statement.
     const SLOW: Duration = Duration::from_millis(1300);
 
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (db, pool) = TestDb::with_pool(3).await;
     let (mut holder, mut admin) = (db.admin().await, db.admin().await);
     hold(&mut holder, KEY).await;
     LazyLock::force(&BYSTANDERS);

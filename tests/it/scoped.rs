@@ -28,8 +28,7 @@ impl Drop for Flag<'_> {
 /// A guard of the handle would be re-entered; these calls are not.
 #[tokio::test]
 async fn calls_through_one_handle_exclude_each_other() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     let handles = [Lock::new(&pool, KEY), Lock::new(&manager, KEY)];
     for lock in handles {
@@ -69,9 +68,7 @@ async fn a_future_is_not_polled_while_another_session_holds_the_lock() {
 
 #[tokio::test]
 async fn a_loss_drops_the_future_before_it_is_returned() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let dropped = AtomicBool::new(false);
     let lock = Lock::new(&pool, KEY);
     // If the answer to the acquire got lost with the connection, the acquire would try another one.
@@ -94,8 +91,7 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
 /// The result of the future is worth nothing if another session may have held the lock meanwhile.
 #[tokio::test]
 async fn a_lock_that_other_code_unlocked_is_an_error_although_the_future_has_ended() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&pool, "outer").acquire().await.unwrap();
     let inner = Lock::new(&pool, KEY);
     let mut admin = db.admin().await;

@@ -136,8 +136,7 @@ async fn worker() {
 #[tokio::test]
 async fn never_more_permits_are_out_than_there_are() {
     const KILLS: u64 = 12;
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let schema = "CREATE TABLE seat (slot int PRIMARY KEY); \
                   INSERT INTO seat SELECT * FROM generate_series(0, 2); \
@@ -183,9 +182,7 @@ async fn holder() {
 
 #[tokio::test]
 async fn slots_are_numbers_from_zero_that_nobody_else_has() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(7).await;
+    let (_db, pool, mut admin) = TestDb::scene(7).await;
     for key in [Key::from("seats"), Key::from(-42), Key::from((i32::MIN, i32::MAX))] {
         let semaphore = Semaphore::new(&pool, key.clone(), 5).unwrap();
         assert_eq!((semaphore.key(), semaphore.permits()), (&key, 5));
@@ -212,8 +209,7 @@ async fn slots_are_numbers_from_zero_that_nobody_else_has() {
 
 #[tokio::test]
 async fn semaphores_of_other_keys_and_locks_do_not_interfere() {
-    let db = TestDb::new().await;
-    let pool = db.pool(10).await;
+    let (_db, pool) = TestDb::with_pool(10).await;
     let keys = [
         Key::from("seats"),
         Key::from("seats, semaphore"),
@@ -239,8 +235,7 @@ async fn semaphores_of_other_keys_and_locks_do_not_interfere() {
 
 #[tokio::test]
 async fn the_number_of_permits_is_from_1_to_1024() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     for permits in [0, 1025, usize::MAX] {
         let error = Semaphore::new(&pool, "seats", permits).unwrap_err();
         assert!(matches!(error, Error::InvalidArgument { .. }), "{error:?}");
@@ -260,9 +255,7 @@ async fn the_number_of_permits_is_from_1_to_1024() {
 /// As in a rolling deploy that changes the size, in either direction.
 #[tokio::test]
 async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(8).await;
+    let (_db, pool, mut admin) = TestDb::scene(8).await;
     let (three, five) =
         (Semaphore::new(&pool, "seats", 3).unwrap(), Semaphore::new(&pool, "seats", 5).unwrap());
     for order in [[&three, &five, &three, &five], [&five, &three, &five, &three]] {
@@ -290,9 +283,7 @@ async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
     const WAITERS: usize = 4;
     /// Longer than a slice of a session that holds something.
     const LONG: Duration = Duration::from_millis(5_500);
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(6).await;
+    let (_db, pool, mut admin) = TestDb::scene(6).await;
     let make = || Semaphore::new(&pool, "seats", 1).unwrap();
     let held = make().acquire().await.unwrap();
     let served = Arc::new(Mutex::new(Vec::new()));
@@ -321,8 +312,7 @@ async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
 #[tokio::test]
 async fn the_time_in_the_queue_does_not_count_as_a_hold() {
     const MOST: Duration = Duration::from_secs(2);
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
     let held = Semaphore::new(&pool, "seats", 1).unwrap().acquire().await.unwrap();
     let limited = LockOptions::new().max_hold(MOST).on(&pool).unwrap();
     let semaphore = Semaphore::new(&limited, "seats", 1).unwrap();
@@ -339,8 +329,7 @@ async fn the_time_in_the_queue_does_not_count_as_a_hold() {
 
 #[tokio::test]
 async fn a_timeout_is_kept_though_the_server_is_silent() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let pool = db.pool(4).await;
     let held = Semaphore::new(&pool, "seats", 1).unwrap().acquire().await.unwrap();
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
@@ -360,9 +349,7 @@ async fn a_timeout_is_kept_though_the_server_is_silent() {
 
 #[tokio::test]
 async fn a_waiter_finds_any_of_many_permits() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (db, pool, mut admin) = TestDb::scene(2).await;
     let semaphore = Semaphore::new(&pool, "seats", 1024).unwrap();
     let first = semaphore.acquire().await.unwrap();
     let locks = advisory_locks(&mut admin).await;
@@ -462,9 +449,7 @@ async fn closing_the_pool_ends_every_wait() {
 
 #[tokio::test]
 async fn who_tries_does_not_overtake_who_waits() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let (semaphore, other) =
         (Semaphore::new(&pool, "seats", 1).unwrap(), Semaphore::new(&pool, "seats", 1).unwrap());
     for _ in 0..20 {
@@ -519,9 +504,7 @@ async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
 /// A wait releases what it needed before it ends.
 #[tokio::test]
 async fn who_tries_gets_what_is_free_after_a_wait() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let semaphore = Semaphore::new(&pool, "seats", 2).unwrap();
     for round in 0..30 {
         let (one, two) = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
@@ -541,9 +524,7 @@ async fn who_tries_gets_what_is_free_after_a_wait() {
 
 #[tokio::test]
 async fn who_waits_wakes_soon_after_a_release() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(4).await;
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let mut took = Vec::new();
     for _ in 0..40 {
@@ -571,9 +552,7 @@ async fn who_waits_wakes_soon_after_a_release() {
 
 #[tokio::test]
 async fn who_waits_wakes_soon_after_a_holder_has_died() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (db, pool, mut admin) = TestDb::scene(2).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let mut took = Vec::new();
     for _ in 0..5 {
@@ -600,9 +579,7 @@ async fn who_waits_wakes_soon_after_a_holder_has_died() {
 
 #[tokio::test]
 async fn the_tasks_of_a_process_are_served_in_order_of_arrival() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     for _ in 0..3 {
         let held = semaphore.acquire().await.unwrap();
@@ -628,9 +605,7 @@ async fn the_tasks_of_a_process_are_served_in_order_of_arrival() {
 
 #[tokio::test]
 async fn processes_are_served_in_order_of_arrival() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (db, pool, mut admin) = TestDb::scene(2).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let start = || Role::start("semaphore::holder", &[(URL, &db.url())]);
     let (mut second, mut third) = (start(), start());
@@ -700,9 +675,7 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
 #[tokio::test]
 async fn a_bounded_wait_ends_in_time() {
     const TIMEOUT: Duration = Duration::from_millis(300);
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     // All are open, for to open one takes time of a bounded wait.
     borrow_all(&pool).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
@@ -756,9 +729,7 @@ async fn a_bounded_wait_ends_in_time() {
 
 #[tokio::test]
 async fn the_loss_of_a_permit_is_told_and_another_gets_it() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let permit = semaphore.acquire().await.unwrap();
     let waiter = semaphore.clone();

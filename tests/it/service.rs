@@ -476,8 +476,7 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
 /// A release that finds the connection in use by a heartbeat, on a server that has fallen silent.
 #[tokio::test]
 async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let beat = SOON;
     let options = LockOptions::new()
         .heartbeat_interval(beat)

@@ -114,8 +114,7 @@ async fn a_lock_that_is_passed_on_still_shows_its_name() {
 
 #[tokio::test]
 async fn other_handles_show_their_names_too() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
 
     let both = MultiLock::new(&named, [17, 4]).acquire().await.unwrap();

@@ -142,8 +142,7 @@ impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Capture {
 /// One span for each acquire, with its result; for re-entrant ones too.
 #[tokio::test]
 async fn every_acquire_has_a_span() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     let told = Told::from_now_on();
 
     acquire_with_each_outcome(&pool, MOMENT).await;
@@ -182,8 +181,7 @@ async fn every_acquire_has_a_span() {
 /// It is no part of the acquire, whose span ends before.
 #[tokio::test]
 async fn every_hold_has_a_span() {
-    let db = TestDb::new().await;
-    let (pool, mut admin) = (db.pool(4).await, db.admin().await);
+    let (_db, pool, mut admin) = TestDb::scene(4).await;
     let told = Told::from_now_on();
     let holds = || {
         let all = told.all().into_iter();
@@ -232,8 +230,7 @@ async fn every_hold_has_a_span() {
 /// A number has no name, and a pair is one field.
 #[tokio::test]
 async fn a_span_shows_the_key_as_it_is() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let told = Told::from_now_on();
     Lock::new(&pool, 42).acquire().await.unwrap().release().await.unwrap();
     Lock::new(&pool, (1, -2)).acquire().await.unwrap().release().await.unwrap();
@@ -246,8 +243,7 @@ async fn a_span_shows_the_key_as_it_is() {
 /// The locks that a semaphore is made of are named after it.
 #[tokio::test]
 async fn a_semaphore_is_told_by_its_name() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
     let told = Told::from_now_on();
     semaphore.acquire().await.unwrap().release().await.unwrap();
@@ -263,8 +259,7 @@ async fn a_semaphore_is_told_by_its_name() {
 
 #[tokio::test]
 async fn a_permit_of_a_larger_semaphore_is_warned_of_once() {
-    let db = TestDb::new().await;
-    let pool = db.pool(4).await;
+    let (_db, pool) = TestDb::with_pool(4).await;
     let large = Semaphore::new(&pool, "printers", 3).unwrap();
     let small = Semaphore::new(&pool, "printers", 2).unwrap();
     let mut permits = Vec::new();
@@ -286,8 +281,7 @@ async fn a_permit_of_a_larger_semaphore_is_warned_of_once() {
 
 #[tokio::test]
 async fn the_error_of_a_leader_is_warned_of() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let mut election = Election::new(&pool, "billing");
     let told = Told::from_now_on();
     let run = election.run(sleep(MOMENT), |_| async { Err("the mail server is down") });
@@ -301,8 +295,7 @@ async fn the_error_of_a_leader_is_warned_of() {
 /// A future that was never polled has acquired nothing, and so tells nothing.
 #[tokio::test]
 async fn an_acquire_never_polled_has_no_span() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, 42);
     let told = Told::from_now_on();
     drop(lock.acquire());
@@ -312,8 +305,7 @@ async fn an_acquire_never_polled_has_no_span() {
 /// The release is logged by the task that makes it, whether or not a caller awaits it.
 #[tokio::test]
 async fn a_release_is_a_trace_event() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, 42);
     let told = Told::from_now_on();
 
@@ -362,8 +354,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
 /// That a connection must not return to the pool is reported in no other way.
 #[tokio::test]
 async fn a_connection_that_is_closed_instead_is_a_warning() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
     let pid = guard.backend_pid().to_string();
     let mut conn = guard.connection().await.unwrap();
@@ -383,9 +374,7 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
 /// It is one session for many locks: the warning says how many guards have lost theirs.
 #[tokio::test]
 async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();
     for key in 1..=5 {
@@ -407,8 +396,7 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
 /// A handle in a mutex does not exclude the tasks that share it: the second one re-enters.
 #[tokio::test]
 async fn a_handle_that_two_tasks_share_is_a_warning() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
     let handles = [Lock::new(&pool, "nightly-report"), Lock::new(&manager, "nightly-report")];
     for lock in handles {
@@ -566,8 +554,7 @@ impl io::Write for Written {
 /// What the application does on the lock's connection is logged as usual.
 #[tokio::test]
 async fn the_applications_own_statements_are_not_silenced() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
     let told = Told::from_now_on();
     let mut conn = guard.connection().await.unwrap();

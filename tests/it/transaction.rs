@@ -44,9 +44,7 @@ fn sqlstate(error: &sqlx::Error) -> Option<String> {
 
 #[tokio::test]
 async fn every_way_holds_until_the_transaction_ends() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     for way in 0..6 {
         for end in ["commit", "rollback", "drop"] {
             let mut tx = pool.begin().await.unwrap();
@@ -68,8 +66,7 @@ async fn every_way_holds_until_the_transaction_ends() {
 
 #[tokio::test]
 async fn a_holder_excludes_every_other_session() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     for key in [Key::from("ledger"), Key::from(i64::MIN), Key::from((-1, 7))] {
         let mut lock = Lock::new(&pool, &key);
         let mut tx = pool.begin().await.unwrap();
@@ -94,9 +91,7 @@ async fn a_holder_excludes_every_other_session() {
 
 #[tokio::test]
 async fn a_wait_ends_when_the_holder_commits() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     for way in [0, 2, 3, 5] {
         let mut holder = pool.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
@@ -117,9 +112,7 @@ async fn a_wait_ends_when_the_holder_commits() {
 
 #[tokio::test]
 async fn rolling_back_to_a_savepoint_releases_what_was_acquired_after_it() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     for busy in [false, true] {
         let mut tx = pool.begin().await.unwrap();
         transaction::acquire(&mut tx, 1).await.unwrap();
@@ -152,8 +145,7 @@ async fn rolling_back_to_a_savepoint_releases_what_was_acquired_after_it() {
 
 #[tokio::test]
 async fn a_wait_that_runs_out_leaves_the_transaction_usable_and_the_log_empty() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let pool = db.pool(2).await;
     execute(&mut admin, "CREATE TABLE t (n int)").await;
@@ -184,8 +176,7 @@ async fn a_wait_that_runs_out_leaves_the_transaction_usable_and_the_log_empty() 
 async fn the_answer_is_true_however_tight_the_time() {
     const ROUNDS: u64 = 1_500;
 
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut others = tokio::task::JoinSet::new();
     let key = sqlx::postgres::PgAdvisoryLock::new(KEY).key().as_bigint().unwrap();
     for seed in 1..4 {
@@ -427,8 +418,7 @@ mod logs {
         let _bystanders = [Dispatch::new(Registry::default()), Dispatch::new(Registry::default())];
         let warnings = Arc::default();
         let _capturing = set_default(Registry::default().with(Warnings(Arc::clone(&warnings))));
-        let db = TestDb::new().await;
-        let pool = db.pool(2).await;
+        let (db, pool) = TestDb::with_pool(2).await;
         let mut holder = pool.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
         let mut tx = pool.begin().await.unwrap();
@@ -476,8 +466,7 @@ mod logs {
 /// Where the role may not use PL/pgSQL, and where it was dropped.
 #[tokio::test]
 async fn a_role_without_plpgsql_waits_all_the_same() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     execute(&mut admin, "CREATE ROLE app LOGIN").await;
     let options = db.options().username("app");
@@ -649,9 +638,7 @@ mod cancelled {
     /// The dropped wait is granted: the transaction has the lock, until it ends.
     #[tokio::test]
     async fn and_then_granted() {
-        let db = TestDb::new().await;
-        let mut admin = db.admin().await;
-        let pool = db.pool(1).await;
+        let (db, pool, mut admin) = TestDb::scene(1).await;
         let other = db.pool(1).await;
         let held = Lock::new(&other, KEY).acquire().await.unwrap();
         let mut tx = pool.begin().await.unwrap();
@@ -681,9 +668,7 @@ mod failing {
     /// Each holds what the other wants: one fails, and the other gets it.
     #[tokio::test]
     async fn by_a_deadlock() {
-        let db = TestDb::new().await;
-        let mut admin = db.admin().await;
-        let pool = db.pool(2).await;
+        let (_db, pool, mut admin) = TestDb::scene(2).await;
         let wait = async |mut tx: Tx| {
             let waited = timeout(TIMEOUT, transaction::acquire(&mut tx, KEY)).await.unwrap();
             match &waited {
@@ -735,8 +720,7 @@ mod failing {
 
     #[tokio::test]
     async fn because_the_server_is_silent() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let pool = db.pool(1).await;
         let mut tx = pool.begin().await.unwrap();
         server.pause();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pglock::Lock;
-use pglock_testkit::{Server, TestDb, cancel_after};
+use pglock_testkit::{TestDb, cancel_after};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -43,8 +43,7 @@ async fn acquiring_a_free_lock() {
 
 #[tokio::test]
 async fn acquiring_a_busy_lock() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let _held = new_lock(&pool, "nightly-report").acquire().await.unwrap();
     every_acquire_dropped(1, &db).await;
 }
@@ -92,8 +91,7 @@ async fn releasing() {
 
 #[tokio::test]
 async fn a_release_that_was_never_polled() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let guard = new_lock(&pool, 1).acquire().await.unwrap();
     drop(guard.release());
     no_locks(&mut db.admin().await).await;
@@ -102,9 +100,7 @@ async fn a_release_that_was_never_polled() {
 
 #[tokio::test]
 async fn closing() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
-    let mut admin = db.admin().await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut lock = new_lock(&pool, "nightly-report");
     for polls in 1..5 {
         let guard = lock.acquire().await.unwrap();
@@ -140,9 +136,7 @@ async fn downgrading_and_upgrading() {
 /// The guard goes while an upgrade on the same handle waits, and then the wait is dropped too.
 #[tokio::test]
 async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut lock = new_lock(&pool, "nightly-report");
     let mine = lock.acquire_shared().await.unwrap();
     let theirs = lock.clone().acquire_shared().await.unwrap();
@@ -204,8 +198,7 @@ async fn a_storm_of_dropped_acquires_leaves_nothing() {
     let enough = rounds(10_000);
     // A server of its own: the storm is also one of connections, for sqlx closes those that it was
     // about to return to a caller that timed out.
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let pool = db.pool(u32::try_from(CONTENDERS + DROPPERS).unwrap()).await;
     borrow_all(&pool).await;

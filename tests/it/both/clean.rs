@@ -11,8 +11,7 @@ use crate::support::{backend_is, borrow_all, no_locks, soon, terminate};
 
 #[tokio::test]
 async fn a_released_connection_is_used_again() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = new_lock(&pool, 1);
     let guard = lock.acquire().await.unwrap();
     let pid = guard.backend_pid();
@@ -22,9 +21,7 @@ async fn a_released_connection_is_used_again() {
 
 #[tokio::test]
 async fn a_session_killed_while_it_holds_is_a_loss_and_is_replaced() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut lock = new_lock(&pool, "nightly-report");
     let guard = lock.acquire().await.unwrap();
     let pid = guard.backend_pid();
@@ -58,8 +55,7 @@ async fn the_pool_gets_its_settings_back_unchanged() {
         let rows = sqlx::raw_sql(SETTINGS).fetch_all(pool).await.unwrap();
         rows.iter().map(|row| row.get(0)).collect()
     }
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let before = settings(&pool).await;
 
     // Each way to end: free, after a wait, refused, timed out.
@@ -81,9 +77,7 @@ async fn the_pool_gets_its_settings_back_unchanged() {
 
 #[tokio::test]
 async fn an_old_transaction_left_open_in_the_pool_is_ended_by_the_acquire() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut lock = new_lock(&pool, 1);
     // The connection is fresh at first; then the lock's statement is prepared on it.
     for left_open in ["BEGIN", "BEGIN", "BEGIN; SELECT 1 / 0", "BEGIN"] {

@@ -251,8 +251,7 @@ fn forgotten_pool_with_minimum_connections() {
 
 #[tokio::test]
 async fn a_drop_then_a_try_on_the_same_handle_succeeds() {
-    let db = TestDb::new().await;
-    let pool = db.pool(5).await;
+    let (_db, pool) = TestDb::with_pool(5).await;
     let mut lock = new_lock(&pool, "nightly-report");
     for _ in 0..rounds(100) {
         let guard = lock.try_acquire().await.unwrap().expect("no other task wants it");

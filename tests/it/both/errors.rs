@@ -76,8 +76,7 @@ mod connecting {
     /// A server that went away and came back: the handle needs no help.
     #[tokio::test]
     async fn while_the_server_is_down() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let pool = lazy(db.options(), Environment::current().limit(MOMENT));
         let mut lock = new_lock(&pool, KEY);
         works(&mut lock).await;
@@ -208,8 +207,7 @@ mod waiting {
 
     #[tokio::test]
     async fn fails_when_the_server_goes_away() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let pool = lazy(db.options(), TIMEOUT);
         let mut lock = new_lock(&pool, KEY);
         let mut admin = db.admin().await;
@@ -256,9 +254,7 @@ mod deadlock {
     /// Two sharers that both want more: one gives way, and the other gets it.
     #[tokio::test]
     async fn between_two_sharers_hits_exactly_one() {
-        let db = TestDb::new().await;
-        let pool = db.pool(2).await;
-        let mut admin = db.admin().await;
+        let (_db, pool, mut admin) = TestDb::scene(2).await;
         let mut one = new_lock(&pool, KEY);
         let mut two = one.clone();
         let shared_one = one.acquire_shared().await.unwrap();
@@ -425,9 +421,7 @@ mod a_dead_idle_connection_is_replaced {
 
     #[tokio::test]
     async fn when_an_administrator_has_killed_all() {
-        let db = TestDb::new().await;
-        let pool = db.pool(3).await;
-        let mut admin = db.admin().await;
+        let (_db, pool, mut admin) = TestDb::scene(3).await;
         let mut lock = new_lock(&pool, KEY);
         let before = borrow_all(&pool).await;
         all_are_idle(&pool).await;
@@ -455,8 +449,7 @@ mod a_dead_idle_connection_is_replaced {
 
     #[tokio::test]
     async fn after_a_restart_of_the_server() {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let pool = db.pool(3).await;
         let mut lock = new_lock(&pool, KEY);
         borrow_all(&pool).await;

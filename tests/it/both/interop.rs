@@ -36,8 +36,7 @@ async fn is_free(lock: &Lock) -> bool {
 /// A name excludes sqlx's own lock of that name, and is excluded by it.
 #[tokio::test]
 async fn a_name_is_the_same_lock_in_sqlx() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     for name in ["nightly-report", "", "größer", "a name with spaces, and 'quotes'"] {
         let theirs = PgAdvisoryLock::new(name);
         let mut ours = new_lock(&pool, name);
@@ -61,8 +60,7 @@ async fn a_name_is_the_same_lock_in_sqlx() {
 /// A Go service computes `int64(fnv64a(name))`, and calls `pg_advisory_lock` with it.
 #[tokio::test]
 async fn fnv1a_excludes_whoever_locks_that_number() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let mut go = db.admin().await;
     let number = 0x8594_4171_f739_67e8_u64.cast_signed();
     let mut ours = new_lock(&pool, interop::fnv1a("foobar"));
@@ -80,8 +78,7 @@ async fn fnv1a_excludes_whoever_locks_that_number() {
 /// A pair and a number are two locks, even if all their bits agree.
 #[tokio::test]
 async fn a_pair_never_clashes_with_a_number() {
-    let db = TestDb::new().await;
-    let pool = db.pool(3).await;
+    let (_db, pool) = TestDb::with_pool(3).await;
     for (pair, number) in [((0, 42), 42), ((1, 42), 0x1_0000_002a_i64), ((-1, -1), -1)] {
         let pair = new_lock(&pool, pair).acquire().await.unwrap();
         let number = new_lock(&pool, number).try_acquire().await.unwrap();
@@ -95,8 +92,7 @@ async fn a_pair_never_clashes_with_a_number() {
 /// The same pair the other way round is another lock.
 #[tokio::test]
 async fn the_order_of_a_pair_matters() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let guard = new_lock(&pool, (1, 2)).acquire().await.unwrap();
     assert!(is_free(&new_lock(&pool, (2, 1))).await);
     assert!(!is_free(&new_lock(&pool, (1, 2))).await);
@@ -185,8 +181,7 @@ async fn every_number_is_a_key() {
 
 #[tokio::test]
 async fn an_i32_is_the_i64_of_the_same_value() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     for number in [i32::MIN, -1, 0, 42, i32::MAX] {
         assert_eq!(Key::from(number), Key::from(i64::from(number)));
         let guard = new_lock(&pool, number).acquire().await.unwrap();
@@ -199,8 +194,7 @@ async fn an_i32_is_the_i64_of_the_same_value() {
 /// In both directions, and in both modes.
 #[tokio::test]
 async fn hand_written_sql_sees_our_locks() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut sql = db.admin().await;
     let mut ours = new_lock(&pool, 42);
 
@@ -222,8 +216,7 @@ async fn hand_written_sql_sees_our_locks() {
 /// Transaction-level locks share the keys of session-level ones.
 #[tokio::test]
 async fn a_transaction_level_lock_excludes_us_until_it_ends() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (db, pool) = TestDb::with_pool(1).await;
     let mut sql = db.admin().await;
     let mut ours = new_lock(&pool, 42);
 

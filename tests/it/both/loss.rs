@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use pglock::{Error, LockOptions, Loss};
-use pglock_testkit::{Server, Shutdown, TestDb, amount, replace_function};
+use pglock_testkit::{Shutdown, TestDb, amount, replace_function};
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
@@ -63,9 +63,7 @@ async fn the_end_of_a_session_is_reported_at_once() {
 
 #[tokio::test]
 async fn every_guard_of_a_lost_session_reports_it() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut lock = new_lock_with(&quick_heartbeat(), &pool, 1);
     let exclusive = lock.acquire().await.unwrap();
     let shared = lock.acquire_shared().await.unwrap();
@@ -84,8 +82,7 @@ async fn every_guard_of_a_lost_session_reports_it() {
 #[tokio::test]
 async fn the_stop_of_a_server_is_reported_at_once() {
     for how in [Shutdown::Fast, Shutdown::Immediate] {
-        let server = Server::start();
-        let db = TestDb::on(&server).await;
+        let (server, db) = TestDb::with_server().await;
         let pool = db.pool(3).await;
         let mut lock = new_lock_with(&quick_heartbeat(), &pool, 1);
         let guard = lock.acquire().await.unwrap();
@@ -100,8 +97,7 @@ async fn the_stop_of_a_server_is_reported_at_once() {
 
 #[tokio::test]
 async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     // With a pool that has a free connection, and with one that has none.
     for connections in [3, 1] {
         let pool = db.pool(connections).await;
@@ -122,8 +118,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
 
 #[tokio::test]
 async fn a_loss_that_is_seen_before_the_heartbeat_ends_frees_the_lock_under_its_guard() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let guard = new_lock_with(&fast_heartbeat(), &db.pool(3).await, 1).acquire().await.unwrap();
     server.pause();
     // By the clock; the heartbeat's timer is rounded up to the next millisecond.
@@ -219,8 +214,7 @@ fn a_lock_whose_runtime_is_shut_down_is_lost_at_once() {
 
 #[tokio::test]
 async fn while_held_returns_the_output() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let guard = new_lock(&pool, 1).acquire().await.unwrap();
     assert_eq!(guard.while_held(async { 42 }).await.unwrap(), 42);
     guard.release().await.unwrap();
@@ -234,9 +228,7 @@ async fn while_held_drops_the_future_before_it_reports_the_loss() {
             self.0.store(false, Ordering::SeqCst);
         }
     }
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let guard = new_lock_with(&quick_heartbeat(), &pool, 1).acquire().await.unwrap();
     let runs = Arc::new(AtomicBool::new(true));
     let running = Running(Arc::clone(&runs));
@@ -254,8 +246,7 @@ async fn while_held_drops_the_future_before_it_reports_the_loss() {
 
 #[tokio::test]
 async fn a_panic_inside_while_held_releases() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
     let mut lock = new_lock(&pool, 1);
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(async move {
@@ -365,9 +356,7 @@ async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
 
 #[tokio::test]
 async fn verify_asks_the_server() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(1).await;
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut lock = new_lock(&pool, (1, -1));
     let guard = lock.acquire().await.unwrap();
     let shared = lock.acquire_shared().await.unwrap();

@@ -601,8 +601,7 @@ fn the_server_agrees_with_the_model_after_every_step() {
 /// each of them that it was held to the end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn guards_of_one_handle_can_be_released_at_once() {
-    let db = TestDb::new().await;
-    let pool = db.pool(1).await;
+    let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = new_lock(&pool, 42);
     for round in 0..rounds(1000) {
         let exclusive = lock.acquire().await.unwrap();

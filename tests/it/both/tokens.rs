@@ -4,7 +4,7 @@ use std::env;
 use std::str::FromStr;
 
 use pglock::{ExclusiveGuard, Lock, Result};
-use pglock_testkit::{Role, Server, Shutdown, TestDb, cues, say};
+use pglock_testkit::{Role, Shutdown, TestDb, cues, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use super::new_lock;
@@ -45,8 +45,7 @@ async fn take(lock: &mut Lock) -> Result<(ExclusiveGuard, u64)> {
 
 #[tokio::test]
 async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let (_, here) = module_path!().split_once("::").unwrap();
     let start = || Role::start(&format!("{here}::holder"), &[(URL, &db.url())]);
     let (mut holder, mut next) = (start(), start());

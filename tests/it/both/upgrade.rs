@@ -142,9 +142,7 @@ async fn a_downgrade_leaves_other_exclusive_guards_what_they_hold() {
 
 #[tokio::test]
 async fn a_downgrade_of_a_lost_lock_is_lost() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut lock = new_lock(&pool, KEY);
 
     let guard = lock.acquire().await.unwrap();
@@ -290,9 +288,7 @@ async fn two_guards_of_one_handle_can_both_be_upgraded() {
 
 #[tokio::test]
 async fn an_upgrade_on_a_lost_session_is_an_error_and_no_lock_elsewhere() {
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(2).await;
+    let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut lock = new_lock(&pool, KEY);
 
     let guard = lock.acquire_shared().await.unwrap();

@@ -8,7 +8,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, LockOptions};
-use pglock_testkit::{Environment, Server, TestDb, eventually};
+use pglock_testkit::{Environment, TestDb, eventually};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -24,8 +24,7 @@ async fn a_long_wait_costs_others_nothing() {
     const WAIT: Duration = Duration::from_secs(7);
     let slice = Duration::from_secs(2);
 
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     sqlx::raw_sql("CREATE TABLE other AS SELECT generate_series(1, 1000) AS x")
         .execute(&mut admin)
@@ -92,9 +91,7 @@ async fn a_long_wait_costs_others_nothing() {
 #[tokio::test]
 async fn waiters_within_a_slice_are_served_in_order() {
     const WAITERS: usize = 5;
-    let db = TestDb::new().await;
-    let mut admin = db.admin().await;
-    let pool = db.pool(3).await;
+    let (_db, pool, mut admin) = TestDb::scene(3).await;
     for _ in 0..5 {
         let held = new_lock(&pool, 1).acquire().await.unwrap();
         let served = Arc::new(AtomicUsize::new(0));
@@ -167,8 +164,7 @@ async fn a_deadline_is_a_timeout_that_ends_then() {
 
 #[tokio::test]
 async fn a_limit_too_long_to_count_is_for_ever() {
-    let db = TestDb::new().await;
-    let pool = db.pool(2).await;
+    let (_db, pool) = TestDb::with_pool(2).await;
     let held = new_lock(&pool, 1).acquire().await.unwrap();
     let mut lock = new_lock(&pool, 1);
     let (guard, ()) = tokio::join!(lock.try_acquire_for(Duration::MAX), async {
@@ -237,8 +233,7 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
 async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
     // The server must be silent before the time is over, on a busy machine too.
     const TIME: Duration = Duration::from_secs(2);
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
     let held = new_lock_with(&slow_heartbeat(), &other, 1).acquire().await.unwrap();
     let mut lock = new_lock(&pool, 1);
@@ -258,8 +253,7 @@ async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
 
 #[tokio::test]
 async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
     let held = new_lock(&other, 1).acquire().await.unwrap();
     let options = LockOptions::new().wait_slice(Duration::from_secs(2));

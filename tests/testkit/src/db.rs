@@ -100,6 +100,27 @@ impl TestDb {
         }
     }
 
+    /// Makes a database, and a pool of it for this number of locks.
+    pub async fn with_pool(locks: u32) -> (Self, PgPool) {
+        let db = Self::new().await;
+        let pool = db.pool(locks).await;
+        (db, pool)
+    }
+
+    /// The same, and the connection of a superuser, to look at the locks with.
+    pub async fn scene(locks: u32) -> (Self, PgPool, PgConnection) {
+        let (db, pool) = Self::with_pool(locks).await;
+        let admin = db.admin().await;
+        (db, pool, admin)
+    }
+
+    /// Starts a server for one test alone, and makes a database on it.
+    pub async fn with_server() -> (Server, Self) {
+        let server = Server::start();
+        let db = Self::on(&server).await;
+        (server, db)
+    }
+
     /// Makes a database on `server`.
     pub async fn on(server: &Server) -> Self {
         Self::in_environment(Environment::current(), server).await

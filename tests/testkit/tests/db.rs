@@ -44,8 +44,7 @@ async fn databases_of_one_process_differ() {
 
 #[tokio::test]
 async fn a_url_leads_to_the_database() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     let mut conn = PgConnectOptions::from_str(&db.url()).unwrap().connect().await.unwrap();
     assert_eq!(current_database(&mut conn).await, db.name());
 
@@ -94,8 +93,7 @@ async fn only_the_locks_of_the_database_are_listed() {
 
 #[tokio::test]
 async fn a_lock_waited_for_is_listed_as_such() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (_server, db) = TestDb::with_server().await;
     let (mut holder, mut waiter) = (db.admin().await, db.admin().await);
     holder.execute("SELECT pg_advisory_lock(1)").await.unwrap();
     let granted = async || -> Vec<bool> {

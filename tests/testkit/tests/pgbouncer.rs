@@ -11,8 +11,7 @@ async fn backend_pid(conn: &mut PgConnection) -> i32 {
 
 #[tokio::test]
 async fn clients_share_a_server_connection_in_transaction_mode_only() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     for (mode, shared) in [("transaction", true), ("session", false)] {
         let Some(pooler) = PgBouncer::start(&server, &[("pool_mode", mode)]) else { return };
         let options = pooler.connect_options().database(db.name());

@@ -15,8 +15,7 @@ async fn answers(server: &Server) -> bool {
 
 #[tokio::test]
 async fn a_stopped_server_comes_back_with_its_data() {
-    let server = Server::start();
-    let db = TestDb::on(&server).await;
+    let (server, db) = TestDb::with_server().await;
     for how in [Shutdown::Smart, Shutdown::Fast, Shutdown::Immediate] {
         let before = server.postmaster_pid();
         server.stop(how);
