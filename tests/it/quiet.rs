@@ -13,7 +13,9 @@ use tracing::{Dispatch, Event, Level, Subscriber};
 use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
-use crate::support::{all_are_idle, borrow_all, locks_are, report, with_statement_statistics};
+use crate::support::{
+    all_are_idle, borrow_all, locks_are, prove_exclusion, report, with_statement_statistics,
+};
 
 const KEY: i64 = 7;
 const WAITERS: u32 = 10;
@@ -103,19 +105,13 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
     sqlx::raw_sql("CREATE EXTENSION pg_stat_statements").execute(&mut admin).await.unwrap();
+    prove_exclusion(&db).await;
     let pool = db.pool(WAITERS).await;
     // Some of the timeouts are shorter than a connection takes to open.
     borrow_all(&pool).await;
     let mut holder = db.admin().await;
     let hold = "SELECT count(pg_advisory_lock(key)) FROM generate_series(1, $1::int8) AS key";
     sqlx::query(hold).bind(i64::from(WAITS)).execute(&mut holder).await.unwrap();
-    // The first acquire of a process looks at the server, and on a busy machine it goes on looking.
-    drop(Lock::new(&pool, 0).acquire().await.unwrap());
-    let looks = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database()
-                   AND query LIKE '%pg_catalog.pg_try_advisory_lock(''%''::bigint)'";
-    while sqlx::query_scalar::<_, bool>(looks).fetch_one(&mut admin).await.unwrap() {
-        sleep(Duration::from_millis(10)).await;
-    }
     sqlx::raw_sql("SELECT pg_stat_statements_reset()").execute(&mut admin).await.unwrap();
 
     let mut tasks = JoinSet::new();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pglock::{Key, Lock, LockOptions, Mode, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
 
-use crate::support::upgraded;
+use crate::support::{prove_exclusion, upgraded};
 
 /// A server that logs every statement.
 fn logging_server() -> Server {
@@ -23,17 +23,11 @@ fn statements(server: &Server, mark: usize) -> Vec<String> {
     logged.filter(|line| !line.contains(IS_OPEN)).map(str::to_owned).collect()
 }
 
-/// Acquires once, on another pool: the first acquire of a process looks for a pooler in between.
-async fn looked_for_a_pooler(db: &TestDb) {
-    let pool = db.pool(1).await;
-    Lock::new(&pool, 0).acquire().await.unwrap().release().await.unwrap();
-}
-
 #[tokio::test]
 async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
-    looked_for_a_pooler(&db).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(1).await;
     let mut lock = Lock::new(&pool, "nightly-report");
 
@@ -61,7 +55,7 @@ async fn whether_a_transaction_was_left_open_is_rarely_asked() {
     const ROUNDS: usize = 40;
     let server = logging_server();
     let db = TestDb::on(&server).await;
-    looked_for_a_pooler(&db).await;
+    prove_exclusion(&db).await;
     let mut lock = Lock::new(&db.pool(1).await, 1);
     let mark = server.log_len();
     for _ in 0..ROUNDS {
@@ -76,7 +70,7 @@ async fn whether_a_transaction_was_left_open_is_rarely_asked() {
 async fn every_kind_of_first_acquire_costs_one_statement() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
-    looked_for_a_pooler(&db).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(1).await;
     let mut lock = Lock::new(&pool, (1, 2));
     let mark = server.log_len();
@@ -96,6 +90,7 @@ async fn every_kind_of_first_acquire_costs_one_statement() {
 async fn stacking_and_unstacking_send_nothing() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(1).await;
     let mut lock = Lock::new(&pool, 42);
 
@@ -119,6 +114,7 @@ async fn stacking_and_unstacking_send_nothing() {
 async fn a_downgrade_by_dropping_the_exclusive_guard_is_one_message() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(2).await;
     let mut lock = Lock::new(&pool, 42);
     let exclusive = lock.acquire().await.unwrap();
@@ -140,6 +136,7 @@ async fn a_downgrade_by_dropping_the_exclusive_guard_is_one_message() {
 async fn a_downgrade_and_an_upgrade_cost_one_statement_or_none() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(1).await;
     let mut lock = Lock::new(&pool, 42);
     let writing = lock.acquire().await.unwrap();
@@ -167,7 +164,7 @@ async fn a_downgrade_and_an_upgrade_cost_one_statement_or_none() {
 async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
-    looked_for_a_pooler(&db).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(2).await;
     let keys = (0..200).map(|key| match key % 3 {
         0 => (Key::from(key), Mode::Shared),
@@ -212,7 +209,7 @@ async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
 async fn a_free_permit_costs_three_statements_to_acquire_and_one_to_release() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
-    looked_for_a_pooler(&db).await;
+    prove_exclusion(&db).await;
     let pool = db.pool(1).await;
     for permits in [1, 1024] {
         let semaphore = Semaphore::new(&pool, "printers", permits).unwrap();

@@ -230,6 +230,23 @@ pub(crate) async fn several_heartbeats(admin: &mut PgConnection, pid: i32) {
     }
 }
 
+/// Acquires once, and waits until the proof of exclusion is over, which sends statements of its own. On a busy machine,
+/// it goes on after the acquire.
+pub(crate) async fn prove_exclusion(db: &TestDb) {
+    let (pool, mut admin) = (db.pool(1).await, db.admin().await);
+    let sessions = "SELECT count(*) FROM pg_stat_activity
+                    WHERE datname = current_database() AND backend_type = 'client backend'";
+    let mut sessions = async || sqlx::query_scalar::<_, i64>(sessions).fetch_one(&mut admin).await;
+    let before = sessions().await.unwrap();
+    Lock::new(&pool, 0).acquire().await.unwrap().release().await.unwrap();
+    let started = Instant::now();
+    // The pool may have connected.
+    while sessions().await.unwrap() > before + 1 {
+        assert!(started.elapsed() < soon() * 20, "the proof goes on");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// Waits until the pool has all its connections back, so that the next acquire finds one idle.
 pub(crate) async fn all_are_idle(pool: &PgPool) {
     let idle = || async { pool.num_idle() == pool.size() as usize };
