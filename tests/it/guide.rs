@@ -10,7 +10,7 @@ use pglock_testkit::{Server, TestDb};
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Column, PgConnection, Row};
 
-use crate::support::{has_waiter, locks_are, spawn};
+use crate::support::{has_waiter, locks_are, prove_exclusion, spawn};
 use crate::tidy::rust_files;
 
 /// Longer than anything here takes, unless it hangs.
@@ -134,6 +134,7 @@ async fn the_query_for_postgres_exporter_tells_holders_from_waiters() {
     let described: Vec<_> = described.map(|name| name.strip_suffix(':').unwrap()).collect();
 
     let db = TestDb::new().await;
+    prove_exclusion(&db).await;
     let (pool, mut psql) = (db.pool(3).await, db.admin().await);
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
     let holder = Lock::new(&named, "nightly-report").acquire().await.unwrap();

@@ -9,7 +9,7 @@ use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::timeout;
 
-use crate::support::{SOON, locks_are, no_locks, spawn};
+use crate::support::{SOON, locks_are, no_locks, prove_exclusion, spawn};
 
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -49,6 +49,7 @@ fn sqlstate(error: &Error) -> Option<String> {
 #[tokio::test]
 async fn every_number_is_shown_as_its_key() {
     let (db, pool) = TestDb::with_pool(2).await;
+    prove_exclusion(&db).await;
     let mut other = db.admin().await;
     let numbers = [i64::MIN, i64::MIN + 1, -1, 0, 1, 0x1_0000_002a, i64::MAX].map(Key::from);
     let halves = [i32::MIN, -1, 0, 42, i32::MAX];
@@ -68,6 +69,7 @@ async fn every_number_is_shown_as_its_key() {
 #[tokio::test]
 async fn holders_and_waiters_of_all_programs_are_shown() {
     let (db, pool, mut admin) = TestDb::scene(3).await;
+    prove_exclusion(&db).await;
     let options = db.options().application_name("psql");
     let mut sql = options.connect().await.unwrap();
     run(&mut sql, "BEGIN; SELECT pg_advisory_xact_lock_shared(42)").await;
@@ -131,6 +133,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
 #[tokio::test]
 async fn who_holds_is_not_blocked() {
     let (db, pool, mut admin) = TestDb::scene(1).await;
+    prove_exclusion(&db).await;
     let guard = Lock::new(&pool, 2).acquire().await.unwrap();
     let mut sql = db.admin().await;
     run(&mut sql, "SELECT pg_advisory_lock(1)").await;
@@ -172,7 +175,8 @@ async fn equal_keys_in_other_databases_are_not_shown() {
 
 #[tokio::test]
 async fn one_key_is_that_key_alone() {
-    let (_db, pool) = TestDb::with_pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
+    prove_exclusion(&db).await;
     let _pair = Lock::new(&pool, (0, 42)).acquire().await.unwrap();
     let _other = Lock::new(&pool, 0x1_0000_002a_i64).acquire().await.unwrap();
     assert_eq!(inspect::locks_of(&pool, 42).await.unwrap(), []);
@@ -183,7 +187,8 @@ async fn one_key_is_that_key_alone() {
 
 #[tokio::test]
 async fn who_knows_the_names_can_give_them() {
-    let (_db, pool) = TestDb::with_pool(6).await;
+    let (db, pool) = TestDb::with_pool(6).await;
+    prove_exclusion(&db).await;
     let printers = Semaphore::new(&pool, "printers", 2).unwrap();
     let _guards = (
         Lock::new(&pool, "nightly-report").acquire().await.unwrap(),
@@ -214,7 +219,8 @@ async fn who_knows_the_names_can_give_them() {
 /// Two names of one CRC-32: the first that is given stays.
 #[tokio::test]
 async fn a_key_keeps_its_name() {
-    let (_db, pool) = TestDb::with_pool(2).await;
+    let (db, pool) = TestDb::with_pool(2).await;
+    prove_exclusion(&db).await;
     let [plumless, buckeroo] = ["plumless", "buckeroo"].map(interop::django_pglocks_v1);
     assert_eq!(plumless, buckeroo);
     let _guard = Lock::new(&pool, &plumless).acquire().await.unwrap();
@@ -225,7 +231,8 @@ async fn a_key_keeps_its_name() {
 
 #[tokio::test]
 async fn the_queue_of_a_semaphore_has_a_name() {
-    let (_db, pool) = TestDb::with_pool(4).await;
+    let (db, pool) = TestDb::with_pool(4).await;
+    prove_exclusion(&db).await;
     let semaphore = Semaphore::new(&pool, 7, 1).unwrap();
     let permit = semaphore.acquire().await.unwrap();
     let waiter = semaphore.clone();
@@ -244,6 +251,7 @@ async fn the_queue_of_a_semaphore_has_a_name() {
 #[tokio::test]
 async fn a_leader_shows_its_name_and_term() {
     let (db, pool) = TestDb::with_pool(3).await;
+    prove_exclusion(&db).await;
     let mut election = Election::new(&pool, "billing").candidate("node-7");
     let leadership = election.campaign().await.unwrap();
     let lock = only(&pool).await;
@@ -267,7 +275,8 @@ async fn a_leader_shows_its_name_and_term() {
 /// Whatever runs a query of sqlx, on any thread.
 #[tokio::test]
 async fn it_runs_on_whatever_runs_a_query() {
-    let (_db, pool) = TestDb::with_pool(3).await;
+    let (db, pool) = TestDb::with_pool(3).await;
+    prove_exclusion(&db).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let look = spawn(async move {
         let mut seen = Vec::new();
@@ -287,7 +296,8 @@ async fn it_runs_on_whatever_runs_a_query() {
 /// By process id and by the time at which it was started.
 #[tokio::test]
 async fn only_the_session_that_was_shown_is_ended() {
-    let (_db, pool, mut admin) = TestDb::scene(2).await;
+    let (db, pool, mut admin) = TestDb::scene(2).await;
+    prove_exclusion(&db).await;
     let mut lock = Lock::new(&pool, 1);
     let guard = lock.acquire().await.unwrap();
     let shown = session(&only(&pool).await).clone();
@@ -320,6 +330,7 @@ async fn only_the_session_that_was_shown_is_ended() {
 #[tokio::test]
 async fn a_transaction_that_has_looked_before_sees_what_is() {
     let (db, pool, mut admin) = TestDb::scene(3).await;
+    prove_exclusion(&db).await;
     let mut tx = admin.begin().await.unwrap();
     let look = "SELECT count(*) FROM pg_stat_activity";
     let before: i64 = sqlx::query_scalar(look).fetch_one(&mut *tx).await.unwrap();
@@ -432,6 +443,7 @@ async fn a_call_that_is_refused_a_function_names_it() {
 #[tokio::test]
 async fn a_call_that_fails_otherwise_says_whether_to_retry() {
     let (db, pool) = TestDb::with_pool(1).await;
+    prove_exclusion(&db).await;
     let mut conn = pool.acquire().await.unwrap();
     let own = pid(&mut conn).await;
     run(&mut db.admin().await, &format!("SELECT pg_terminate_backend({own})")).await;

@@ -8,7 +8,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, has_waiter, no_locks, soon, spawn};
+use crate::support::{SOON, has_waiter, no_locks, prove_exclusion, soon, spawn};
 
 const KEY: &str = "nightly-report";
 
@@ -43,6 +43,7 @@ async fn own_name_is_back(pool: &PgPool, name: &str) {
 #[tokio::test]
 async fn a_lock_shows_its_name_while_it_is_held_and_while_it_is_waited_for() {
     let db = TestDb::new().await;
+    prove_exclusion(&db).await;
     let mut admin = db.admin().await;
     for own in ["", "it's \"mine\" \\"] {
         let (pool, other) = (pool_named(&db, own).await, pool_named(&db, own).await);
@@ -77,6 +78,7 @@ async fn a_lock_shows_its_name_while_it_is_held_and_while_it_is_waited_for() {
 #[tokio::test]
 async fn a_session_shows_the_lock_that_it_was_asked_for_last() {
     let db = TestDb::new().await;
+    prove_exclusion(&db).await;
     let mut admin = db.admin().await;
     let pool = pool_named(&db, "invoices").await;
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
@@ -95,6 +97,7 @@ async fn a_session_shows_the_lock_that_it_was_asked_for_last() {
 #[tokio::test]
 async fn a_lock_that_is_passed_on_still_shows_its_name() {
     let db = TestDb::new().await;
+    prove_exclusion(&db).await;
     let mut admin = db.admin().await;
     let pool = pool_named(&db, "invoices").await;
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
@@ -114,7 +117,8 @@ async fn a_lock_that_is_passed_on_still_shows_its_name() {
 
 #[tokio::test]
 async fn other_handles_show_their_names_too() {
-    let (_db, pool, mut admin) = TestDb::scene(4).await;
+    let (db, pool, mut admin) = TestDb::scene(4).await;
+    prove_exclusion(&db).await;
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
 
     let both = MultiLock::new(&named, [17, 4]).acquire().await.unwrap();
@@ -144,6 +148,7 @@ async fn other_handles_show_their_names_too() {
 #[tokio::test]
 async fn a_name_that_a_session_shows_is_checked() {
     let db = TestDb::new().await;
+    prove_exclusion(&db).await;
     let (mut admin, long) = (db.admin().await, "n".repeat(70));
     for (application, key, known) in [
         ("nightly billing", "nightly report", Some("nightly report")),
