@@ -51,7 +51,7 @@ pub(crate) async fn dropped_at_every_poll_on(
 
 /// Returns at how many points it was dropped.
 async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
-    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
+    let mut admin = db.admin().await;
     let mut dropped = 0;
     for state in [State::Cold, State::Warm, State::Used] {
         for polls in 1.. {
@@ -59,9 +59,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
             let pool = db.pool(2).await;
             prepare(&pool, state).await;
             let call = Box::pin(call(&pool));
-            let call = cancel_after(polls, call);
-            let (back, outcome) = unless_it_waits(held, watcher, call).await;
-            watcher = back;
+            let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
 
             locks_are(&mut admin, held, SOON * 4).await;
             borrow_all(&pool).await;
@@ -243,7 +241,7 @@ async fn borrowing_and_using_the_connection() {
 #[tokio::test]
 async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     let db = TestDb::new().await;
-    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
+    let mut admin = db.admin().await;
     let pool = db.pool(3).await;
     let mut lock = Lock::new(&pool, "nightly-report");
     let mut other = lock.clone();
@@ -251,9 +249,7 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     let theirs = other.acquire_shared().await.unwrap();
 
     for polls in 1.. {
-        let acquire = cancel_after(polls, Box::pin(lock.acquire()));
-        let (back, outcome) = unless_it_waits(2, watcher, acquire).await;
-        watcher = back;
+        let outcome = unless_it_waits(2, &db, cancel_after(polls, Box::pin(lock.acquire()))).await;
         locks_are(&mut admin, 2, SOON * 4).await;
         // The session still answers, and holds what it held.
         let mut conn = mine.connection().await.unwrap();

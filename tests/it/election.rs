@@ -532,7 +532,7 @@ async fn dropped_at_every_poll(
 
 /// Returns at how many points it was dropped.
 async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> usize {
-    let (mut admin, mut watcher) = (db.admin().await, db.admin().await);
+    let mut admin = db.admin().await;
     let mut dropped = 0;
     for warm in [false, true] {
         for polls in 1.. {
@@ -543,9 +543,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> u
             }
             let mut election = election(&pool);
             let call = Box::pin(call(&mut election));
-            let call = cancel_after(polls, call);
-            let (back, outcome) = unless_it_waits(held, watcher, call).await;
-            watcher = back;
+            let outcome = unless_it_waits(held, db, cancel_after(polls, call)).await;
 
             assert!(!election.status().is_leader());
             locks_are(&mut admin, held, SOON * 4).await;

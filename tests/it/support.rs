@@ -15,8 +15,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 /// Runs a future as a task.
@@ -255,36 +254,31 @@ pub(crate) async fn all_are_idle(pool: &PgPool) {
 
 /// Runs a call until it completes or plainly waits: until the server has known for a while of a
 /// waiter for a lock, or of one lock more than the `held` that others hold, which is a queue's.
-/// Returns its output if it completed, and the connection on which the server was asked, for the next call.
+/// Returns its output if it completed.
 ///
 /// The call is polled when it asks for it, never for the looking.
 pub(crate) async fn unless_it_waits<T>(
     held: usize,
-    mut admin: PgConnection,
+    db: &TestDb,
     call: impl Future<Output = T>,
-) -> (PgConnection, Option<T>) {
-    let (stop, mut stopped) = oneshot::channel::<()>();
-    let mut looking = spawn(async move {
+) -> Option<T> {
+    let mut admin = db.admin().await;
+    let mut waits = JoinSet::new();
+    waits.spawn(async move {
         loop {
             let locks = advisory_locks(&mut admin).await;
             if locks.iter().any(|lock| !lock.granted) || (held > 0 && locks.len() > held) {
                 break;
             }
-            if timeout(Duration::from_millis(5), &mut stopped).await.is_ok() {
-                return admin;
-            }
+            sleep(Duration::from_millis(5)).await;
         }
         // A call with a short timeout times out meanwhile.
-        drop(timeout(Duration::from_millis(200), &mut stopped).await);
-        admin
+        sleep(Duration::from_millis(200)).await;
     });
     tokio::select! {
         biased;
-        output = call => {
-            drop(stop);
-            (looking.await.unwrap(), Some(output))
-        }
-        admin = &mut looking => (admin.unwrap(), None),
+        output = call => Some(output),
+        _ = waits.join_next() => None,
     }
 }
 
