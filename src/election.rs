@@ -464,8 +464,8 @@ impl Election {
     ///
     /// # Errors
     ///
-    /// [`Error::PoolTimedOut`], [`Error::PoolClosed`] or [`Error::Connect`] if no connection was available, [`Error::Database`] if the
-    /// server or the connection failed.
+    /// [`Error::PoolTimedOut`], [`Error::PoolClosed`] or [`Error::Connect`] if no connection was available,
+    /// [`Error::Database`] if the server or the connection failed.
     ///
     /// # Examples
     ///

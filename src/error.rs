@@ -82,8 +82,8 @@ pub enum Error {
     },
 
     /// Two sessions waited for each other, and the server ended the wait of this one (SQLSTATE 40P01). Or a holder of a
-    /// shared lock of a [`LockManager`](crate::LockManager) wanted the exclusive one, and another holder wanted it too, or
-    /// another process shared the lock; then the source is an I/O error of the kind `Deadlock`.
+    /// shared lock of a [`LockManager`](crate::LockManager) wanted the exclusive one, and another holder wanted it too,
+    /// or another process shared the lock; then the source is an I/O error of the kind `Deadlock`.
     #[error(
         "lock {key}: deadlock, two sessions waited for each other; release what you hold, then \
          acquire again, and everywhere in the same order"

@@ -136,11 +136,10 @@ impl Guard {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`] if the session no longer held the lock: its
-    /// connection broke, or other code unlocked it. Another session may have held the lock
-    /// since. [`Error::NoExclusion`] if locks exclude no other session there. [`Error::ConnectionBorrowed`] if another guard's
-    /// [`connection`](Self::connection) stays borrowed for ten seconds; the release continues
-    /// when it is returned.
+    /// [`Error::Lost`] if the session no longer held the lock: its connection broke, or other code unlocked it. Another
+    /// session may have held the lock since. [`Error::NoExclusion`] if locks exclude no other session there.
+    /// [`Error::ConnectionBorrowed`] if another guard's [`connection`](Self::connection) stays borrowed for ten
+    /// seconds; the release continues when it is returned.
     ///
     /// # Examples
     ///
@@ -161,13 +160,13 @@ impl Guard {
 
     /// Returns whether the lock was lost: `true` as soon as the loss is detected.
     ///
-    /// Sends nothing. `false` means that no loss was detected; it is as recent as the session's last answer. A silent session is lost when the heartbeat's
-    /// interval and timeout ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed
-    /// since the last question that was answered: over a direct TCP connection, [before](crate::guide::guarantees#loss)
-    /// the server grants the lock to another session. A closed connection is detected within 50 ms if it is idle and
-    /// the lock has been held for more than two seconds, otherwise at the next heartbeat. After a system suspend,
-    /// `is_lost` returns `false` until the first heartbeat, because the monotonic clock does not advance during
-    /// suspend.
+    /// Sends nothing. `false` means that no loss was detected; it is as recent as the session's last answer. A silent
+    /// session is lost when the heartbeat's interval and timeout
+    /// ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed since the last
+    /// question that was answered: over a direct TCP connection, [before](crate::guide::guarantees#loss) the server
+    /// grants the lock to another session. A closed connection is detected within 50 ms if it is idle and the lock has
+    /// been held for more than two seconds, otherwise at the next heartbeat. After a system suspend, `is_lost` returns
+    /// `false` until the first heartbeat, because the monotonic clock does not advance during suspend.
     ///
     /// # Examples
     ///
@@ -220,9 +219,9 @@ impl Guard {
 
     /// Asks the server whether the session still holds the lock (`pg_lock_status`).
     ///
-    /// Sends one statement on the session's own connection, for any number of keys. Waits while
-    /// the connection is in use. For a guard of a [`LockManager`](crate::LockManager), the answer has a row for each lock
-    /// of the manager's session.
+    /// Sends one statement on the session's own connection, for any number of keys. Waits while the connection is in
+    /// use. For a guard of a [`LockManager`](crate::LockManager), the answer has a row for each lock of the manager's
+    /// session.
     ///
     /// # Cancel safety
     ///

@@ -52,22 +52,22 @@
 //!
 //! # Cancel safety
 //!
-//! Every future of this crate may be dropped at any await. (Those of [`transaction`] run on a connection of yours,
-//! [at a cost](transaction#cancel-safety).) A background task cancels the wait through another connection
+//! Every future of this crate may be dropped at any await. (Those of [`transaction`] run on a connection of yours, [at
+//! a cost](transaction#cancel-safety).) A background task cancels the wait through another connection
 //! (`pg_cancel_backend`), reads the outstanding answer, releases a lock that was granted meanwhile, and returns the
-//! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A
-//! guard may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. The manager's
-//! task releases that of a [`LockManager`], when its runtime runs, or the end of its connection does.
+//! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A guard
+//! may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. The manager's task
+//! releases that of a [`LockManager`], when its runtime runs, or the end of its connection does.
 //!
 //! # Loss
 //!
-//! A session can end without its client: an administrator terminates it, the server restarts, the network fails.
-//! Then its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all
-//! other methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. A server that has not answered within the
-//! [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too; [`Loss`] lists all causes.
-//! An answer that is an error is no loss. Over TCP, the server ends the session of a [silent
-//! client](LockOptions::keepalives_interval) only later, so a holder that is cut off stops before another session
-//! is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times.
+//! A session can end without its client: an administrator terminates it, the server restarts, the network fails. Then
+//! its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all other
+//! methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. A server that has
+//! not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too;
+//! [`Loss`] lists all causes. An answer that is an error is no loss. Over TCP, the server ends the session of a [silent
+//! client](LockOptions::keepalives_interval) only later, so a holder that is cut off stops before another session is
+//! granted the lock. [Guarantees](guide::guarantees#loss) has the detection times.
 //!
 //! # What is sent to the server
 //!

@@ -424,9 +424,9 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] or [`Error::NoExclusion`] if the lock was lost before it was
-    /// released. The
-    /// future may have ended by then; its output is not returned, and another session may have held the lock meanwhile.
+    /// As for [`acquire`](Self::acquire), and [`Error::Lost`] or [`Error::NoExclusion`] if the lock was lost before it
+    /// was released. The future may have ended by then; its output is not returned, and another session may have held
+    /// the lock meanwhile.
     ///
     /// # Panics
     ///

@@ -79,11 +79,11 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Fairness
 ///
-/// Busy keys take turns to wait in the server's queue. The first turn of a key lasts 250 ms. Later ones last an eighth of
-/// the time that the key has waited (all of it, if no other key is busy), and at most a minute; then each of the other
-/// keys may have as much time before its next turn. So no key waits forever: if the server's queue takes a time *t* of
-/// up to 50 s to reach the key, it is granted within about 9 *t* plus two minutes for each busy key of the process, or
-/// half a second for each if none of them has waited for more than two seconds. A
+/// Busy keys take turns to wait in the server's queue. The first turn of a key lasts 250 ms. Later ones last an eighth
+/// of the time that the key has waited (all of it, if no other key is busy), and at most a minute; then each of the
+/// other keys may have as much time before its next turn. So no key waits forever: if the server's queue takes a time
+/// *t* of up to 50 s to reach the key, it is granted within about 9 *t* plus two minutes for each busy key of the
+/// process, or half a second for each if none of them has waited for more than two seconds. A
 /// [`wait_slice`](LockOptions::wait_slice) of less than a minute limits the turns, too.
 ///
 /// A turn needs a connection. If locks use their whole share of the pool, and each of these connections holds a key, a
@@ -244,8 +244,8 @@ impl State {
         u32::try_from(self.apart.keys().filter(is_settled).count()).unwrap_or(u32::MAX)
     }
 
-    /// Whether the driver is on another runtime than this one. Outside of one, where a release may be awaited, there is no
-    /// timer to watch it by.
+    /// Whether the driver is on another runtime than this one. Outside of one, where a release may be awaited, there is
+    /// no timer to watch it by.
     fn is_driven_elsewhere(&self) -> bool {
         let is_elsewhere = |driver: &Driving| {
             Handle::try_current().is_ok_and(|here| here.id() != driver.runtime.id())

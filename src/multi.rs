@@ -242,8 +242,8 @@ impl MultiLock {
     ///
     /// # Errors
     ///
-    /// [`Error::Lost`], or [`Error::NoExclusion`], if the locks were lost before; [`Error::ConnectionBorrowed`] if a guard's connection stays
-    /// borrowed for ten seconds.
+    /// [`Error::Lost`], or [`Error::NoExclusion`], if the locks were lost before; [`Error::ConnectionBorrowed`] if a
+    /// guard's connection stays borrowed for ten seconds.
     ///
     /// # Examples
     ///

@@ -294,10 +294,10 @@ impl LockOptions {
     /// the pool, rounded up.
     ///
     /// A lock that is held, or a key that is waited for, uses a connection, and what it protects usually needs another
-    /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire
-    /// that would leave fewer connections than that waits in the process, in FIFO order. After the pool's
-    /// `acquire_timeout` it fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one
-    /// connection has none to leave, and one connection is always allowed.
+    /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire that would
+    /// leave fewer connections than that waits in the process, in FIFO order. After the pool's `acquire_timeout` it
+    /// fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one connection has
+    /// none to leave, and one connection is always allowed.
     ///
     /// # Examples
     ///

@@ -179,8 +179,8 @@ impl Semaphore {
     /// # Errors
     ///
     /// As for [`Lock::acquire`](crate::Lock::acquire). If the connection of the waiter breaks, the wait goes on with
-    /// another, at the end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the process get
-    /// the [`Error::PoolTimedOut`].
+    /// another, at the end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the
+    /// process get the [`Error::PoolTimedOut`].
     ///
     /// # Panics
     ///

@@ -29,9 +29,9 @@ use crate::owner::Owner;
 ///
 /// Locks are re-entrant within the session: two handles made from one guard don't exclude each other, so don't give
 /// that guard to two tasks. (Those made from a guard of a [`LockManager`](crate::LockManager) do, and so do clones, and
-/// [`run`](crate::Lock::run), which use sessions of their own.) The session ends with its last guard; after that, the handle opens
-/// a session of its own. While the handle waits for a busy lock, the session's connection is in use: borrowing
-/// it, and releases of other guards, wait for the end of the slice, at most 5 s (or `deadlock_timeout` plus a
+/// [`run`](crate::Lock::run), which use sessions of their own.) The session ends with its last guard; after that, the
+/// handle opens a session of its own. While the handle waits for a busy lock, the session's connection is in use:
+/// borrowing it, and releases of other guards, wait for the end of the slice, at most 5 s (or `deadlock_timeout` plus a
 /// second, if that is longer). If the session is lost, all its guards are.
 ///
 /// # Examples

@@ -417,8 +417,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         waiters
     }
 
-    /// A step failed half-way: this is what the server has granted. Returns the waiters for it, unless it was `done`, or
-    /// called off before.
+    /// A step failed half-way: this is what the server has granted. Returns the waiters for it, unless it was `done`,
+    /// or called off before.
     pub(super) fn failed_half_way(
         &mut self,
         key: KeyId,
