@@ -392,7 +392,8 @@ impl Error {
     }
 
     pub(crate) fn deadlock(key: &Key) -> Self {
-        let reason = "a holder of a shared lock wants the exclusive one, and so does another one, or shares it elsewhere";
+        let reason =
+            "a holder of a shared lock wants the exclusive one, which another holder prevents";
         let source = sqlx::Error::Io(io::Error::new(io::ErrorKind::Deadlock, reason));
         Self::Deadlock { key: key.clone(), source: Arc::new(source) }
     }

@@ -372,7 +372,8 @@ pub(super) fn connections(seen: &Circumstances) -> Finding {
     }
     finding.warn(
         "each lock that is held or waited for takes one; beside the pool, monitoring takes one per runtime, and the \
-         proof of exclusion two for a moment: raise max_connections, or the CONNECTION LIMIT of the role or the database",
+         proof of exclusion two for a moment: raise max_connections, or the CONNECTION LIMIT of the role or the \
+         database",
     )
 }
 
