@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
+use pglock_testkit::amount;
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::scheduler::RandomScheduler;
@@ -32,7 +33,6 @@ use crate::request::Request;
 use crate::session::Session;
 use crate::session::policy::WaitPolicy;
 
-const ORDERS: usize = 3000;
 const KEYS: i64 = 2;
 const ROUNDS: usize = 3;
 
@@ -47,7 +47,7 @@ fn no_caller_enters_beside_another_or_waits_forever() {
     let mut config = Config::new();
     // Shuttle's threads have little room, and these futures are not small.
     config.stack_size = 1 << 20;
-    Runner::new(RandomScheduler::new(ORDERS), config).run(move || meet(&pool));
+    Runner::new(RandomScheduler::new(amount(1_000, 3_000)), config).run(move || meet(&pool));
 }
 
 /// Three threads with two owners, and one thread that takes the steps. Shuttle detects a thread that waits for

@@ -1,6 +1,6 @@
 //! What processes that share locks have done, while all that can fail did, breaks no rule.
 //!
-//! `PGLOCK_SOAK_SECONDS` says for how long (10), and `PGLOCK_SOAK_SEED` repeats what chance chose, though
+//! `PGLOCK_SOAK_SECONDS` says for how long (6), and `PGLOCK_SOAK_SEED` repeats what chance chose, though
 //! not when the machine got round to it.
 
 #![expect(
@@ -35,7 +35,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[tokio::test]
 async fn a_history_full_of_faults_breaks_no_rule() {
-    let seconds = number("PGLOCK_SOAK_SECONDS").unwrap_or(10);
+    let seconds = number("PGLOCK_SOAK_SECONDS").unwrap_or(6);
     let seed = number("PGLOCK_SOAK_SEED").unwrap_or_else(|| {
         u64::from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().subsec_nanos())
     });

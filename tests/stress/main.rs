@@ -7,7 +7,7 @@
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `PGLOCK_STRESS_OPERATIONS` | the number of operations of both tests together (10,000) |
+//! | `PGLOCK_STRESS_OPERATIONS` | the number of operations of both tests together (6,000) |
 //! | `PGLOCK_STRESS_SEED` | repeats the choices of a run, though not its interleaving |
 //! | `PGLOCK_TEST_ENVIRONMENT` | the environment, instead of the one that the seed chooses |
 //! | `PGLOCK_STRESS_WITHOUT` | verbs to leave out, separated by spaces, to look past a known failure |
@@ -65,7 +65,7 @@ async fn random_operations_among_killed_and_cancelled_backends_keep_every_guaran
 }
 
 async fn stress(weather: Weather) {
-    let operations = number("PGLOCK_STRESS_OPERATIONS").unwrap_or(10_000) / 2;
+    let operations = number("PGLOCK_STRESS_OPERATIONS").unwrap_or(6_000) / 2;
     let seed = *SEED;
     let environment = environment(seed);
     // A round trip that takes longer makes an operation take longer.

@@ -5,6 +5,7 @@ mod turns;
 
 use std::collections::HashSet;
 
+use pglock_testkit::amount;
 use proptest::prelude::*;
 
 use self::model::{Act, Session, World, act};
@@ -15,7 +16,7 @@ use crate::mode::Mode;
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 3000,
+        cases: amount(1_000, 3_000),
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
