@@ -354,7 +354,7 @@ impl Inside {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_random_rounds_without_a_deadlock() {
     const TASKS: u64 = 8;
-    let in_all: usize = amount(3_000, 10_000);
+    let in_all: usize = amount(1_500, 10_000);
     // Low, so that a deadlock is found, and not waited out.
     let server = Server::options().setting("deadlock_timeout", "50ms").start();
     let db = TestDb::on(&server).await;

@@ -231,7 +231,9 @@ mod that_turns_from_session_to_transaction_mode {
     use super::*;
 
     /// In most of them, two server connections answer one client.
-    const ROUNDS: usize = 20;
+    fn tries() -> usize {
+        amount(8, 20)
+    }
 
     /// A busy pooler of which it is known that all works, and is no longer true; a pool of one connection.
     ///
@@ -256,7 +258,7 @@ mod that_turns_from_session_to_transaction_mode {
     async fn a_lock_is_given_up_when_that_is_found_out() {
         let (server, db) = TestDb::with_server().await;
         let mut count = 0;
-        for cache in CACHES.into_iter().cycle().take(ROUNDS) {
+        for cache in CACHES.into_iter().cycle().take(tries()) {
             let Some((_pooler, pool, _others)) = turned(&server, &db, cache).await else { return };
             let guard = is_found(Lock::new(&pool, KEY).acquire().await);
             let found = match &guard {
@@ -268,7 +270,7 @@ mod that_turns_from_session_to_transaction_mode {
             locks_are(&mut db.admin().await, 0, SEARCHED).await;
             count += usize::from(found);
         }
-        report(format!("found out {count} times of {ROUNDS}"));
+        report(format!("found out {count} times of {}", tries()));
         assert!(count > 0);
     }
 
@@ -276,7 +278,7 @@ mod that_turns_from_session_to_transaction_mode {
     async fn a_release_finds_out_and_the_lock_is_given_up() {
         let (server, db) = TestDb::with_server().await;
         let mut count = 0;
-        for cache in CACHES.into_iter().cycle().take(ROUNDS) {
+        for cache in CACHES.into_iter().cycle().take(tries()) {
             let Some((_pooler, pool, _others)) = turned(&server, &db, cache).await else { return };
             if let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
                 let mut another = Lock::new(&guard, "another");
@@ -294,7 +296,7 @@ mod that_turns_from_session_to_transaction_mode {
             // A connection that is closed, the pooler does not close.
             locks_are(&mut db.admin().await, 0, SEARCHED).await;
         }
-        report(format!("a release found out {count} times of {ROUNDS}"));
+        report(format!("a release found out {count} times of {}", tries()));
         assert!(count > 0);
     }
 
@@ -302,7 +304,7 @@ mod that_turns_from_session_to_transaction_mode {
     async fn a_heartbeat_finds_out_and_the_lock_is_given_up() {
         let (server, db) = TestDb::with_server().await;
         let mut count = 0;
-        for _ in 0..ROUNDS {
+        for _ in 0..tries() {
             let Some((_pooler, pool, _others)) = turned(&server, &db, 0).await else { return };
             let options = LockOptions::new()
                 .heartbeat_interval(Duration::from_millis(100))
@@ -322,7 +324,7 @@ mod that_turns_from_session_to_transaction_mode {
                 assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
             }
         }
-        report(format!("a heartbeat found out {count} times of {ROUNDS}"));
+        report(format!("a heartbeat found out {count} times of {}", tries()));
         assert!(count > 0);
     }
 
@@ -331,7 +333,7 @@ mod that_turns_from_session_to_transaction_mode {
         let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let mut count = 0;
-        for _ in 0..ROUNDS {
+        for _ in 0..tries() {
             // A statement that is prepared elsewhere would be found out before it waits.
             let Some((_pooler, pool, _others)) = turned(&server, &db, 0).await else { return };
             let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
@@ -351,7 +353,7 @@ mod that_turns_from_session_to_transaction_mode {
             locks_are(&mut admin, 0, SEARCHED).await;
             count += usize::from(found);
         }
-        report(format!("found out {count} times of {ROUNDS}"));
+        report(format!("found out {count} times of {}", tries()));
         assert!(count > 0);
     }
 }

@@ -325,6 +325,7 @@ mod tests {
     use std::time::Instant;
 
     use sqlx::Row;
+    use tokio::task::JoinSet;
 
     use super::*;
     use crate::environment::ENVIRONMENTS;
@@ -350,46 +351,54 @@ mod tests {
         ("sql_ascii", "SELECT current_setting('server_encoding')", "SQL_ASCII"),
     ];
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn each_environment_is_what_its_row_says() {
+        let mut rows = JoinSet::new();
         for (name, statement, expected) in SEEN {
             let row = Environment::named(name).unwrap();
-            if !row.is_available() {
-                continue;
+            if row.is_available() {
+                rows.spawn(is_what_it_says(row, statement, expected));
             }
-            let server = row.server_options(Server::options()).start();
-            let db = TestDb::in_environment(row, &server).await;
-            let two = db.pool(2).await;
-            assert_eq!(two.options().get_max_connections(), 3.min(row.max_connections), "{name}");
-            assert_eq!(two.options().get_test_before_acquire(), row.test_before_acquire, "{name}");
-            // Both statements on one connection, which is released in between.
-            let pool = db.pool(1).await;
-            let mut conn = pool.acquire().await.unwrap();
-            for _ in 0..2 {
-                sqlx::query("SELECT 1::pg_catalog.int4").execute(&mut *conn).await.unwrap();
-            }
-            drop(conn);
-            let started = Instant::now();
-            let answer = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_one(&pool).await;
-            let took = started.elapsed();
-            let seen = match answer {
-                Ok(row) => row.get::<String, _>(0),
-                Err(error) => error.to_string(),
-            };
-            assert!(seen.contains(expected), "{name}: {seen}");
-            if let Route::Slow(round_trip) = row.route {
-                assert!(took >= round_trip, "{name}: {took:?}");
-            }
-            let admin = sqlx::query_scalar::<_, String>("SHOW is_superuser");
-            assert_eq!(admin.fetch_one(&mut db.admin().await).await.unwrap(), "on", "{name}");
-            let mut conn = PgConnectOptions::from_str(&db.url()).unwrap().connect().await.unwrap();
-            sqlx::raw_sql("SELECT 1").execute(&mut conn).await.unwrap();
+        }
+        while let Some(ended) = rows.join_next().await {
+            ended.unwrap();
         }
         let unseen = ["no_ping", "runtimes"];
         for row in ENVIRONMENTS {
             let seen = SEEN.iter().any(|(name, ..)| *name == row.name);
             assert!(seen || unseen.contains(&row.name), "{} is not tested", row.name);
         }
+    }
+
+    async fn is_what_it_says(row: &'static Environment, statement: &'static str, expected: &str) {
+        let name = row.name;
+        let server = row.server_options(Server::options()).start();
+        let db = TestDb::in_environment(row, &server).await;
+        let two = db.pool(2).await;
+        assert_eq!(two.options().get_max_connections(), 3.min(row.max_connections), "{name}");
+        assert_eq!(two.options().get_test_before_acquire(), row.test_before_acquire, "{name}");
+        // Both statements on one connection, which is released in between.
+        let pool = db.pool(1).await;
+        let mut conn = pool.acquire().await.unwrap();
+        for _ in 0..2 {
+            sqlx::query("SELECT 1::pg_catalog.int4").execute(&mut *conn).await.unwrap();
+        }
+        drop(conn);
+        let started = Instant::now();
+        let answer = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_one(&pool).await;
+        let took = started.elapsed();
+        let seen = match answer {
+            Ok(row) => row.get::<String, _>(0),
+            Err(error) => error.to_string(),
+        };
+        assert!(seen.contains(expected), "{name}: {seen}");
+        if let Route::Slow(round_trip) = row.route {
+            assert!(took >= round_trip, "{name}: {took:?}");
+        }
+        let admin = sqlx::query_scalar::<_, String>("SHOW is_superuser");
+        assert_eq!(admin.fetch_one(&mut db.admin().await).await.unwrap(), "on", "{name}");
+        let mut conn = PgConnectOptions::from_str(&db.url()).unwrap().connect().await.unwrap();
+        sqlx::raw_sql("SELECT 1").execute(&mut conn).await.unwrap();
     }
 
     #[test]
