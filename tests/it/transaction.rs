@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Key, Lock, Result, transaction};
-use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, cancel_after, eventually};
+use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, amount, cancel_after, eventually};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{Acquire, PgConnection, PgPool, Postgres, Transaction};
 use tokio::time::{sleep, timeout};
@@ -174,8 +174,7 @@ async fn a_wait_that_runs_out_leaves_the_transaction_usable_and_the_log_empty() 
 /// A timeout may strike after the grant. Then the answer is no, and that must be true.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_answer_is_true_however_tight_the_time() {
-    const ROUNDS: u64 = 1_500;
-
+    let rounds: u64 = amount(600, 1_500);
     let (db, pool) = TestDb::with_pool(1).await;
     let mut others = tokio::task::JoinSet::new();
     let key = sqlx::postgres::PgAdvisoryLock::new(KEY).key().as_bigint().unwrap();
@@ -193,7 +192,7 @@ async fn the_answer_is_true_however_tight_the_time() {
         });
     }
     let (mut yes, mut no) = (0, 0);
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let mut tx = pool.begin().await.unwrap();
         let wait = Duration::from_millis(1 + round % 3);
         let granted = if round % 2 == 0 {

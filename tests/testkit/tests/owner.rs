@@ -19,7 +19,7 @@ use std::{env, process};
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
-use pglock_testkit::{PgBouncer, Pgpool, Server, Shutdown};
+use pglock_testkit::{PgBouncer, Pgpool, Server, Shutdown, amount};
 
 const SITUATION: &str = "PGLOCK_TESTKIT_SITUATION";
 
@@ -162,7 +162,7 @@ fn an_owner_that_is_killed_while_starting_leaves_nothing() {
     fs::create_dir(&tmp).unwrap();
     // As /tmp is.
     fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).unwrap();
-    for delay in (0..800).step_by(50) {
+    for delay in (0..800).step_by(amount(100, 50)) {
         let owner = Owner::start(tmp.clone(), "running");
         sleep(Duration::from_millis(delay));
         killpg(owner.pid(), Signal::SIGKILL).unwrap();
