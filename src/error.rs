@@ -157,8 +157,8 @@ pub enum Error {
     /// [Guarantees](crate::guide::guarantees#poolers) describes how that is detected.
     #[error(
         "lock {key}: session locks exclude no other session on this connection, because of a pooler in \
-         transaction mode, a load balancer, or the server itself; connect directly, or through a pooler \
-         in session mode"
+         transaction mode, a load balancer, or the server itself; connect directly to a PostgreSQL \
+         server, or through a pooler in session mode"
     )]
     #[non_exhaustive]
     NoExclusion {
@@ -376,9 +376,10 @@ impl Error {
                     | Self::Standby { .. }
             );
         };
-        // Connection exceptions, insufficient resources, and a server that starts or stops:
+        // Connection exceptions, insufficient resources, a cancelled statement, and a server that starts or stops:
         // https://www.postgresql.org/docs/current/errcodes-appendix.html
-        let passes = |code: String| ["08", "53", "57P"].iter().any(|c| code.starts_with(c));
+        let passes =
+            |code: String| ["08", "53", "57014", "57P"].iter().any(|c| code.starts_with(c));
         matches!(**source, sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut)
             || sqlstate(source).is_some_and(passes)
     }

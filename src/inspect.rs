@@ -71,6 +71,7 @@ use crate::error::{Error, Result};
 use crate::key::{Key, KeyId};
 use crate::mode::Mode;
 use crate::semaphore::layout::Layout;
+use crate::session::{DEADLINE, within};
 use crate::sql::doctor::ENDS_ALL;
 use crate::sql::election::Holder;
 use crate::sql::inspect::{self as sql, LockRow};
@@ -85,7 +86,7 @@ use crate::sql::inspect::{self as sql, LockRow};
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails.
+/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds.
 ///
 /// # Examples
 ///
@@ -102,7 +103,7 @@ use crate::sql::inspect::{self as sql, LockRow};
 /// # Ok(()) }
 /// ```
 pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
-    let rows = sql::locks(db, None).await.map_err(not_listed)?;
+    let rows = within(DEADLINE, sql::locks(db, None)).await.map_err(not_listed)?;
     let mut locks: Vec<_> = rows.into_iter().map(LockInfo::from).collect();
     let sessions = locks.iter().filter_map(|lock| lock.session.as_ref());
     let shown: BTreeSet<_> =
@@ -122,7 +123,7 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails.
+/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds.
 ///
 /// # Examples
 ///
@@ -140,7 +141,7 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
 /// ```
 pub async fn locks_of(db: impl PgExecutor<'_>, key: impl Into<Key>) -> Result<Vec<LockInfo>> {
     let key = key.into();
-    let rows = sql::locks(db, Some(key.id())).await.map_err(not_listed)?;
+    let rows = within(DEADLINE, sql::locks(db, Some(key.id()))).await.map_err(not_listed)?;
     let named = |row| LockInfo { key: key.clone(), ..LockInfo::from(row) };
     Ok(rows.into_iter().map(named).collect())
 }
@@ -214,7 +215,8 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails, or if our role must not end the session.
+/// [`Error::Inspect`] if the query fails or is not answered within ten seconds, or if our role must not end the
+/// session.
 ///
 /// # Examples
 ///
@@ -233,7 +235,8 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 /// ```
 pub async fn terminate(db: impl PgExecutor<'_>, session: &Session) -> Result<bool> {
     let Some(started) = session.started_at.and_then(to_micros) else { return Ok(false) };
-    sql::terminate(db, session.backend_pid, started).await.map_err(|source| {
+    let terminating = within(DEADLINE, sql::terminate(db, session.backend_pid, started));
+    terminating.await.map_err(|source| {
         let otherwise = format!("{ENDS_ALL}, or be a superuser to end a superuser's session");
         let action = format!("end session {}", session.backend_pid);
         Error::inspect(action, sql::missing_privilege(&source, &otherwise), source)

@@ -1,7 +1,5 @@
 //! How keys, locks and findings are written for other programs: the feature `serde`.
 
-use std::borrow::Cow;
-use std::convert::Infallible;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -45,13 +43,13 @@ impl<'de> Deserialize<'de> for Key {
     /// # Ok(()) }
     /// ```
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Cow::<'_, str>::deserialize(deserializer)?;
-        Ok(read(&text))
+        String::deserialize(deserializer).map(|text| read(&text))
     }
 }
 
 fn read(text: &str) -> Key {
-    text.parse().unwrap_or_else(|never: Infallible| match never {})
+    let Ok(key) = text.parse();
+    key
 }
 
 /// The text that is read as this key, with its name if it is read too.

@@ -93,8 +93,7 @@ pub(crate) struct Session {
     has_user_timeout: AtomicBool,
     /// The server rejects those settings.
     settings_refused: AtomicBool,
-    /// The key that it shows in `application_name`.
-    shown_key: Mutex<Option<KeyId>>,
+    shown: Mutex<Shown>,
     /// What a session had locked that was lost behind a pooler while its connection was in use.
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
     /// How many locks a manager holds on the session, beside those of the ledger.
@@ -108,6 +107,16 @@ pub(crate) struct Session {
     /// How to reach the server, as the pool was told when the session was opened.
     connect_options: Arc<PgConnectOptions>,
     runtime: Handle,
+}
+
+/// What a session shows in `application_name`.
+#[derive(Clone, Copy, Default, Eq, PartialEq)]
+enum Shown {
+    #[default]
+    Nothing,
+    Key(KeyId),
+    /// A leader's name and term, for the observers.
+    Leader,
 }
 
 impl PartialEq for Session {
@@ -142,7 +151,7 @@ impl Session {
             has_long_settings: AtomicBool::new(false),
             has_user_timeout: AtomicBool::new(false),
             settings_refused: AtomicBool::new(false),
-            shown_key: Mutex::default(),
+            shown: Mutex::default(),
             left_behind: Mutex::default(),
             managed_locks: AtomicUsize::new(0),
             managed_keys: OnceLock::new(),
@@ -293,9 +302,17 @@ impl Session {
     /// What to show in `application_name` for a request, if it is not shown already.
     fn to_show(&self, request: &Request) -> Option<String> {
         let name = self.options.application_name.as_deref()?;
-        let key = request.key().id();
-        let mut shown = self.shown_key.lock().unwrap_or_else(PoisonError::into_inner);
-        (shown.replace(key) != Some(key)).then(|| application_name::of(name, request))
+        let mut shown = self.shown();
+        let key = Shown::Key(request.key().id());
+        if *shown == Shown::Leader || *shown == key {
+            return None;
+        }
+        *shown = key;
+        Some(application_name::of(name, request))
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a guard of this key is alive, and may be trusted.
@@ -316,7 +333,7 @@ impl Session {
     fn end(&self, loss: &Loss) {
         let locks = {
             let mut ledger = self.ledger();
-            let locks = ledger.lose(loss.clone());
+            let Some(locks) = ledger.lose(loss.clone()) else { return };
             if matches!(loss, Loss::NoExclusion) {
                 // Before the loss can be seen where the connection is in use.
                 self.left_behind().extend(locks.iter().copied());

@@ -109,7 +109,8 @@
 //! * [`Error::OutOfLocks`] if the server's lock table is full.
 //! * [`Error::Cancelled`] if the statement was cancelled.
 //! * [`Error::Disconnected`] if the connection broke, or if the server has not answered half a second
-//!   after the timeout of the call.
+//!   after the timeout of the call, or in a call without a timeout ten seconds after it should have: after it was asked,
+//!   or after a slice of the wait.
 //! * [`Error::Database`] for all other errors, for example because the transaction had failed before.
 
 use std::hash::{BuildHasher, RandomState};
@@ -122,6 +123,7 @@ use tokio::time::timeout_at;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::mode::Mode;
+use crate::session::{DEADLINE, within};
 use crate::sql::transaction::{self as statements, Tried};
 
 /// The longest that one statement waits, and holds its snapshot.
@@ -378,7 +380,8 @@ async fn queue(
         let jitter = Duration::from_millis(RandomState::new().hash_one(()) % JITTER);
         let slice = slice(deadlock_timeout, jitter);
         let limit = left.map_or(slice, |left| left.min(slice));
-        let waited = statements::wait(tx, key.id(), mode, limit, &mut plainly).await;
+        let waiting = statements::wait(tx, key.id(), mode, limit, &mut plainly);
+        let waited = within(limit.saturating_add(DEADLINE), waiting).await;
         if waited.map_err(|error| Error::acquiring(key, error))? {
             return Ok(true);
         }
@@ -400,7 +403,7 @@ async fn try_once(
     key: &Key,
     mode: Mode,
 ) -> Result<Option<Duration>> {
-    match statements::try_lock(tx, key.id(), mode).await {
+    match within(DEADLINE, statements::try_lock(tx, key.id(), mode)).await {
         Ok(Tried::Busy { deadlock_timeout }) => Ok(Some(deadlock_timeout)),
         Ok(Tried::Granted) => Ok(None),
         Ok(Tried::Standby) => Err(Error::Standby { key: key.clone() }),

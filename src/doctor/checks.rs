@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::PgPool;
 use tokio::time::timeout;
 
 use super::{Finding, Severity};
@@ -11,6 +11,9 @@ use crate::lock::Lock;
 use crate::options::LockOptions;
 use crate::session::{DEADLINE, proof, within};
 use crate::sql::doctor::{self as statements, Circumstances};
+
+/// The oldest version that the tests run on.
+const OLDEST: u32 = 120_000;
 
 /// How few connections or locks are few.
 const FEW: i64 = 4;
@@ -23,7 +26,11 @@ pub(super) fn primary(seen: &Circumstances) -> Finding {
         return finding
             .broken("its locks exclude no session on the primary: connect to the primary");
     }
-    Finding::fine("primary", format!("a primary, {number}"))
+    let finding = Finding::fine("primary", format!("a primary, {number}"));
+    if version < OLDEST {
+        return finding.warn("this version was not tested: use PostgreSQL 12 or later");
+    }
+    finding
 }
 
 pub(super) fn functions(seen: &Circumstances) -> Finding {
@@ -81,7 +88,9 @@ pub(super) fn logged_waits(seen: &Circumstances) -> Finding {
                 ),
             )
         }
-        (Ok(_), _) => Finding::fine(check, "the server does not log waits for locks"),
+        (Ok(_), _) => {
+            Finding::fine(check, "the server does not log waits for the locks of this crate")
+        }
         (Err(why), _) => {
             let advice = "check that the server is a PostgreSQL server";
             Finding::unknown(check, why, advice).but(Severity::Fine, advice)
@@ -149,12 +158,14 @@ pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
 
     let guard = match lock.try_acquire_for(PATIENCE).await {
         Ok(Some(guard)) => guard,
-        // Another doctor is here.
-        Ok(None) => return Ok(None),
-        // All are findings of their own.
-        Err(Error::NoExclusion { .. } | Error::SettingsRejected { .. } | Error::Standby { .. }) => {
-            return Ok(None);
-        }
+        // Another doctor is here; or it is a finding of its own.
+        Ok(None)
+        | Err(
+            Error::NoExclusion { .. }
+            | Error::OutOfLocks { .. }
+            | Error::SettingsRejected { .. }
+            | Error::Standby { .. },
+        ) => return Ok(None),
         Err(error @ Error::Database { .. }) => {
             let seen = format!("a lock can't be acquired: {}", chain(&error));
             let advice = "remove the cause, and check that the server is a PostgreSQL server";
@@ -164,7 +175,7 @@ pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
     };
     let token = match guard.fencing_token().await {
         Ok(token) => Finding::fine("fencing token", format!("can be drawn: {token}")),
-        Err(error) => Finding::fine("fencing token", error.to_string())
+        Err(error) => Finding::fine("fencing token", chain(&error))
             .warn("locks can be held, but elections, and the program `pglock run`, need a token"),
     };
     guard.release().await?;
@@ -182,32 +193,22 @@ fn engine(product: &str) -> Option<&'static str> {
     engines.into_iter().find(|(mark, _)| product.contains(mark)).map(|(_, name)| name)
 }
 
-/// Whether the end of a connection ends its session. A pooler in session mode that does not reset the session gives
-/// it to the next client, and what a client that dies has locked stays locked.
+/// Whether the end of a connection releases its locks. A pooler in session mode that does not reset the session keeps
+/// those of a client that dies.
 ///
-/// `None` if the server admits no more connections, which another check reports.
+/// `None` if the server admits no more connections, or the role may not list locks, which other checks report.
 pub(super) async fn end_of_session(pool: &PgPool) -> Option<Finding> {
     let check = "end of a session";
     let options = pool.connect_options();
-    let looking = within(DEADLINE, async {
-        let mut conn = PgConnection::connect_with(&options).await?;
-        statements::leave_mark(&mut conn).await?;
-        conn.close().await?;
-        let mut conn = PgConnection::connect_with(&options).await?;
-        let has_mark = statements::has_mark(&mut conn).await?;
-        conn.close().await?;
-        Ok(has_mark)
-    });
+    let looking = within(DEADLINE, Box::pin(proof::outlives_connection(&options)));
     Some(if looking.await.ok()? {
-        Finding::fine(
-            check,
-            "a pooler gives the session of a closed connection to the next client as it is",
-        )
-        .warn(
+        let seen =
+            "a lock stays when its connection is closed: a pooler keeps the session as it is";
+        Finding::fine(check, seen).warn(
             "the locks of a process that dies stay: set server_reset_query = DISCARD ALL (PgBouncer)",
         )
     } else {
-        Finding::fine(check, "a closed connection leaves nothing to the next one")
+        Finding::fine(check, "a lock is released when its connection is closed")
     })
 }
 

@@ -144,3 +144,6 @@ pub(super) fn deadline(pool: &PgPool, policy: WaitPolicy, since: Instant) -> Ins
     let limit = since.checked_add(timeout).unwrap_or_else(|| since + A_YEAR);
     policy.deadline().map_or(limit, |deadline| deadline.min(limit))
 }
+
+#[cfg(test)]
+mod circle;

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::conn::Conn;
 use super::{DEADLINE, Session, is_alive, silence};
-use crate::error::chain;
+use crate::error::{chain, is_answer};
 use crate::sql;
 
 /// How many connections of a process may be open beside its pools, to cancel something.
@@ -106,10 +106,12 @@ impl Session {
                 Err(_) => unknown = Err(silence(SEND_LIMIT)),
             }
         }
+        let mut is_connected = false;
         let cancelling = timeout(SEND_LIMIT, async {
             // Never closed, so never an error.
             let _turn = CANCELLING.acquire().await.ok();
             let mut beside = PgConnection::connect_with(&self.connect_options()).await?;
+            is_connected = true;
             let sent = sql::backend::cancel(&mut beside, backend_pid).await;
             // If this fails, the connection is closed all the same.
             beside.close().await.ok();
@@ -125,6 +127,6 @@ impl Session {
             error = %chain(&error),
             "cannot cancel a wait that was abandoned; trying again"
         );
-        unknown
+        if is_connected && !is_answer(&error) { Err(error) } else { unknown }
     }
 }

@@ -130,8 +130,7 @@ impl Session {
         copy(&self.has_long_settings, &other.has_long_settings);
         copy(&self.has_user_timeout, &other.has_user_timeout);
         copy(&self.settings_refused, &other.settings_refused);
-        *self.shown_key.lock().unwrap_or_else(PoisonError::into_inner) =
-            *other.shown_key.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.shown() = *other.shown();
         self.backend_pid.get_or_init(|| other.backend_pid());
         *self.last_answered.lock().unwrap_or_else(PoisonError::into_inner) = other.last_answered();
         let mut ledger = self.ledger();

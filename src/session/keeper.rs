@@ -391,7 +391,10 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
 async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     let options = session.connect_options();
     let patience = session.heartbeat.timeout / 4;
-    let connected = monitor.lock().await.connect(&options, patience).await;
+    let mut connection = monitor.lock().await;
+    let connected = connection.connect(&options, patience).await;
+    connection.keep_alive(session.options().keepalives, session.heartbeat.answer_limit()).await;
+    drop(connection);
     if let Err(error) = connected {
         tracing::debug!(
             backend_pid = session.backend_pid(),

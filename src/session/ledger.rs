@@ -150,6 +150,13 @@ impl Ledger {
         unused
     }
 
+    /// Counts an acquire as done that holds nothing, unless nothing else needs the session. Returns whether it did.
+    pub(crate) fn done_early(&mut self) -> bool {
+        let is_needed = self.in_flight > 1 || self.has_guards();
+        self.in_flight -= usize::from(is_needed);
+        is_needed
+    }
+
     /// Takes a guard out.
     pub(crate) fn leave(&mut self, request: &Request) -> Leave {
         if let Some(loss) = self.loss() {
@@ -260,16 +267,17 @@ impl Ledger {
         !self.has_guards() && self.in_flight == 1
     }
 
-    /// Ends the session for all its guards. Returns what the server had granted it.
-    pub(crate) fn lose(&mut self, loss: Loss) -> Vec<(KeyId, Mode)> {
+    /// Ends the session for all its guards. Returns what the server had granted it; `None` if it had ended before.
+    pub(crate) fn lose(&mut self, loss: Loss) -> Option<Vec<(KeyId, Mode)>> {
         // The last release may be in flight.
         let is_released = self.ended.is_some() && self.in_flight == 0;
-        if !is_released && self.loss().is_none() {
-            self.ended = Some(Ended::Lost(loss));
+        if is_released || self.loss().is_some() {
+            return None;
         }
+        self.ended = Some(Ended::Lost(loss));
         let granted = self.granted_by_server();
         self.keys.clear();
-        granted
+        Some(granted)
     }
 
     pub(crate) fn loss(&self) -> Option<Loss> {

@@ -17,6 +17,7 @@ use tokio::time::sleep;
 
 use super::{DEADLINE, is_alive, within};
 use crate::error::is_answer;
+use crate::options::Keepalives;
 use crate::sql;
 use crate::sql::backend::Held;
 
@@ -32,6 +33,8 @@ pub(super) struct Monitor {
     failed: Option<Instant>,
     /// It was connected, and is not any more.
     lost: bool,
+    /// The server probes the connection while it is silent.
+    is_probed: bool,
 }
 
 impl Monitor {
@@ -60,6 +63,7 @@ impl Monitor {
             };
             listener.eager_reconnect(false);
             self.listener = Some(listener);
+            self.is_probed = false;
             Ok(())
         };
         let connected = within(DEADLINE, connecting).await;
@@ -82,6 +86,19 @@ impl Monitor {
             self.lost |= self.listener.take().is_some();
         }
         answer.map(|(_, held)| held)
+    }
+
+    /// Has the server probe this connection, as those of the sessions. Nothing is sent on it while they are idle, and a
+    /// firewall that forgets it would be noticed only by a question that gets no answer.
+    pub(super) async fn keep_alive(&mut self, keepalives: Keepalives, limit: Duration) {
+        let Some(listener) = self.listener.as_mut().filter(|_| !self.is_probed) else { return };
+        self.is_probed = true;
+        let setting =
+            async { sql::backend::heartbeat(listener.acquire().await?, Some(keepalives)).await };
+        // A server that rejects the settings does without.
+        if !is_alive(&within(limit, setting).await) {
+            self.lost |= self.listener.take().is_some();
+        }
     }
 
     pub(super) fn is_connected(&self) -> bool {

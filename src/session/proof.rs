@@ -15,7 +15,7 @@
 //! it.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnectOptions;
@@ -23,7 +23,7 @@ use sqlx::{Connection, PgConnection, PgPool};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use super::retrieve::retrieve;
 use super::{DEADLINE, within};
@@ -73,6 +73,8 @@ struct Attempt {
     /// Has changed if something was found out since then.
     begun: watch::Receiver<State>,
     task: JoinHandle<()>,
+    /// When the task last did something.
+    stepped: Arc<Mutex<Instant>>,
 }
 
 impl Attempt {
@@ -80,7 +82,9 @@ impl Attempt {
     /// driven.
     fn is_enough(&self, known: State) -> bool {
         let age = self.since.elapsed();
-        let is_running = !self.task.is_finished();
+        let stepped = *self.stepped.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_running =
+            !self.task.is_finished() && stepped.elapsed() < ATTEMPT + LONGEST_PAUSE + PAUSE;
         !self.begun.has_changed().unwrap_or(true)
             && match known {
                 State::Unknown => is_running,
@@ -133,20 +137,29 @@ impl Proof {
             State::Disproven(_) | State::Proven => return None,
         };
         if !attempt.as_ref().is_some_and(|attempt| attempt.is_enough(known)) {
-            let proving = prove(self.state.clone(), begun.clone(), pool.clone());
+            let stepped = Arc::new(Mutex::new(Instant::now()));
+            let proving =
+                prove(self.state.clone(), begun.clone(), pool.clone(), Arc::clone(&stepped));
             let since = waiting_since.unwrap_or_else(Instant::now);
-            *attempt = Some(Attempt { since, begun, task: Handle::current().spawn(proving) });
+            let task = Handle::current().spawn(proving);
+            *attempt = Some(Attempt { since, begun, task, stepped });
         }
         attempt.as_ref().map(|attempt| (attempt.begun.clone(), attempt.since + WAIT))
     }
 }
 
-async fn prove(state: watch::Sender<State>, mut begun: watch::Receiver<State>, pool: PgPool) {
+async fn prove(
+    state: watch::Sender<State>,
+    mut begun: watch::Receiver<State>,
+    pool: PgPool,
+    stepped: Arc<Mutex<Instant>>,
+) {
     let options = pool.connect_options();
     // The pool must not be kept open.
     drop(pool);
     let mut pause = PAUSE;
     loop {
+        *stepped.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         match timeout(ATTEMPT, Box::pin(excludes(&options))).await {
             Ok(Ok(excludes)) => return answer(&state, &begun, excludes),
             Ok(Err(error)) => tracing::debug!(
@@ -192,8 +205,7 @@ pub(crate) async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::E
     for conn in [&mut holder, &mut other] {
         within(limit, sql::backend::heartbeat(conn, None)).await?;
     }
-    // Nothing else uses a random key.
-    let key = RandomState::new().hash_one(0).cast_signed();
+    let key = unused_key();
     let mut excludes = Ok(true);
     for _ in 0..ROUNDS {
         if matches!(excludes, Ok(true)) {
@@ -203,6 +215,39 @@ pub(crate) async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::E
     // Each is closed even if that fails, which frees what it holds.
     drop(tokio::join!(holder.close(), other.close()));
     excludes
+}
+
+/// Nothing else uses a random key.
+fn unused_key() -> i64 {
+    RandomState::new().hash_one(0).cast_signed()
+}
+
+/// How long the server may need to end a session whose connection was closed.
+const ENDING: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Asks whether a lock stays when its connection is closed, because a pooler keeps the session as it is.
+pub(crate) async fn outlives_connection(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
+    let key = unused_key();
+    let lock = (KeyId::BigInt(key), Mode::Exclusive);
+    let mut conn = PgConnection::connect_with(options).await?;
+    let (pid, _) = sql::proof::lock(&mut conn, key, false).await?;
+    conn.close().await?;
+    let mut conn = PgConnection::connect_with(options).await?;
+    let closed = Instant::now();
+    let stays = loop {
+        let (_, held) = sql::backend::holdings(&mut conn, &[pid]).await?;
+        let stays = sql::backend::is_covered(&held, pid, lock);
+        if !stays || closed.elapsed() > ENDING {
+            break stays;
+        }
+        sleep(LOOK).await;
+    };
+    conn.close().await?;
+    if stays {
+        drop(retrieve(options, pid, &[lock]).await);
+    }
+    Ok(stays)
 }
 
 async fn ask(

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use super::slot::ConnGuard;
-use super::{DEADLINE, Session, silence, within};
+use super::{DEADLINE, Session, Shown, silence, within};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::Key;
 use crate::request::Request;
@@ -33,13 +33,14 @@ impl Session {
         self.sort_out(key, slot, answer).map(i64::cast_unsigned)
     }
 
-    /// Shows a name on the server for as long as the session holds something.
+    /// Shows a leader's name on the server for as long as the session holds something.
     pub(crate) async fn show_name(self: &Arc<Self>, key: &Key, name: &str) -> Result<()> {
         let mut slot = self.for_guard(key).await?;
         self.restore_settings();
         let answer =
             within(DEADLINE, async { sql::settings::show_name(slot.tidied().await?, name).await });
         let answer = self.unless_lost(key, answer).await?;
+        *self.shown() = Shown::Leader;
         self.sort_out(key, slot, answer)
     }
 
@@ -74,6 +75,11 @@ impl Session {
                 if request.ids().all(|lock| is_covered(&held, pid, lock)) {
                     self.trust(asked);
                     return Ok(());
+                }
+                // Another task has released the handle meanwhile.
+                let ledger = self.ledger();
+                if request.ids().any(|(key, _)| !ledger.has_guard(key)) && ledger.loss().is_none() {
+                    return Err(Error::lost(key, Loss::Released));
                 }
                 Loss::NotHeld
             }

@@ -2,8 +2,8 @@
 
 use std::future::poll_fn;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use sqlx::PgConnection;
 
@@ -12,7 +12,7 @@ use super::ledger::Leave;
 use super::local_queue::Waiter;
 use super::slot::ConnGuard;
 use super::task::Task;
-use super::{DEADLINE, Session, within, within_task};
+use super::{DEADLINE, Session, Shown, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
 use crate::metrics;
@@ -192,7 +192,7 @@ impl Session {
             self.has_long_settings.store(false, Ordering::Relaxed);
             // What a loan had set is put back as well: the next one sets it again.
             self.has_user_timeout.store(conn.checked, Ordering::Relaxed);
-            *self.shown_key.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            *self.shown() = Shown::Nothing;
         }
         Ok(if all { Answer::Released } else { Answer::NotHeld })
     }

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-use super::fetch;
 use super::units::milliseconds;
+use super::{fetch, place};
 use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -62,13 +62,7 @@ pub(crate) async fn holdings(
 }
 
 fn holding(row: &PgRow) -> Result<(i32, KeyId, Mode), sqlx::Error> {
-    let (class, object): (i64, i64) = (row.try_get(1)?, row.try_get(2)?);
-    let half = |bits| u32::try_from(bits).map_or(0, u32::cast_signed);
-    let key = if row.try_get::<i16, _>(3)? == 2 {
-        KeyId::IntPair(half(class), half(object))
-    } else {
-        KeyId::BigInt(class << 32 | object)
-    };
+    let key = place::key(row.try_get(1)?, row.try_get(2)?, row.try_get::<i16, _>(3)?);
     let exclusive = row.try_get::<&str, _>(4)? == "ExclusiveLock";
     Ok((row.try_get(0)?, key, if exclusive { Mode::Exclusive } else { Mode::Shared }))
 }

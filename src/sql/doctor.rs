@@ -215,17 +215,3 @@ async fn ask<T>(
         Err(error) => Err(error),
     }
 }
-
-/// Leaves a mark on the session, which the end of the session takes away.
-pub(crate) async fn leave_mark(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    fetch(conn, "SELECT pg_catalog.set_config('pglock.doctor', 'mark', false)".to_owned())
-        .await
-        .map(drop)
-}
-
-/// Whether there is such a mark.
-pub(crate) async fn has_mark(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let statement = "SELECT pg_catalog.current_setting('pglock.doctor', true)".to_owned();
-    let mark: Option<String> = fetch(conn, statement).await?.try_get(0)?;
-    Ok(mark.is_some_and(|mark| !mark.is_empty()))
-}

@@ -3,7 +3,7 @@
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgExecutor, Row, ValueRef};
 
-use super::place::{ADVISORY, LOCKS, place};
+use super::place::{self, ADVISORY, LOCKS, place};
 use crate::error::sqlstate;
 use crate::key::KeyId;
 use crate::mode::Mode;
@@ -138,12 +138,7 @@ fn unverified(text: &str) -> String {
 
 impl LockRow {
     fn read(row: &PgRow) -> Result<Self, sqlx::Error> {
-        let (classid, objid): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
-        let key = if row.try_get::<i32, _>(2)? == 1 {
-            KeyId::BigInt(classid << 32 | objid)
-        } else {
-            KeyId::IntPair(half(classid), half(objid))
-        };
+        let key = place::key(row.try_get(0)?, row.try_get(1)?, row.try_get::<i32, _>(2)?);
         let mode =
             if row.try_get::<&str, _>(3)? == "ShareLock" { Mode::Shared } else { Mode::Exclusive };
         let is_hex = row.try_get(18)?;
@@ -188,9 +183,4 @@ fn from_hex(digits: &[u8]) -> Vec<u8> {
     let value = |digit: u8| char::from(digit).to_digit(16).unwrap_or_default();
     let byte = |pair: &[u8]| pair.iter().fold(0, |byte, &digit| byte << 4 | value(digit));
     digits.chunks(2).map(|pair| u8::try_from(byte(pair)).unwrap_or_default()).collect()
-}
-
-/// An `int` from its bits.
-fn half(oid: i64) -> i32 {
-    u32::try_from(oid).unwrap_or_default().cast_signed()
 }

@@ -33,3 +33,13 @@ pub(super) fn place(key: KeyId) -> String {
          AND l.objsubid OPERATOR(pg_catalog.=) {objsubid}"
     )
 }
+
+/// The key of a lock that the lock table shows there.
+pub(super) fn key(classid: i64, objid: i64, objsubid: impl Into<i32>) -> KeyId {
+    let half = |oid| u32::try_from(oid).map_or(0, u32::cast_signed);
+    if objsubid.into() == 2 {
+        KeyId::IntPair(half(classid), half(objid))
+    } else {
+        KeyId::BigInt(classid << 32 | objid)
+    }
+}

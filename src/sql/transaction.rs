@@ -45,7 +45,8 @@ pub(crate) async fn try_lock(
     })
 }
 
-/// Waits in the server's queue for a transaction-level lock. Returns whether it was granted.
+/// Waits in the server's queue for a transaction-level lock. Returns whether it was granted: after the limit, or at once
+/// if `plainly` has just been set, `false`.
 ///
 /// The transaction is the caller's, so its settings are restored, and it stays usable after a timeout.
 ///
@@ -58,18 +59,19 @@ pub(crate) async fn wait(
     limit: Duration,
     plainly: &mut bool,
 ) -> Result<bool, sqlx::Error> {
-    if !*plainly {
-        match wait_in_block(conn, key, mode, limit).await {
-            // 42704: there is no such language. 42501: the role may not use it. Where the role may not
-            // call the function, the plain call fails with the same error.
-            Err(error) if matches!(sqlstate(&error).as_deref(), Some("42704" | "42501")) => {
-                roll_back(conn).await?;
-                *plainly = true;
-            }
-            waited => return waited,
-        }
+    if *plainly {
+        return wait_in_call(conn, key, mode, limit).await;
     }
-    wait_in_call(conn, key, mode, limit).await
+    match wait_in_block(conn, key, mode, limit).await {
+        // 42704: there is no such language. 42501: the role may not use it. Where the role may not call the function,
+        // the plain call fails with the same error.
+        Err(error) if matches!(sqlstate(&error).as_deref(), Some("42704" | "42501")) => {
+            roll_back(conn).await?;
+            *plainly = true;
+            Ok(false)
+        }
+        waited => waited,
+    }
 }
 
 /// Waits, and returns the result in `pglock.granted`.

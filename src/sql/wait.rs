@@ -47,7 +47,8 @@ pub(crate) struct Waited {
 pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited, sqlx::Error> {
     let settings = settings(conn, slice);
     let call = call(slice, "pg_catalog.current_setting('pglock.key')");
-    let check = check_connection(conn, "PERFORM");
+    let check =
+        check_connection(conn).map_or_else(String::new, |check| format!("PERFORM {check}; "));
     let statement = format!(
         "{settings}; \
          DO $$ BEGIN \
@@ -55,7 +56,10 @@ pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited
              PERFORM pg_catalog.set_config('log_lock_waits', 'off', true); \
            EXCEPTION WHEN insufficient_privilege THEN NULL; \
            END; \
-           {check}\
+           BEGIN \
+             {check}\
+           EXCEPTION WHEN OTHERS THEN NULL; \
+           END; \
          END $$; \
          DO $$ BEGIN \
            PERFORM pg_catalog.set_config('pglock.granted', \
@@ -75,16 +79,17 @@ pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited
     Ok(Waited { backend_pid: backend_pid.abs(), granted: backend_pid > 0 })
 }
 
-/// A statement that sets whether the server checks if this client is still connected. New in PostgreSQL 14.
-fn check_connection(conn: &PgConnection, verb: &str) -> String {
+/// A call that sets whether the server checks if this client is still connected. New in PostgreSQL 14, and rejected where
+/// the server's operating system can't tell.
+fn check_connection(conn: &PgConnection) -> Option<String> {
     let interval = match conn.server_version_num() {
         Some(190_000..) => "'1000'",
         Some(140_000..) => {
             "CASE WHEN pg_catalog.current_setting('log_lock_waits')::boolean THEN '0' ELSE '1000' END"
         }
-        _ => return String::new(),
+        _ => return None,
     };
-    format!("{verb} pg_catalog.set_config('client_connection_check_interval', {interval}, true); ")
+    Some(format!("pg_catalog.set_config('client_connection_check_interval', {interval}, true)"))
 }
 
 /// The same for a role that may not use the language plpgsql. A slice that ends is an error on the server
@@ -95,7 +100,9 @@ pub(crate) async fn wait_plainly(
 ) -> Result<Waited, sqlx::Error> {
     let (settings, call) =
         (settings(conn, slice), call(slice, &format!("'{}'", numbers(slice.key))));
-    let check = check_connection(conn, "SELECT");
+    // Where the server has rejected another setting, or this one, it does without.
+    let check = slice.keepalives.and_then(|_| check_connection(conn));
+    let check = check.map_or_else(String::new, |check| format!("SELECT {check}; "));
     let statement = format!("{settings}; {check}SELECT {call}; SELECT pg_catalog.pg_backend_pid()");
     let rows = quietly(sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn)).await?;
     let last = rows.last().ok_or(sqlx::Error::RowNotFound)?;

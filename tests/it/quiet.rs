@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use pglock::{Error, Lock};
-use pglock_testkit::{Server, ServerOptions, TestDb};
+use pglock_testkit::{Server, ServerOptions, TestDb, replace_function};
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -14,7 +14,8 @@ use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 use crate::support::{
-    all_are_idle, borrow_all, locks_are, prove_exclusion, report, with_statement_statistics,
+    all_are_idle, borrow_all, execute, has_waiter, locks_are, prove_exclusion, report,
+    with_statement_statistics,
 };
 
 const KEY: i64 = 7;
@@ -93,6 +94,73 @@ async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     let log = server.log_since(mark);
     let waiting = log.lines().filter(|line| line.contains("still waiting for")).count();
     (log, waiting)
+}
+
+/// The operating system may be unable to tell: Windows, and before PostgreSQL 15 some others.
+#[tokio::test]
+async fn a_server_that_cannot_check_connections_lets_a_session_wait() {
+    let (_server, db) = TestDb::with_server().await;
+    let (mut admin, mut holder) = (db.admin().await, db.admin().await);
+    let body = "BEGIN
+            IF $1 = 'client_connection_check_interval' AND $2 <> '0' THEN
+                RAISE 'must be set to 0 on this platform' USING ERRCODE = '22023';
+            END IF;
+            RETURN original.set_config($1, $2, $3);
+        END";
+    replace_function(&mut admin, "set_config(text, text, boolean)", body).await;
+    let role = "CREATE ROLE ordinary LOGIN; REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC";
+    execute(&mut admin, role).await;
+    // With PL/pgSQL, and without.
+    for role in ["postgres", "ordinary"] {
+        hold(&mut holder, KEY).await;
+        let pool = PgPoolOptions::new().max_connections(2);
+        let pool = pool.connect_with(db.options().username(role)).await.unwrap();
+        let mut lock = Lock::new(&pool, KEY);
+        let (granted, ()) = tokio::join!(lock.acquire(), async {
+            has_waiter(&mut admin).await;
+            unlock(&mut holder, KEY).await;
+        });
+        granted.unwrap().release().await.unwrap();
+    }
+}
+
+/// A view of PostgreSQL 19. A backend reports what it has counted when it ends.
+#[tokio::test]
+async fn the_lock_statistics_count_long_waits_that_were_granted() {
+    let server = Server::options().setting("deadlock_timeout", "50ms").start();
+    let db = TestDb::on(&server).await;
+    let (mut admin, mut holder) = (db.admin().await, db.admin().await);
+    if admin.server_version_num() < Some(190_000) {
+        return;
+    }
+    for (is_granted, counted) in [(false, 0_i64), (true, 1)] {
+        hold(&mut holder, KEY).await;
+        let pool = db.pool(2).await;
+        let mut lock = Lock::new(&pool, KEY);
+        if is_granted {
+            let (guard, ()) = tokio::join!(lock.acquire(), async {
+                locks_are(&mut admin, 2, LATE).await;
+                sleep(Duration::from_millis(500)).await;
+                unlock(&mut holder, KEY).await;
+            });
+            guard.unwrap().release().await.unwrap();
+        } else {
+            let time = Duration::from_millis(500);
+            assert!(lock.try_acquire_for(time).await.unwrap().is_none());
+            unlock(&mut holder, KEY).await;
+        }
+        pool.close().await;
+        let others = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'";
+        let only_ours_are_left = async {
+            while sqlx::query_scalar::<_, i64>(others).fetch_one(&mut admin).await.unwrap() > 2 {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(LATE, only_ours_are_left).await.unwrap();
+        let waits = "SELECT waits FROM pg_stat_lock WHERE locktype = 'advisory'";
+        let waits: i64 = sqlx::query_scalar(waits).fetch_one(&mut admin).await.unwrap();
+        assert_eq!(waits, counted);
+    }
 }
 
 #[tokio::test]

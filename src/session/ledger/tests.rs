@@ -149,7 +149,7 @@ impl Scene {
                 }
             }
             Step::Lose if !self.released => {
-                let granted = granted(self.ledger.lose(Loss::Unresponsive));
+                let granted = granted(self.ledger.lose(Loss::Unresponsive).unwrap_or_default());
                 // A second loss finds nothing.
                 assert_eq!(granted, mem::take(&mut self.server));
                 self.lost = true;

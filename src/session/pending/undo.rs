@@ -99,6 +99,10 @@ async fn clean_up(
 ) {
     let mut slot = match slot {
         Some(slot) => slot,
+        // Nothing is to be taken back, and others end the session.
+        None if stage == Stage::Idle && claimed.is_empty() && session.ledger().done_early() => {
+            return;
+        }
         None => session.connection_at_last().await,
     };
     if session.is_lost() {

@@ -184,12 +184,15 @@ impl Pending {
     /// How long the next statement waits at most.
     ///
     /// A waiter that is re-queued loses its place, so slices are long; but a snapshot must not get old. They
-    /// vary, so that waiters don't re-queue in step. A session with other guards waits for a shorter time,
-    /// because their releases wait for the connection.
+    /// vary, so that waiters don't re-queue in step. A session with other guards or handles waits for a shorter time,
+    /// because they wait for the connection.
     async fn slice(&mut self, left: Option<Duration>) -> Duration {
         let deadlock_timeout = self.deadlock_timeout().await;
         let longest = self.session.options().slice();
-        let slice = if self.session.ledger().has_more_than(self.claimed.len()) {
+        let session = &self.session;
+        // Others may join a session that was kept for a guard, also after that is released.
+        let is_joined = session.kept_since.get().is_some() && !session.ledger().is_pinned();
+        let slice = if is_joined || session.ledger().has_more_than(self.claimed.len()) {
             longest.min(JOINED_SLICE)
         } else {
             let jitter = u32::try_from(RandomState::new().hash_one(0) % 100).unwrap_or_default();
