@@ -347,7 +347,8 @@ impl Election {
                 let leading = pin!(async { leading.await.map_err(Into::into) });
                 self.serve(&leadership, stop.as_mut(), closed.as_mut(), leading).await
             };
-            turn.end().await;
+            // What was lost needs no resigning.
+            drop(turn.0.release_all().await);
             drop(leadership);
             let (term, stopped) = (elected.elapsed(), matches!(end, End::Stopped(_)));
             failure = match end {
@@ -569,13 +570,6 @@ impl fmt::Debug for Election {
 ///
 /// Ends it, on a task.
 struct Turn(Arc<Holdings>);
-
-impl Turn {
-    async fn end(self) {
-        // What was lost needs no resigning. The drop finds nothing left to release.
-        drop(self.0.release_all().await);
-    }
-}
 
 impl Drop for Turn {
     fn drop(&mut self) {

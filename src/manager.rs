@@ -89,7 +89,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// A turn needs a connection. If locks use their whole share of the pool, and each of these connections holds a key, a
 /// busy key is only retried, and waiters in the server's queue may overtake it. On a pool that can spare one connection
 /// for locks (by default, a pool of up to two), that connection waits only while it holds nothing and has nothing else
-/// to do.
+/// to do; and while it holds a key that it has waited for, no other key is granted.
 ///
 /// # What is different
 ///
@@ -98,8 +98,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// * A loss of the shared session is a loss of all locks on it; every guard reports it.
 /// * The sessions are on the runtime of a task that has acquired a lock, and if that runtime is shut down, all locks of
 ///   the manager are lost. If it stands still, tasks on other runtimes go on without it after the heartbeat's interval
-///   and timeout, and the locks are lost, too; a key that one of its statements was just about, or waited for, may stay
-///   locked on the server until that runtime goes on or its process ends. actix-web has a runtime for each worker, and
+///   and timeout, and the locks are lost, too; where it stood still in the middle of a statement, they may stay locked on
+///   the server until that runtime goes on or its process ends. actix-web has a runtime for each worker, and
 ///   ends idle workers first: acquire and work on the runtime of `main` there, by
 ///   [`Handle::spawn`](tokio::runtime::Handle::spawn).
 /// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
@@ -108,8 +108,9 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// * The unlock of a dropped guard is sent by the manager's task, so the runtime must be driven. If it is
 ///   not, the lock is held until the connection closes.
 /// * A handle that holds a lock shared, and acquires it exclusively, is granted it if no other handle shares
-///   it. It waits for other handles of the process; if another process shares the lock, the result is
-///   [`Error::Deadlock`].
+///   it. It waits for other handles of the process; if another process shares the lock, or before PostgreSQL 17 waits
+///   for it, the result is [`Error::Deadlock`].
+/// * [`release_all`](crate::Lock::release_all) of a lock that was lost returns `Ok`.
 /// * The server's deadlock detection sees the process, not its tasks: two tasks that acquire two keys in
 ///   opposite order deadlock without being detected, as with two mutexes.
 /// * Elections, several keys at once ([`MultiLock`](crate::MultiLock)) and permits
@@ -414,7 +415,7 @@ impl Manager {
         while batch.len() < LARGEST
             && let Some(key) = state.to_do.pop_front()
         {
-            if let Some(taken) = state.table.take_for_shared(key) {
+            if let Some(taken) = state.table.take(key, true) {
                 batch.push((key, taken));
             }
         }
@@ -584,7 +585,7 @@ impl Manager {
                     self.work.notify_one();
                 }
                 Effect::StartApart(key) => {
-                    if let Some(taken) = state.table.take_apart(key)
+                    if let Some(taken) = state.table.take(key, false)
                         && let Some(apart) = state.apart.get(&key)
                     {
                         // If it has just ended, it reports itself that the session is lost.

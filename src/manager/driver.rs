@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
 
-use super::batch::{Answer, calls, keep_only_locks, read};
+use super::batch::{Answer, LARGEST, calls, keep_only_locks, read};
 use super::table::{Step, Taken};
 use super::{Manager, WAIT_SESSION_PAUSE, fail};
 use crate::error::{Error, Loss};
@@ -288,11 +288,14 @@ impl Driver {
         }
     }
 
-    /// Fails the acquires that wait for the steps in flight, and for those that were added since.
+    /// Fails the acquires that wait for the steps in flight, and for those that were added since; not those of callers that
+    /// acquire again because of this.
     fn fail_all_steps(&mut self, error: &Error) {
-        while !self.under_way.is_empty() {
-            self.fail(Some(error));
+        let batches = 1 + self.manager.state().to_do.len() / LARGEST;
+        self.fail(Some(error));
+        for _ in 0..batches {
             self.under_way = self.manager.next_batch(self.number, false).unwrap_or_default();
+            self.fail(Some(error));
         }
     }
 

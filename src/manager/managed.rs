@@ -39,14 +39,17 @@ impl Manager {
                         return Err(timed_out(&self.pool, key));
                     }
                     None => return Ok(None),
-                    Some(answer) => match waiting.told(answer.ok()) {
-                        Some(Told::Granted(session)) => session,
-                        Some(Told::Refused) => return Ok(None),
-                        Some(Told::Deadlock) => return Err(Error::deadlock(key)),
-                        Some(Told::Failed(error)) => return Err(error.for_key(key)),
-                        // The driver ended with its runtime: retry.
-                        Some(Told::Released(_) | Told::PassedOn) | None => continue,
-                    },
+                    Some(answer) => {
+                        waiting.settled = true;
+                        match answer {
+                            Ok(Told::Granted(session)) => session,
+                            Ok(Told::Refused) => return Ok(None),
+                            Ok(Told::Deadlock) => return Err(Error::deadlock(key)),
+                            Ok(Told::Failed(error)) => return Err(error.for_key(key)),
+                            // The driver ended with its runtime: retry.
+                            Ok(Told::Released(_) | Told::PassedOn) | Err(_) => continue,
+                        }
+                    }
                 },
             };
             if let Some(loss) = session.loss() {
@@ -195,11 +198,6 @@ impl Waiting<'_> {
         let state = self.manager.state();
         state.driver.as_ref().is_some_and(|driver| driver.opening)
             && state.table.is_unasked(self.key)
-    }
-
-    fn told(mut self, told: Option<Told>) -> Option<Told> {
-        self.settled = true;
-        told
     }
 }
 

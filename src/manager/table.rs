@@ -87,9 +87,9 @@ pub(super) enum Effect<S, W> {
     Deadlock(W),
     /// The key was released: `true` if the server has answered, `false` if the key was handed off without asking it.
     Released(W, bool),
-    /// There is a step to take on the shared session, with [`Table::take_for_shared`].
+    /// There is a step to take on the shared session, with [`Table::take`].
     Start(KeyId),
-    /// There is one for the wait session that holds the key, with [`Table::take_apart`].
+    /// There is one for the wait session that holds the key, with [`Table::take`].
     StartApart(KeyId),
     /// A key has entered the line, see [`Table::take_wait`].
     Line,
@@ -302,17 +302,11 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         cancelled
     }
 
-    /// The step to take for a key on the shared session, if there still is one. From here on it is in
-    /// flight.
-    pub(super) fn take_for_shared(&mut self, key: KeyId) -> Option<Taken> {
+    /// The step to take for a key on the shared session, or on the wait session that holds the key, if there still is
+    /// one. From here on it is in flight.
+    pub(super) fn take(&mut self, key: KeyId, on_shared: bool) -> Option<Taken> {
         let entry = self.keys.get_mut(&key)?;
-        if entry.is_for_shared()? { entry.take() } else { None }
-    }
-
-    /// The same on the wait session that holds the key.
-    pub(super) fn take_apart(&mut self, key: KeyId) -> Option<Taken> {
-        let entry = self.keys.get_mut(&key)?;
-        if entry.is_for_shared()? { None } else { entry.take() }
+        if entry.is_for_shared()? == on_shared { entry.take() } else { None }
     }
 
     /// The next key in the line, and how long to wait for it: the step is a [`Step::Wait`], which from
@@ -433,8 +427,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         entry.leave_line(key, &mut self.common.line);
         entry.turn = None;
         let mut waiters = Vec::new();
+        entry.stand = None;
         if !done {
-            entry.stand = None;
             waiters.extend(entry.queue.take_all().map(|waiter| waiter.tell));
         }
         if server == Modes::default() {

@@ -54,7 +54,7 @@ const SHARED_SESSION: Session = Session(0);
 
 /// The step that is to be taken for [`KEY`].
 fn take(world: &mut World) -> Taken {
-    world.table.take_for_shared(KEY).unwrap()
+    world.table.take(KEY, true).unwrap()
 }
 
 /// What has followed from changes.
@@ -185,7 +185,7 @@ fn answers_to_other_steps_do_not_count() {
         table.taken(KEY, id, (&SHARED_SESSION, true), world.now)
     };
     assert!(!counts(&mut world.table, id));
-    assert_eq!(world.table.take_for_shared(KEY).unwrap().id, id);
+    assert_eq!(world.table.take(KEY, true).unwrap().id, id);
     assert!(!counts(&mut world.table, id + 1));
     assert!(counts(&mut world.table, id));
     assert!(!counts(&mut world.table, id));

@@ -316,7 +316,7 @@ impl World {
     fn start(&mut self) {
         while let Some((key, shared)) = self.to_do.pop_front() {
             let taken =
-                if shared { self.table.take_for_shared(key) } else { self.table.take_apart(key) };
+                if shared { self.table.take(key, true) } else { self.table.take(key, false) };
             let Some(taken) = taken else { continue };
             assert!(self.ids.insert(taken.id), "there was a step {taken:?} before");
             if self.busy == Some(key) {

@@ -13,7 +13,7 @@ use crate::mode::Mode;
 /// Refuses a key that is wanted, so that it stands in the line.
 fn refuse(table: &mut Table<Session, u64>, key: KeyId, now: Instant) {
     table.want(key, 0, (Mode::Exclusive, true), || (99, Waiting::default()), now);
-    let lock = table.take_for_shared(key).unwrap();
+    let lock = table.take(key, true).unwrap();
     table.taken(key, lock.id, (&SHARED_SESSION, false), now);
 }
 
