@@ -44,7 +44,8 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) const SLACK: Duration = Duration::from_millis(300);
 
 /// After how long a wait is worth a line, and after how long another one.
-const NARRATE: [Duration; 2] = [Duration::from_millis(200), Duration::from_mins(1)];
+const NARRATE_FIRST: Duration = Duration::from_millis(200);
+const NARRATE_AGAIN: Duration = Duration::from_mins(1);
 
 impl Wanted {
     /// Returns the time that is left. `None` if it is not limited, or if nothing is waited for.
@@ -133,7 +134,7 @@ async fn narrate(pool: &PgPool, key: &Target) -> Infallible {
         return pending().await;
     }
     let (since, started) = (clock(SystemTime::now()), Instant::now());
-    sleep(NARRATE[0]).await;
+    sleep(NARRATE_FIRST).await;
     loop {
         match who::locks_of(pool, &key.key).await {
             Ok(locks) => {
@@ -148,7 +149,7 @@ async fn narrate(pool: &PgPool, key: &Target) -> Infallible {
             }
             Err(error) => tracing::info!("waiting for {key} since {since}: {}", chain(&error)),
         }
-        sleep(NARRATE[1]).await;
+        sleep(NARRATE_AGAIN).await;
     }
 }
 

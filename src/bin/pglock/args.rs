@@ -62,13 +62,12 @@ pub(crate) const PARAMETERS_HELP: &str = "\
     host PGHOST, hostaddr PGHOSTADDR, port PGPORT, dbname PGDATABASE, user
     PGUSER, password PGPASSWORD, passfile PGPASSFILE (and ~/.pgpass), service
     PGSERVICE, servicefile PGSERVICEFILE (and PGSYSCONFDIR), connect_timeout
-    PGCONNECT_TIMEOUT (0: no limit), options PGOPTIONS, datestyle PGDATESTYLE,
-    geqo PGGEQO, timezone PGTZ, application_name PGAPPNAME,
-    fallback_application_name, target_session_attrs PGTARGETSESSIONATTRS (any,
-    primary, read-write, prefer-standby), sslmode PGSSLMODE (all but allow),
-    requiressl PGREQUIRESSL, sslrootcert PGSSLROOTCERT, sslcert PGSSLCERT,
-    sslkey PGSSLKEY, ssl-mode, ssl-ca, ssl-root-cert, ssl-cert, ssl-key (of
-    sqlx)
+    PGCONNECT_TIMEOUT (0: no limit), options PGOPTIONS, application_name
+    PGAPPNAME, fallback_application_name, target_session_attrs
+    PGTARGETSESSIONATTRS (any, primary, read-write, prefer-standby), sslmode
+    PGSSLMODE (all but allow), requiressl PGREQUIRESSL, sslrootcert
+    PGSSLROOTCERT, sslcert PGSSLCERT, sslkey PGSSLKEY, ssl-mode, ssl-ca,
+    ssl-root-cert, ssl-cert, ssl-key (of sqlx)
   refused, unless the value is what pglock does anyway:
     channel_binding PGCHANNELBINDING, client_encoding PGCLIENTENCODING,
     gssdelegation PGGSSDELEGATION, gssencmode PGGSSENCMODE, load_balance_hosts
@@ -83,8 +82,9 @@ pub(crate) const PARAMETERS_HELP: &str = "\
   accepted without effect, because the heartbeat detects a dead server, or the
   feature is not used:
     keepalives, keepalives_count, keepalives_idle, keepalives_interval,
-    tcp_user_timeout, gsslib PGGSSLIB, krbsrvname PGKRBSRVNAME, sslcompression
-    PGSSLCOMPRESSION, statement-cache-capacity
+    tcp_user_timeout, datestyle PGDATESTYLE, geqo PGGEQO, timezone PGTZ, gsslib
+    PGGSSLIB, krbsrvname PGKRBSRVNAME, sslcompression PGSSLCOMPRESSION,
+    statement-cache-capacity
   Lists of hosts, abstract sockets and unknown parameters are refused.
   sslmode=verify-full uses the certificates of the system unless sslrootcert
   or ~/.postgresql/root.crt names others.";

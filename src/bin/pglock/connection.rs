@@ -84,16 +84,12 @@ pub(crate) async fn disconnect(pool: PgPool, signals: &mut Signals, limit: Durat
     tokio::select! {
         biased;
         _ = signals.next() => {}
-        () = close_pool_within(pool, limit) => {}
+        () = close_pool(pool, limit) => {}
     }
 }
 
 /// Waits until what was begun on the pool is done, and closes its connections in order.
-pub(crate) async fn close_pool(pool: PgPool) {
-    close_pool_within(pool, CLOSING).await;
-}
-
-async fn close_pool_within(pool: PgPool, limit: Duration) {
+pub(crate) async fn close_pool(pool: PgPool, limit: Duration) {
     // A server that does not answer closes them, too.
     drop(timeout(limit, pool.close()).await);
 }

@@ -5,7 +5,7 @@ mod parameters;
 mod url;
 
 use std::collections::BTreeMap;
-use std::env;
+use std::env::{self, VarError};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::path::Path;
@@ -19,7 +19,7 @@ use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 use crate::exit::Failure;
-use crate::run::seconds;
+use crate::run::{LONGEST, seconds};
 use files::Login;
 use parameters::{PARAMETERS, Parameter};
 
@@ -74,7 +74,7 @@ impl DatabaseArgs {
         }
         settings.retain(|_, value| !value.text.is_empty());
         let connect_timeout = match self.connect_timeout {
-            Some(limit) => Some(limit),
+            Some(limit) => Some(limit).filter(|limit| !limit.is_zero()),
             None => connect_timeout(settings.get("connect_timeout"))?,
         };
         let read_write = read_write(settings.get("target_session_attrs"))?;
@@ -89,21 +89,28 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Collects the parameters: those of the URL, then of the service, then of the environment.
 fn settings(url: Option<String>) -> Result<Settings, Failure> {
     let mut settings = Settings::new();
-    let database_url = || env::var("DATABASE_URL").ok().map(|url| (url, "DATABASE_URL"));
-    let url = url.map(|url| (url, "--url")).or_else(database_url);
-    if let Some((url, source)) = url.filter(|(url, _)| !url.is_empty()) {
+    let url = match url {
+        // A variable that is not set.
+        Some(url) if url.is_empty() => return Err(Failure::Usage("--url: it is empty".to_owned())),
+        Some(url) => Some((url, "--url")),
+        None => variable("DATABASE_URL")?.map(|url| (url, "DATABASE_URL")),
+    };
+    if let Some((url, source)) = url {
         for (keyword, text) in url::parse(&url, source)? {
             settings.insert(keyword, Value { text, source: source.to_owned() });
         }
     }
-    let from_env = |keyword: &str| {
-        let variable = Parameter::find(keyword)?.env?;
-        let text = env::var(variable).ok().filter(|text| !text.is_empty())?;
-        Some(Value { text, source: variable.to_owned() })
-    };
-    let service = settings.get("service").cloned().or_else(|| from_env("service"));
-    if let Some(service) = service {
-        let file = settings.get("servicefile").cloned().or_else(|| from_env("servicefile"));
+    let mut from_env = Settings::new();
+    for Parameter { keyword, env, .. } in &PARAMETERS {
+        if let Some(name) = env
+            && let Some(text) = variable(name)?
+        {
+            from_env.insert(keyword, Value { text, source: (*name).to_owned() });
+        }
+    }
+    let named = |keyword: &str| settings.get(keyword).or_else(|| from_env.get(keyword)).cloned();
+    if let Some(service) = named("service") {
+        let file = named("servicefile");
         let (path, parameters) =
             files::service(&service.text, file.as_ref().map(|file| &*file.text))?;
         let source = format!("service {} in {}", service.text, path.display());
@@ -111,20 +118,26 @@ fn settings(url: Option<String>) -> Result<Settings, Failure> {
             settings.entry(keyword).or_insert_with(|| Value { text, source: source.clone() });
         }
     }
-    for Parameter { keyword, .. } in &PARAMETERS {
-        if !settings.contains_key(keyword)
-            && let Some(value) = from_env(keyword)
-        {
-            settings.insert(keyword, value);
-        }
+    for (keyword, value) in from_env {
+        settings.entry(keyword).or_insert(value);
     }
     Ok(settings)
+}
+
+/// An environment variable, unless it is empty.
+fn variable(name: &str) -> Result<Option<String>, Failure> {
+    match env::var(name) {
+        Ok(text) => Ok(Some(text).filter(|text| !text.is_empty())),
+        Err(VarError::NotPresent) => Ok(None),
+        Err(VarError::NotUnicode(_)) => Err(Failure::Usage(format!("{name}: it is not UTF-8"))),
+    }
 }
 
 fn connect_timeout(value: Option<&Value>) -> Result<Option<Duration>, Failure> {
     let Some(value) = value else { return Ok(Some(CONNECT_TIMEOUT)) };
     let seconds: i64 = parse(value, "connect_timeout", "a whole number of seconds")?;
-    Ok(u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs))
+    let limit = u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
+    Ok(limit.map(|limit| limit.min(LONGEST)))
 }
 
 fn read_write(value: Option<&Value>) -> Result<bool, Failure> {
@@ -167,15 +180,7 @@ fn options(settings: &Settings, application: &str) -> Result<PgConnectOptions, F
     let name = text("application_name").or_else(|| text("fallback_application_name"));
     let name = name.unwrap_or(application);
     // A slow server shows otherwise, and the statements are not the user's.
-    Ok(settings_of_session(settings, options).application_name(name).disable_statement_logging())
-}
-
-/// What libpq sets in each session.
-fn settings_of_session(settings: &Settings, options: PgConnectOptions) -> PgConnectOptions {
-    let names = ["datestyle", "timezone", "geqo"];
-    let set = names.into_iter().filter_map(|name| Some((name, &*settings.get(name)?.text)));
-    // Not without any: some poolers refuse the parameter that carries them.
-    set.fold(options, |options, set| options.options([set]))
+    Ok(options.application_name(name).disable_statement_logging())
 }
 
 /// Starts with the parameter `options`, which sqlx reads only from a URL and from the environment.

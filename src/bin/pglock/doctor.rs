@@ -5,7 +5,7 @@ use pglock::LockOptions;
 use pglock::doctor::{Finding, Severity, examine};
 use serde_json::json;
 
-use crate::connection::close_pool;
+use crate::connection::{CLOSING, close_pool};
 use crate::database::DatabaseArgs;
 use crate::exit::{Exit, Failure, print};
 
@@ -32,7 +32,7 @@ Exit codes:
 pub(crate) async fn run(args: &DoctorArgs, database: DatabaseArgs) -> Result<Exit, Failure> {
     let pool = database.database("pglock doctor")?.pool(None).await?;
     let findings = examine(&pool, &LockOptions::new()).await;
-    close_pool(pool).await;
+    close_pool(pool, CLOSING).await;
     let findings = findings?;
     let text = if args.json { format!("{:#}\n", json!(findings)) } else { as_lines(&findings) };
     print(text.as_bytes())?;

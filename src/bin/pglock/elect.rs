@@ -100,8 +100,8 @@ Exit codes:
    69  the database can't be reached at the start, or failed for a reason that
        does not pass
    71  the operating system refused something
-   78  a lock would exclude nothing there: a standby, a pooler in transaction
-       mode, wrong settings
+   78  a lock would exclude nothing there: a pooler in transaction mode, wrong
+       settings
   125  with --once: the leadership was lost before the command had ended
   126  the command can't be run (after three terms; with --once, after the
        first)
@@ -256,9 +256,10 @@ async fn lead(
         grace: args.grace,
         remove: args.ready_file.clone(),
     };
+    // Before that, so that no command is ended because this fails.
+    ready.leads(term)?;
     let ended = match Child::start(&args.command, &how, signals)? {
         Ok(child) => {
-            ready.leads(term)?;
             let on_loss = |signals: &Signals| {
                 if let Some(script) = &args.on_lost {
                     child::start_hook(script, &env, signals);

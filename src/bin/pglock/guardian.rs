@@ -118,11 +118,7 @@ fn listen(mut control: File) -> UnboundedReceiver<u8> {
     let (sender, bytes) = unbounded_channel();
     thread::spawn(move || {
         let mut byte = [0];
-        while control.read_exact(&mut byte).is_ok() {
-            if byte.into_iter().any(|byte| sender.send(byte).is_err()) {
-                return;
-            }
-        }
+        while control.read_exact(&mut byte).is_ok() && sender.send(byte[0]).is_ok() {}
     });
     bytes
 }

@@ -91,8 +91,7 @@ async fn kill(
         ));
         return Ok(NOT_ENDED);
     };
-    inspect::name_keys(&mut locks, args.names.keys()?);
-    inspect::name_keys(&mut locks, [&args.target.key]);
+    inspect::name_keys(&mut locks, args.names.keys()?.into_iter().chain([args.target.key.clone()]));
     let shown = locks.get(..SHOWN).unwrap_or(&locks);
     print(show::table(shown, database.name(), table::width()).as_bytes())?;
     if locks.len() > SHOWN {
@@ -163,6 +162,7 @@ async fn wait(conn: &mut PgConnection, session: &Session) -> Result<Exit, Failur
     let is_there = |lock: &LockInfo| {
         lock.session.as_ref().is_some_and(|now| now.started_at == session.started_at)
     };
+    let mut pause = Duration::from_millis(20);
     while locks_of(conn, session.backend_pid).await?.iter().any(is_there) {
         if started.elapsed() > ENDING {
             say(format_args!(
@@ -171,7 +171,9 @@ async fn wait(conn: &mut PgConnection, session: &Session) -> Result<Exit, Failur
             ));
             return Ok(NOT_ENDED);
         }
-        sleep(Duration::from_millis(20)).await;
+        sleep(pause).await;
+        // Each look stops the server's lock table for a moment.
+        pause = Duration::from_secs(1).min(2 * pause);
     }
     say(format_args!("session {} is ended", session.backend_pid));
     Ok(Exit::FINE)

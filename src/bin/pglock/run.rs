@@ -243,11 +243,11 @@ impl RunArgs {
     }
 }
 
+/// Thirty years. The sum of a point in time and the longest duration overflows.
+pub(crate) const LONGEST: Duration = Duration::from_secs(1_000_000_000);
+
 /// Reads a time in seconds from the command line.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
-    /// Thirty years. The sum of a point in time and the longest duration overflows.
-    const LONGEST: Duration = Duration::from_secs(1_000_000_000);
-
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     let duration = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
     Ok(duration.min(LONGEST))

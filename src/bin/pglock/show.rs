@@ -11,8 +11,8 @@ use sqlx::postgres::PgAdvisoryLockKey;
 
 use crate::exit::{Failure, say};
 use crate::known::Tools;
-use crate::table;
 use crate::tree::{self, Row};
+use crate::{table, target};
 
 /// What `--json` prints, for the help of each command that has it.
 pub(crate) const JSON: &str = "\
@@ -148,7 +148,12 @@ fn describe(state: &str, lasts: Option<Duration>) -> String {
 /// The cells of a row.
 pub(crate) fn cells(row: &Row<'_>, tools: &Tools) -> [String; 8] {
     let Row { lock, branches } = row;
-    let name = name(&lock.key, tools).map_or_else(|| written(&lock.key), str::to_owned);
+    let name = match name(&lock.key, tools) {
+        None => written(&lock.key),
+        // It would be read as a number or a pair.
+        Some(name) if target::key(name).name().is_none() => format!("name:{name}"),
+        Some(name) => name.to_owned(),
+    };
     // A waiter below its holder waits for the same key.
     let key = if branches.is_empty() { name } else { format!("{branches}waits") };
     let mode = lock.mode.to_string();

@@ -1,6 +1,5 @@
 //! What is locked, as it is written on the command line, and how the session is named that locks it.
 
-use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::Path;
@@ -24,7 +23,7 @@ impl FromStr for Target {
 
     /// Refuses what is probably a mistake: a variable that is not set, and a number that is too large.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text.is_empty() {
+        if matches!(text, "" | "name:") {
             return Err("a key can't be empty");
         }
         let key = key(text);
@@ -80,13 +79,14 @@ fn is_integer(text: &str) -> bool {
 }
 
 /// Reads a key as the library does, and a pair with a slash too.
-fn key(text: &str) -> Key {
+pub(crate) fn key(text: &str) -> Key {
     if let Some((first, second)) = text.split_once('/')
         && let (Ok(first), Ok(second)) = (first.parse::<i32>(), second.parse::<i32>())
     {
         return Key::from((first, second));
     }
-    text.parse().unwrap_or_else(|never: Infallible| match never {})
+    let Ok(key) = text.parse();
+    key
 }
 
 #[cfg(test)]
@@ -104,9 +104,14 @@ mod tests {
 
     #[test]
     fn a_key_that_looks_like_a_mistake_is_refused() {
-        for text in
-            ["", "9223372036854775808", "-9223372036854775809", "1,3000000000", "1/3000000000"]
-        {
+        for text in [
+            "",
+            "name:",
+            "9223372036854775808",
+            "-9223372036854775809",
+            "1,3000000000",
+            "1/3000000000",
+        ] {
             assert!(text.parse::<Target>().is_err(), "{text:?}");
         }
         for text in ["-", "2026-11-29", "1/2/3", "name:99999999999999999999", "-1,-2", "42"] {

@@ -56,18 +56,20 @@ fn section(text: &str, name: &str, path: &Path) -> Result<Option<Parameters>, Fa
         Failure::Usage(format!("service {name} in {}: {line}: {why}", path.display()))
     };
     let headline = format!("[{name}]");
-    let lines = text.lines().map(str::trim);
-    let mut lines = lines.skip_while(|line| *line != headline);
+    let lines = (1..).zip(text.lines().map(str::trim));
+    let mut lines = lines.skip_while(|(_, line)| *line != headline);
     if lines.next().is_none() {
         return Ok(None);
     }
     let mut parameters = Parameters::new();
-    for line in lines.take_while(|line| !line.starts_with('[')) {
+    for (number, line) in lines.take_while(|(_, line)| !line.starts_with('[')) {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
         let Some((keyword, value)) = line.split_once('=') else {
-            return Err(wrong(line, "not a line like host=db.example.com"));
+            // It may have a password.
+            let place = format!("line {number}");
+            return Err(wrong(&place, "not a line like host=db.example.com"));
         };
         let (keyword, value) = (keyword.trim(), value.trim());
         match Parameter::find(keyword).map(|parameter| parameter.keyword) {
@@ -186,6 +188,7 @@ mod tests {
         let two = vec![("host", "two".to_owned()), ("port", "5433".to_owned())];
         assert_eq!(of("b"), Ok(Some(two)));
         assert_eq!(of("d"), Ok(None));
-        assert!(of("c").unwrap_err().contains("service c in f: wrong"));
+        let error = of("c").unwrap_err();
+        assert!(error.contains("service c in f: line 10:") && !error.contains("wrong"), "{error}");
     }
 }

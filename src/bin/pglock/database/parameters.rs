@@ -32,10 +32,8 @@ const fn parameter(keyword: &'static str, env: &'static str, use_: Use) -> Param
 pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("application_name", "PGAPPNAME", Honoured),
     parameter("connect_timeout", "PGCONNECT_TIMEOUT", Honoured),
-    parameter("datestyle", "PGDATESTYLE", Honoured),
     parameter("dbname", "PGDATABASE", Honoured),
     parameter("fallback_application_name", "", Honoured),
-    parameter("geqo", "PGGEQO", Honoured),
     parameter("host", "PGHOST", Honoured),
     parameter("hostaddr", "PGHOSTADDR", Honoured),
     parameter("options", "PGOPTIONS", Honoured),
@@ -50,7 +48,6 @@ pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("sslmode", "PGSSLMODE", Honoured),
     parameter("sslrootcert", "PGSSLROOTCERT", Honoured),
     parameter("target_session_attrs", "PGTARGETSESSIONATTRS", Honoured),
-    parameter("timezone", "PGTZ", Honoured),
     parameter("user", "PGUSER", Honoured),
     parameter("channel_binding", "PGCHANNELBINDING", Only(&["disable", "prefer"])),
     parameter("client_encoding", "PGCLIENTENCODING", Only(&["auto", "unicode", "utf-8", "utf8"])),
@@ -82,6 +79,8 @@ pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("sslpassword", "", Only(&[])),
     parameter("sslsni", "PGSSLSNI", Only(&["1"])),
     parameter("authtype", "", NoEffect),
+    parameter("datestyle", "PGDATESTYLE", NoEffect),
+    parameter("geqo", "PGGEQO", NoEffect),
     parameter("gsslib", "PGGSSLIB", NoEffect),
     parameter("keepalives", "", NoEffect),
     parameter("keepalives_count", "", NoEffect),
@@ -90,6 +89,7 @@ pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("krbsrvname", "PGKRBSRVNAME", NoEffect),
     parameter("sslcompression", "PGSSLCOMPRESSION", NoEffect),
     parameter("tcp_user_timeout", "", NoEffect),
+    parameter("timezone", "PGTZ", NoEffect),
     parameter("tty", "", NoEffect),
     // Of sqlx.
     parameter("statement-cache-capacity", "", NoEffect),
@@ -121,10 +121,11 @@ impl Parameter {
                 format!("remove it, or set it to {} or {last}", others.join(", "))
             }
         };
-        Err(Failure::Usage(format!(
-            "{}: {}={} is not supported; {hint}",
-            value.source, self.keyword, value.text
-        )))
+        let keyword = self.keyword;
+        let is_secret =
+            keyword.contains("secret") || keyword.contains("key") || keyword == "sslpassword";
+        let text = if is_secret { "…" } else { &value.text };
+        Err(Failure::Usage(format!("{}: {keyword}={text} is not supported; {hint}", value.source)))
     }
 }
 

@@ -25,6 +25,9 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
     };
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
+    if database.contains('@') {
+        return Err(wrong(ENCODE.to_owned()));
+    }
     let (login, address) = authority.rsplit_once('@').unwrap_or(("", authority));
     let (user, password) = login.split_once(':').unwrap_or((login, ""));
     if address.contains(',') {
@@ -53,7 +56,7 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
     }
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let Some((name, value)) = pair.split_once('=') else {
-            return Err(wrong(format!("the parameter {pair:?} has no value")));
+            return Err(wrong(hide(pair, format!("the parameter {pair:?} has no value"))));
         };
         let (name, mut value) = (decode("parameter", name)?, decode(name, value)?);
         // As sqlx has it: options[name]=value.
@@ -72,9 +75,10 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
             (name, value)
         };
         let Some(known) = Parameter::find(name) else {
-            return Err(wrong(format!(
+            let unknown = format!(
                 "the parameter {name} is unknown; pglock --help lists those that are supported"
-            )));
+            );
+            return Err(wrong(hide(pair, unknown)));
         };
         match parameters.iter_mut().find(|(name, _)| *name == "options" && known.keyword == *name) {
             Some((_, options)) => *options = format!("{options} {value}"),
@@ -82,6 +86,14 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
         }
     }
     Ok(parameters)
+}
+
+/// What is said of a URL whose password ends too early.
+const ENCODE: &str = "percent-encode a password with the characters / ? @";
+
+/// What is said of a part of the query, unless it is a part of a password.
+fn hide(pair: &str, what: String) -> String {
+    if pair.contains('@') { ENCODE.to_owned() } else { what }
 }
 
 /// Why a list of hosts is refused.
@@ -129,8 +141,13 @@ mod tests {
             ("postgres://u@[::1/d", "host and port"),
             ("postgres://[]:5432/d", "host and port"),
             ("postgres://%ff/d", "host is not UTF-8"),
+            ("postgres://app:secret/word@h/d", "percent-encode"),
+            ("postgres://app:se?cret@h/d", "percent-encode"),
+            ("postgres://app:se?cret=word@h/d", "percent-encode"),
+            ("postgres://app:secret/?word=@h/d", "percent-encode"),
         ] {
             let error = parsed(url).unwrap_err();
+            assert!(!error.contains("cret") && !error.contains("word@"), "{url}: {error}");
             assert!(error.starts_with("--url: ") && error.contains(word), "{url}: {error}");
         }
     }
