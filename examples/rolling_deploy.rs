@@ -77,8 +77,6 @@ async fn main() -> Result<()> {
     )
     .await?;
     println!("no instance was at work for {:.0} ms", gap * 1000.0);
-    // A few milliseconds; more only where the machine has no time for it.
-    assert!(gap < 1.0);
     Ok(())
 }
 

@@ -19,18 +19,17 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let guard = customer.acquire().await?;
     let asked = Instant::now();
-    let answer = lock.try_acquire_for(Duration::from_millis(400)).await?;
+    let answer = lock.try_acquire_for(Duration::from_secs(2)).await?;
     let waited = asked.elapsed();
     assert!(answer.is_none());
-    assert!(waited >= Duration::from_millis(400));
-    println!("busy for 400 ms; the call returned after {} ms", waited.as_millis());
+    assert!(waited >= Duration::from_secs(2));
+    println!("busy for 2 s; the call returned after {} ms", waited.as_millis());
 
     guard.release().await?;
     let asked = Instant::now();
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(10)).await? else {
         return Err("it was free".into());
     };
-    assert!(asked.elapsed() < Duration::from_secs(10));
     println!("once it is free, we need not wait: {} ms", asked.elapsed().as_millis());
 
     // Waiting for one of the pool's connections is not waiting for the lock, and the two never look

@@ -6,12 +6,11 @@
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
 use std::error::Error;
-use std::time::Duration;
 
 use pglock::Lock;
 use pglock_testkit::TestDb;
 use sqlx::PgPool;
-use tokio::time::sleep;
+use tokio::sync::Barrier;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -20,24 +19,28 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let (here, there) = (db.pool(3).await, db.pool(3).await);
 
     // Both set out at once. One of them finds the lock taken.
-    let (first, second) = tokio::join!(send_queued("here", &here), send_queued("there", &there));
-    assert!(first? != second?, "one of them sent, the other skipped");
+    let both = Barrier::new(2);
+    let (first, second) =
+        tokio::try_join!(send_queued("here", &here, &both), send_queued("there", &there, &both))?;
+    assert!(first != second, "one of them sent, the other skipped");
 
     // Later it is free again.
-    assert!(send_queued("there", &there).await?);
+    assert!(send_queued("there", &there, &Barrier::new(1)).await?);
     Ok(())
 }
 
 /// Sends what is queued, unless another process does already. Returns whether it did.
-async fn send_queued(machine: &str, pool: &PgPool) -> pglock::Result<bool> {
+async fn send_queued(machine: &str, pool: &PgPool, tried: &Barrier) -> pglock::Result<bool> {
     let mut lock = Lock::new(pool, "send-queued-mail");
     let Some(guard) = lock.try_acquire().await? else {
         println!("{machine}: another machine is sending, nothing to do");
+        tried.wait().await;
         return Ok(false);
     };
 
     println!("{machine}: sending");
-    sleep(Duration::from_millis(300)).await;
+    // In this example, it takes until the other has tried.
+    tried.wait().await;
     println!("{machine}: sent");
     guard.release().await?;
     Ok(true)

@@ -15,7 +15,7 @@ use crate::clock::now;
 use crate::timeline::{Looks, Span};
 
 /// How long an actor may take for a cue, before the tour gives up.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A copy of this program, run as another process, that executes commands.
 ///

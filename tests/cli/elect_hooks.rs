@@ -57,6 +57,14 @@ async fn the_file_is_there_while_it_leads() {
     drop(fs::remove_file(file));
 }
 
+#[tokio::test]
+async fn a_command_does_not_start_if_the_file_cannot_be_written() {
+    let db = TestDb::new().await;
+    let args = ["elect", "--ready-file", "/no/such/directory/file", "key", "--", "echo", "started"];
+    let ended = run(&db, &args).await;
+    assert_eq!((ended.code(), &*ended.output), (Some(71), ""), "{}", ended.errors);
+}
+
 /// The command lines of the units and of the manifest, with a command that ends at once.
 #[tokio::test]
 async fn the_units_and_the_manifest_use_options_that_exist() {

@@ -1,12 +1,13 @@
 //! `pglock run`: signals.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use pglock_testkit::TestDb;
-use tokio::time::sleep;
+use tokio::time::timeout;
 
-use crate::support::{PGLOCK, Running, hold, is_gone, locks_are, pglock, run};
+use crate::support::{PGLOCK, Running, hold, is_gone, locks_are, pglock, run, send};
 
 /// Says `ready`, and the name of each signal that it gets.
 const LISTEN: &str = "for signal in HUP INT QUIT TERM USR1 USR2; do \
@@ -125,11 +126,14 @@ async fn a_signal_ends_a_release_that_is_not_answered() {
     server.pause();
     listener.tell("end").await;
     // The first ones may reach the command, which ignores them. Without them, the heartbeat would end it by code 125.
-    for _ in 0..15 {
-        listener.send(Signal::SIGTERM);
-        sleep(Duration::from_millis(100)).await;
-    }
-    let ended = listener.finish().await;
+    let pid = listener.pid();
+    let mut ending = pin!(listener.finish());
+    let ended = loop {
+        send(pid, Signal::SIGTERM);
+        if let Ok(ended) = timeout(Duration::from_millis(100), ending.as_mut()).await {
+            break ended;
+        }
+    };
     server.resume();
     assert_eq!(ended.code(), Some(128 + Signal::SIGTERM as i32), "{}", ended.errors);
 }

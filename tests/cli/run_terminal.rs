@@ -201,12 +201,15 @@ async fn ctrl_c_ends_what_the_command_has_left_behind() {
     let mut admin = db.admin().await;
     let Some(terminal) = Terminal::open(&db).await else { return };
     terminal.types(
-        "pglock run --wait-descendants key -- sh -c 'setsid -f sleep 1000; echo st\"\"arted'",
+        "pglock run --wait-descendants key -- sh -c 'setsid -f sleep 1000; echo $$ st\"\"arted'",
     );
-    terminal.shows("\nstarted\n").await;
+    terminal.shows(" started\n").await;
     locks_are(&mut admin, 1, 0).await;
-    // The command may not have ended yet.
-    sleep(Duration::from_millis(200)).await;
+    let screen = terminal.screen();
+    let pid = screen.lines().find_map(|line| line.strip_suffix(" started")).unwrap();
+    // Reaped, too: before that, the keys are for the command.
+    let reaped = || async { fs::metadata(format!("/proc/{pid}")).is_err() };
+    eventually("the command has ended", LIMIT, reaped).await;
     terminal.presses("C-c");
     locks_are(&mut admin, 0, 0).await;
     terminal.exit_code_is(0).await;

@@ -86,10 +86,9 @@ async fn with_v_it_says_what_it_does() {
     let mut admin = db.admin().await;
     let holder = hold(&db, &["run", "key"]).await;
     let pid = pglock_testkit::advisory_locks(&mut admin).await.first().unwrap().pid;
-    let waiter = Running::start(pglock(&db, &["run", "-v", "key", "true"]));
+    let mut waiter = Running::start(pglock(&db, &["run", "-v", "key", "true"]));
     locks_are(&mut admin, 1, 1).await;
-    // Until it is said.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    waiter.complains("pglock: waiting for \"key\" (").await;
     holder.finish().await;
     let ended = waiter.finish().await;
     let lines: Vec<&str> = ended.errors.lines().collect();

@@ -1,6 +1,7 @@
 //! The program as a process: what it says, and how it ends.
 
 use std::fs;
+use std::mem;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -51,7 +52,9 @@ pub(crate) struct Running {
     process: Child,
     input: Option<ChildStdin>,
     output: Lines<BufReader<ChildStdout>>,
-    errors: ChildStderr,
+    errors: BufReader<ChildStderr>,
+    /// What was read of its standard error.
+    complained: String,
 }
 
 /// How the program ended, and what it said.
@@ -68,8 +71,9 @@ impl Running {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let output = BufReader::new(process.stdout.take().unwrap()).lines();
-        let errors = process.stderr.take().unwrap();
-        Self { input: process.stdin.take(), process, output, errors }
+        let errors = BufReader::new(process.stderr.take().unwrap());
+        let complained = String::new();
+        Self { input: process.stdin.take(), process, output, errors, complained }
     }
 
     /// Writes a line to its standard input.
@@ -89,6 +93,17 @@ impl Running {
         assert_eq!(self.line().await, expected);
     }
 
+    /// Waits until its standard error has this.
+    pub(crate) async fn complains(&mut self, expected: &str) {
+        let complained = async {
+            while !self.complained.contains(expected) {
+                let read = self.errors.read_line(&mut self.complained).await.unwrap();
+                assert!(read > 0, "{expected:?} before the end: {}", self.complained);
+            }
+        };
+        timeout(LIMIT, complained).await.expect("a complaint in time");
+    }
+
     pub(crate) fn pid(&self) -> i32 {
         self.process.id().unwrap().cast_signed()
     }
@@ -101,7 +116,7 @@ impl Running {
     pub(crate) async fn finish(mut self) -> Ended {
         drop(self.input.take());
         let ending = async {
-            let mut errors = String::new();
+            let mut errors = mem::take(&mut self.complained);
             let mut output = String::new();
             let (read, ()) = tokio::join!(self.errors.read_to_string(&mut errors), async {
                 while let Some(line) = self.output.next_line().await.unwrap() {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pglock::{Key, Lock, Mode, MultiLock, Semaphore, transaction};
-use pglock_testkit::{TestDb, advisory_locks, cancel_after, eventually};
+use pglock_testkit::{TestDb, cancel_after, eventually};
 use sqlx::PgPool;
 use tokio::time::{sleep, timeout};
 
@@ -189,7 +189,7 @@ async fn acquiring_when_none_is_free(permits: usize) {
     for _ in 0..permits {
         held.push(semaphore.acquire().await.unwrap());
     }
-    locks_are(&mut db.admin().await, permits, SOON).await;
+    locks_are(&mut db.admin().await, permits, SOON * 10).await;
     permits_dropped(permits, permits, &db).await;
 }
 
@@ -281,10 +281,12 @@ async fn a_wait_of_a_transaction_leaves_the_queue_after_its_slice() {
     transaction::acquire(&mut holder, "ledger").await.unwrap();
     let mut one = pool.begin().await.unwrap();
     let mut two = pool.begin().await.unwrap();
-    for tx in [&mut one, &mut two] {
-        timeout(SOON / 3, transaction::acquire(tx, "ledger")).await.unwrap_err();
+    for (locks, tx) in [(2, &mut one), (3, &mut two)] {
+        tokio::select! {
+            acquired = transaction::acquire(tx, "ledger") => panic!("{acquired:?}"),
+            () = locks_are(&mut admin, locks, SOON * 20) => {}
+        }
     }
-    assert_eq!(advisory_locks(&mut admin).await.len(), 3);
     let mut tx = pool.begin().await.unwrap();
     let pid = ask(&mut tx, "pg_backend_pid()").await;
     let dropped = async {

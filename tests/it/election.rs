@@ -13,7 +13,7 @@ use tokio_stream::StreamExt;
 
 use crate::support::{
     SOON, borrow_all, dropped_at, locks_are, no_locks, quick_heartbeat, quick_pool,
-    quickly_watched, spawn, terminate, unless_it_waits,
+    quickly_watched, random, spawn, terminate, unless_it_waits,
 };
 
 /// More polls than any call that does not wait can take.
@@ -174,16 +174,15 @@ async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
 #[tokio::test]
 async fn a_status_says_no_by_the_clock_alone() {
     let (_db, pool) = TestDb::with_pool(2).await;
-    let second = Duration::from_secs(1);
-    let options = LockOptions::new().heartbeat_interval(second / 2).heartbeat_timeout(second / 2);
-    let mut election = Election::new(&options.on(&pool).unwrap(), "billing");
+    let mut election = monitored_election(&pool);
     let status = election.status();
     let leadership = election.campaign().await.unwrap();
     // Longer than a leader is trusted without an answer, so there was one.
-    sleep(second * 6 / 5).await;
+    let long = Duration::from_millis(3_400);
+    sleep(long).await;
     assert!(status.is_leader());
     // The only thread of the runtime.
-    std::thread::sleep(second * 2);
+    std::thread::sleep(long);
     assert!(!status.is_leader());
     drop(leadership);
 }
@@ -384,14 +383,22 @@ async fn an_observer_pauses_after_an_error() {
 #[tokio::test]
 async fn an_observer_goes_on_after_an_error() {
     let (server, db) = TestDb::with_server().await;
-    let pool = quick_pool(&db);
+    let pool = quick_pool(&db).await;
     let mut observer = election(&pool).observe();
     assert_eq!(observer.changed().await.unwrap(), None);
     let mut election = election(&pool);
     server.kill();
     observer.changed().await.unwrap_err();
     server.restart();
-    let _leadership = election.campaign().await.unwrap();
+    let elected = async {
+        loop {
+            // To open a connection may take longer than the pool's timeout.
+            if let Ok(leadership) = election.campaign().await {
+                break leadership;
+            }
+        }
+    };
+    let _leadership = timeout(SOON * 20, elected).await.unwrap();
     let told = loop {
         // The pool may still hold connections from before.
         if let Ok(told) = timeout(SOON * 10, observer.changed()).await.unwrap() {
@@ -399,6 +406,18 @@ async fn an_observer_goes_on_after_an_error() {
         }
     };
     assert_eq!(told.unwrap().name, "node-7");
+}
+
+/// A lock on the leader's session would show its own name otherwise.
+#[tokio::test]
+async fn a_lock_of_the_leader_leaves_its_name_shown() {
+    let (_db, pool, _) = TestDb::scene(2).await;
+    let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
+    let mut election = Election::new(&named, "billing").candidate("node-7");
+    let leadership = election.campaign().await.unwrap();
+    let _more = Lock::new(&leadership, "another").acquire().await.unwrap();
+    let leader = election.leader().await.unwrap().unwrap();
+    assert_eq!((&*leader.name, leader.term), ("node-7", Some(leadership.term())));
 }
 
 /// Every way to end a term, each on a pool whose application has a name, or none.
@@ -482,10 +501,17 @@ async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConn
         }
     });
     if way == "drop run" {
-        assert!(timeout(held_for + SOON, run).await.is_err());
-    } else {
-        timeout(SOON * 10, run).await.unwrap().unwrap();
+        let led = async {
+            let pid = told.await.unwrap();
+            sleep(held_for).await;
+            pid
+        };
+        return tokio::select! {
+            ran = run => panic!("{ran:?}"),
+            pid = timeout(SOON * 10, led) => pid.unwrap(),
+        };
     }
+    timeout(SOON * 10, run).await.unwrap().unwrap();
     told.await.unwrap()
 }
 
@@ -624,15 +650,12 @@ async fn never_two_lead_while_others_give_up_at_random() {
     for seed in 0..5_u64 {
         let (pool, mut election) = (pool.clone(), election(&pool));
         tasks.spawn(async move {
-            let mut random = seed + 1;
+            let mut state = seed + 1;
             let mut led = 0;
             while led < 20 {
-                // xorshift64
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
+                let random = random(&mut state);
                 let polls =
-                    if random % 3 == 0 { POLLS } else { usize::try_from(random % 12).unwrap() };
+                    if random.is_multiple_of(3) { POLLS } else { usize::try_from(random % 12).unwrap() };
                 let wait = Duration::from_millis(random / 16 % 100);
                 let campaign = timeout(wait, cancel_after(polls + 1, election.campaign()));
                 let Ok(Some(elected)) = campaign.await else { continue };
@@ -652,7 +675,7 @@ async fn never_two_lead_while_others_give_up_at_random() {
                 }
                 drop(conn);
                 led += 1;
-                if random % 2 == 0 {
+                if random.is_multiple_of(2) {
                     leadership.resign().await.unwrap();
                 }
             }

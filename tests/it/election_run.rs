@@ -120,7 +120,7 @@ async fn stopping_ends_what_leads_and_resigns() {
     assert!(!status.is_leader());
     // It has resigned, and is not only about to.
     assert_eq!(advisory_locks(&mut admin).await, []);
-    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+    eventually("the pool has it back", SOON * 10, || async { pool.num_idle() == 1 }).await;
 }
 
 #[tokio::test]
@@ -288,7 +288,7 @@ async fn a_panic_resigns_and_goes_on() {
         assert!(!status.is_leader());
         is_closed(&kept).await;
         no_locks(&mut admin).await;
-        eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+        eventually("the pool has it back", SOON * 10, || async { pool.num_idle() == 1 }).await;
     }
 }
 
@@ -338,13 +338,13 @@ async fn dropping_the_future_ends_what_leads_and_resigns() {
     }
     assert!(!counts.run());
     no_locks(&mut admin).await;
-    eventually("the pool has it back", SOON, || async { pool.num_idle() == 1 }).await;
+    eventually("the pool has it back", SOON * 10, || async { pool.num_idle() == 1 }).await;
 }
 
 #[tokio::test]
 async fn what_passes_is_tried_again() {
     let (server, db) = TestDb::with_server().await;
-    let mut election = election(&quick_pool(&db));
+    let mut election = election(&quick_pool(&db).await);
     let (told, mut leads) = mpsc::unbounded_channel();
     let run = election.run(std::future::pending(), |leadership| {
         told.send(leadership.term()).unwrap();
@@ -505,14 +505,14 @@ async fn closing_the_pool_ends_a_leader_a_candidate_an_observer_and_a_pause() {
     }
     let took = started.elapsed();
     report(format_args!("closed after {took:?}"));
-    assert!(took < SOON * 2, "{took:?}");
+    assert!(took < SOON * 10, "{took:?}");
     drop(election(&other).try_campaign().await.unwrap().expect("it was not resigned"));
 }
 
 #[tokio::test]
 async fn a_status_can_be_awaited() {
     let (server, db) = TestDb::with_server().await;
-    let pool = quick_pool(&db);
+    let pool = quick_pool(&db).await;
     let first = election(&pool).campaign().await.unwrap();
     let mut candidate = election(&pool);
     let mut status = candidate.status();

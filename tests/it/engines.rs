@@ -11,6 +11,8 @@ use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 
+use crate::support::prove_exclusion;
+
 const KEY: &str = "nightly-report";
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -137,6 +139,7 @@ async fn doctor_warns_of_a_database_on_several_nodes() {
 #[tokio::test]
 async fn advisory_locks_of_other_kinds_are_no_keys() {
     let (_server, db) = TestDb::with_server().await;
+    prove_exclusion(&db).await;
     let (pool, mut admin) = (db.pool(3).await, db.admin().await);
     let shards = "BEGIN
             RETURN QUERY SELECT * FROM original.pg_lock_status();
@@ -154,6 +157,19 @@ async fn advisory_locks_of_other_kinds_are_no_keys() {
     let keys = inspect::locks(&pool).await.unwrap().into_iter().map(|lock| lock.key);
     assert_eq!(keys.collect::<Vec<_>>(), [Key::from(102_008)]);
     held.release().await.unwrap();
+}
+
+/// `YugabyteDB` before 2.25.1, silenced: the locks of a transaction are not proven, as the guide says.
+#[tokio::test]
+async fn locks_of_a_transaction_rely_on_the_server() {
+    let (_server, db) = TestDb::with_server().await;
+    let function = "pg_try_advisory_xact_lock(bigint)";
+    replace_function(&mut db.admin().await, function, "BEGIN RETURN true; END").await;
+    let pool = db.pool(2).await;
+    let (mut one, mut another) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
+    for tx in [&mut one, &mut another] {
+        assert!(transaction::try_acquire(tx, KEY).await.unwrap());
+    }
 }
 
 /// As after a correction of the configuration. The proof takes longer than acquires wait for it.

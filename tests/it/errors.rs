@@ -10,7 +10,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::support::{borrow_all, execute};
+use crate::support::{all_are_idle, borrow_all, execute, opened};
 
 pub(crate) const KEY: &str = "nightly-report";
 
@@ -73,8 +73,7 @@ pub(crate) fn lazy(options: PgConnectOptions, acquire_timeout: Duration) -> PgPo
 
 /// A pool of one connection, with the given timeout of its own.
 pub(crate) async fn one_connection(db: &TestDb, acquire_timeout: Duration) -> PgPool {
-    let options = PgPoolOptions::new().max_connections(1).acquire_timeout(acquire_timeout);
-    options.connect_with(db.options()).await.unwrap()
+    opened(PgPoolOptions::new().max_connections(1).acquire_timeout(acquire_timeout), db).await
 }
 
 /// The message distinguishes the pool's timeout from the lock's.
@@ -141,6 +140,7 @@ async fn a_pool_is_exhausted_by_guards_too() {
     let mut lock = Lock::new(&pool, KEY);
     is_exhausted(&lock.acquire().await.unwrap_err());
     guard.release().await.unwrap();
+    all_are_idle(&pool).await;
     works(&mut lock).await;
 }
 

@@ -103,7 +103,7 @@ async fn is_served_in_time(holders: Holders) {
         let locks = advisory_locks(&mut *admin.lock().await).await;
         locks.len() == 2 * usize::try_from(holders.count).unwrap()
     };
-    eventually("all holders hold or wait", holders.hold * 4 + BESIDES, all_want_it).await;
+    eventually("all holders hold or wait", holders.hold * 4 + BESIDES * 10, all_want_it).await;
 
     let started = Instant::now();
     let mut plain = db.admin().await;

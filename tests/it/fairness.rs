@@ -146,7 +146,7 @@ async fn get_their_shares(service: &str) {
     assert!((25..=75).contains(&(one.holds * 100 / both)), "{} and {}", one.holds, two.holds);
     assert!(plain.holds > seconds, "{} turns of the plain lock", plain.holds);
     for Turns { median, longest, .. } in [one, two, plain] {
-        let bound = median * 20 + Duration::from_secs(1);
+        let bound = median * 20 + Duration::from_secs(5);
         assert!(longest < bound, "waited for {longest:?}, where {median:?} is usual");
     }
     no_locks(&mut db.admin().await).await;

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use pglock::{Error, ExclusiveGuard, Lock, LockOptions, Loss};
+use pglock::{Error, ExclusiveGuard, Lock, Loss};
 use pglock_testkit::{Proxy, Role, Server, TestDb, WallClock, cues, monotonic, say};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
@@ -16,24 +16,16 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::loss::{fast_heartbeat, patient_heartbeat};
 use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks, terminate};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which a holder with a fast heartbeat times out.
-const BOUND: Duration = SECOND;
+/// After which a holder with a patient heartbeat times out.
+const BOUND: Duration = Duration::from_secs(3);
 
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
-
-fn fast_heartbeat() -> LockOptions {
-    LockOptions::new()
-        .heartbeat_interval(BOUND / 2)
-        .heartbeat_timeout(BOUND / 2)
-        .keepalives_idle(SECOND)
-        .keepalives_interval(SECOND)
-        .keepalives_retries(2)
-}
 
 /// Another service, which waits for lock 1.
 struct Next {
@@ -83,7 +75,7 @@ async fn service() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
     // A slice so long that it ends no wait here.
-    let mut lock = Lock::new(&fast_heartbeat().wait_slice(TIMEOUT * 3).on(&pool).unwrap(), 1);
+    let mut lock = Lock::new(&patient_heartbeat().wait_slice(TIMEOUT * 3).on(&pool).unwrap(), 1);
     let mut cues = cues();
     let mut guard = None;
     while let Some(cue) = cues.next_line().await.unwrap() {
@@ -201,7 +193,7 @@ async fn the_connection_is_reset() {
         let mut waiter = Lock::new(&pool, 1);
         let ((failed, loss), next) = tokio::join!(
             async {
-                tokio::join!(timeout(TIMEOUT, waiter.acquire()), timeout(SOON * 5, guard.lost()))
+                tokio::join!(timeout(TIMEOUT, waiter.acquire()), timeout(TIMEOUT, guard.lost()))
             },
             async {
                 locks_are(&mut db.admin().await, 2, TIMEOUT).await;
@@ -220,16 +212,6 @@ async fn the_connection_is_reset() {
         next.had_it(SOON * 5, &db).await;
         borrow_all(&pool).await;
     }
-}
-
-/// An answer may take 2 s.
-fn patient_heartbeat() -> LockOptions {
-    LockOptions::new()
-        .heartbeat_interval(SECOND)
-        .heartbeat_timeout(SECOND * 2)
-        .keepalives_idle(SECOND)
-        .keepalives_interval(SECOND)
-        .keepalives_retries(4)
 }
 
 /// An answer takes 600 ms, and twice that where a connection must be made first.
@@ -304,12 +286,12 @@ async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
         return;
     }
     let limit = format!(
-        "CREATE TABLE entry (amount int); ALTER DATABASE {} SET {setting} = '300ms'",
+        "CREATE TABLE entry (amount int); ALTER DATABASE {} SET {setting} = '2s'",
         db.name()
     );
     sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut admin).await.unwrap();
     let pool = db.pool(2).await;
-    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     let mut connection = guard.connection().await.unwrap();
     let write = format!("BEGIN; INSERT INTO entry VALUES (100); {last}");
@@ -362,7 +344,7 @@ async fn the_server_has_no_connection_left() {
     let server = Server::options().setting("max_connections", "12").start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(1).await;
-    let mut lock = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1);
+    let mut lock = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1);
     let guard = lock.acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     let mut filling = fill(&db).await;
@@ -372,12 +354,12 @@ async fn the_server_has_no_connection_left() {
     let error = refused.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Connect { .. }) && error.is_transient(), "{error:?}");
     // The holder and the waiter are connected already.
-    keeps(&guard, BOUND * 2).await;
+    keeps(&guard, BOUND + SECOND).await;
     assert!(next.still_waits());
 
     // The heartbeat of a borrowed connection needs another connection. A login that is refused is a sign of life.
     let connection = guard.connection().await.unwrap();
-    keeps(&guard, BOUND * 3).await;
+    keeps(&guard, BOUND * 2).await;
     drop(connection);
     drop(guard);
     for _ in 0..2 {
@@ -402,7 +384,7 @@ async fn the_clock_of_the_holder_is_set() {
         let shown: i64 = holder.ask("clock").await.parse().unwrap();
         assert!((shown - now() - hour * 3600).abs() < 60, "the clock was not set");
         // Not to wait for something, but to let the bound pass.
-        sleep(BOUND * 2).await;
+        sleep(BOUND + SECOND).await;
         assert_eq!(holder.ask("verify").await, "true");
         assert!(next.still_waits());
         assert_eq!(holder.ask("release").await, "released");
@@ -438,14 +420,14 @@ async fn the_clock_of_the_server_is_set() {
     let pool = db.pool(3).await;
     for hour in [1, -1] {
         clock.set(0);
-        let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         clock.set(hour * 3600);
         let shown: i64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::int8")
             .fetch_one(&pool)
             .await
             .unwrap();
         assert!((shown - now() - hour * 3600).abs() < 60, "the clock was not set");
-        keeps(&guard, BOUND * 2).await;
+        keeps(&guard, BOUND + SECOND).await;
         guard.verify().await.unwrap();
         let next = Next::after(1, &db).await;
         guard.release().await.unwrap();
@@ -505,14 +487,14 @@ fn the_runtime_is_shut_down() {
 #[tokio::test]
 async fn the_pool_is_closed() {
     let (db, pool) = TestDb::with_pool(2).await;
-    let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     // Longer than the heartbeat's interval, after which the session is monitored.
-    sleep(BOUND * 3 / 4).await;
+    sleep(SECOND).await;
     let closed = pool.close();
     for lent in [false, true] {
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
-        keeps(&guard, BOUND * 2).await;
+        keeps(&guard, BOUND + SECOND).await;
         drop(connection);
     }
     guard.verify().await.unwrap();

@@ -48,6 +48,7 @@ async fn run(conn: &mut PgConnection, query: &str) -> Vec<PgRow> {
 #[tokio::test]
 async fn the_queries_for_psql_find_what_they_say() {
     let (db, pool) = TestDb::with_pool(5).await;
+    prove_exclusion(&db).await;
     let mut psql = db.admin().await;
     let (cookbook, operations) = (page("cookbook.md"), page("operations.md"));
     let mut tried = 0;

@@ -18,7 +18,9 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, has_waiter, locks_are, no_locks, soon, spawn, terminate};
+use crate::support::{
+    SOON, borrow_all, has_waiter, locks_are, no_locks, opened, soon, spawn, terminate,
+};
 
 const KEY: &str = "nightly-report";
 const LATE: Duration = Duration::from_mins(1);
@@ -29,7 +31,7 @@ async fn begin<F: Future>(future: &mut Pin<&mut F>) {
 }
 
 /// The guard of the first, which has waited on the server, and the acquire of the second, which is in line behind it.
-async fn line_up<'l>(
+pub(crate) async fn line_up<'l>(
     pool: &PgPool,
     admin: &mut PgConnection,
     first: &'l mut Lock,
@@ -48,7 +50,7 @@ async fn line_up<'l>(
 }
 
 /// Tries again until a lock is passed on: a busy machine may be too slow for it.
-async fn until_passed_on(mut attempt: impl AsyncFnMut() -> bool) {
+pub(crate) async fn until_passed_on(mut attempt: impl AsyncFnMut() -> bool) {
     let attempts = async { while !attempt().await {} };
     assert!(timeout(LATE, attempts).await.is_ok(), "no lock is passed on");
 }
@@ -232,7 +234,7 @@ async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
     let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut one, mut two) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
-    let mut short = Box::pin(one.try_acquire_for(Duration::from_secs(1)));
+    let mut short = Box::pin(one.try_acquire_for(SOON * 5));
     tokio::select! {
         _ = &mut short => panic!("the lock is held"),
         () = has_waiter(&mut admin) => {}
@@ -255,6 +257,8 @@ async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
 #[tokio::test]
 async fn a_timeout_in_line_is_no_error() {
     let (_db, pool, mut admin) = TestDb::scene(6).await;
+    // To open one may take longer than the shortest timeout, which is an error.
+    borrow_all(&pool).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut bounded, mut unbounded) = (JoinSet::new(), JoinSet::new());
     for number in 0..100 {
@@ -262,7 +266,7 @@ async fn a_timeout_in_line_is_no_error() {
         if number % 10 == 9 {
             unbounded.spawn(async move { lock.acquire().await });
         } else {
-            let time = Duration::from_millis(300 + 3 * number);
+            let time = Duration::from_millis(1_500 + 3 * number);
             bounded.spawn(async move { lock.try_acquire_for(time).await });
         }
     }
@@ -285,8 +289,7 @@ async fn a_timeout_before_the_first_try_is_no_error_if_others_wait() {
     // Locks can have one connection of two, or two of three.
     let mut calls = JoinSet::new();
     for connections in [2, 3] {
-        let pool = PgPoolOptions::new().max_connections(connections).connect_with(db.options());
-        let pool = pool.await.unwrap();
+        let pool = opened(PgPoolOptions::new().max_connections(connections), &db).await;
         for call in 0..CALLS {
             let mut lock = Lock::new(&pool, KEY);
             // The first one still waits when the time of the others is over.
@@ -306,7 +309,7 @@ async fn a_try_that_finds_no_connection_is_an_error_though_others_wait() {
     let db = TestDb::new().await;
     let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
     let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 2);
-    let pool = pool.connect_with(db.options()).await.unwrap();
+    let pool = opened(pool, &db).await;
     let mut waiting = Lock::new(&pool, KEY);
     let wait = spawn(async move { waiting.acquire().await });
     has_waiter(&mut db.admin().await).await;
@@ -359,10 +362,10 @@ async fn the_end_of_the_pool_ends_the_waits_in_line() {
 /// Not one after the other.
 #[tokio::test]
 async fn all_in_line_hear_that_the_pool_is_exhausted() {
-    const TIMEOUT: Duration = Duration::from_secs(1);
+    // Longer than a wait that is dropped takes to give its connection back.
+    const TIMEOUT: Duration = Duration::from_secs(3);
     let db = TestDb::new().await;
-    let pool = db.pool_options().max_connections(3).acquire_timeout(TIMEOUT);
-    let pool = pool.connect_with(db.options()).await.unwrap();
+    let pool = opened(db.pool_options().max_connections(3).acquire_timeout(TIMEOUT), &db).await;
     let mut admin = db.admin().await;
     sqlx::raw_sql("SELECT pg_advisory_lock(7)").execute(&mut admin).await.unwrap();
     let mut first = Lock::new(&pool, 7);

@@ -9,7 +9,7 @@ use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::timeout;
 
-use crate::support::{SOON, locks_are, no_locks, prove_exclusion, spawn};
+use crate::support::{SOON, has_waiter, locks_are, no_locks, prove_exclusion, spawn};
 
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -166,6 +166,8 @@ async fn over_tcp_the_address_is_shown() {
 #[tokio::test]
 async fn equal_keys_in_other_databases_are_not_shown() {
     let (one, two) = (TestDb::new().await, TestDb::new().await);
+    prove_exclusion(&one).await;
+    prove_exclusion(&two).await;
     let (one, two) = (one.pool(2).await, two.pool(2).await);
     let first = Lock::new(&one, 42).acquire().await.unwrap();
     let second = Lock::new(&two, 42).acquire().await.unwrap();
@@ -363,11 +365,12 @@ async fn a_role_sees_and_ends_what_it_may() {
         let mut lock = Lock::new(&pool, 1);
         async move { lock.acquire().await }
     });
-    locks_are(&mut admin, 2, TIMEOUT).await;
+    has_waiter(&mut admin).await;
 
     // Keys, modes, processes and users are visible to every role.
     let mut onlooker = db.options().username("onlooker").connect().await.unwrap();
-    let locks = inspect::locks(&mut onlooker).await.unwrap();
+    // The proof of exclusion of the role has keys of its own.
+    let locks = inspect::locks_of(&mut onlooker, 1).await.unwrap();
     let [held, waiting] = locks.as_slice() else { panic!("{locks:#?}") };
     assert_eq!((&held.key, held.mode, held.held), (&Key::from(1), Mode::Exclusive, true));
     assert_eq!(waiting.blocked_by, [guard.backend_pid()]);
@@ -378,7 +381,7 @@ async fn a_role_sees_and_ends_what_it_may() {
     assert!(!inspect::terminate(&mut onlooker, hidden).await.unwrap());
 
     run(&mut admin, "GRANT pg_read_all_stats TO onlooker").await;
-    let locks = inspect::locks(&mut onlooker).await.unwrap();
+    let locks = inspect::locks_of(&mut onlooker, 1).await.unwrap();
     let shown = session(first(&locks));
     assert!(shown.started_at.is_some() && shown.state.is_some());
     let refused = inspect::terminate(&mut onlooker, shown).await.unwrap_err();
@@ -399,7 +402,8 @@ async fn a_role_sees_and_ends_what_it_may() {
 
     // Its own sessions a role sees whole.
     let _guard = Lock::new(&pool, 1).acquire().await.unwrap();
-    assert!(session(&only(&pool).await).started_at.is_some());
+    let locks = inspect::locks_of(&pool, 1).await.unwrap();
+    assert!(session(first(&locks)).started_at.is_some());
 }
 
 /// A hardened server: it is the functions behind the views that are called.
@@ -463,6 +467,7 @@ async fn a_call_that_fails_otherwise_says_whether_to_retry() {
 async fn a_prepared_transaction_is_shown_by_its_identifier() {
     let server = Server::options().setting("max_prepared_transactions", "1").start();
     let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
     let (pool, mut admin) = (db.pool(2).await, db.admin().await);
     let mut tx = pool.begin().await.unwrap();
     transaction::acquire(&mut tx, 42).await.unwrap();

@@ -14,14 +14,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::support::{acquire_with_each_outcome, has_waiter, spawn, terminate};
+use crate::support::{acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate};
 
 #[path = "../../examples/web_app/metrics.rs"]
 mod exporter;
 
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
-const MOMENT: Duration = Duration::from_millis(200);
+/// Longer than an answer takes. To open a connection may take longer, so all are open where this counts.
+const MOMENT: Duration = Duration::from_millis(1_500);
 
 const HELD: &str = "pglock_locks_held{mode=exclusive}";
 const WAITING: &str = "pglock_locks_waiting{mode=exclusive}";
@@ -125,6 +126,7 @@ impl Recorded {
 #[tokio::test]
 async fn each_acquire_is_counted_by_outcome_and_mode() {
     let (_db, pool) = TestDb::with_pool(3).await;
+    borrow_all(&pool).await;
     let recorded = Recorded::from_now_on();
 
     acquire_with_each_outcome(&pool, MOMENT).await;
@@ -235,6 +237,7 @@ async fn only_acquires_that_wait_have_a_wait() {
 #[tokio::test]
 async fn an_abandoned_wait_is_counted() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
+    borrow_all(&pool).await;
     let recorded = Recorded::from_now_on();
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
     // Nor is one that ends by its timeout.
@@ -435,6 +438,7 @@ async fn heartbeats_are_timed() {
 #[tokio::test]
 async fn a_permit_is_one_lock() {
     let (_db, pool) = TestDb::with_pool(6).await;
+    borrow_all(&pool).await;
     let semaphore = Semaphore::new(&pool, "printers", 1).unwrap();
     let recorded = Recorded::from_now_on();
     let permit = semaphore.acquire().await.unwrap();

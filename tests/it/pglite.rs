@@ -14,7 +14,14 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Whether an acquire was refused. It waits for the proof for 250 ms, and a busy machine may take longer.
 fn is_refused<T>(acquired: Result<T>) -> bool {
     match acquired {
-        Err(Error::NoExclusion { .. }) => true,
+        Err(error @ Error::NoExclusion { .. }) => {
+            let said = error.to_string();
+            assert!(
+                said.contains("the server itself; connect directly to a PostgreSQL server"),
+                "{said}"
+            );
+            true
+        }
         other => other.map(|_| false).unwrap(),
     }
 }

@@ -9,7 +9,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, PgPool};
 use tokio::time::timeout;
 
-use crate::support::{has_waiter, locks_are, several_heartbeats};
+use crate::support::{has_waiter, locks_are, quick_heartbeat, several_heartbeats};
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
@@ -30,12 +30,6 @@ async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
     pool.connect_with(options).await.unwrap()
 }
 
-/// Locks with a quick heartbeat.
-fn options() -> LockOptions {
-    let options = LockOptions::new().heartbeat_interval(Duration::from_millis(100));
-    options.heartbeat_timeout(Duration::from_secs(3))
-}
-
 /// What doctor looks at, and how bad it finds it.
 async fn severities(pool: &PgPool) -> Vec<(&'static str, Severity)> {
     let findings = examine(pool, &LockOptions::new()).await.unwrap();
@@ -50,7 +44,7 @@ async fn locks_exclude_on_the_primary_and_are_held() {
     for settings in WORKING {
         let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
         let pool = pool(pooler.connect_options(), 3).await;
-        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let (mut other, mut of_primary) = (lock.clone(), Lock::new(&direct, KEY));
 
         let guard = lock.acquire().await.unwrap();
@@ -91,7 +85,7 @@ async fn a_manager_holds_its_locks() {
     for settings in WORKING {
         let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
         let pool = pool(pooler.connect_options(), 3).await;
-        let manager = LockManager::new(&options().on(&pool).unwrap());
+        let manager = LockManager::new(&quick_heartbeat().on(&pool).unwrap());
         let guard = Lock::new(&manager, KEY).acquire().await.unwrap();
         let another = Lock::new(&manager, "another").acquire_shared().await.unwrap();
         assert!(Lock::new(&pool, KEY).try_acquire().await.unwrap().is_none());

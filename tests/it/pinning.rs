@@ -10,7 +10,10 @@ use sqlx::{ConnectOptions, PgPool};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{borrow_all, execute, has_waiter, locks_are, several_heartbeats, terminate};
+use crate::support::{
+    borrow_all, execute, has_waiter, locks_are, quick_heartbeat, several_heartbeats, terminate,
+    waits_in_vain,
+};
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
@@ -25,12 +28,6 @@ async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
     pool.connect_with(options).await.unwrap()
 }
 
-/// Locks with a quick heartbeat.
-fn options() -> LockOptions {
-    let options = LockOptions::new().heartbeat_interval(Duration::from_millis(100));
-    options.heartbeat_timeout(Duration::from_secs(3))
-}
-
 #[tokio::test]
 async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
     let (server, db) = TestDb::with_server().await;
@@ -39,7 +36,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
         let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
         let through = pooler.connect_options().database(db.name()).statement_cache_capacity(cache);
         let pool = pool(through, 3).await;
-        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let mut other = lock.clone();
         let mut direct = Lock::new(&db.pool(1).await, KEY);
 
@@ -54,7 +51,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
         let moment = Duration::from_millis(300);
         timeout(moment, other.acquire()).await.unwrap_err();
         locks_are(&mut admin, 1, LIMIT).await;
-        assert!(other.try_acquire_for(moment).await.unwrap().is_none());
+        waits_in_vain(moment, async |time| other.try_acquire_for(time).await).await;
         let (waited, ()) = tokio::join!(other.acquire_shared(), async {
             has_waiter(&mut admin).await;
             guard.release().await.unwrap();
@@ -81,7 +78,7 @@ async fn a_manager_holds_its_locks() {
     let mut admin = db.admin().await;
     let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
     let pool = pool(pooler.connect_options().database(db.name()), 3).await;
-    let manager = LockManager::new(&options().on(&pool).unwrap());
+    let manager = LockManager::new(&quick_heartbeat().on(&pool).unwrap());
     let mut direct = Lock::new(&db.pool(1).await, KEY);
 
     let guard = Lock::new(&manager, KEY).acquire().await.unwrap();
@@ -156,7 +153,7 @@ mod until_unlocked {
         let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let (_pooler, pool, _others) = start(&server, &db).await;
-        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let mut direct = Lock::new(&db.pool(1).await, KEY);
         for _ in 0..5 {
             let guard = lock.acquire().await.unwrap();
@@ -174,7 +171,7 @@ mod until_unlocked {
         let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let (_pooler, pool, _others) = start(&server, &db).await;
-        let mut lock = Lock::new(&options().on(&pool).unwrap(), KEY);
+        let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let mut direct = Lock::new(&db.pool(1).await, KEY);
         let held = direct.acquire().await.unwrap();
         let (waited, ()) = tokio::join!(lock.acquire(), async {

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use pglock::{Election, Error, LeaderState, LeaderStatus, Lock, LockManager, Loss};
-use pglock_testkit::{Proxy, Server, Shutdown, eventually};
+use pglock::{Election, Error, LeaderState, LeaderStatus, Lock, LockManager, LockOptions, Loss};
+use pglock_testkit::{Proxy, Server, Shutdown, advisory_locks, eventually};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{ConnectOptions, PgPool};
 use tokio::sync::{mpsc, oneshot};
@@ -53,9 +53,14 @@ struct Candidate {
 
 impl Candidate {
     fn run(pool: PgPool) -> Self {
+        Self::run_with(&LockOptions::new(), pool)
+    }
+
+    fn run_with(options: &LockOptions, pool: PgPool) -> Self {
         let (began, terms) = mpsc::unbounded_channel();
         let (stop, stopped) = oneshot::channel::<()>();
-        let mut election = Election::new(&pool, "billing").candidate("node-7");
+        let mut election =
+            Election::new(&options.on(&pool).unwrap(), "billing").candidate("node-7");
         let status = election.status();
         let ended = spawn(async move {
             let stop = async { drop(stopped.await) };
@@ -131,13 +136,29 @@ async fn a_crash_ends_holds_and_waits_and_all_go_on_at_the_new_primary() {
     candidate.stop().await;
 }
 
-/// The old primary hangs, and a new one grants what is held there: for as long as the documentation says.
+/// The old primary hangs, and a new one grants what is held there: for as long as the documentation says. Nothing asks
+/// for sessions that wait, so a wait ends with its slice and the time that an answer to that may take.
 #[tokio::test]
 async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
+    const SLICE: Duration = Duration::from_secs(2);
+    const LATE: Duration = Duration::from_secs(8);
+
     let pair = Pair::start().await;
+    let mut admin = pair.primary.connect_options().connect().await.unwrap();
     let mut candidate = Candidate::run(pair.pool().await);
     assert_eq!(candidate.leads(SOON * 10).await, pair.primary.port());
+    let short_slices = LockOptions::new().wait_slice(SLICE);
+    let mut another = Candidate::run_with(&short_slices, pair.pool().await);
+    has_waiter(&mut admin).await;
     let held = Lock::new(&pair.pool().await, KEY).acquire().await.unwrap();
+    let mut lock = Lock::new(&short_slices.on(&pair.pool().await).unwrap(), KEY);
+    let waiting = spawn(async move { lock.acquire().await });
+    let both_wait = async {
+        while advisory_locks(&mut admin).await.iter().filter(|lock| !lock.granted).count() < 2 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(SOON * 10, both_wait).await.unwrap();
 
     pair.primary.pause();
     let hangs = Instant::now();
@@ -151,12 +172,18 @@ async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
     assert_eq!(candidate.leads(SOON * 10).await, pair.standby.port());
     report(format_args!("the candidate leads again after {:?}", hangs.elapsed()));
     theirs.verify().await.unwrap();
+    let waited = timeout(SLICE + LATE + SOON * 3, waiting).await.unwrap().unwrap();
+    assert!(waited.unwrap_err().is_transient());
+    report(format_args!("a wait ended after {:?}", hangs.elapsed()));
+    candidate.stop().await;
+    // It has noticed, and waits at the new primary.
+    assert_eq!(another.leads(SLICE + LATE + SOON * 10).await, pair.standby.port());
 
     // It wakes up, and a lock that was lost stays lost.
     pair.primary.resume();
     assert!(matches!(held.release().await, Err(Error::Lost { .. })));
     theirs.release().await.unwrap();
-    candidate.stop().await;
+    another.stop().await;
 }
 
 #[tokio::test]

@@ -15,7 +15,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::support::{SOON, borrow_all, no_locks, spawn, terminate, without_runtime};
+use crate::loss::{fast_heartbeat, slow_heartbeat};
+use crate::support::{SOON, borrow_all, no_locks, opened, spawn, terminate, without_runtime};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -192,9 +193,9 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
 #[tokio::test]
 async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
     let db = TestDb::new().await;
-    let limit = Duration::from_secs(1);
+    let limit = SOON * 3;
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(limit);
-    let pool = pool.connect_with(db.options()).await.unwrap();
+    let pool = opened(pool, &db).await;
     let _taken = pool.acquire().await.unwrap();
     let manager = LockManager::new(&pool);
     let mut waiters = JoinSet::new();
@@ -240,7 +241,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
             async move { pool.close().await }
         });
         for waiter in waiters {
-            let error = timeout(SOON, waiter).await.unwrap().unwrap().unwrap_err();
+            let error = timeout(SOON * 10, waiter).await.unwrap().unwrap().unwrap_err();
             assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
         }
         assert!(!closing.is_finished());
@@ -265,7 +266,7 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     terminate(&mut admin, guard.backend_pid()).await;
     // Nothing on this runtime has run since that could have noticed.
     assert!(!guard.is_lost());
-    let error = timeout(SOON, guard.release()).await.unwrap().unwrap_err();
+    let error = timeout(SOON * 10, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
     timeout(SOON * 4, next).await.unwrap().unwrap().unwrap();
 }
@@ -293,9 +294,8 @@ fn a_release_may_be_awaited_outside_of_a_runtime() {
 async fn a_waiter_without_a_connection_is_told_or_goes_on() {
     let db = TestDb::new().await;
     for comes_back in [false, true] {
-        let small = PgPoolOptions::new().max_connections(1);
-        let small = small.acquire_timeout(Duration::from_millis(800));
-        let small = small.connect_with(db.options()).await.unwrap();
+        let small = PgPoolOptions::new().max_connections(1).acquire_timeout(SOON * 3);
+        let small = opened(small, &db).await;
         let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
         let manager = LockManager::new(&small);
         let guard = Lock::new(&manager, 2).acquire().await.unwrap();
@@ -365,13 +365,6 @@ fn a_waiter_outlives_the_runtime_that_acquired_first() {
 /// Other runtimes do not wait for a current-thread runtime that is no longer driven.
 #[test]
 fn a_runtime_that_is_not_driven_is_replaced() {
-    let beat = Duration::from_millis(500);
-    let options = LockOptions::new()
-        .heartbeat_interval(beat)
-        .heartbeat_timeout(beat)
-        .keepalives_idle(beat * 2)
-        .keepalives_interval(beat * 2)
-        .keepalives_retries(2);
     let idle = Builder::new_current_thread().enable_all().build().unwrap();
     let second = runtime();
     let (db, pool) = second.block_on(async {
@@ -379,7 +372,7 @@ fn a_runtime_that_is_not_driven_is_replaced() {
         let pool = fresh_pool(&db).await;
         (db, pool)
     });
-    let manager = LockManager::new(&options.on(&pool).unwrap());
+    let manager = LockManager::new(&fast_heartbeat().on(&pool).unwrap());
     let mut lock = Lock::new(&manager, 1);
     // From here on, this runtime stands still.
     let guard = idle.block_on(lock.acquire()).unwrap();
@@ -402,7 +395,7 @@ fn a_runtime_that_is_not_driven_is_replaced() {
     });
     both.unwrap();
     assert!(guard.is_lost());
-    assert!(waits < 20 * beat, "{waits:?}");
+    assert!(waits < SOON * 10, "{waits:?}");
     drop(guard);
     second.block_on(async { drop(db.admin().await) });
 }
@@ -451,17 +444,10 @@ async fn many_give_up_together() {
 async fn all_that_are_closed_at_once_are_told_at_once() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    let half = Duration::from_secs(30);
-    let options = LockOptions::new()
-        .heartbeat_interval(half)
-        .heartbeat_timeout(half)
-        .keepalives_idle(half)
-        .keepalives_interval(half)
-        .keepalives_retries(3);
-    let pool = db.pool(3).await;
+    let options = slow_heartbeat().on(&db.pool(3).await).unwrap();
     let mut guards = Vec::new();
     for key in 0..3 {
-        guards.push(Lock::new(&options.on(&pool).unwrap(), key).acquire().await.unwrap());
+        guards.push(Lock::new(&options, key).acquire().await.unwrap());
     }
     // By then they are polled.
     tokio::time::sleep(Duration::from_millis(2500)).await;
@@ -477,17 +463,12 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
 #[tokio::test]
 async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     let (server, db) = TestDb::with_server().await;
-    let beat = SOON;
-    let options = LockOptions::new()
-        .heartbeat_interval(beat)
-        .heartbeat_timeout(beat)
-        .keepalives_idle(SOON)
-        .keepalives_interval(SOON)
-        .keepalives_retries(3);
-    let guard = Lock::new(&options.on(&db.pool(1).await).unwrap(), 1).acquire().await.unwrap();
+    let options = fast_heartbeat().heartbeat_interval(SOON).heartbeat_timeout(SOON * 4);
+    let options = options.keepalives_retries(6).on(&db.pool(1).await).unwrap();
+    let guard = Lock::new(&options, 1).acquire().await.unwrap();
     server.pause();
     // A heartbeat is in flight, and the guard is not lost yet.
-    tokio::time::sleep(beat + beat / 2).await;
+    tokio::time::sleep(SOON * 3 / 2).await;
     assert!(!guard.is_lost());
     let released = timeout(TIMEOUT, guard.release()).await.unwrap();
     server.resume();

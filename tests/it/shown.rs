@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use pglock::{Election, Key, Lock, LockManager, LockOptions, MultiLock, Semaphore, inspect};
-use pglock_testkit::TestDb;
+use pglock_testkit::{TestDb, eventually};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, has_waiter, no_locks, prove_exclusion, soon, spawn};
+use crate::in_line::{line_up, until_passed_on};
+use crate::support::{SOON, has_waiter, no_locks, prove_exclusion, soon, spawn, waits_in_vain};
 
 const KEY: &str = "nightly-report";
 
@@ -68,7 +69,7 @@ async fn a_lock_shows_its_name_while_it_is_held_and_while_it_is_waited_for() {
         // A wait that ends in vain.
         let holder = Lock::new(&billing, KEY).acquire().await.unwrap();
         let mut lock = Lock::new(&shipping, KEY);
-        assert!(lock.try_acquire_for(SOON / 10).await.unwrap().is_none());
+        waits_in_vain(SOON / 10, async |time| lock.try_acquire_for(time).await).await;
         own_name_is_back(&other, own).await;
         drop(holder);
         no_locks(&mut admin).await;
@@ -96,23 +97,25 @@ async fn a_session_shows_the_lock_that_it_was_asked_for_last() {
 /// The tasks of a process pass the lock on to each other, with the connection.
 #[tokio::test]
 async fn a_lock_that_is_passed_on_still_shows_its_name() {
-    let db = TestDb::new().await;
+    let (db, pool, mut admin) = TestDb::scene(6).await;
     prove_exclusion(&db).await;
-    let mut admin = db.admin().await;
-    let pool = pool_named(&db, "invoices").await;
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
-    let tasks = (0..20).map(|_| {
-        let mut lock = Lock::new(&named, KEY);
-        spawn(async move { drop(lock.acquire().await.unwrap()) })
-    });
-    let tasks: Vec<_> = tasks.collect();
-    for task in tasks {
-        task.await.unwrap();
-    }
-    let held = Lock::new(&named, KEY).acquire().await.unwrap();
-    assert_eq!(shown(&mut admin).await, ["billing nightly-report"]);
-    held.release().await.unwrap();
-    own_name_is_back(&pool, "invoices").await;
+    until_passed_on(async || {
+        let (mut first, mut second) = (Lock::new(&named, KEY), Lock::new(&named, KEY));
+        let (before, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
+        let pid = before.backend_pid();
+        drop(before);
+        let guard = behind.await.unwrap();
+        assert_eq!(shown(&mut admin).await, ["billing nightly-report"]);
+        guard.backend_pid() == pid
+    })
+    .await;
+    let left = "SELECT count(*) FROM pg_stat_activity \
+         WHERE datname = current_database() AND application_name LIKE 'billing%'";
+    eventually("the own names are back", SOON * 20, async || {
+        sqlx::query_scalar::<_, i64>(left).fetch_one(&pool).await.unwrap() == 0
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use pglock::{ExclusiveGuard, Lock, LockManager, LockOptions, SharedGuard, Upgrade};
+use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, SharedGuard, Upgrade};
 use pglock_testkit::{
     Environment, Server, ServerOptions, TestDb, advisory_locks, eventually, skip,
 };
@@ -54,7 +55,7 @@ pub(crate) async fn acquire_with_each_outcome(pool: &PgPool, moment: Duration) {
     let guard = lock.acquire().await.unwrap();
     let stacked = lock.try_acquire_shared().await.unwrap().unwrap();
     assert!(other.try_acquire().await.unwrap().is_none());
-    assert!(other.try_acquire_shared_for(moment).await.unwrap().is_none());
+    waits_in_vain(moment, async |time| other.try_acquire_shared_for(time).await).await;
     assert!(timeout(moment, other.acquire()).await.is_err());
     drop((guard, stacked));
     pool.close().await;
@@ -301,8 +302,8 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut borrowed = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
-        // The pool returns all its connections within a second; a manager keeps one for another second.
-        let mut conn = timeout(soon() * 2, acquire(pool)).await.unwrap();
+        // Most are there at once. A wait that was dropped takes up to a second, and a manager's one as long.
+        let mut conn = timeout(soon() * 20, acquire(pool)).await.unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         // Exact, because other functions may be in front of these in the search path. The view `pg_locks`
         // may be revoked; what is behind it is not.
@@ -336,10 +337,37 @@ async fn acquire(pool: &PgPool) -> PoolConnection<Postgres> {
 }
 
 /// A pool that soon says so when the server is gone: for half a minute it would go on connecting.
-pub(crate) fn quick_pool(db: &TestDb) -> PgPool {
-    let pool = PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4);
-    // Lazily, because the first connection may take longer on a busy machine.
-    pool.connect_lazy_with(db.options())
+pub(crate) async fn quick_pool(db: &TestDb) -> PgPool {
+    opened(PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4), db).await
+}
+
+/// A pool all of whose connections are open, because on a busy machine that takes longer than its timeout.
+pub(crate) async fn opened(pool: PgPoolOptions, db: &TestDb) -> PgPool {
+    let pool = pool.connect_lazy_with(db.options());
+    borrow_all(&pool).await;
+    all_are_idle(&pool).await;
+    pool
+}
+
+/// Waits in vain for a lock that another session holds: for `time`, or for longer if a busy machine opens no connection
+/// within it.
+#[expect(clippy::panic, reason = "it fails the test")]
+pub(crate) async fn waits_in_vain<T: Debug>(
+    time: Duration,
+    mut call: impl AsyncFnMut(Duration) -> pglock::Result<Option<T>>,
+) {
+    let mut time = time.max(Duration::from_millis(10));
+    loop {
+        match call(time).await {
+            Ok(None) => return,
+            Err(
+                Error::PoolTimedOut { .. } | Error::Connect { .. } | Error::Disconnected { .. },
+            ) if time < SOON * 20 => {
+                time *= 2;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 /// Polls a future on a thread that has no runtime.

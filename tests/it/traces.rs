@@ -18,11 +18,12 @@ use tracing_subscriber::Registry;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::support::{acquire_with_each_outcome, has_waiter, spawn, terminate};
+use crate::support::{acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate};
 
 /// Longer than anything here takes, unless it hangs.
 const TIMEOUT: Duration = Duration::from_secs(20);
-const MOMENT: Duration = Duration::from_millis(200);
+/// Longer than an answer takes. To open a connection may take longer, so all are open where this counts.
+const MOMENT: Duration = Duration::from_millis(1_500);
 
 /// The fields of a span or an event, as text. An event's message is one of them.
 #[derive(Clone, Debug, Default)]
@@ -143,6 +144,7 @@ impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Capture {
 #[tokio::test]
 async fn every_acquire_has_a_span() {
     let (_db, pool) = TestDb::with_pool(3).await;
+    borrow_all(&pool).await;
     let told = Told::from_now_on();
 
     acquire_with_each_outcome(&pool, MOMENT).await;
@@ -284,7 +286,11 @@ async fn the_error_of_a_leader_is_warned_of() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let mut election = Election::new(&pool, "billing");
     let told = Told::from_now_on();
-    let run = election.run(sleep(MOMENT), |_| async { Err("the mail server is down") });
+    let led = tokio::sync::Notify::new();
+    let run = election.run(led.notified(), |_| async {
+        led.notify_one();
+        Err("the mail server is down")
+    });
     assert!(matches!(run.await, Err(Error::LeaderFailed { .. })));
     let warned = told.events(Level::WARN);
     let [warning] = warned.as_slice() else { panic!("{warned:#?}") };

@@ -196,10 +196,16 @@ async fn the_answer_is_true_however_tight_the_time() {
         let mut tx = pool.begin().await.unwrap();
         let wait = Duration::from_millis(1 + round % 3);
         let granted = if round % 2 == 0 {
-            transaction::try_acquire_for(&mut tx, KEY, wait).await.unwrap()
+            transaction::try_acquire_for(&mut tx, KEY, wait).await
         } else {
-            transaction::try_acquire_shared_for(&mut tx, KEY, wait).await.unwrap()
+            transaction::try_acquire_shared_for(&mut tx, KEY, wait).await
         };
+        // A busy machine has answered too late.
+        if matches!(granted, Err(Error::Disconnected { .. })) {
+            tx.rollback().await.unwrap();
+            continue;
+        }
+        let granted = granted.unwrap();
         *if granted { &mut yes } else { &mut no } += 1;
         assert_eq!(count_locks(&mut tx).await, if granted { "1" } else { "0" });
         tx.rollback().await.unwrap();
@@ -242,15 +248,15 @@ mod settings {
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
             locks_are(&mut admin, 3, TIMEOUT).await;
             // Not to wait for something, but to let the limits pass.
-            sleep(Duration::from_millis(1200)).await;
+            sleep(MOMENT * 25).await;
             holder.commit().await.unwrap();
         });
         acquired.unwrap();
         assert_eq!(ask(&mut tx, SETTINGS).await, before);
-        assert!(!transaction::try_acquire_for(&mut tx, "busy", MOMENT * 7).await.unwrap());
+        assert!(!transaction::try_acquire_for(&mut tx, "busy", MOMENT * 23).await.unwrap());
         assert_eq!(ask(&mut tx, SETTINGS).await, before);
         // In force as well.
-        if before.contains("500ms") {
+        if before.contains(" 2s ") {
             let slept = sqlx::raw_sql("SELECT pg_sleep(20)").execute(&mut *tx).await.unwrap_err();
             assert_eq!(sqlstate(&slept).unwrap(), "57014");
             tx.rollback().await.unwrap();
@@ -264,8 +270,8 @@ mod settings {
     #[tokio::test]
     async fn of_the_role_do_not_end_a_wait_and_stay() {
         let limit = async |admin: &mut PgConnection, db: &str| {
-            execute(admin, format!("ALTER DATABASE {db} SET lock_timeout = '400ms'")).await;
-            execute(admin, format!("ALTER DATABASE {db} SET statement_timeout = '500ms'")).await;
+            execute(admin, format!("ALTER DATABASE {db} SET lock_timeout = '1900ms'")).await;
+            execute(admin, format!("ALTER DATABASE {db} SET statement_timeout = '2s'")).await;
             execute(admin, format!("ALTER DATABASE {db} SET log_lock_waits = on")).await;
         };
         stay(limit, "BEGIN", "SELECT 1").await;
@@ -274,7 +280,7 @@ mod settings {
     #[tokio::test]
     async fn of_the_transaction_do_not_end_a_wait_and_stay() {
         let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
-        let local = "SET LOCAL lock_timeout = 400; SET LOCAL statement_timeout = '500ms'; \
+        let local = "SET LOCAL lock_timeout = 1900; SET LOCAL statement_timeout = '2s'; \
                      SET LOCAL log_lock_waits = on; \
                      SELECT set_config(name, '700ms', true) FROM pg_settings \
                      WHERE name = 'client_connection_check_interval'";
@@ -331,9 +337,9 @@ mod limits {
         transaction::acquire(&mut holder, KEY).await.unwrap();
         let mut tx = pool.begin().await.unwrap();
         let mark = server.log_len();
-        assert!(!transaction::try_acquire_for(&mut tx, KEY, MOMENT).await.unwrap());
+        assert!(!transaction::try_acquire_for(&mut tx, KEY, SOON).await.unwrap());
         let limits = sent(&server, mark);
-        assert!(!limits.is_empty() && limits.iter().all(|limit| *limit <= 100), "{limits:?}");
+        assert!(!limits.is_empty() && limits.iter().all(|limit| *limit <= 1000), "{limits:?}");
     }
 }
 
@@ -446,7 +452,7 @@ mod logs {
                 let mut holder = other.begin().await.unwrap();
                 transaction::acquire(&mut holder, &key).await.unwrap();
                 let mut tx = pool.begin().await.unwrap();
-                let wait = Duration::from_millis(3 + u64::try_from(round).unwrap());
+                let wait = Duration::from_millis(100 + u64::try_from(round).unwrap());
                 assert!(!transaction::try_acquire_for(&mut tx, &key, wait).await.unwrap());
                 assert!(!transaction::try_acquire_shared_for(&mut tx, &key, wait).await.unwrap());
             }
@@ -477,18 +483,18 @@ async fn a_role_without_plpgsql_waits_all_the_same() {
                 let mut holder = pool.begin().await.unwrap();
                 transaction::acquire(&mut holder, &key).await.unwrap();
                 let mut tx = pool.begin().await.unwrap();
-                execute(&mut tx, "SET LOCAL lock_timeout = 400; SET LOCAL statement_timeout = 500")
+                execute(&mut tx, "SET LOCAL lock_timeout = 900; SET LOCAL statement_timeout = 999")
                     .await;
                 let timeouts =
                     "current_setting('lock_timeout') || current_setting('statement_timeout')";
 
                 let timed_out = if shared {
-                    transaction::try_acquire_shared_for(&mut tx, &key, MOMENT * 6).await
+                    transaction::try_acquire_shared_for(&mut tx, &key, MOMENT * 12).await
                 } else {
-                    transaction::try_acquire_for(&mut tx, &key, MOMENT * 6).await
+                    transaction::try_acquire_for(&mut tx, &key, MOMENT * 12).await
                 };
                 assert!(!timed_out.unwrap());
-                assert_eq!(ask(&mut tx, timeouts).await, "400ms500ms");
+                assert_eq!(ask(&mut tx, timeouts).await, "900ms999ms");
                 let wait = async {
                     if shared {
                         transaction::acquire_shared(&mut tx, &key).await
@@ -501,7 +507,7 @@ async fn a_role_without_plpgsql_waits_all_the_same() {
                     holder.commit().await.unwrap();
                 });
                 acquired.unwrap();
-                assert_eq!(ask(&mut tx, timeouts).await, "400ms500ms");
+                assert_eq!(ask(&mut tx, timeouts).await, "900ms999ms");
                 assert_eq!(count_locks(&mut tx).await, "1");
                 tx.commit().await.unwrap();
                 no_locks(&mut admin).await;
@@ -641,8 +647,10 @@ mod cancelled {
         let other = db.pool(1).await;
         let held = Lock::new(&other, KEY).acquire().await.unwrap();
         let mut tx = pool.begin().await.unwrap();
-        timeout(MOMENT, transaction::acquire(&mut tx, KEY)).await.unwrap_err();
-        locks_are(&mut admin, 2, TIMEOUT).await;
+        tokio::select! {
+            acquired = transaction::acquire(&mut tx, KEY) => panic!("{acquired:?}"),
+            () = locks_are(&mut admin, 2, TIMEOUT) => {}
+        }
         held.release().await.unwrap();
         locks_are(&mut admin, 1, TIMEOUT).await;
         assert_eq!(count_locks(&mut tx).await, "1");

@@ -103,11 +103,13 @@ async fn an_acquire_never_polled_holds_nothing() {
 async fn an_expired_wait_for_a_busy_lock_holds_nothing() {
     let mut scene = Scene::new().await;
     let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
-    // Each with a pool of its own, because there is no time to wait for a connection.
-    let mut other = new_lock(&scene.two, 10);
-    assert!(other.try_acquire_for(Duration::ZERO).await.unwrap().is_none());
+    // Each with a pool of its own, because there is no time to wait for a connection. On a busy machine, even an idle
+    // one is lent too late, or answers too late.
+    let expired = new_lock(&scene.two, 10).try_acquire_for(Duration::ZERO).await;
+    assert!(expired.map_or_else(|error| error.is_transient(), |granted| granted.is_none()));
     let mut other = new_lock(&scene.db.pool(1).await, 10);
-    assert!(other.try_acquire_shared_for(Duration::ZERO).await.unwrap().is_none());
+    let expired = other.try_acquire_shared_for(Duration::ZERO).await;
+    assert!(expired.map_or_else(|error| error.is_transient(), |granted| granted.is_none()));
     scene.becomes(1, 0).await;
     guard.release().await.unwrap();
     scene.becomes(0, 0).await;

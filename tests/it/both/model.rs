@@ -550,10 +550,14 @@ fn limit(granted: bool) -> Duration {
     if granted { TIMEOUT } else { Duration::from_millis(50) }
 }
 
-/// So short that it may pass before the pool has returned a connection.
+/// So short that it may pass before the pool has returned a connection, or the server has answered.
 fn unless_timed_out(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
     match answer {
-        Err(Error::PoolTimedOut { .. } | Error::Connect { .. }) if hasty => None,
+        Err(Error::PoolTimedOut { .. } | Error::Connect { .. } | Error::Disconnected { .. })
+            if hasty =>
+        {
+            None
+        }
         // An owner that shares a lock through a manager and upgrades it does not wait for other processes.
         Err(Error::Deadlock { .. }) if hasty && !ALONE => None,
         answer => answer.unwrap(),

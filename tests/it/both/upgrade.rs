@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
 
 use super::new_lock;
-use crate::support::{self, borrow_all, no_locks, rounds, soon, spawn, terminate};
+use crate::support::{self, borrow_all, execute, no_locks, rounds, soon, spawn, terminate};
 
 const KEY: i64 = 42;
 
@@ -246,13 +246,16 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
 async fn two_who_read_and_both_want_to_write_do_not_hang() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
+    // So that it is not the server that ends a deadlock.
+    let set = format!("ALTER DATABASE {} SET deadlock_timeout = '1min'", db.name());
+    execute(&mut admin, set).await;
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
     let (mut one, mut two) = (new_lock(&pool, KEY), new_lock(&elsewhere, KEY));
     for _ in 0..rounds(100) {
         let (first, second) =
             (one.acquire_shared().await.unwrap(), two.acquire_shared().await.unwrap());
         let upgrades = async { tokio::join!(spawn(first.try_upgrade()), second.try_upgrade()) };
-        let (first, second) = timeout(soon() * 9 / 10, upgrades).await.unwrap();
+        let (first, second) = timeout(soon() * 10, upgrades).await.unwrap();
         // Both held it to the end, so neither can have got it.
         let first = support::refused(first.unwrap().unwrap());
         let second = support::refused(second.unwrap());

@@ -8,13 +8,13 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, LockOptions};
-use pglock_testkit::{Environment, TestDb, eventually};
+use pglock_testkit::TestDb;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{new_lock, new_lock_with, sessions};
 use crate::loss::slow_heartbeat;
-use crate::support::{borrow_all, locks_are, no_locks, rounds, soon};
+use crate::support::{all_are_idle, borrow_all, locks_are, no_locks, rounds, soon, waits_in_vain};
 
 /// Waits that last several slices hold up neither index builds nor vacuum, and write nothing to the
 /// server's log.
@@ -106,19 +106,13 @@ async fn waiters_within_a_slice_are_served_in_order() {
             // The first one waits on the server, the others are in line behind it as soon as they are polled.
             assert!(poll_fn(|cx| Poll::Ready(waiter.as_mut().poll(cx))).await.is_pending());
             waiters.spawn(waiter);
-            locks_are(&mut admin, sessions(2, 1), soon()).await;
+            locks_are(&mut admin, sessions(2, 1), soon() * 10).await;
         }
         held.release().await.unwrap();
         while let Some(finished) = waiters.join_next().await {
             finished.unwrap();
         }
     }
-}
-
-/// Waits until the pool has an idle connection, so that no time goes into opening one.
-async fn borrow_one(pool: &sqlx::PgPool) {
-    drop(pool.acquire().await.unwrap());
-    eventually("the pool has an idle connection", soon(), || async { pool.num_idle() > 0 }).await;
 }
 
 #[tokio::test]
@@ -128,19 +122,22 @@ async fn a_bounded_wait_gives_up_on_time() {
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
     let _held = new_lock(&other, 1).acquire().await.unwrap();
     let mut lock = new_lock(&pool, 1);
-    for limit in [0, 1, 50, 400].map(Duration::from_millis) {
-        borrow_one(&pool).await;
+    for limit in [0, 1, 50, 1000].map(Duration::from_millis) {
+        // So that no time goes into opening one.
+        borrow_all(&pool).await;
+        all_are_idle(&pool).await;
         let started = Instant::now();
         match lock.try_acquire_for(limit).await {
             Ok(None) => {}
-            // The only connection is on its way back from the last round.
-            Err(Error::PoolTimedOut { .. } | Error::Connect { .. })
-                if limit < soon() / 10 && !Environment::current().has_connections(2) => {}
+            // On a busy machine, even an idle connection is lent too late, or answers too late.
+            Err(
+                Error::PoolTimedOut { .. } | Error::Connect { .. } | Error::Disconnected { .. },
+            ) if limit < soon() / 10 => {}
             acquired => panic!("{acquired:?}"),
         }
         let waited = started.elapsed();
         assert!(waited >= limit, "gave up after {waited:?} of {limit:?}");
-        assert!(waited < limit + soon() * 2, "gave up only after {waited:?} of {limit:?}");
+        assert!(waited < limit + soon() * 10, "gave up only after {waited:?} of {limit:?}");
         locks_are(&mut admin, 1, soon() * 4).await;
     }
 }
@@ -156,9 +153,13 @@ async fn a_deadline_is_a_timeout_that_ends_then() {
     lock.try_acquire_shared_until(past).await.unwrap().unwrap().release().await.unwrap();
     let held = new_lock(&other, 1).acquire().await.unwrap();
     assert!(lock.try_acquire_until(past).await.unwrap().is_none());
-    let soon = Instant::now() + soon();
-    assert!(lock.try_acquire_until(soon).await.unwrap().is_none());
-    assert!(Instant::now() >= soon);
+    waits_in_vain(soon(), async |time| {
+        let deadline = Instant::now() + time;
+        let waited = lock.try_acquire_until(deadline).await;
+        assert!(Instant::now() >= deadline);
+        waited
+    })
+    .await;
     held.release().await.unwrap();
 }
 
@@ -239,13 +240,13 @@ async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
     let mut lock = new_lock(&pool, 1);
     let started = Instant::now();
     let (got, ()) = tokio::join!(lock.try_acquire_for(TIME), async {
-        locks_are(&mut db.admin().await, 2, soon()).await;
+        locks_are(&mut db.admin().await, 2, soon() * 10).await;
         server.pause();
     });
     let waited = started.elapsed();
     server.resume();
     assert!(got.unwrap().is_none());
-    assert!(waited < TIME + soon() * 4, "gave up only after {waited:?}");
+    assert!(waited < TIME + soon() * 10, "gave up only after {waited:?}");
     held.release().await.unwrap();
     no_locks(&mut db.admin().await).await;
     borrow_all(&pool).await;
@@ -259,7 +260,7 @@ async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
     let options = LockOptions::new().wait_slice(Duration::from_secs(2));
     let mut lock = new_lock_with(&options, &pool, 1);
     let (got, ()) = tokio::join!(lock.acquire(), async {
-        locks_are(&mut db.admin().await, 2, soon()).await;
+        locks_are(&mut db.admin().await, 2, soon() * 10).await;
         server.pause();
     });
     server.resume();

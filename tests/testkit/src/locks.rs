@@ -24,15 +24,23 @@ pub struct AdvisoryLock {
 /// The advisory locks of the database that `conn` is connected to, ordered by key.
 ///
 /// Without those of a proof that locks exclude other sessions, which runs beside the first acquires of a
-/// process: over a slow link it takes seconds. Its connections send nothing else.
+/// process: over a slow link it takes seconds. Its connections send nothing else that locks. Its unlock is like
+/// others, so it only counts while it runs.
 pub async fn advisory_locks(conn: &mut PgConnection) -> Vec<AdvisoryLock> {
     let rows = sqlx::query(
         "SELECT coalesce(pid, 0), classid::int8, objid::int8, objsubid, mode, granted
-         FROM pg_locks
+         FROM pg_locks AS held
          WHERE locktype = 'advisory'
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-           AND coalesce(pid, 0) NOT IN (SELECT pid FROM pg_stat_activity WHERE query ~
-               '^(BEGIN; )?SELECT pg_catalog.pg_backend_pid.., pg_catalog.pg_try_advisory_lock[(]''-?[0-9]+''::bigint[)]$')
+           -- A prepared transaction has no session. Any other has ended, if it is not there after the locks were read.
+           AND (pid IS NULL OR (SELECT query !~
+                '^(BEGIN; )?SELECT pg_catalog.pg_backend_pid.., pg_catalog.pg_try_advisory_lock[(]''-?[0-9]+''::bigint[)]$'
+                AND NOT (
+                    query = 'SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_advisory_unlock('''
+                        || (classid::int8 << 32 | objid::int8) || '''::bigint)'
+                    AND (state = 'active' OR state_change >= statement_timestamp())
+                )
+                FROM pg_stat_activity AS session WHERE session.pid = held.pid))
          ORDER BY classid, objid, objsubid, granted DESC, pid, mode",
     );
     let rows = rows.fetch_all(conn).await.expect("pg_locks is readable");

