@@ -76,9 +76,10 @@ impl Session {
                     self.trust(asked);
                     return Ok(());
                 }
-                // Another task has released the handle meanwhile.
+                // Another task has released the handle meanwhile. (The guards of a manager are not in the ledger.)
                 let ledger = self.ledger();
-                if request.ids().any(|(key, _)| !ledger.has_guard(key)) && ledger.loss().is_none() {
+                let has_all = request.ids().all(|(key, _)| ledger.has_guard(key));
+                if !has_all && !ledger.is_pinned() && ledger.loss().is_none() {
                     return Err(Error::lost(key, Loss::Released));
                 }
                 Loss::NotHeld

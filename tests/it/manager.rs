@@ -27,6 +27,16 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// For how long a lock is handed on in the process before other processes get their turn.
 const BOUND: Duration = Duration::from_millis(10);
 
+#[tokio::test]
+async fn verify_finds_what_the_server_does_not_hold() {
+    let (_server, db) = TestDb::with_server().await;
+    let guard = Lock::new(&LockManager::new(&db.pool(2).await), 1).acquire().await.unwrap();
+    replace_function(&mut db.admin().await, "pg_lock_status()", "BEGIN RETURN; END").await;
+    let error = guard.verify().await.unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: Loss::NotHeld, .. }), "{error:?}");
+    assert!(guard.is_lost());
+}
+
 /// A second reader asks whether another session waits for the lock, once the first has held it for long.
 #[tokio::test]
 async fn readers_share_a_lock_where_the_role_may_not_list_locks() {
