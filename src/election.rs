@@ -34,8 +34,8 @@ pub use status::{LeaderState, LeaderStatus};
 /// on the server, in `application_name`, where every session can [look up the leader](Self::leader);
 /// there is no table.
 ///
-/// A leader that loses its session reports it ([`Guard::lost`]), and steps down before another candidate
-/// can be elected; see the [page on loss](crate#loss). What can't be stopped in time, fence with the
+/// A leader that loses its session reports it ([`Guard::lost`]) before another candidate can be elected, with few
+/// exceptions; see the [page on loss](crate#loss). What can't be stopped in time, fence with the
 /// [term](Leadership::term).
 ///
 /// A candidate uses one connection of the pool while it waits or leads. It waits in
@@ -113,7 +113,7 @@ impl Election {
         self
     }
 
-    /// Sets how long the future of [`run`](Self::run) may go on after its term is to end, to finish a step.
+    /// Sets how long the future passed to [`run`](Self::run) may continue after its term has ended, to finish a step.
     /// Zero by default: the future is dropped at once.
     ///
     /// The future sees it by [`Leadership::stopping`], and is dropped when this time is over. After a loss,
@@ -179,7 +179,7 @@ impl Election {
     /// # Errors
     ///
     /// As for [`Lock::acquire`](crate::Lock::acquire); [`Error::Lost`] if the post was lost at once;
-    /// [`Error::Database`] on a standby, which can't draw a term.
+    /// [`Error::Database`] where standbys are [allowed](crate::LockOptions::allow_standby), because they can't draw a term.
     ///
     /// # Panics
     ///
@@ -489,7 +489,7 @@ impl Election {
     }
 
     /// Observes the leader, from now on: a [`Stream`](futures_core::Stream) of its changes, which asks the server while
-    /// it is polled: every half second, and every 5 s when nothing has changed for a minute.
+    /// it is polled: every half second at first, and less and less often without a change, down to every 5 s.
     ///
     /// # Examples
     ///

@@ -25,7 +25,7 @@
 //! * [Guarantees](guide::guarantees): what always holds, and what no advisory lock can promise.
 //! * [Faults](guide::faults): what the holder sees when something breaks, and when the lock is free.
 //! * [Operations](guide::operations): pools, settings, monitoring, queries for `psql`.
-//! * [Deploying](guide::deploying): systemd, containers and Kubernetes; shutdown, probes, time-outs.
+//! * [Deploying](guide::deploying): systemd, containers and Kubernetes; shutdown, probes, timeouts.
 //! * [Servers](guide::servers): on which servers, services and poolers locks exclude.
 //! * [Cost](guide::cost): connections, memory, time; the server's limits; more than one server.
 //! * [Comparison](guide::comparison): other libraries and other kinds of lock, and when they are the better choice.
@@ -66,8 +66,8 @@
 //! methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. A server that has
 //! not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too;
 //! [`Loss`] lists all causes. An answer that is an error is no loss. Over TCP, the server ends the session of a [silent
-//! client](LockOptions::keepalives_interval) only later, so a holder that is cut off stops before another session is
-//! granted the lock. [Guarantees](guide::guarantees#loss) has the detection times.
+//! client](LockOptions::keepalives_interval) only later, so a holder that is cut off reports the loss before another
+//! session is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times, and the exceptions.
 //!
 //! # What is sent to the server
 //!
@@ -80,11 +80,11 @@
 //! | a re-entrant guard acquired or released | 0 |
 //! | an acquire with [`application_name`](LockOptions::application_name), or by a role with an `idle_session_timeout` | 1 more for each |
 //! | a lock [passed on](guide::guarantees#fairness) to another task of the process | 0; 1 if the release is awaited |
-//! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; 0 for a hand-off inside the process |
-//! | a free [`MultiLock`] acquired | 1; if one of its keys is busy, 1 more |
+//! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; for a hand-off inside the process 0, or 1 if the release is awaited |
+//! | a free [`MultiLock`] acquired | 1; by a `try_` method, 1 more if one of its keys is busy |
 //! | a permit of a semaphore acquired | 3, and 1 per ten seconds; 1 every 20 ms for the first waiter |
 //! | a leader elected | 2 more than a lock acquired |
-//! | the leader looked up, or observed | 1, or 1 every 500 ms, after a minute without a change every 5 s |
+//! | the leader looked up, or observed | 1, or 1 every 500 ms at first, and less and less often without a change, down to every 5 s |
 //! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat_interval) |
 //! | the connection [borrowed](Guard::connection) | 2 the first time, at most 1 later; 2 when it is returned |
 //! | the last guard of a handle released, or its last exclusive one | 1 |

@@ -221,8 +221,9 @@ impl Lock {
     /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
     /// [`Error::PoolTimedOut`], because the lock was not requested, or `None` if other calls of the process wait for
     /// the same key already. The server ends the wait itself, so no statement is cancelled; if the server does not
-    /// answer, the call returns half a second after the timeout. A timeout of zero is a
-    /// [`try_acquire`](Self::try_acquire), which may wait for a connection for the pool's `acquire_timeout`.
+    /// answer, the call returns half a second after the timeout: `None`, or [`Error::Disconnected`] if nothing was
+    /// answered before. A timeout of zero is a [`try_acquire`](Self::try_acquire), which may wait for a connection for
+    /// the pool's `acquire_timeout`.
     ///
     /// # Cancel safety
     ///

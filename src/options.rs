@@ -130,7 +130,7 @@ impl LockOptions {
     /// A guard whose session has not answered for the sum of the interval and the
     /// [timeout](Self::heartbeat_timeout) is lost: see [`Guard::lost`](crate::Guard::lost). The sum must be at
     /// least a second less than the probes of [`keepalives_interval`](Self::keepalives_interval) take, so
-    /// that the holder always stops before the server grants the lock to another session. A closed connection is
+    /// that the loss is reported before the server grants the lock to another session. A closed connection is
     /// detected within 50 ms, if it is idle and the lock has been held for two seconds, or for the interval if
     /// that is shorter.
     ///

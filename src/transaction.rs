@@ -108,9 +108,8 @@
 //!   other locks.
 //! * [`Error::OutOfLocks`] if the server's lock table is full.
 //! * [`Error::Cancelled`] if the statement was cancelled.
-//! * [`Error::Disconnected`] if the connection broke, or if the server has not answered half a second
-//!   after the timeout of the call, or in a call without a timeout ten seconds after it should have: after it was asked,
-//!   or after a slice of the wait.
+//! * [`Error::Disconnected`] if the connection broke, or if the server does not answer: half a second after the timeout of
+//!   the call; without a timeout, ten seconds after the statement, or after its slice.
 //! * [`Error::Database`] for all other errors, for example because the transaction had failed before.
 
 use std::hash::{BuildHasher, RandomState};
