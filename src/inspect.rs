@@ -86,7 +86,7 @@ use crate::sql::inspect::{self as sql, LockRow};
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds.
+/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, with the wait for a connection.
 ///
 /// # Examples
 ///
@@ -123,7 +123,7 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds.
+/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, with the wait for a connection.
 ///
 /// # Examples
 ///
@@ -215,8 +215,8 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails or is not answered within ten seconds, or if our role must not end the
-/// session.
+/// [`Error::Inspect`] if the query fails or is not answered within ten seconds, with the wait for a connection, or if our
+/// role must not end the session.
 ///
 /// # Examples
 ///

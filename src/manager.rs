@@ -111,6 +111,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   it. It waits for other handles of the process; if another process shares the lock, or before PostgreSQL 17 waits
 ///   for it, the result is [`Error::Deadlock`].
 /// * [`release_all`](crate::Lock::release_all) of a lock that was lost returns `Ok`.
+/// * A role that may not list locks can't see whether another process waits for a lock that is held shared. After 10 ms,
+///   it is assumed to: another handle is granted the lock when those that share it have released it.
 /// * The server's deadlock detection sees the process, not its tasks: two tasks that acquire two keys in
 ///   opposite order deadlock without being detected, as with two mutexes.
 /// * Elections, several keys at once ([`MultiLock`](crate::MultiLock)) and permits

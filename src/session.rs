@@ -115,8 +115,8 @@ enum Shown {
     #[default]
     Nothing,
     Key(KeyId),
-    /// A leader's name and term, for the observers.
-    Leader,
+    /// A leader's name and term, for the observers, while this is locked.
+    Leader(KeyId),
 }
 
 impl PartialEq for Session {
@@ -304,7 +304,7 @@ impl Session {
         let name = self.options.application_name.as_deref()?;
         let mut shown = self.shown();
         let key = Shown::Key(request.key().id());
-        if *shown == Shown::Leader || *shown == key {
+        if matches!(*shown, Shown::Leader(_)) || *shown == key {
             return None;
         }
         *shown = key;

@@ -106,8 +106,8 @@ pub(super) fn lock_list(seen: &Circumstances) -> Finding {
         Err(why) => {
             Finding::fine(check, format!("the role can't list locks: {why}")).warn(format!(
                 "a lock that another program unlocks on the same session is not detected as lost, \
-                 and `inspect`, `pglock ls` and the observers of elections fail: GRANT EXECUTE ON \
-                 FUNCTION {} TO {}",
+                 readers of a manager wait for each other, and `inspect`, `pglock ls` and the observers \
+                 of elections fail: GRANT EXECUTE ON FUNCTION {} TO {}",
                 statements::LOCK_LIST,
                 seen.role
             ))

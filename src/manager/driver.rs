@@ -292,11 +292,11 @@ impl Driver {
     /// acquire again because of this.
     fn fail_all_steps(&mut self, error: &Error) {
         let batches = 1 + self.manager.state().to_do.len() / LARGEST;
-        self.fail(Some(error));
         for _ in 0..batches {
-            self.under_way = self.manager.next_batch(self.number, false).unwrap_or_default();
-            self.fail(Some(error));
+            let more = self.manager.next_batch(self.number, false);
+            self.under_way.extend(more.unwrap_or_default());
         }
+        self.fail(Some(error));
     }
 
     /// Notifies the callers that wait for the locks in flight; without an error they retry. The other steps have been

@@ -382,7 +382,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         }
     }
     drop((slot, question));
-    if !monitor.lock().await.is_connected() {
+    if !monitor.lock().await.is_ready() {
         listen(session, monitor).await;
     }
 }
@@ -393,7 +393,9 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     let patience = session.heartbeat.timeout / 4;
     let mut connection = monitor.lock().await;
     let connected = connection.connect(&options, patience).await;
-    connection.keep_alive(session.options().keepalives, session.heartbeat.answer_limit()).await;
+    let is_refused = session.settings_refused.load(Ordering::Relaxed);
+    let keepalives = (!is_refused).then(|| session.options().keepalives);
+    connection.keep_alive(keepalives, session.heartbeat.answer_limit()).await;
     drop(connection);
     if let Err(error) = connected {
         tracing::debug!(

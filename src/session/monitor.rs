@@ -88,21 +88,20 @@ impl Monitor {
         answer.map(|(_, held)| held)
     }
 
-    /// Has the server probe this connection, as those of the sessions. Nothing is sent on it while they are idle, and a
-    /// firewall that forgets it would be noticed only by a question that gets no answer.
-    pub(super) async fn keep_alive(&mut self, keepalives: Keepalives, limit: Duration) {
+    /// Has the server probe this connection, as those of the sessions, unless it rejects the settings. Nothing is sent on
+    /// it while they are idle, and a firewall that forgets it would be noticed only by a question that gets no answer.
+    pub(super) async fn keep_alive(&mut self, keepalives: Option<Keepalives>, limit: Duration) {
         let Some(listener) = self.listener.as_mut().filter(|_| !self.is_probed) else { return };
         self.is_probed = true;
-        let setting =
-            async { sql::backend::heartbeat(listener.acquire().await?, Some(keepalives)).await };
-        // A server that rejects the settings does without.
+        let Some(keepalives) = keepalives else { return };
+        let setting = async { sql::settings::probe(listener.acquire().await?, keepalives).await };
         if !is_alive(&within(limit, setting).await) {
             self.lost |= self.listener.take().is_some();
         }
     }
 
-    pub(super) fn is_connected(&self) -> bool {
-        self.listener.is_some()
+    pub(super) fn is_ready(&self) -> bool {
+        self.listener.is_some() && self.is_probed
     }
 
     /// Polls an idle connection: ready with the reason if the other side has closed it.

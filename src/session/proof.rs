@@ -243,10 +243,11 @@ pub(crate) async fn outlives_connection(options: &PgConnectOptions) -> Result<bo
         }
         sleep(LOOK).await;
     };
-    conn.close().await?;
     if stays {
-        drop(retrieve(options, pid, &[lock]).await);
+        // If the pooler has assigned the session to us. Otherwise a random key is in nobody's way.
+        drop(sql::release::unlock_on(&mut conn, pid, &[lock]).await);
     }
+    conn.close().await?;
     Ok(stays)
 }
 
@@ -357,6 +358,19 @@ mod tests {
         let begun = proof.attempt.lock().unwrap().as_ref().unwrap().begun.clone();
         answer(&proof.state, &begun, true);
         assert!(proof.allows(&pool, None).await);
+    }
+
+    /// As if its runtime were not driven.
+    #[tokio::test]
+    async fn an_attempt_that_stands_still_is_made_again() {
+        let (proof, pool) = (Proof::default(), no_server());
+        assert!(proof.allows(&pool, None).await);
+        let first = task(&proof);
+        let long = ATTEMPT + LONGEST_PAUSE + PAUSE;
+        let then = Instant::now().checked_sub(long).unwrap();
+        *proof.attempt.lock().unwrap().as_ref().unwrap().stepped.lock().unwrap() = then;
+        assert!(proof.allows(&pool, None).await);
+        assert_ne!(task(&proof), first);
     }
 
     #[tokio::test]

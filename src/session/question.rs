@@ -40,8 +40,9 @@ impl Session {
         let answer =
             within(DEADLINE, async { sql::settings::show_name(slot.tidied().await?, name).await });
         let answer = self.unless_lost(key, answer).await?;
-        *self.shown() = Shown::Leader;
-        self.sort_out(key, slot, answer)
+        self.sort_out(key, slot, answer)?;
+        *self.shown() = Shown::Leader(key.id());
+        Ok(())
     }
 
     /// Asks for the greatest of these numbers whose lock any session holds.

@@ -186,6 +186,10 @@ impl Session {
         if backend_pid != self.backend_pid() {
             return Ok(Answer::Elsewhere);
         }
+        let leads = |(key, _): &(KeyId, Mode)| *self.shown() == Shown::Leader(*key);
+        if locks.iter().any(leads) {
+            *self.shown() = Shown::Nothing;
+        }
         if put_back {
             // An acquire may have joined meanwhile, and go on with the session.
             self.settings_to_restore.store(false, Ordering::Relaxed);

@@ -110,6 +110,14 @@ pub(crate) async fn lift_idle_timeout(conn: &mut PgConnection) -> Result<(), sql
     fetch(conn, format!("SELECT {}", change(IDLE_TIMEOUT, "'0'"))).await.map(drop)
 }
 
+/// Has the server probe a client that is silent. An application can't notice that.
+pub(crate) async fn probe(
+    conn: &mut PgConnection,
+    keepalives: Keepalives,
+) -> Result<(), sqlx::Error> {
+    fetch(conn, format!("SELECT {}true", keepalives.keepalives())).await.map(drop)
+}
+
 /// Shows a name in `application_name`, which is all that others see of a session.
 pub(crate) async fn show_name(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
     let statement = format!("SELECT {}", change(APPLICATION_NAME, "$1"));

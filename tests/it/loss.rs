@@ -13,7 +13,7 @@ use tokio::runtime::Builder;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, WATCHED, borrow_all, locks_are, no_locks, soon, terminate, waits_in_vain,
+    SOON, WATCHED, borrow_all, locks_are, no_locks, quick_heartbeat, soon, terminate, waits_in_vain,
 };
 
 /// The holder times out after a second; the server after three.
@@ -250,6 +250,23 @@ async fn the_end_of_a_borrowed_connection_is_reported() {
     drop(conn);
     says_lost(guard).await;
     borrow_all(&pool).await;
+}
+
+/// Nothing is sent on it while sessions are idle, and a firewall must not forget it.
+#[tokio::test]
+async fn the_monitors_connection_is_probed() {
+    let (_db, pool, mut admin) = TestDb::scene(1).await;
+    let guard = Lock::new(&quick_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let probed = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                  AND query LIKE '%tcp_keepalives_idle%' AND pid NOT IN ($1, pg_backend_pid())";
+    let is_probed = async {
+        let count = || sqlx::query_scalar::<_, i64>(probed).bind(guard.backend_pid());
+        while count().fetch_one(&mut admin).await.unwrap() == 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(SOON * 20, is_probed).await.unwrap();
+    assert!(!guard.is_lost());
 }
 
 #[tokio::test]

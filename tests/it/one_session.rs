@@ -10,7 +10,7 @@ use tokio::sync::Barrier;
 use tokio::time::timeout;
 
 use crate::support::{
-    SOON, borrow_all, execute, locks_are, no_locks, spawn, terminate, without_runtime,
+    SOON, borrow_all, execute, has_waiter, locks_are, no_locks, spawn, terminate, without_runtime,
 };
 
 /// Takes one key, then when both have got theirs, another on the same session. Releases all at the
@@ -23,6 +23,23 @@ async fn crosswise(pool: &PgPool, first: i64, second: i64, both: &Barrier) -> Re
     guard.verify().await?;
     guard.release().await?;
     taken?.release().await
+}
+
+/// A wait keeps the connection for a slice, which is a minute if nothing else needs the session.
+#[tokio::test]
+async fn a_wait_leaves_the_session_to_other_handles_after_the_guard_is_released() {
+    let (db, pool, mut admin) = TestDb::scene(2).await;
+    let busy = Lock::new(&db.pool(1).await, 2).acquire().await.unwrap();
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let (mut waits, mut other) = (Lock::new(&guard, 2), Lock::new(&guard, 3));
+    let waiting = spawn(async move { waits.acquire().await });
+    has_waiter(&mut admin).await;
+    timeout(SOON * 20, guard.release()).await.unwrap().unwrap();
+    has_waiter(&mut admin).await;
+    let tried = timeout(SOON * 20, other.try_acquire()).await.unwrap();
+    tried.unwrap().unwrap().release().await.unwrap();
+    busy.release().await.unwrap();
+    waiting.await.unwrap().unwrap().release().await.unwrap();
 }
 
 #[tokio::test]

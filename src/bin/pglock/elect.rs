@@ -46,7 +46,7 @@ pub(crate) struct ElectArgs {
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "10")]
     grace: Duration,
 
-    /// A file that exists while the command of the leader runs; it contains the term
+    /// A file that exists while it leads, and its command runs; it contains the term
     #[arg(long, value_name = "PATH")]
     ready_file: Option<PathBuf>,
 

@@ -11,8 +11,9 @@ use sqlx::postgres::PgAdvisoryLockKey;
 
 use crate::exit::{Failure, say};
 use crate::known::Tools;
+use crate::table;
+use crate::target::Target;
 use crate::tree::{self, Row};
-use crate::{table, target};
 
 /// What `--json` prints, for the help of each command that has it.
 pub(crate) const JSON: &str = "\
@@ -145,14 +146,18 @@ fn describe(state: &str, lasts: Option<Duration>) -> String {
     }
 }
 
+/// Whether the command line takes this text for a name, and this one.
+fn is_read_as_it_is(name: &str) -> bool {
+    name.parse::<Target>().is_ok_and(|target| target.key.name() == Some(name))
+}
+
 /// The cells of a row.
 pub(crate) fn cells(row: &Row<'_>, tools: &Tools) -> [String; 8] {
     let Row { lock, branches } = row;
     let name = match name(&lock.key, tools) {
         None => written(&lock.key),
-        // It would be read as a number or a pair.
-        Some(name) if target::key(name).name().is_none() => format!("name:{name}"),
-        Some(name) => name.to_owned(),
+        Some(name) if is_read_as_it_is(name) => name.to_owned(),
+        Some(name) => format!("name:{name}"),
     };
     // A waiter below its holder waits for the same key.
     let key = if branches.is_empty() { name } else { format!("{branches}waits") };

@@ -79,7 +79,7 @@ fn is_integer(text: &str) -> bool {
 }
 
 /// Reads a key as the library does, and a pair with a slash too.
-pub(crate) fn key(text: &str) -> Key {
+fn key(text: &str) -> Key {
     if let Some((first, second)) = text.split_once('/')
         && let (Ok(first), Ok(second)) = (first.parse::<i32>(), second.parse::<i32>())
     {

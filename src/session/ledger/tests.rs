@@ -149,9 +149,9 @@ impl Scene {
                 }
             }
             Step::Lose if !self.released => {
-                let granted = granted(self.ledger.lose(Loss::Unresponsive).unwrap_or_default());
-                // A second loss finds nothing.
-                assert_eq!(granted, mem::take(&mut self.server));
+                let lost = self.ledger.lose(Loss::Unresponsive);
+                assert_eq!(lost.is_none(), self.lost);
+                assert_eq!(granted(lost.unwrap_or_default()), mem::take(&mut self.server));
                 self.lost = true;
                 for asking in &mut self.asking {
                     asking.claimed.clear();
@@ -328,4 +328,18 @@ proptest! {
         let ended = if scene.lost { Join::Lost } else { Join::Released };
         prop_assert_eq!(scene.ledger.join(&request(&[(0, Mode::Shared)])), ended);
     }
+}
+
+#[test]
+fn the_last_acquire_is_not_done_early() {
+    let mut ledger = Ledger::opening();
+    assert!(!ledger.done_early());
+    assert_eq!(ledger.join(&request(&[(0, Mode::Exclusive)])), Join::Ask);
+    assert!(ledger.done_early());
+    assert!(!ledger.done_early());
+    ledger.granted(KeyId::BigInt(0), Mode::Exclusive);
+    ledger.settle(Need::All).unwrap();
+    assert_eq!(ledger.join(&request(&[(1, Mode::Exclusive)])), Join::Ask);
+    assert!(ledger.done_early());
+    assert!(ledger.has_guards() && !ledger.has_ended());
 }

@@ -2,8 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+use std::time::Duration;
+
 use pglock_testkit::{Pinning, PinningPooler, Server};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
+use tokio::time::timeout;
 
 /// Runs a statement, and returns which backend answers the next one.
 async fn after(conn: &mut PgConnection, statement: &str) -> i32 {
@@ -58,9 +61,9 @@ async fn what_a_pinned_client_held_is_free_when_it_disconnects() {
     let pooler = PinningPooler::start(&server, 1, Pinning::UntilDisconnected).await;
     for _ in 0..3 {
         let mut conn = pooler.connect_options().connect().await.unwrap();
-        let lock = sqlx::query_scalar::<_, bool>("SELECT pg_try_advisory_lock(1)");
-        // A named statement.
-        assert!(lock.fetch_one(&mut conn).await.unwrap());
+        // A named statement, which waits while the server ends the session of the client before.
+        let lock = sqlx::query("SELECT pg_advisory_lock(1)").execute(&mut conn);
+        timeout(Duration::from_secs(20), lock).await.unwrap().unwrap();
         conn.close().await.unwrap();
     }
 }

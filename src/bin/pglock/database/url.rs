@@ -56,7 +56,7 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
     }
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let Some((name, value)) = pair.split_once('=') else {
-            return Err(wrong(hide(pair, format!("the parameter {pair:?} has no value"))));
+            return Err(wrong(hide(query, format!("the parameter {pair:?} has no value"))));
         };
         let (name, mut value) = (decode("parameter", name)?, decode(name, value)?);
         // As sqlx has it: options[name]=value.
@@ -78,7 +78,7 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
             let unknown = format!(
                 "the parameter {name} is unknown; pglock --help lists those that are supported"
             );
-            return Err(wrong(hide(pair, unknown)));
+            return Err(wrong(hide(query, unknown)));
         };
         match parameters.iter_mut().find(|(name, _)| *name == "options" && known.keyword == *name) {
             Some((_, options)) => *options = format!("{options} {value}"),
@@ -89,11 +89,11 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
 }
 
 /// What is said of a URL whose password ends too early.
-const ENCODE: &str = "percent-encode a password with the characters / ? @";
+const ENCODE: &str = "percent-encode / ? @ in a password, and @ in the name of a database";
 
 /// What is said of a part of the query, unless it is a part of a password.
-fn hide(pair: &str, what: String) -> String {
-    if pair.contains('@') { ENCODE.to_owned() } else { what }
+fn hide(query: &str, what: String) -> String {
+    if query.contains('@') { ENCODE.to_owned() } else { what }
 }
 
 /// Why a list of hosts is refused.
@@ -144,6 +144,7 @@ mod tests {
             ("postgres://app:secret/word@h/d", "percent-encode"),
             ("postgres://app:se?cret@h/d", "percent-encode"),
             ("postgres://app:se?cret=word@h/d", "percent-encode"),
+            ("postgres://app:se?cret&word@h/d", "percent-encode"),
             ("postgres://app:secret/?word=@h/d", "percent-encode"),
         ] {
             let error = parsed(url).unwrap_err();
