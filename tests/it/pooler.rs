@@ -122,7 +122,8 @@ mod in_transaction_mode {
     async fn an_idle_one_is_found_out_by_the_first_acquire() {
         let Some(found) = meet(0).await else { return };
         // Acquires wait for the proof for 250 ms; a busy machine may take longer.
-        assert!(found.contains_key("acquire"), "never by the acquire: {found:?}");
+        let by_acquire = found.get("acquire").copied().unwrap_or_default();
+        assert!(by_acquire * 10 > poolers() * CACHES.len() * 9, "hardly by the acquire: {found:?}");
     }
 
     /// A transaction keeps all other clients from the only server connection.
@@ -145,7 +146,8 @@ mod in_transaction_mode {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_busy_one_is_found_out_before_a_lock_is_trusted_for_long() {
         let Some(found) = meet(4).await else { return };
-        assert!(found.contains_key("acquire"), "never by the acquire: {found:?}");
+        let by_acquire = found.get("acquire").copied().unwrap_or_default();
+        assert!(by_acquire * 2 > poolers() * CACHES.len(), "hardly by the acquire: {found:?}");
     }
 
     /// A counter that is read, then written, by many at once; each holds the transaction's lock.

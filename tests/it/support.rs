@@ -303,7 +303,7 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
         // Most are there at once. A wait that was dropped takes up to a second, and a manager's one as long.
-        let mut conn = timeout(soon() * 20, acquire(pool)).await.unwrap();
+        let mut conn = timeout(soon() * 2, acquire(pool)).await.unwrap();
         // By the simple protocol, in which both times are the same outside a transaction.
         // Exact, because other functions may be in front of these in the search path. The view `pg_locks`
         // may be revoked; what is behind it is not.
