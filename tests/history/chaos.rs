@@ -12,7 +12,7 @@ use crate::worker::{self, GIVES_UP};
 
 const WORKERS: usize = 4;
 
-/// After how long a history has to do with what it has, on a machine that has no time for it.
+/// How long a history may take on a busy machine until each fault has been dealt and losses have been reported.
 const LONGEST: Duration = Duration::from_mins(1);
 
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -21,7 +21,7 @@ pub(crate) enum Fault {
     Crash,
     /// The session of a holder is ended.
     EndHolder,
-    /// The session of a holder is ended while its worker stands still.
+    /// The session of a holder is ended while its worker is paused.
     EndPausedHolder,
     /// The session of a waiter is ended.
     EndWaiter,
@@ -29,14 +29,14 @@ pub(crate) enum Fault {
     Kill,
     /// A worker is stopped for longer than its heartbeat's interval and timeout.
     PauseLong,
-    /// A worker stands still for a moment.
+    /// A worker is paused for a moment.
     PauseShort,
     /// The server is restarted in an orderly way.
     Restart,
 }
 
 impl Fault {
-    /// All faults, as often as they are dealt before all come again.
+    /// All faults, each as often as it is dealt before the deck is refilled.
     const DECK: [Self; 13] = [
         Self::Crash,
         Self::EndHolder,
@@ -54,15 +54,15 @@ impl Fault {
     ];
 }
 
-/// Workers at work, and what befalls them.
+/// The workers, and the faults that strike them.
 #[derive(Debug)]
 pub(crate) struct Chaos<'a> {
     server: &'a Server,
     db: &'a TestDb,
-    /// Where the workers find the database: over TCP.
+    /// The URL of the database for the workers, which connect over TCP.
     url: String,
     workers: Vec<Worker>,
-    /// How many workers there have been: each has a number of its own.
+    /// How many workers have been started. Each has a number of its own.
     started: i32,
     admin: PgConnection,
     dice: Dice,
@@ -99,11 +99,11 @@ impl<'a> Chaos<'a> {
         chaos
     }
 
-    /// Lets faults happen for some time, and until each has been dealt and losses have been reported.
+    /// Deals faults for some time, and until each has been dealt and losses have been reported.
     /// Returns how often each struck.
     ///
-    /// The last fifth of the time is quiet, because a restart would remove what was left behind, and a kill
-    /// would remove a worker that it blocks.
+    /// The last fifth of the time is quiet, because a restart would remove a lock that was left behind, and a kill
+    /// would remove a worker that the lock blocks.
     pub(crate) async fn rage(mut self, duration: Duration) -> BTreeMap<Fault, usize> {
         let started = Instant::now();
         let mut dealt = 0;
@@ -113,7 +113,7 @@ impl<'a> Chaos<'a> {
         {
             sleep(Duration::from_millis(self.dice.below(300))).await;
             for worker in &mut self.workers {
-                // Before it may be killed, which would hide that.
+                // Checked before a fault may kill the worker, which would hide its end.
                 assert!(!worker.role.has_ended(), "worker {} ended by itself", worker.number);
                 worker.resume_if(|until| until < Instant::now());
             }
@@ -146,7 +146,7 @@ impl<'a> Chaos<'a> {
         self.deck.swap_remove(place)
     }
 
-    /// Returns whether there was a worker to strike.
+    /// Executes a fault. Returns `false` if there was nothing to strike.
     async fn strike(&mut self, fault: Fault) -> bool {
         match fault {
             Fault::Crash => {
@@ -197,7 +197,7 @@ impl<'a> Chaos<'a> {
         &mut self.workers[place]
     }
 
-    /// Whether a loss was reported to a holder, and a holder was refused by the register.
+    /// Returns whether a loss was reported to a holder, and the register has refused a holder.
     async fn losses_were_told(&mut self) -> bool {
         let told = sqlx::query_scalar(
             "SELECT count(DISTINCT kind) = 2 FROM event WHERE kind IN ('lost', 'refused')",
@@ -205,7 +205,7 @@ impl<'a> Chaos<'a> {
         told.fetch_one(&mut self.admin).await.unwrap()
     }
 
-    /// Looks for a session that holds a lock, or that waits for one; and its worker.
+    /// Finds a session that holds a lock, or one that waits for it. Returns its pid and the number of its worker.
     async fn find(&mut self, granted: bool) -> Option<(i32, i32)> {
         let sessions = sqlx::query_as(
             "SELECT pid, split_part(application_name, ' ', 2)::int4

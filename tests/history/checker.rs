@@ -1,18 +1,19 @@
-//! The rules that no history breaks. Pure: what happened goes in, what was wrong comes out.
+//! Checks the rules that no history may break. The check is pure: it takes rows, and returns violations.
 //!
-//! The number of a row is drawn from a sequence inside the insert, so of two inserts, one of which ended
-//! before the other began, the later has the greater number. What is written through a lock's own
-//! session is written while that session holds the lock. So on one key, everything that one hold wrote
-//! that way has smaller numbers than anything that the next one wrote. A begin, and what is written past
-//! the register, draws its number while it has the register's row locked; so these are numbered in the
-//! order in which the register saw them, whatever session they came through.
+//! The insert of a row draws its number from a sequence. So if one insert ends before another one begins, the later
+//! row has the greater number. A row that is written through a lock's own session is written while that session
+//! holds the lock. So on one key, all rows that one hold wrote in that way have smaller numbers than all rows that
+//! the next hold wrote. A begin, and a write that the register guards, draw their numbers while they have the
+//! register's row locked. So these rows are numbered in the order in which the register saw them, whatever session
+//! they came through.
 //!
-//! A hold of a manager writes nothing through the lock's session. What it writes is fenced: its begin, too,
-//! is refused if the next one has begun. That alone proves nothing about the lock, because the register keeps
-//! the order; but a holder that is refused was not alone, so its release must not succeed.
-//! So this proves: between the begin of a hold that was released in order, and the last thing it wrote, no
-//! other hold of the key began, of whichever kind. What goes undetected is an overlap in which neither writes
-//! any more, or that is reported as a loss.
+//! A hold of a manager writes nothing through the lock's session. All its rows are fenced: the register refuses
+//! even its begin if the next hold has begun. That alone proves nothing about the lock, because the register keeps
+//! the order; but a holder that was refused was not alone, so its release must not succeed.
+//!
+//! So the rules prove that between the begin of a hold that was released in order, and the last row that it wrote, no
+//! other hold of the key began, of whichever kind. They do not detect an overlap in which neither hold writes
+//! any more, or one that is reported as a loss.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -22,53 +23,53 @@ use std::fmt;
 pub(crate) struct Row {
     /// Drawn from a sequence inside the insert.
     pub(crate) id: i64,
-    /// When that was, only for the reader: the rules don't trust clocks.
+    /// The time of the insert. It is only for the reader, because the rules don't trust clocks.
     pub(crate) at: String,
     pub(crate) key: i64,
-    /// The fencing token, by which a hold is known.
+    /// The fencing token, which identifies the hold.
     pub(crate) token: i64,
     pub(crate) kind: Kind,
     pub(crate) worker: i32,
-    /// The server's process that wrote the row.
+    /// The pid of the backend that wrote the row.
     pub(crate) pid: i32,
 }
 
-/// What a row says.
+/// The event that a row records.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Kind {
-    /// A hold began; raises the register to its token. Through the lock's session, or admitted by the
+    /// A hold began, which raises the register to its token. Written through the lock's session, or admitted by the
     /// register.
     Begin,
-    /// A hold was about to end. Through the lock's session.
+    /// A hold was about to end. Written through the lock's session.
     End,
     /// The register admitted a write through a connection of the pool.
     Guarded,
-    /// The worker was told that the hold is lost. Through the pool.
+    /// The loss of the hold was reported to the worker. Written through the pool.
     Lost,
-    /// The register refused a write, or the begin. Through the pool.
+    /// The register refused a write, or the begin. Written through the pool.
     Refused,
-    /// The server confirmed that the hold was kept to its end. Through the pool.
+    /// The server confirmed that the hold was kept to its end. Written through the pool.
     Released,
-    /// Something was written through the lock's session.
+    /// The holder wrote through the lock's session.
     Write,
 }
 
-/// What must hold of every row.
+/// A rule that every row must follow.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Rule {
-    /// Whatever a hold writes comes after its begin.
+    /// All rows of a hold come after its begin.
     Begun,
-    /// The register admits nothing of a hold after the next one has begun.
+    /// The register admits no row of a hold after the next hold has begun.
     Fenced,
     /// Tokens grow from begin to begin.
     Growing,
     /// A holder that was refused has lost the lock, and its release reports that.
     Kept,
-    /// What is written through the lock's session comes before the end.
+    /// All rows through the lock's session come before the end of the hold.
     NotEnded,
-    /// What is written through the lock's session comes from one session.
+    /// All rows of a hold through the lock's session come from one session.
     OneSession,
-    /// What is written through the lock's session comes before the next hold begins.
+    /// All rows through the lock's session come before the next hold begins.
     Alone,
     /// The register refuses a hold only if the next one has begun.
     RefusedWithReason,
@@ -83,21 +84,21 @@ pub(crate) struct Violation<'h> {
     pub(crate) row: &'h Row,
 }
 
-/// Everything that is wrong with a history, whose rows are in the order of their numbers.
+/// Returns all violations in a history, whose rows are in the order of their numbers.
 pub(crate) fn check(history: &[Row]) -> Vec<Violation<'_>> {
     let mut checker = Checker::default();
     let broken = |row| checker.broken_by(row).into_iter().map(move |rule| Violation { rule, row });
     history.iter().flat_map(broken).collect()
 }
 
-/// What is known of the rows so far.
+/// The state of the check after the rows so far.
 #[derive(Debug, Default)]
 struct Checker {
-    /// By token.
+    /// The holds that have begun, by token.
     holds: HashMap<i64, Hold>,
     /// The token of the hold that began last, by key.
     latest: HashMap<i64, i64>,
-    /// The tokens of those that were refused.
+    /// The tokens of the holds that were refused.
     refused: HashSet<i64>,
 }
 
@@ -109,7 +110,7 @@ struct Hold {
 }
 
 impl Checker {
-    /// The rules that the next row breaks.
+    /// Returns the rules that the next row breaks.
     fn broken_by(&mut self, row: &Row) -> Vec<Rule> {
         let Row { key, token, kind, pid, .. } = *row;
         let latest = self.latest.get(&key).copied();
@@ -127,7 +128,7 @@ impl Checker {
         }
         let Some(hold) = self.holds.get_mut(&token).filter(|hold| hold.key == key) else {
             return match kind {
-                // It came too late to begin.
+                // The hold came too late to begin.
                 Kind::Refused => {
                     let late = latest.is_some_and(|latest| latest > token);
                     broken([(Rule::RefusedWithReason, late)])
@@ -147,7 +148,7 @@ impl Checker {
             Kind::Guarded => broken([(Rule::Fenced, !succeeded)]),
             Kind::Refused => broken([(Rule::RefusedWithReason, succeeded)]),
             Kind::Released => broken([(Rule::Kept, !was_refused)]),
-            // It may be reported late, and proves nothing about the lock.
+            // A loss may be reported late, and proves nothing about the lock.
             Kind::Lost => Vec::new(),
             Kind::Begin | Kind::End | Kind::Write => {
                 let ended = hold.ended;
@@ -167,7 +168,7 @@ fn broken<const RULES: usize>(rules: [(Rule, bool); RULES]) -> Vec<Rule> {
 }
 
 impl Kind {
-    /// By the name that the row has in the database.
+    /// Returns the kind that has this name in the database.
     pub(crate) fn named(name: &str) -> Option<Self> {
         use Kind::{Begin, End, Guarded, Lost, Refused, Released, Write};
         let all = [Begin, End, Guarded, Lost, Refused, Released, Write];
@@ -199,19 +200,19 @@ impl fmt::Display for Row {
 mod tests {
     use super::*;
 
-    /// A history of one key, from what each row says of which token.
+    /// Makes a history of one key from the kind and the token of each row.
     fn history(rows: &[(Kind, i64)]) -> Vec<Row> {
         let numbered = (1..).zip(rows);
         numbered.map(|(id, &(kind, token))| row(id, 1, token, kind)).collect()
     }
 
-    /// A row of a hold that has a session and a worker to itself.
+    /// Makes a row of a hold that has a session and a worker of its own.
     fn row(id: i64, key: i64, token: i64, kind: Kind) -> Row {
         let own = i32::try_from(token).unwrap();
         Row { id, at: String::new(), key, token, kind, worker: own, pid: 100 + own }
     }
 
-    /// The last row breaks this rule, and nothing else is wrong.
+    /// Asserts that the last row breaks this rule, and that there is no other violation.
     #[track_caller]
     fn forged(history: &[Row], rule: Rule) {
         let row = history.last().unwrap();

@@ -1,4 +1,4 @@
-//! Chance that can be repeated: xorshift64*, from a seed.
+//! A random number generator whose choices can be repeated: xorshift64*, from a seed.
 
 #[derive(Debug)]
 pub(crate) struct Dice {
@@ -8,7 +8,7 @@ pub(crate) struct Dice {
 
 impl Dice {
     pub(crate) fn new(seed: u64) -> Self {
-        // Odd, so that not even the seed 0 makes it zero; and neighbours soon differ.
+        // The state is odd, so that not even the seed 0 makes it zero. The factor makes neighbouring seeds soon differ.
         Self { state: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1 }
     }
 
@@ -19,7 +19,7 @@ impl Dice {
         self.state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32
     }
 
-    /// Any of the numbers from 0 to less than `end`.
+    /// Returns a random number from 0 to less than `end`.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.roll() % end
     }
@@ -28,7 +28,7 @@ impl Dice {
         self.below(times) == 0
     }
 
-    /// Any place in what has this length.
+    /// Returns a random index of a sequence of this length.
     pub(crate) fn place(&mut self, length: usize) -> usize {
         usize::try_from(self.below(u64::try_from(length).unwrap())).unwrap()
     }

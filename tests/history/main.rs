@@ -1,7 +1,7 @@
-//! What processes that share locks have done, while all that can fail did, breaks no rule.
+//! Checks that the history of processes that share locks breaks no rule, although everything that can fail does.
 //!
-//! `PGLOCK_SOAK_SECONDS` says for how long (6), and `PGLOCK_SOAK_SEED` repeats what chance chose, though
-//! not when the machine got round to it.
+//! `PGLOCK_SOAK_SECONDS` sets the duration (6 by default), and `PGLOCK_SOAK_SEED` repeats the random choices, though
+//! not their timing.
 
 #![expect(
     clippy::indexing_slicing,
@@ -30,7 +30,7 @@ use checker::{Kind, Row, Violation, check};
 use support::locks_are;
 use worker::{KEYS, SCHEMA};
 
-/// How long what was killed may take to be gone.
+/// How long the locks and sessions of killed workers may take to end.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[tokio::test]
@@ -41,7 +41,7 @@ async fn a_history_full_of_faults_breaks_no_rule() {
     });
     tell(&format!("a history of {seconds} s; PGLOCK_SOAK_SEED={seed} repeats its choices"));
 
-    // What was committed must be there after a crash, or the history has holes.
+    // Committed rows must be there after a crash, because otherwise the history has gaps.
     let durable = Server::options().tcp().setting("synchronous_commit", "on");
     let server = durable.setting("full_page_writes", "on").start();
     let db = TestDb::on(&server).await;
@@ -68,7 +68,7 @@ async fn a_history_full_of_faults_breaks_no_rule() {
     ));
     let violations = check(&history);
     assert!(violations.is_empty(), "{}", story(&history, &violations));
-    // Otherwise it proves nothing.
+    // Otherwise the history proves nothing.
     assert!(holds > 5 * usize::try_from(seconds).unwrap(), "too few holds");
     assert!(losses > 0 && refused > 0, "too few losses");
 }
@@ -113,7 +113,7 @@ async fn read(admin: &mut PgConnection) -> Vec<Row> {
     rows.iter().map(read).collect()
 }
 
-/// The rows that break a rule, and what happened on their keys just before.
+/// Describes the rows that break a rule, and the events on their keys just before.
 fn story(history: &[Row], violations: &[Violation<'_>]) -> String {
     let mut lines = vec![format!("{} rows break a rule", violations.len())];
     for Violation { rule, row } in violations.iter().take(5) {

@@ -1,7 +1,7 @@
-//! A worker: takes locks, writes down what it does under them, and goes on after every loss.
+//! A worker, which takes locks, records what it does under them, and continues after every loss.
 //!
-//! Some have locks with a session of their own, through which they write. The others have a manager, whose
-//! session is not lent: all that they write goes past the register, which knows the tokens.
+//! Some workers have locks with a session of their own, through which they write. The others have a manager, whose
+//! session can't be borrowed: the register, which has the tokens, guards all that they write.
 
 use std::env;
 use std::process;
@@ -21,16 +21,16 @@ use crate::checker::Kind;
 use crate::dice::Dice;
 use crate::support::borrow_all;
 
-/// After how long without an answer a worker times out. The server does so after two seconds.
+/// How long a worker waits for an answer of the server before it reports a loss. The server times out after three
+/// seconds.
 pub(crate) const GIVES_UP: Duration = Duration::from_secs(1);
 
 pub(crate) const KEYS: i64 = 4;
 
-/// How many tasks of a worker want locks.
+/// How many tasks of a worker acquire locks.
 const TASKS: u64 = 2;
 
-/// What the workers write down. A token is known to the register before anything else is written
-/// under it.
+/// The tables that the workers write. The register has the token of a hold before the hold writes anything else.
 pub(crate) const SCHEMA: &str = "
     CREATE TABLE register (key int8 PRIMARY KEY, token int8 NOT NULL);
     CREATE TABLE event (
@@ -43,7 +43,7 @@ pub(crate) const SCHEMA: &str = "
         pid int4 NOT NULL DEFAULT pg_backend_pid()
     )";
 
-/// Raises the register in any case: whether tokens grow is for the checker to say.
+/// Admits any token, even one that is not greater than the register's, because the checker checks that tokens grow.
 const BEGIN: &str = "
     WITH raised AS
         (UPDATE register SET token = greatest(token, $2) WHERE key = $1 RETURNING key)
@@ -70,7 +70,7 @@ pub(crate) fn start(url: &str, number: i32, has_manager: bool, seed: u64) -> Rol
     Role::start("worker::works", &env)
 }
 
-/// Asks workers to stop, and waits until each has made sure that its pool is as it was.
+/// Asks workers to stop, and waits until each has checked that its pool is intact.
 pub(crate) async fn stop(mut workers: Vec<&mut Role>) {
     for worker in &mut workers {
         worker.tell("stop").await;
@@ -83,12 +83,12 @@ pub(crate) async fn stop(mut workers: Vec<&mut Role>) {
 #[tokio::test]
 #[ignore = "is a role: the history runs it as a process"]
 async fn works() {
-    // Without a database, no test runs it as a role.
+    // Without a URL, no test runs this as a role.
     let Ok(url) = env::var(URL) else { return };
     let number = |name| env::var(name).unwrap().parse().unwrap();
     let mut dice = Dice::new(number(SEED));
     let options = PgConnectOptions::from_str(&url).unwrap();
-    // By which the sessions of a worker are found.
+    // `Chaos` finds the sessions of a worker by this name.
     let options = options.application_name(&format!("worker {}", number(NUMBER)));
     let pool = PgPoolOptions::new().max_connections(6).connect_lazy_with(options);
     let manager = (number(HAS_MANAGER) == 1)
@@ -118,7 +118,7 @@ async fn works() {
     let mut cues = cues();
     tokio::select! {
         cue = cues.next_line() => drop(cue),
-        // It has panicked, and said why. The runtime would not end before the next cue.
+        // A task has panicked, and printed why. The runtime would not end before the next cue.
         _ = tasks.join_next() => process::exit(1),
     }
     stopping.store(true, Ordering::Relaxed);
@@ -143,13 +143,13 @@ fn options_of_a_lock() -> LockOptions {
 struct Task {
     pool: PgPool,
     locks: Vec<Lock>,
-    /// So that no lock's session is borrowed.
+    /// Whether the locks have a manager, so that no lock's session can be borrowed.
     has_manager: bool,
     worker: i32,
     dice: Dice,
 }
 
-/// What a hold is known by.
+/// The identity of a hold.
 #[derive(Clone, Copy, Debug)]
 struct Hold {
     key: i64,
@@ -157,7 +157,7 @@ struct Hold {
     worker: i32,
 }
 
-/// Why something was not done.
+/// Why an operation failed.
 #[derive(Debug)]
 enum Trouble {
     Lock(Error),
@@ -165,7 +165,7 @@ enum Trouble {
 }
 
 impl Task {
-    /// Acquires, works and releases; or runs into a fault, which must be a transient one.
+    /// Acquires, works and releases. Panics if one of these fails for a reason that is not transient.
     async fn go_round(&mut self) {
         let key = i64::try_from(self.dice.below(KEYS.unsigned_abs())).unwrap();
         let (guard, hold) = match self.begin(key).await {
@@ -174,7 +174,7 @@ impl Task {
             Err(trouble) => return trouble.passes(),
         };
         let worked = self.work(&guard, hold).await.map_err(Trouble::passes);
-        // In trouble, it wants to know whether it has lost the lock.
+        // After an error, the task always asks whether it has lost the lock.
         let asks = worked.is_err() || !self.dice.one_in(3);
         let told = match let_go(guard, asks).await {
             Some(Ok(())) => hold.note(Kind::Released, &self.pool).await.map_err(Trouble::from),
@@ -186,7 +186,7 @@ impl Task {
         }
     }
 
-    /// Acquires in one of several ways, and writes that it has.
+    /// Acquires a lock in one of several ways, and records the begin of the hold.
     async fn begin(&mut self, key: i64) -> Result<Option<(ExclusiveGuard, Hold)>, Trouble> {
         let lock = &mut self.locks[usize::try_from(key).unwrap()];
         if self.dice.one_in(10) {
@@ -208,13 +208,13 @@ impl Task {
         if !self.has_manager {
             hold.write(BEGIN, Kind::Begin, &mut *guard.connection().await?).await?;
         } else if !hold.row(GUARDED, Kind::Begin, &self.pool).await? {
-            // The next one has begun already, so this one was lost. Its release reports that.
+            // The next hold has begun already, so this one was lost. Its release reports that.
             hold.note(Kind::Refused, &self.pool).await?;
         }
         Ok(Some((guard, hold)))
     }
 
-    /// Does this and that for a random time, and writes that the hold is about to end.
+    /// Writes and sleeps at random, and records that the hold is about to end.
     async fn work(&mut self, guard: &ExclusiveGuard, hold: Hold) -> Result<(), Trouble> {
         for _ in 0..self.dice.below(4) {
             let anything = self.dice.below(5);
@@ -223,7 +223,7 @@ impl Task {
                 0 => hold.write(NOTE, Kind::Write, &mut *guard.connection().await?).await?,
                 1 => hold.write_several(&mut *guard.connection().await?).await?,
                 2 => {
-                    // The register is asked some time after the guard was looked at.
+                    // The register is asked some time after the guard was checked.
                     let time = self.time();
                     let late = async {
                         sleep(time).await;
@@ -248,7 +248,7 @@ impl Task {
         Ok(())
     }
 
-    /// Writes down that it was told, and then behaves as if it was not.
+    /// Records the loss, and then tries to write as if it had not been reported.
     async fn is_told_of_a_loss(&mut self, hold: Hold) -> Result<(), Trouble> {
         hold.note(Kind::Lost, &self.pool).await?;
         sleep(self.time()).await;
@@ -256,14 +256,14 @@ impl Task {
         Ok(())
     }
 
-    /// Usually some milliseconds; sometimes longer than a heartbeat.
+    /// Returns a random time, usually of some milliseconds, sometimes longer than a heartbeat.
     fn time(&mut self) -> Duration {
         let longest = if self.dice.one_in(20) { 1200 } else { 20 };
         Duration::from_millis(self.dice.below(longest))
     }
 }
 
-/// Releases or drops; returns whether the hold was kept to the end, or known to have been lost.
+/// Releases or drops the guard. Returns whether the hold was kept to the end, or lost, if that is known.
 async fn let_go(guard: ExclusiveGuard, asks: bool) -> Option<LockResult<()>> {
     if !asks {
         let lost = guard.is_lost();
@@ -306,7 +306,7 @@ impl Hold {
         transaction.commit().await
     }
 
-    /// Writes past the register, through a connection of the pool; and if refused, that it was.
+    /// Writes through a connection of the pool if the register admits it, and otherwise records the refusal.
     async fn write_guarded(self, pool: &PgPool) -> sqlx::Result<()> {
         if self.row(GUARDED, Kind::Guarded, pool).await? {
             return Ok(());
@@ -320,8 +320,8 @@ impl Hold {
 }
 
 impl Trouble {
-    /// Panics unless the reason is a fault that passes by itself: what the library promises of its
-    /// errors, and what a statement meets with when its session ends.
+    /// Panics unless the reason is transient: an error that the library promises to be transient, or one that a
+    /// statement returns when its session ends.
     fn passes(self) {
         let passes = match &self {
             Self::Lock(error) => error.is_transient(),

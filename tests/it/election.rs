@@ -4,7 +4,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use pglock::{Election, Error, Lock, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb, advisory_locks, cancel_after};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -12,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
 
 use crate::support::{
-    SOON, borrow_all, dropped_at, locks_are, no_locks, quick_heartbeat, quick_pool,
+    SOON, borrow_all, dropped_at, locks_are, no_locks, pool_of, quick_heartbeat, quick_pool,
     quickly_watched, random, spawn, terminate, unless_it_waits,
 };
 
@@ -26,10 +25,6 @@ fn election(pool: &PgPool) -> Election {
 /// The same, for a leader whose session is monitored soon.
 fn monitored_election(pool: &PgPool) -> Election {
     Election::new(&quick_heartbeat().on(pool).unwrap(), "billing").candidate("node-7")
-}
-
-async fn pool_of(options: PgConnectOptions, connections: u32) -> PgPool {
-    PgPoolOptions::new().max_connections(connections).connect_with(options).await.unwrap()
 }
 
 /// How many sessions show the name of a leader.

@@ -11,10 +11,9 @@ use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
 
-use crate::support::prove_exclusion;
+use crate::support::{TIMEOUT, prove_exclusion};
 
 const KEY: &str = "nightly-report";
-const LIMIT: Duration = Duration::from_secs(20);
 
 const FUNCTIONS: [&str; 4] = [
     "pg_try_advisory_lock(bigint)",
@@ -89,7 +88,7 @@ async fn locks_that_are_always_granted_are_refused() {
     sqlx::raw_sql(views).execute(&mut admin).await.unwrap();
     replace_function(&mut admin, "pg_lock_status()", "BEGIN RETURN; END").await;
     // The first acquires wait for the proof, but not for long.
-    eventually("all are refused", LIMIT, async || {
+    eventually("all are refused", TIMEOUT, async || {
         let refused = |acquired: &_| matches!(acquired, Err(Error::NoExclusion { .. }));
         acquire(&engine.pool).await.iter().all(refused)
     })
@@ -180,7 +179,7 @@ async fn locks_are_granted_again_once_they_exclude() {
     proxy.delay(Duration::from_millis(10));
     let options = server.tcp_options().database(db.name()).port(proxy.address().port());
     let pool = PgPoolOptions::new().connect_lazy_with(options);
-    eventually("a lock is refused", LIMIT, async || {
+    eventually("a lock is refused", TIMEOUT, async || {
         matches!(Lock::new(&pool, KEY).acquire().await, Err(Error::NoExclusion { .. }))
     })
     .await;
@@ -197,8 +196,10 @@ async fn locks_are_granted_again_once_they_exclude() {
         );
         sqlx::raw_sql(AssertSqlSafe(original)).execute(&mut admin).await.unwrap();
     }
-    eventually("a lock is granted", LIMIT, async || Lock::new(&pool, KEY).acquire().await.is_ok())
-        .await;
+    eventually("a lock is granted", TIMEOUT, async || {
+        Lock::new(&pool, KEY).acquire().await.is_ok()
+    })
+    .await;
 }
 
 /// The functions fail: `YugabyteDB` before 2.25.1 and Aurora DSQL (0A000), or are missing (42883).

@@ -2,20 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::error;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pglock::{Error, Key, Lock, LockOptions, Loss};
-use pglock_testkit::{TestDb, advisory_locks};
+use pglock_testkit::TestDb;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgConnection, PgPool};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use crate::support::{all_are_idle, borrow_all, execute, opened};
+use crate::support::{TIMEOUT, all_are_idle, borrow_all, execute, locks_become, opened};
 
 pub(crate) const KEY: &str = "nightly-report";
-
-/// Longer than anything here takes, unless it hangs.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A wait that is meant to run out.
 pub(crate) const MOMENT: Duration = Duration::from_millis(300);
@@ -38,20 +35,15 @@ pub(crate) fn is_told_well(error: &Error, advice: &str) {
 
 /// Waits until the server shows these numbers of holders and waiters; returns the waiters.
 pub(crate) async fn becomes(admin: &mut PgConnection, holders: usize, waiters: usize) -> Vec<i32> {
-    let started = Instant::now();
-    loop {
-        let locks = advisory_locks(admin).await;
-        let (held, waited): (Vec<_>, Vec<_>) = locks.into_iter().partition(|lock| lock.granted);
+    let what = format!("{holders} holders and {waiters} waiters");
+    let locks = locks_become(admin, &what, TIMEOUT, |locks| {
+        let held = locks.iter().filter(|lock| lock.granted);
         // A session may hold a key in both modes.
-        let sessions: BTreeSet<_> =
-            held.iter().map(|lock| (lock.pid, lock.classid, lock.objid)).collect();
-        if (sessions.len(), waited.len()) == (holders, waiters) {
-            return waited.iter().map(|lock| lock.pid).collect();
-        }
-        let what = format!("not {holders} holders and {waiters} waiters");
-        assert!(started.elapsed() < TIMEOUT, "{what}: {held:#?} {waited:#?}");
-        sleep(Duration::from_millis(2)).await;
-    }
+        let sessions: BTreeSet<_> = held.map(|lock| (lock.pid, lock.classid, lock.objid)).collect();
+        let waited = locks.iter().filter(|lock| !lock.granted).count();
+        (sessions.len(), waited) == (holders, waiters)
+    });
+    locks.await.iter().filter(|lock| !lock.granted).map(|lock| lock.pid).collect()
 }
 
 /// Checks that nothing is held or waited for, and that all connections of the pool can be acquired.

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use pglock::{Lock, LockManager};
 use pglock_testkit::{Role, TestDb, cues, say};
 use sqlx::PgPool;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::PgConnectOptions;
 use tokio::task::JoinSet;
 
-use crate::support::{no_locks, report};
+use crate::support::{no_locks, pool_of, report};
 
 const URL: &str = "PGLOCK_FAIRNESS_URL";
 const KEY: &str = "busy";
@@ -42,8 +42,7 @@ async fn take_turns(mut lock: Lock, time: Duration) -> Vec<(Duration, bool)> {
 async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
     // Without a database, no test runs it as a role.
     let Ok(url) = env::var(URL) else { return };
-    let options = PgConnectOptions::from_str(&url).unwrap();
-    let pool = PgPoolOptions::new().max_connections(3).connect_with(options).await.unwrap();
+    let pool = pool_of(PgConnectOptions::from_str(&url).unwrap(), 3).await;
     let locks = locks(&pool);
     say("ready");
     let Some(cue) = cues().next_line().await.unwrap() else { return };

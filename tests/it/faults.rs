@@ -9,23 +9,22 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pglock::{Error, ExclusiveGuard, Lock, Loss};
-use pglock_testkit::{Proxy, Role, Server, TestDb, WallClock, cues, monotonic, say};
+use pglock_testkit::{Role, Server, TestDb, WallClock, cues, monotonic, say};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::loss::{fast_heartbeat, patient_heartbeat};
-use crate::support::{SOON, all_are_idle, borrow_all, locks_are, no_locks, terminate};
+use crate::support::{
+    Behind, SOON, TIMEOUT, all_are_idle, borrow_all, fast_heartbeat, lenient_heartbeat, locks_are,
+    no_locks, terminate,
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which a holder with a patient heartbeat times out.
+/// After which a holder with a lenient heartbeat times out.
 const BOUND: Duration = Duration::from_secs(3);
-
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Another service, which waits for lock 1.
 struct Next {
@@ -75,7 +74,7 @@ async fn service() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
     // A slice so long that it ends no wait here.
-    let mut lock = Lock::new(&patient_heartbeat().wait_slice(TIMEOUT * 3).on(&pool).unwrap(), 1);
+    let mut lock = Lock::new(&lenient_heartbeat().wait_slice(TIMEOUT * 3).on(&pool).unwrap(), 1);
     let mut cues = cues();
     let mut guard = None;
     while let Some(cue) = cues.next_line().await.unwrap() {
@@ -165,30 +164,11 @@ async fn the_server_stands_still_for_a_moment() {
     borrow_all(&pool).await;
 }
 
-/// A database behind a proxy.
-struct Behind {
-    server: Server,
-    db: TestDb,
-    proxy: Proxy,
-    pool: PgPool,
-}
-
-impl Behind {
-    async fn a_proxy() -> Self {
-        let server = Server::options().tcp().start();
-        let db = TestDb::on(&server).await;
-        let proxy = Proxy::to(server.port()).await;
-        let options = server.tcp_options().database(db.name()).port(proxy.address().port());
-        let pool = PgPoolOptions::new().max_connections(3).connect_with(options).await.unwrap();
-        Self { server, db, proxy, pool }
-    }
-}
-
 #[tokio::test]
 async fn the_connection_is_reset() {
-    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy(3).await;
     for lent in [false, true] {
-        let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
         let mut waiter = Lock::new(&pool, 1);
         let ((failed, loss), next) = tokio::join!(
@@ -217,13 +197,13 @@ async fn the_connection_is_reset() {
 /// An answer takes 600 ms, and twice that where a connection must be made first.
 #[tokio::test]
 async fn the_link_is_slow() {
-    let (idle, lent) = (Behind::a_proxy().await, Behind::a_proxy().await);
+    let (idle, lent) = (Behind::a_proxy(3).await, Behind::a_proxy(3).await);
     tokio::join!(is_kept_over_a_slow_link(&idle, false), is_kept_over_a_slow_link(&lent, true));
 }
 
 async fn is_kept_over_a_slow_link(behind: &Behind, lent: bool) {
     let Behind { db, proxy, pool, .. } = behind;
-    let guard = Lock::new(&patient_heartbeat().on(pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&lenient_heartbeat().on(pool).unwrap(), 1).acquire().await.unwrap();
     proxy.delay(Duration::from_millis(300));
     let mut next = Next::after(1, db).await;
     let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
@@ -240,7 +220,7 @@ async fn is_kept_over_a_slow_link(behind: &Behind, lent: bool) {
 
 #[tokio::test]
 async fn the_link_is_too_slow() {
-    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy(3).await;
     let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     proxy.delay(SECOND * 2);
@@ -260,7 +240,7 @@ async fn the_link_is_too_slow() {
 /// A link that passes nothing for a while, and then all: what was in it does no harm.
 #[tokio::test]
 async fn the_link_stands_still() {
-    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy().await;
+    let Behind { db, proxy, pool, server: _server } = Behind::a_proxy(3).await;
     let guard = Lock::new(&fast_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     proxy.freeze();
@@ -291,7 +271,7 @@ async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
     );
     sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut admin).await.unwrap();
     let pool = db.pool(2).await;
-    let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let next = Next::after(1, &db).await;
     let mut connection = guard.connection().await.unwrap();
     let write = format!("BEGIN; INSERT INTO entry VALUES (100); {last}");
@@ -344,7 +324,7 @@ async fn the_server_has_no_connection_left() {
     let server = Server::options().setting("max_connections", "12").start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(1).await;
-    let mut lock = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1);
+    let mut lock = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1);
     let guard = lock.acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     let mut filling = fill(&db).await;
@@ -420,7 +400,7 @@ async fn the_clock_of_the_server_is_set() {
     let pool = db.pool(3).await;
     for hour in [1, -1] {
         clock.set(0);
-        let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+        let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
         clock.set(hour * 3600);
         let shown: i64 = sqlx::query_scalar("SELECT extract(epoch FROM clock_timestamp())::int8")
             .fetch_one(&pool)
@@ -487,7 +467,7 @@ fn the_runtime_is_shut_down() {
 #[tokio::test]
 async fn the_pool_is_closed() {
     let (db, pool) = TestDb::with_pool(2).await;
-    let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     // Longer than the heartbeat's interval, after which the session is monitored.
     sleep(SECOND).await;

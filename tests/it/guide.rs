@@ -3,18 +3,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use pglock::{Key, Lock, LockOptions, Loss};
 use pglock_testkit::{Server, TestDb};
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Column, PgConnection, Row};
 
-use crate::support::{has_waiter, locks_are, prove_exclusion, spawn};
+use crate::support::{TIMEOUT, has_waiter, locks_are, prove_exclusion, spawn};
 use crate::tidy::rust_files;
-
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -10,10 +10,8 @@ use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::time::timeout;
 
-use crate::support::{upgraded, waits_in_vain};
+use crate::support::{TIMEOUT, upgraded, waits_in_vain};
 
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// A wait that is meant to run out, in the server's queue.
 const MOMENT: Duration = Duration::from_millis(500);
 

@@ -9,10 +9,7 @@ use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::timeout;
 
-use crate::support::{SOON, has_waiter, locks_are, no_locks, prove_exclusion, spawn};
-
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
+use crate::support::{SOON, TIMEOUT, has_waiter, locks_are, no_locks, prove_exclusion, spawn};
 
 async fn run(conn: &mut PgConnection, statement: &str) {
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.unwrap();

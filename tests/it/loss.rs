@@ -6,51 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, Loss};
+use pglock::{Error, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Proxy, Server, TestDb};
 use sqlx::postgres::PgPoolOptions;
 use tokio::runtime::Builder;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, WATCHED, borrow_all, locks_are, no_locks, quick_heartbeat, soon, terminate, waits_in_vain,
+    SOON, WATCHED, borrow_all, fast_heartbeat, lenient_heartbeat, locks_are, no_locks, pool_of,
+    quick_heartbeat, says_lost, slow_heartbeat, soon, terminate, waits_in_vain,
 };
-
-/// The holder times out after a second; the server after three.
-pub(crate) fn fast_heartbeat() -> LockOptions {
-    let second = soon();
-    LockOptions::new()
-        .heartbeat_interval(second / 2)
-        .heartbeat_timeout(second / 2)
-        .keepalives_idle(second)
-        .keepalives_interval(second)
-        .keepalives_retries(2)
-}
-
-/// The same, but on a busy machine an answer may be late: the holder times out after three seconds.
-pub(crate) fn patient_heartbeat() -> LockOptions {
-    fast_heartbeat().heartbeat_timeout(soon() * 5 / 2).keepalives_retries(4)
-}
-
-/// No heartbeat is due in the time that a test takes.
-pub(crate) fn slow_heartbeat() -> LockOptions {
-    let second = Duration::from_secs(1);
-    LockOptions::new()
-        .heartbeat_interval(second * 60)
-        .heartbeat_timeout(second * 60)
-        .keepalives_idle(second)
-        .keepalives_interval(second * 121)
-        .keepalives_retries(1)
-}
-
-/// What every guard says of a loss.
-pub(crate) async fn says_lost(guard: ExclusiveGuard) {
-    assert!(guard.is_lost());
-    assert!(matches!(guard.verify().await, Err(Error::Lost { .. })));
-    assert!(matches!(guard.connection().await, Err(Error::Lost { .. })));
-    assert!(matches!(guard.fencing_token().await, Err(Error::Lost { .. })));
-    assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
-}
 
 /// An answer that comes after the loss must not return the connection to the pool.
 #[tokio::test]
@@ -184,7 +149,7 @@ async fn the_hold_of_a_managed_lock_is_not_limited() {
 async fn a_silent_server_is_told_while_the_connection_is_lent() {
     let (server, db) = TestDb::with_server().await;
     let pool = db.pool(3).await;
-    let guard = Lock::new(&patient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
+    let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
     let query = sqlx::query("SELECT pg_sleep(60)").execute(&mut *conn);
     let told = async {
@@ -294,8 +259,7 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
     for prepares in [false, true] {
         // The very first acquire also looks for a pooler.
         for left_open in ["BEGIN; SELECT 1 / 0", "BEGIN", ""] {
-            let options = server.tcp_options().database(db.name());
-            let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+            let pool = pool_of(server.tcp_options().database(db.name()), 1).await;
             let mut conn = pool.acquire().await.unwrap();
             if prepares {
                 sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();

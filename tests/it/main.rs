@@ -23,6 +23,7 @@ mod in_line;
 mod inspect;
 mod interop;
 mod keys;
+mod logged;
 mod loss;
 mod managed;
 mod manager;

@@ -12,15 +12,13 @@ use pglock_testkit::{
     Server, TestDb, advisory_locks, amount, cancel_after, eventually, replace_function,
 };
 use sqlx::PgPool;
-use sqlx::postgres::PgPoolOptions;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::cancel::dropped_at_every_poll_on;
-use crate::loss::{fast_heartbeat, slow_heartbeat};
 use crate::support::{
-    SOON, WATCHED, backend_is, borrow_all, execute, locks_are, no_locks, refused, report, spawn,
-    terminate, upgraded, waits_in_vain,
+    SOON, WATCHED, backend_is, borrow_all, execute, fast_heartbeat, locks_are, no_locks, pool_of,
+    refused, report, slow_heartbeat, spawn, terminate, upgraded, waits_in_vain,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -45,8 +43,7 @@ async fn readers_share_a_lock_where_the_role_may_not_list_locks() {
     let hide =
         "CREATE ROLE unseeing LOGIN; REVOKE EXECUTE ON FUNCTION pg_lock_status() FROM PUBLIC";
     execute(&mut admin, hide).await;
-    let pool = PgPoolOptions::new().max_connections(3);
-    let pool = pool.connect_with(db.options().username("unseeing")).await.unwrap();
+    let pool = pool_of(db.options().username("unseeing"), 3).await;
     let manager = LockManager::new(&pool);
     let first = Lock::new(&manager, 1).acquire_shared().await.unwrap();
     let other = Lock::new(&manager, 2).acquire().await.unwrap();

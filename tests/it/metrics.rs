@@ -14,13 +14,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::support::{acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate};
+use crate::support::{
+    TIMEOUT, acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate,
+};
 
 #[path = "../../examples/web_app/metrics.rs"]
 mod exporter;
 
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than an answer takes. To open a connection may take longer, so all are open where this counts.
 const MOMENT: Duration = Duration::from_millis(1_500);
 

@@ -12,7 +12,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, borrow_all, coin, locks_are, no_locks, random, report, spawn, terminate, waits_in_vain,
+    SOON, borrow_all, coin, locks_are, locks_become, no_locks, random, report, spawn, terminate,
+    waits_in_vain,
 };
 
 /// A handle on these numbers, exclusively.
@@ -33,15 +34,10 @@ fn number(lock: &AdvisoryLock) -> (i64, bool) {
 
 /// Waits until the server knows exactly of these numbers, held or waited for.
 async fn becomes(admin: &mut PgConnection, expected: &[(i64, bool)]) {
-    let started = Instant::now();
-    loop {
-        let found: Vec<_> = advisory_locks(admin).await.iter().map(number).collect();
-        if found == expected {
-            return;
-        }
-        assert!(started.elapsed() < SOON * 10, "{found:?}, not {expected:?}");
-        sleep(Duration::from_millis(2)).await;
-    }
+    locks_become(admin, &format!("{expected:?}"), SOON * 10, |locks| {
+        locks.iter().map(number).eq(expected.iter().copied())
+    })
+    .await;
 }
 
 #[tokio::test]

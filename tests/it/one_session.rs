@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use pglock::{Error, Lock, LockOptions, Result};
 use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
 use sqlx::PgPool;
-use sqlx::postgres::PgPoolOptions;
 use tokio::sync::Barrier;
 use tokio::time::timeout;
 
 use crate::support::{
-    SOON, borrow_all, execute, has_waiter, locks_are, no_locks, spawn, terminate, without_runtime,
+    Behind, SOON, borrow_all, execute, has_waiter, locks_are, no_locks, pool_of, spawn, terminate,
+    without_runtime,
 };
 
 /// Takes one key, then when both have got theirs, another on the same session. Releases all at the
@@ -281,22 +281,18 @@ async fn a_handle_acquires_again_although_the_connection_of_its_lost_session_is_
 #[tokio::test]
 async fn a_bounded_acquire_on_a_frozen_link_ends_in_its_time() {
     const TIME: Duration = Duration::from_millis(200);
-    let server = Server::options().tcp().start();
-    let db = TestDb::on(&server).await;
-    let proxy = Proxy::to(server.port()).await;
-    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
-    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
-    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    let behind = Behind::a_proxy(2).await;
+    let guard = Lock::new(&behind.pool, 1).acquire().await.unwrap();
     let mut beside = Lock::new(&guard, 2);
-    proxy.freeze();
+    behind.proxy.freeze();
     let started = Instant::now();
     let bounded = timeout(SOON * 20, beside.try_acquire_for(TIME)).await.unwrap();
     let took = started.elapsed();
-    proxy.thaw();
+    behind.proxy.thaw();
     assert!(!matches!(bounded, Ok(Some(_))), "{bounded:?}");
     assert!(took < SOON * 10, "only after {took:?}");
     drop(guard);
-    no_locks(&mut db.admin().await).await;
+    no_locks(&mut behind.db.admin().await).await;
 }
 
 /// Where there is no timer.
@@ -341,7 +337,7 @@ async fn a_short_timeout_of_the_heartbeat_is_enough_on_a_slow_link() {
     let proxy = Proxy::to(server.port()).await;
     proxy.delay(SOON / 13);
     let options = server.tcp_options().database(db.name()).port(proxy.address().port());
-    let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+    let pool = pool_of(options, 1).await;
     let options = LockOptions::new().heartbeat_timeout(SOON / 10).on(&pool).unwrap();
     let mut lock = Lock::new(&options, 1);
     let guard = lock.acquire().await.unwrap();

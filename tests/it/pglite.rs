@@ -5,7 +5,8 @@ use std::time::Duration;
 use pglock::doctor::{Severity, examine};
 use pglock::{Error, Lock, LockManager, LockOptions, Result};
 use pglock_testkit::{Pglite, eventually};
-use sqlx::postgres::PgPoolOptions;
+
+use crate::support::pool_of;
 
 const KEY: &str = "nightly-report";
 /// Longer than anything here takes, unless it hangs.
@@ -29,8 +30,7 @@ fn is_refused<T>(acquired: Result<T>) -> bool {
 #[tokio::test]
 async fn locks_are_refused_and_doctor_names_the_engine() {
     let Some(server) = Pglite::start(10) else { return };
-    let pool = PgPoolOptions::new().max_connections(3);
-    let pool = pool.connect_with(server.connect_options()).await.unwrap();
+    let pool = pool_of(server.connect_options(), 3).await;
     let exclusive = async || is_refused(Lock::new(&pool, KEY).acquire().await);
     eventually("a lock is refused", LIMIT, exclusive).await;
     let shared = async || is_refused(Lock::new(&pool, KEY).try_acquire_shared().await);

@@ -1,19 +1,16 @@
 //! Behind pgpool-II: locks are on the primary, and are held there; or an acquire is refused.
 
-use std::time::Duration;
-
 use pglock::doctor::{Severity, examine};
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, inspect, transaction};
 use pglock_testkit::{Pgpool, Server, advisory_locks};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, PgPool};
 use tokio::time::timeout;
 
-use crate::support::{has_waiter, locks_are, quick_heartbeat, several_heartbeats};
+use crate::support::{
+    TIMEOUT, has_waiter, locks_are, pool_of, quick_heartbeat, several_heartbeats,
+};
 
 const KEY: &str = "nightly-report";
-/// Longer than anything here takes, unless it hangs.
-const LIMIT: Duration = Duration::from_secs(20);
 /// With all queries on the standby, the same by a list of functions, with each query on either node, and with all on
 /// the primary.
 const WORKING: [&[(&str, &str)]; 4] = [
@@ -25,11 +22,6 @@ const WORKING: [&[(&str, &str)]; 4] = [
 /// What replaces the question whether a function is volatile. The lock functions are not in it.
 const LIST: (&str, &str) = ("write_function_list", "nextval,setval");
 
-async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
-    let pool = PgPoolOptions::new().max_connections(max_connections);
-    pool.connect_with(options).await.unwrap()
-}
-
 /// What doctor looks at, and how bad it finds it.
 async fn severities(pool: &PgPool) -> Vec<(&'static str, Severity)> {
     let findings = examine(pool, &LockOptions::new()).await.unwrap();
@@ -40,10 +32,10 @@ async fn severities(pool: &PgPool) -> Vec<(&'static str, Severity)> {
 async fn locks_exclude_on_the_primary_and_are_held() {
     let (primary, standby) = Server::options().start_with_standby();
     let mut admin = primary.connect_options().connect().await.unwrap();
-    let direct = pool(primary.connect_options(), 2).await;
+    let direct = pool_of(primary.connect_options(), 2).await;
     for settings in WORKING {
         let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
-        let pool = pool(pooler.connect_options(), 3).await;
+        let pool = pool_of(pooler.connect_options(), 3).await;
         let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let (mut other, mut of_primary) = (lock.clone(), Lock::new(&direct, KEY));
 
@@ -69,12 +61,12 @@ async fn locks_exclude_on_the_primary_and_are_held() {
         let held = inspect::locks_of(&pool, KEY).await.unwrap();
         let session = held.first().unwrap().session.as_ref().unwrap();
         assert!(inspect::terminate(&pool, session).await.unwrap());
-        let lost = timeout(LIMIT, shared.lost()).await.unwrap();
+        let lost = timeout(TIMEOUT, shared.lost()).await.unwrap();
         assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
         assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
 
         lock.acquire().await.unwrap().release().await.unwrap();
-        locks_are(&mut admin, 0, LIMIT).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
     }
 }
 
@@ -84,7 +76,7 @@ async fn a_manager_holds_its_locks() {
     let mut admin = primary.connect_options().connect().await.unwrap();
     for settings in WORKING {
         let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
-        let pool = pool(pooler.connect_options(), 3).await;
+        let pool = pool_of(pooler.connect_options(), 3).await;
         let manager = LockManager::new(&quick_heartbeat().on(&pool).unwrap());
         let guard = Lock::new(&manager, KEY).acquire().await.unwrap();
         let another = Lock::new(&manager, "another").acquire_shared().await.unwrap();
@@ -96,7 +88,7 @@ async fn a_manager_holds_its_locks() {
         assert!(!another.is_lost());
         another.release().await.unwrap();
         guard.release().await.unwrap();
-        locks_are(&mut admin, 0, LIMIT).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
     }
 }
 
@@ -104,10 +96,10 @@ async fn a_manager_holds_its_locks() {
 async fn locks_of_a_transaction_exclude_on_the_primary() {
     let (primary, standby) = Server::options().start_with_standby();
     let mut admin = primary.connect_options().connect().await.unwrap();
-    let direct = pool(primary.connect_options(), 2).await;
+    let direct = pool_of(primary.connect_options(), 2).await;
     for settings in WORKING {
         let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
-        let pool = pool(pooler.connect_options(), 2).await;
+        let pool = pool_of(pooler.connect_options(), 2).await;
         let (mut tx, mut other) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
         transaction::acquire(&mut tx, KEY).await.unwrap();
         assert!(!transaction::try_acquire(&mut other, KEY).await.unwrap());
@@ -118,17 +110,17 @@ async fn locks_of_a_transaction_exclude_on_the_primary() {
         });
         waited.unwrap();
         other.rollback().await.unwrap();
-        locks_are(&mut admin, 0, LIMIT).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
     }
 }
 
 #[tokio::test]
 async fn doctor_finds_the_same_as_on_the_primary() {
     let (primary, standby) = Server::options().start_with_standby();
-    let direct = severities(&pool(primary.connect_options(), 3).await).await;
+    let direct = severities(&pool_of(primary.connect_options(), 3).await).await;
     for settings in WORKING {
         let Some(pooler) = Pgpool::start(&primary, &standby, settings) else { return };
-        let through = severities(&pool(pooler.connect_options(), 3).await).await;
+        let through = severities(&pool_of(pooler.connect_options(), 3).await).await;
         assert_eq!(through, direct, "{settings:?}");
     }
 }
@@ -138,7 +130,7 @@ async fn doctor_finds_the_same_as_on_the_primary() {
 async fn lock_functions_on_the_standby_are_refused() {
     let (primary, standby) = Server::options().start_with_standby();
     let Some(pooler) = Pgpool::start(&primary, &standby, &[LIST]) else { return };
-    let pool = pool(pooler.connect_options(), 3).await;
+    let pool = pool_of(pooler.connect_options(), 3).await;
     let mut lock = Lock::new(&pool, KEY);
     let refused = |error| assert!(matches!(error, Error::Standby { .. }), "{error:?}");
     refused(lock.acquire().await.unwrap_err());

@@ -5,28 +5,20 @@ use std::time::Duration;
 use pglock::doctor::{Severity, examine};
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, transaction};
 use pglock_testkit::{Pinning, PinningPooler, Server, TestDb};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, PgPool};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::support::{
-    borrow_all, execute, has_waiter, locks_are, quick_heartbeat, several_heartbeats, terminate,
-    waits_in_vain,
+    TIMEOUT, borrow_all, execute, has_waiter, locks_are, pool_of, quick_heartbeat,
+    several_heartbeats, terminate, waits_in_vain,
 };
 
 const KEY: &str = "nightly-report";
-/// Longer than anything here takes, unless it hangs.
-const LIMIT: Duration = Duration::from_secs(20);
 /// With sqlx's cache of prepared statements, whose named statements pin too, and without.
 const CACHES: [usize; 2] = [100, 0];
 /// Enough for those that are pinned: three of a pool, the monitor, and one for others.
 const CONNECTIONS: usize = 5;
-
-async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
-    let pool = PgPoolOptions::new().max_connections(max_connections);
-    pool.connect_with(options).await.unwrap()
-}
 
 #[tokio::test]
 async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
@@ -35,7 +27,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
     for cache in CACHES {
         let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
         let through = pooler.connect_options().database(db.name()).statement_cache_capacity(cache);
-        let pool = pool(through, 3).await;
+        let pool = pool_of(through, 3).await;
         let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let mut other = lock.clone();
         let mut direct = Lock::new(&db.pool(1).await, KEY);
@@ -50,7 +42,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
         // A wait that is dropped, one that times out, one that is granted.
         let moment = Duration::from_millis(300);
         timeout(moment, other.acquire()).await.unwrap_err();
-        locks_are(&mut admin, 1, LIMIT).await;
+        locks_are(&mut admin, 1, TIMEOUT).await;
         waits_in_vain(moment, async |time| other.try_acquire_for(time).await).await;
         let (waited, ()) = tokio::join!(other.acquire_shared(), async {
             has_waiter(&mut admin).await;
@@ -62,12 +54,12 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
         assert!(direct.try_acquire().await.unwrap().is_none());
 
         terminate(&mut admin, shared.backend_pid()).await;
-        let lost = timeout(LIMIT, shared.lost()).await.unwrap();
+        let lost = timeout(TIMEOUT, shared.lost()).await.unwrap();
         assert!(matches!(lost, Loss::Disconnected(_)), "{lost:?}");
         assert!(matches!(shared.release().await, Err(Error::Lost { .. })));
 
         lock.acquire().await.unwrap().release().await.unwrap();
-        locks_are(&mut admin, 0, LIMIT).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
         borrow_all(&pool).await;
     }
 }
@@ -77,7 +69,7 @@ async fn a_manager_holds_its_locks() {
     let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
-    let pool = pool(pooler.connect_options().database(db.name()), 3).await;
+    let pool = pool_of(pooler.connect_options().database(db.name()), 3).await;
     let manager = LockManager::new(&quick_heartbeat().on(&pool).unwrap());
     let mut direct = Lock::new(&db.pool(1).await, KEY);
 
@@ -99,14 +91,14 @@ async fn a_manager_holds_its_locks() {
     several_heartbeats(&mut admin, guard.backend_pid()).await;
     assert!(direct.try_acquire().await.unwrap().is_none());
     guard.release().await.unwrap();
-    locks_are(&mut admin, 0, LIMIT).await;
+    locks_are(&mut admin, 0, TIMEOUT).await;
 }
 
 #[tokio::test]
 async fn locks_of_a_transaction_exclude() {
     let (server, db) = TestDb::with_server().await;
     let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
-    let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+    let pool = pool_of(pooler.connect_options().database(db.name()), 2).await;
     let (mut tx, mut other) = (pool.begin().await.unwrap(), pool.begin().await.unwrap());
     transaction::acquire(&mut tx, KEY).await.unwrap();
     assert!(!transaction::try_acquire(&mut other, KEY).await.unwrap());
@@ -119,7 +111,7 @@ async fn locks_of_a_transaction_exclude() {
 async fn doctor_finds_that_locks_exclude() {
     let server = Server::start();
     let pooler = PinningPooler::start(&server, CONNECTIONS, Pinning::UntilDisconnected).await;
-    let pool = pool(pooler.connect_options(), 3).await;
+    let pool = pool_of(pooler.connect_options(), 3).await;
     let findings = examine(&pool, &LockOptions::new()).await.unwrap();
     let broken = findings.iter().any(|finding| finding.severity == Severity::Broken);
     assert!(!broken, "{findings:#?}");
@@ -145,7 +137,7 @@ mod until_unlocked {
                 }
             });
         }
-        (pooler, pool(through, 3).await, others)
+        (pooler, pool_of(through, 3).await, others)
     }
 
     #[tokio::test]
@@ -161,7 +153,7 @@ mod until_unlocked {
             several_heartbeats(&mut admin, guard.backend_pid()).await;
             guard.verify().await.unwrap();
             guard.release().await.unwrap();
-            locks_are(&mut admin, 0, LIMIT).await;
+            locks_are(&mut admin, 0, TIMEOUT).await;
         }
     }
 
@@ -183,6 +175,6 @@ mod until_unlocked {
         guard.verify().await.unwrap();
         assert!(direct.try_acquire().await.unwrap().is_none());
         guard.release().await.unwrap();
-        locks_are(&mut admin, 0, LIMIT).await;
+        locks_are(&mut admin, 0, TIMEOUT).await;
     }
 }

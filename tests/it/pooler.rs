@@ -13,22 +13,15 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    borrow_all, execute, has_waiter, locks_are, quick_heartbeat, report, several_heartbeats, spawn,
-    terminate, waits_in_vain,
+    TIMEOUT, borrow_all, execute, has_waiter, locks_are, pool_of, quick_heartbeat, report,
+    several_heartbeats, spawn, terminate, waits_in_vain,
 };
 
 const KEY: &str = "nightly-report";
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the search for a lock on a pooler's connection may take: the searches of a process take turns.
 const SEARCHED: Duration = Duration::from_secs(70);
 /// With sqlx's cache of prepared statements, and without.
 const CACHES: [usize; 2] = [100, 0];
-
-async fn pool(options: PgConnectOptions, max_connections: u32) -> PgPool {
-    let pool = PgPoolOptions::new().max_connections(max_connections);
-    pool.connect_with(options).await.unwrap()
-}
 
 /// Other clients of the pooler, with short transactions one after the other, until they are dropped.
 ///
@@ -102,7 +95,7 @@ mod in_transaction_mode {
                 let pooler = PgBouncer::start(&server, &[("pool_mode", "transaction")])?;
                 let options = pooler.connect_options().database(db.name());
                 let others = busy(&options, clients).await;
-                let pool = pool(options.statement_cache_capacity(cache), 2).await;
+                let pool = pool_of(options.statement_cache_capacity(cache), 2).await;
                 let when =
                     if round % 2 == 0 { hold(&pool).await } else { hold_shortly(&pool).await };
                 *found.entry(when).or_default() += 1;
@@ -134,7 +127,7 @@ mod in_transaction_mode {
             let settings = [("pool_mode", "transaction"), ("default_pool_size", "1")];
             let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
             let options = pooler.connect_options().database(db.name());
-            let pool = pool(options.statement_cache_capacity(cache), 2).await;
+            let pool = pool_of(options.statement_cache_capacity(cache), 2).await;
             // Acquires wait for the proof for 250 ms; a busy machine may take longer.
             let is_refused =
                 async || is_found(Lock::new(&pool, KEY).acquire().await.map(drop)).is_none();
@@ -168,7 +161,7 @@ mod in_transaction_mode {
             let mut counting = JoinSet::new();
             for task in 0..TASKS {
                 // Clients that share nothing but the pooler.
-                let pool = pool(options.clone().statement_cache_capacity(cache), 1).await;
+                let pool = pool_of(options.clone().statement_cache_capacity(cache), 1).await;
                 counting.spawn(async move {
                     for round in 0..ROUNDS {
                         let mut tx = pool.begin().await.unwrap();
@@ -205,7 +198,7 @@ mod in_transaction_mode {
         execute(&mut admin, &limit).await;
         let settings = [("pool_mode", "transaction"), ("default_pool_size", "1")];
         let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
-        let pool = pool(pooler.connect_options().database(db.name()), 1).await;
+        let pool = pool_of(pooler.connect_options().database(db.name()), 1).await;
         let mut holder = db.pool(1).await.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
 
@@ -250,7 +243,7 @@ mod that_turns_from_session_to_transaction_mode {
         let settings = [("pool_mode", "session"), ("admin_users", "postgres")];
         let pooler = PgBouncer::start(server, &settings)?;
         let options = pooler.connect_options().database(db.name());
-        let pool = pool(options.clone().statement_cache_capacity(cache), 1).await;
+        let pool = pool_of(options.clone().statement_cache_capacity(cache), 1).await;
         Lock::new(&pool, KEY).acquire().await.unwrap().release().await.unwrap();
         let mut console = pooler.connect_options().database("pgbouncer").connect().await.unwrap();
         execute(&mut console, "SET pool_mode = 'transaction'").await;
@@ -371,7 +364,7 @@ async fn one_in_statement_mode_is_found_out_by_the_first_acquire() {
     for _ in 0..POOLERS {
         let settings = [("pool_mode", "statement")];
         let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
-        let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+        let pool = pool_of(pooler.connect_options().database(db.name()), 2).await;
         let is_refused =
             async || is_found(Lock::new(&pool, KEY).acquire().await.map(drop)).is_none();
         found += usize::from(is_refused().await);
@@ -391,7 +384,7 @@ mod in_session_mode {
         let (server, db) = TestDb::with_server().await;
         let settings = [("pool_mode", "session"), ("default_pool_size", "2")];
         let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
-        let pool = pool(pooler.connect_options().database(db.name()), 2).await;
+        let pool = pool_of(pooler.connect_options().database(db.name()), 2).await;
         let options = quick_heartbeat().reserve_connections(0).on(&pool).unwrap();
         let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
 
@@ -416,7 +409,7 @@ mod in_session_mode {
             let Some(pooler) = PgBouncer::start(&server, &settings) else { return };
             let options = pooler.connect_options().database(db.name());
             let others = busy(&options, 2).await;
-            let pool = pool(options.statement_cache_capacity(cache), 3).await;
+            let pool = pool_of(options.statement_cache_capacity(cache), 3).await;
             let mut lock = Lock::new(&pool, KEY);
             let mut other = lock.clone();
 
@@ -542,7 +535,7 @@ mod in_session_mode {
         let (server, db) = TestDb::with_server().await;
         let mut admin = db.admin().await;
         let Some(mut pooler) = start(&server, "10", &[]) else { return };
-        let pool = pool(pooler.connect_options().database(db.name()), 3).await;
+        let pool = pool_of(pooler.connect_options().database(db.name()), 3).await;
         let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let mut other = lock.clone();
         let guard = lock.acquire().await.unwrap();
@@ -571,7 +564,7 @@ mod in_session_mode {
         let mut admin = db.admin().await;
         let Some(pooler) = start(&server, "10", &[]) else { return };
         let through = pooler.connect_options().database(db.name());
-        let pool = pool(through.clone(), 3).await;
+        let pool = pool_of(through.clone(), 3).await;
         let mut lock = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY);
         let mut waiter = lock.clone();
         let mut late = Lock::new(&lazy_pool(through), KEY);
@@ -624,7 +617,7 @@ mod in_session_mode {
         let mut admin = db.admin().await;
         let Some(pooler) = start(&server, "10", &[]) else { return };
         let through = pooler.connect_options().database(db.name());
-        let pool = pool(through.clone(), 2).await;
+        let pool = pool_of(through.clone(), 2).await;
         let guard = Lock::new(&quick_heartbeat().on(&pool).unwrap(), KEY).acquire().await.unwrap();
         let pid = guard.backend_pid();
         execute(&mut console(&pooler).await, "RECONNECT").await;

@@ -4,13 +4,12 @@ use std::time::{Duration, Instant};
 
 use pglock::{Election, Error, LeaderState, LeaderStatus, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Proxy, Server, Shutdown, advisory_locks, eventually};
-use sqlx::postgres::PgPoolOptions;
 use sqlx::{ConnectOptions, PgPool};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, has_waiter, report, spawn};
+use crate::support::{SOON, has_waiter, pool_of, report, spawn};
 
 const KEY: &str = "invoice-7";
 
@@ -34,7 +33,7 @@ impl Pair {
     /// The pool of a process.
     async fn pool(&self) -> PgPool {
         let options = self.primary.tcp_options().port(self.name.address().port());
-        PgPoolOptions::new().max_connections(5).connect_with(options).await.unwrap()
+        pool_of(options, 5).await
     }
 
     fn fail_over(&self) {

@@ -1,20 +1,17 @@
 //! A wait costs others nothing: neither the server's log, nor its statistics, nor the application's log.
 
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use pglock::{Error, Lock};
 use pglock_testkit::{Server, ServerOptions, TestDb, replace_function};
-use sqlx::postgres::{PgConnection, PgPoolOptions};
+use sqlx::postgres::PgConnection;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tracing::subscriber::set_default;
-use tracing::{Dispatch, Event, Level, Subscriber};
-use tracing_subscriber::Registry;
-use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing::Level;
 
+use crate::logged::Logged;
 use crate::support::{
-    all_are_idle, borrow_all, execute, has_waiter, locks_are, prove_exclusion, report,
+    all_are_idle, borrow_all, execute, has_waiter, locks_are, pool_of, prove_exclusion, report,
     with_statement_statistics,
 };
 
@@ -64,8 +61,7 @@ async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     // Of one pool, only one would wait on the server.
     let mut pools = Vec::new();
     for _ in 0..WAITERS {
-        let pool = PgPoolOptions::new().max_connections(2);
-        let pool = pool.connect_with(db.options().username(role)).await.unwrap();
+        let pool = pool_of(db.options().username(role), 2).await;
         // The first acquire of a pool looks at the server.
         drop(Lock::new(&pool, KEY + 1).acquire().await.unwrap());
         pools.push(pool);
@@ -113,14 +109,19 @@ async fn a_server_that_cannot_check_connections_lets_a_session_wait() {
     // With PL/pgSQL, and without.
     for role in ["postgres", "ordinary"] {
         hold(&mut holder, KEY).await;
-        let pool = PgPoolOptions::new().max_connections(2);
-        let pool = pool.connect_with(db.options().username(role)).await.unwrap();
+        let pool = pool_of(db.options().username(role), 2).await;
         let mut lock = Lock::new(&pool, KEY);
         let (granted, ()) = tokio::join!(lock.acquire(), async {
             has_waiter(&mut admin).await;
             unlock(&mut holder, KEY).await;
         });
-        granted.unwrap().release().await.unwrap();
+        let guard = granted.unwrap();
+        // The setting of the wait would end the connection of a slow reader.
+        let mut connection = guard.connection().await.unwrap();
+        let shown = sqlx::query_scalar::<_, String>("SHOW tcp_user_timeout");
+        assert_eq!(shown.fetch_one(&mut *connection).await.unwrap(), "0");
+        drop(connection);
+        guard.release().await.unwrap();
     }
 }
 
@@ -217,24 +218,6 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
     assert!(count <= MOST, "{count} entries, among them:\n{some}");
 }
 
-/// Subscribers that record nothing. While there is only one subscriber, `tracing` disables a callsite that is
-/// first reached on another thread, and caches that; with several subscribers it asks each of them.
-static BYSTANDERS: LazyLock<[Dispatch; 2]> =
-    LazyLock::new(|| std::array::from_fn(|_| Dispatch::new(Registry::default())));
-
-/// Keeps the warnings, and the errors, that are logged on this thread.
-#[derive(Clone, Default)]
-struct Warnings(Arc<Mutex<Vec<String>>>);
-
-impl<S: Subscriber> Layer<S> for Warnings {
-    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
-        if *event.metadata().level() <= Level::WARN {
-            let warning = format!("{event:?}");
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(warning);
-        }
-    }
-}
-
 #[tokio::test]
 async fn a_dropped_wait_warns_of_nothing_in_the_application() {
     /// Longer than the second after which sqlx warns of a slow statement.
@@ -243,9 +226,7 @@ async fn a_dropped_wait_warns_of_nothing_in_the_application() {
     let (db, pool) = TestDb::with_pool(3).await;
     let (mut holder, mut admin) = (db.admin().await, db.admin().await);
     hold(&mut holder, KEY).await;
-    LazyLock::force(&BYSTANDERS);
-    let warnings = Warnings::default();
-    let _capturing = set_default(Registry::default().with(warnings.clone()));
+    let logged = Logged::from_now_on();
 
     let mut lock = Lock::new(&pool, KEY);
     assert!(timeout(SLOW, lock.acquire()).await.is_err());
@@ -259,7 +240,7 @@ async fn a_dropped_wait_warns_of_nothing_in_the_application() {
     locks_are(&mut admin, 0, LATE).await;
     all_are_idle(&pool).await;
 
-    let warnings = warnings.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let warnings = logged.events_from(Level::WARN);
     assert!(warnings.is_empty(), "{warnings:#?}");
 }
 

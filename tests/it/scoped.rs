@@ -9,12 +9,9 @@ use pglock_testkit::{TestDb, advisory_locks};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{locks_are, no_locks, terminate, waits_in_vain};
+use crate::support::{TIMEOUT, locks_are, no_locks, terminate, waits_in_vain};
 
 const KEY: &str = "nightly-report";
-
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Sets a flag when it is dropped.
 struct Flag<'f>(&'f AtomicBool);

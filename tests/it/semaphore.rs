@@ -16,7 +16,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, borrow_all, coin, locks_are, no_locks, opened, random, report, spawn, terminate,
+    SOON, borrow_all, coin, locks_are, locks_become, no_locks, opened, pool_of, random, report,
+    spawn, terminate,
 };
 
 const URL: &str = "PGLOCK_SEMAPHORE_URL";
@@ -33,30 +34,20 @@ fn role_pool(max_connections: u32) -> Option<PgPool> {
 
 /// Waits until `count` sessions wait for a lock on the server.
 async fn waiters_are(admin: &mut PgConnection, count: usize) {
-    let started = Instant::now();
-    loop {
-        let locks = advisory_locks(admin).await;
-        if locks.iter().filter(|lock| !lock.granted).count() == count {
-            return;
-        }
-        assert!(started.elapsed() < SOON * 10, "not {count} waiters: {locks:#?}");
-        sleep(Duration::from_millis(2)).await;
-    }
+    locks_become(admin, &format!("{count} waiters"), SOON * 10, |locks| {
+        locks.iter().filter(|lock| !lock.granted).count() == count
+    })
+    .await;
 }
 
 /// Waits until there are `count` locks, all exclusive: the permits that are held, and the first place in
 /// the queue of the waiters.
 async fn first_waits(admin: &mut PgConnection, count: usize) {
-    let started = Instant::now();
-    loop {
-        let locks = advisory_locks(admin).await;
-        let exclusive = locks.iter().all(|lock| lock.granted && lock.mode == "ExclusiveLock");
-        if locks.len() == count && exclusive {
-            return;
-        }
-        assert!(started.elapsed() < SOON * 10, "not {count} exclusive locks: {locks:#?}");
-        sleep(Duration::from_millis(2)).await;
-    }
+    locks_become(admin, &format!("{count} exclusive locks"), SOON * 10, |locks| {
+        locks.len() == count
+            && locks.iter().all(|lock| lock.granted && lock.mode == "ExclusiveLock")
+    })
+    .await;
 }
 
 /// Uses what a permit stands for: a row that no other session may have locked.
@@ -772,8 +763,7 @@ async fn who_waits_goes_on_after_a_restart_of_the_server() {
     let db = TestDb::on(&server).await;
     // Over TCP the pool retries while no server listens.
     let options = server.tcp_options().database(db.name());
-    let connect = || PgPoolOptions::new().max_connections(3).connect_with(options.clone());
-    let (pool, elsewhere) = (connect().await.unwrap(), connect().await.unwrap());
+    let (pool, elsewhere) = (pool_of(options.clone(), 3).await, pool_of(options, 3).await);
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let other = Semaphore::new(&elsewhere, "seats", 1).unwrap();
     for crash in [false, true] {

@@ -15,8 +15,10 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::loss::{fast_heartbeat, slow_heartbeat};
-use crate::support::{SOON, borrow_all, no_locks, opened, spawn, terminate, without_runtime};
+use crate::support::{
+    SOON, borrow_all, fast_heartbeat, no_locks, opened, pool_of, slow_heartbeat, spawn, terminate,
+    without_runtime,
+};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -173,8 +175,7 @@ async fn a_manager_waits_for_a_key_beside_one_that_it_holds_for_long() {
 async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
     for connections in [1, 2] {
         let db = TestDb::new().await;
-        let small = PgPoolOptions::new().max_connections(connections);
-        let small = small.connect_with(db.options()).await.unwrap();
+        let small = pool_of(db.options(), connections).await;
         let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
         let manager = LockManager::new(&small);
         let waiter = spawn({
@@ -217,8 +218,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
     let db = TestDb::new().await;
     let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
     for connections in [1, 5] {
-        let pool = PgPoolOptions::new().max_connections(connections);
-        let pool = pool.connect_with(db.options()).await.unwrap();
+        let pool = pool_of(db.options(), connections).await;
         let manager = LockManager::new(&pool);
         let guard = Lock::new(&manager, 2).acquire().await.unwrap();
         let waiters: Vec<_> = [1, 2]

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use pglock::{Election, Key, Lock, LockManager, LockOptions, MultiLock, Semaphore, inspect};
 use pglock_testkit::{TestDb, eventually};
-use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
 use crate::in_line::{line_up, until_passed_on};
-use crate::support::{SOON, has_waiter, no_locks, prove_exclusion, soon, spawn, waits_in_vain};
+use crate::support::{
+    SOON, has_waiter, no_locks, pool_of, prove_exclusion, soon, spawn, waits_in_vain,
+};
 
 const KEY: &str = "nightly-report";
 
@@ -23,8 +24,7 @@ async fn shown(admin: &mut PgConnection) -> Vec<String> {
 
 /// A pool of one connection, whose application has a name of its own.
 async fn pool_named(db: &TestDb, name: &str) -> PgPool {
-    let options = db.options().application_name(name);
-    PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap()
+    pool_of(db.options().application_name(name), 1).await
 }
 
 /// Waits until the pool's connection shows the application's own name again.

@@ -1,21 +1,19 @@
 //! A hot standby has locks of its own: refused unless they are asked for, and kept when it is promoted.
 
 use std::error::Error as _;
-use std::time::Duration;
 
 use pglock::{Error, Lock, LockOptions, Result, transaction};
 use pglock_testkit::{Server, advisory_locks};
-use sqlx::postgres::PgPoolOptions;
 use sqlx::{ConnectOptions, PgPool};
 
-use crate::support::{SOON, borrow_all, locks_are, no_locks, quick_heartbeat, several_heartbeats};
+use crate::support::{
+    SOON, TIMEOUT, borrow_all, locks_are, no_locks, pool_of, quick_heartbeat, several_heartbeats,
+};
 
 const KEY: &str = "nightly-report";
-const TIMEOUT: Duration = Duration::from_secs(20);
 
 async fn pool(server: &Server) -> PgPool {
-    let options = PgPoolOptions::new().max_connections(3);
-    options.connect_with(server.connect_options()).await.unwrap()
+    pool_of(server.connect_options(), 3).await
 }
 
 fn is_refused<T: std::fmt::Debug>(acquired: Result<T>) {

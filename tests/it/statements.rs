@@ -5,8 +5,7 @@ use std::time::Duration;
 use pglock::{Key, Lock, LockOptions, Mode, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
 
-use crate::loss::slow_heartbeat;
-use crate::support::{prove_exclusion, upgraded};
+use crate::support::{prove_exclusion, slow_heartbeat, upgraded};
 
 /// A server that logs every statement.
 fn logging_server() -> Server {

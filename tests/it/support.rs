@@ -1,4 +1,4 @@
-//! What several tests ask of the server and of the pool.
+//! Helpers that several tests share.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use pglock::{Error, ExclusiveGuard, Lock, LockManager, LockOptions, SharedGuard, Upgrade};
 use pglock_testkit::{
-    Environment, Server, ServerOptions, TestDb, advisory_locks, eventually, skip,
+    AdvisoryLock, Environment, Proxy, Server, ServerOptions, TestDb, advisory_locks, eventually,
+    skip,
 };
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::PgPoolOptions;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Row};
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, JoinSet};
@@ -47,8 +48,8 @@ pub(crate) async fn has_waiter(admin: &mut PgConnection) {
     assert!(timeout(SOON * 20, waiting).await.is_ok(), "no session waits");
 }
 
-/// Acquires a lock; again through the same handle; finds it busy, without a wait and with one of `moment`; drops
-/// a wait after that; and fails, because the pool is closed.
+/// Acquires a lock, and acquires it again through the same handle; finds it busy, without a wait and after a wait of
+/// `moment`; drops a wait after `moment`; and fails to acquire it, because the pool is closed.
 pub(crate) async fn acquire_with_each_outcome(pool: &PgPool, moment: Duration) {
     let mut lock = Lock::new(pool, "nightly-report");
     let mut other = lock.clone();
@@ -62,7 +63,7 @@ pub(crate) async fn acquire_with_each_outcome(pool: &PgPool, moment: Duration) {
     other.acquire().await.unwrap_err();
 }
 
-/// The guard of an upgrade that must not be refused.
+/// Returns the guard of an upgrade. Panics if the upgrade was refused.
 #[expect(clippy::panic, reason = "it fails the test")]
 pub(crate) fn upgraded(upgrade: Upgrade) -> ExclusiveGuard {
     match upgrade {
@@ -71,7 +72,7 @@ pub(crate) fn upgraded(upgrade: Upgrade) -> ExclusiveGuard {
     }
 }
 
-/// The guard of an upgrade that must be refused.
+/// Returns the guard of an upgrade that was refused. Panics if it was not refused.
 #[expect(clippy::panic, reason = "it fails the test")]
 pub(crate) fn refused(upgrade: Upgrade) -> SharedGuard {
     match upgrade {
@@ -80,7 +81,7 @@ pub(crate) fn refused(upgrade: Upgrade) -> SharedGuard {
     }
 }
 
-/// A step of xorshift64.
+/// Returns a random number, by a step of xorshift64.
 pub(crate) fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -88,7 +89,7 @@ pub(crate) fn random(state: &mut u64) -> u64 {
     *state
 }
 
-/// Whether a coin shows heads.
+/// Returns `true` or `false` at random.
 pub(crate) fn coin(state: &mut u64) -> bool {
     random(state).is_multiple_of(2)
 }
@@ -99,7 +100,7 @@ pub(crate) fn report(seen: impl std::fmt::Display) {
     println!("{seen}");
 }
 
-/// Adds `pg_stat_statements` to a server. `None`, and the test is skipped, if it is not installed.
+/// Adds `pg_stat_statements` to a server. Returns `None` and skips the test if it is not installed.
 pub(crate) async fn with_statement_statistics(options: ServerOptions) -> Option<ServerOptions> {
     let sql = "SELECT count(*) > 0 FROM pg_available_extensions WHERE name = 'pg_stat_statements'";
     let mut admin = TestDb::on(Server::shared()).await.admin().await;
@@ -118,16 +119,16 @@ thread_local! {
 /// How many managers are remembered: more pools than any test has at a time.
 const REMEMBERED: usize = 8;
 
-/// The manager of a pool: one for all locks that the thread makes.
+/// Returns the manager of a pool, which is one for all locks that the thread makes.
 pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
     MANAGERS.with_borrow_mut(|managers| {
-        // A pool is known by its options, which are in one place.
+        // The address of its options identifies a pool, because all clones of the pool share them.
         let same = |known: &PgPool| std::ptr::eq(known.options(), pool.options());
         let known = managers.iter().find(|(known, _)| same(known));
         if let Some(manager) = known.map(|(_, manager)| manager.clone()) {
             return manager;
         }
-        // What is kept is not closed, so there must be an end.
+        // Pools that are remembered are not closed, so their number has a limit.
         if managers.len() == REMEMBERED {
             managers.remove(0);
         }
@@ -137,7 +138,7 @@ pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
     })
 }
 
-/// The value of an expression, as text.
+/// Returns the value of an expression, as text.
 pub(crate) async fn ask(conn: &mut PgConnection, statement: &str) -> String {
     let statement = AssertSqlSafe(format!("SELECT ({statement})::text"));
     sqlx::raw_sql(statement).fetch_one(conn).await.unwrap().get(0)
@@ -146,26 +147,30 @@ pub(crate) async fn ask(conn: &mut PgConnection, statement: &str) -> String {
 /// The bound within which nothing may be left behind.
 pub(crate) const SOON: Duration = Duration::from_secs(1);
 
-/// [`SOON`], as the environment has it.
+/// Returns [`SOON`], adapted to the environment.
 pub(crate) fn soon() -> Duration {
     Environment::current().limit(SOON)
 }
 
-/// How often a test repeats something in this environment: `count` times in the plain one.
+/// Longer than anything takes, unless it hangs.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Returns how often a test repeats something in this environment: `count` times in the plain one.
 pub(crate) fn rounds(count: usize) -> usize {
     Environment::current().rounds(count)
 }
 
-/// After which a session is monitored: the default interval of the heartbeat, and some time to start.
+/// The time after which a session is monitored: the default interval of the heartbeat, and some time to start.
 pub(crate) const WATCHED: Duration = Duration::from_millis(2_200);
 
-/// [`WATCHED`], as the environment has it: the monitor connects then, which takes several round trips.
+/// Returns [`WATCHED`], adapted to the environment, because the monitor connects then, which takes several round trips.
 pub(crate) fn watched() -> Duration {
     const INTERVAL: Duration = Duration::from_secs(2);
     INTERVAL + Environment::current().limit(WATCHED.saturating_sub(INTERVAL))
 }
 
-/// With this a session is monitored soon after its first lock, and trusted almost as long as by default.
+/// Returns options with which a session is monitored soon after its first lock, and trusted almost as long as by
+/// default.
 pub(crate) fn quick_heartbeat() -> LockOptions {
     LockOptions::new().heartbeat_interval(QUICK_INTERVAL).heartbeat_timeout(SOON * 3)
 }
@@ -173,22 +178,70 @@ pub(crate) fn quick_heartbeat() -> LockOptions {
 /// The interval of [`quick_heartbeat`].
 const QUICK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// [`watched`], for a session that has [`quick_heartbeat`].
+/// Returns [`watched`] for a session that has [`quick_heartbeat`].
 pub(crate) fn quickly_watched() -> Duration {
     QUICK_INTERVAL + Environment::current().limit(Duration::from_millis(300))
 }
 
-/// Waits until the server shows exactly `count` advisory locks, held or waited for.
-pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
+/// Returns options with which the holder times out after a second, and the server after three.
+pub(crate) fn fast_heartbeat() -> LockOptions {
+    let second = soon();
+    LockOptions::new()
+        .heartbeat_interval(second / 2)
+        .heartbeat_timeout(second / 2)
+        .keepalives_idle(second)
+        .keepalives_interval(second)
+        .keepalives_retries(2)
+}
+
+/// Returns options with which the holder times out after three seconds, because an answer may be late on a busy
+/// machine.
+pub(crate) fn lenient_heartbeat() -> LockOptions {
+    fast_heartbeat().heartbeat_timeout(soon() * 5 / 2).keepalives_retries(4)
+}
+
+/// Returns options with which no heartbeat is due in the time that a test takes.
+pub(crate) fn slow_heartbeat() -> LockOptions {
+    let second = Duration::from_secs(1);
+    LockOptions::new()
+        .heartbeat_interval(second * 60)
+        .heartbeat_timeout(second * 60)
+        .keepalives_idle(second)
+        .keepalives_interval(second * 121)
+        .keepalives_retries(1)
+}
+
+/// Checks that every method of a guard reports its loss.
+pub(crate) async fn says_lost(guard: ExclusiveGuard) {
+    assert!(guard.is_lost());
+    assert!(matches!(guard.verify().await, Err(Error::Lost { .. })));
+    assert!(matches!(guard.connection().await, Err(Error::Lost { .. })));
+    assert!(matches!(guard.fencing_token().await, Err(Error::Lost { .. })));
+    assert!(matches!(guard.release().await, Err(Error::Lost { .. })));
+}
+
+/// Waits until `condition` accepts the advisory locks that the server shows, held or waited for, and returns them.
+/// Panics after `limit`, naming `what` it waits for.
+pub(crate) async fn locks_become(
+    admin: &mut PgConnection,
+    what: &str,
+    limit: Duration,
+    condition: impl Fn(&[AdvisoryLock]) -> bool,
+) -> Vec<AdvisoryLock> {
     let started = Instant::now();
     loop {
         let locks = advisory_locks(admin).await;
-        if locks.len() == count {
-            return;
+        if condition(&locks) {
+            return locks;
         }
-        assert!(started.elapsed() < limit, "not {count} locks within {limit:?}: {locks:#?}");
+        assert!(started.elapsed() < limit, "not {what} within {limit:?}: {locks:#?}");
         sleep(Duration::from_millis(2)).await;
     }
+}
+
+/// Waits until the server shows exactly `count` advisory locks, held or waited for.
+pub(crate) async fn locks_are(admin: &mut PgConnection, count: usize, limit: Duration) {
+    locks_become(admin, &format!("{count} locks"), limit, |locks| locks.len() == count).await;
 }
 
 /// Waits until the server shows no advisory lock and no waiter.
@@ -230,8 +283,8 @@ pub(crate) async fn several_heartbeats(admin: &mut PgConnection, pid: i32) {
     }
 }
 
-/// Acquires once, and waits until the proof of exclusion is over, which sends statements of its own. On a busy machine,
-/// it goes on after the acquire.
+/// Acquires once, and waits until the proof of exclusion is over, because the proof sends statements of its own. On a
+/// busy machine, it continues after the acquire.
 pub(crate) async fn prove_exclusion(db: &TestDb) {
     let (pool, mut admin) = (db.pool(1).await, db.admin().await);
     let sessions = "SELECT count(*) FROM pg_stat_activity
@@ -240,7 +293,7 @@ pub(crate) async fn prove_exclusion(db: &TestDb) {
     let before = sessions().await.unwrap();
     Lock::new(&pool, 0).acquire().await.unwrap().release().await.unwrap();
     let started = Instant::now();
-    // The pool may have connected.
+    // The pool may have opened a session.
     while sessions().await.unwrap() > before + 1 {
         assert!(started.elapsed() < soon() * 20, "the proof goes on");
         sleep(Duration::from_millis(10)).await;
@@ -253,11 +306,11 @@ pub(crate) async fn all_are_idle(pool: &PgPool) {
     eventually("all connections are idle", soon() * 20, idle).await;
 }
 
-/// Runs a call until it completes or plainly waits: until the server has known for a while of a
-/// waiter for a lock, or of one lock more than the `held` that others hold, which is a queue's.
-/// Returns its output if it completed.
+/// Runs a call until it completes, or evidently waits: until the server has shown for a while a
+/// waiter for a lock, or one lock more than the `held` that others hold, which is a queue's.
+/// Returns the output if the call completed.
 ///
-/// The call is polled when it asks for it, never for the looking.
+/// A task of its own looks at the server, so that this does not poll the call.
 pub(crate) async fn unless_it_waits<T>(
     held: usize,
     db: &TestDb,
@@ -283,8 +336,8 @@ pub(crate) async fn unless_it_waits<T>(
     }
 }
 
-/// Sweeps until calls were dropped at `points` points in all. On a busy machine an answer is often there
-/// before the call reads it, and a call completes at its first poll.
+/// Repeats a sweep until calls were dropped at `points` points in all. On a busy machine, an answer has often arrived
+/// before the call reads it, so the call completes at its first poll.
 pub(crate) async fn dropped_at(points: usize, mut sweep: impl AsyncFnMut() -> usize) {
     let mut dropped = 0;
     for _ in 0..100 {
@@ -296,17 +349,17 @@ pub(crate) async fn dropped_at(points: usize, mut sweep: impl AsyncFnMut() -> us
     assert!(dropped >= points, "hardly dropped at all: at {dropped} points, not {points}");
 }
 
-/// Borrows every connection of the pool at once; returns their backends, after asking each whether
-/// it holds a lock or is inside a transaction.
+/// Borrows every connection of the pool at once, and checks that none of them holds a lock or is inside a
+/// transaction. Returns their backends.
 pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut borrowed = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
-        // Most are there at once. A wait that was dropped takes up to a second, and a manager's one as long.
+        // Most connections are there at once. That of a dropped wait takes up to a second, and a manager's as long.
         let mut conn = timeout(soon() * 2, acquire(pool)).await.unwrap();
-        // By the simple protocol, in which both times are the same outside a transaction.
-        // Exact, because other functions may be in front of these in the search path. The view `pg_locks`
-        // may be revoked; what is behind it is not.
+        // With the simple protocol, both times are the same outside a transaction.
+        // All names are qualified, because other functions may be in front of these in the search path. Access to the
+        // view `pg_locks` may be revoked, but not to the function behind it.
         let row = sqlx::raw_sql(
             "SELECT pg_catalog.pg_backend_pid(), \
              pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp(), \
@@ -336,12 +389,37 @@ async fn acquire(pool: &PgPool) -> PoolConnection<Postgres> {
     }
 }
 
-/// A pool that soon says so when the server is gone: for half a minute it would go on connecting.
+/// Returns a pool whose first connection is open.
+pub(crate) async fn pool_of(options: PgConnectOptions, max_connections: u32) -> PgPool {
+    PgPoolOptions::new().max_connections(max_connections).connect_with(options).await.unwrap()
+}
+
+/// A database behind a proxy, on a server of its own.
+pub(crate) struct Behind {
+    pub(crate) pool: PgPool,
+    pub(crate) proxy: Proxy,
+    pub(crate) db: TestDb,
+    pub(crate) server: Server,
+}
+
+impl Behind {
+    /// Makes a database, and a pool that connects to it through a proxy.
+    pub(crate) async fn a_proxy(max_connections: u32) -> Self {
+        let server = Server::options().tcp().start();
+        let db = TestDb::on(&server).await;
+        let proxy = Proxy::to(server.port()).await;
+        let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+        Self { pool: pool_of(options, max_connections).await, proxy, db, server }
+    }
+}
+
+/// Returns a pool that soon reports that the server is down. By default, it would try to connect for half a minute.
 pub(crate) async fn quick_pool(db: &TestDb) -> PgPool {
     opened(PgPoolOptions::new().max_connections(2).acquire_timeout(SOON / 4), db).await
 }
 
-/// A pool all of whose connections are open, because on a busy machine that takes longer than its timeout.
+/// Returns a pool whose connections are all open, because on a busy machine, opening them takes longer than its
+/// timeout.
 pub(crate) async fn opened(pool: PgPoolOptions, db: &TestDb) -> PgPool {
     let pool = pool.connect_lazy_with(db.options());
     borrow_all(&pool).await;

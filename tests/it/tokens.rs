@@ -1,12 +1,11 @@
 //! A guarded write refuses who comes late, and under which isolation.
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
-use pglock_testkit::{Proxy, Server, TestDb, eventually};
-use sqlx::postgres::PgPoolOptions;
+use pglock_testkit::{Server, TestDb, eventually};
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::support::{SOON, terminate};
+use crate::support::{Behind, SOON, terminate};
 
 /// As the documentation of `fencing_token` has it.
 const GUARDED: &str = "UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1";
@@ -188,15 +187,11 @@ async fn waits_for_standby(admin: &mut PgConnection) {
 /// The loss ends the question, which has a longer limit of its own.
 #[tokio::test]
 async fn a_token_on_a_frozen_link_ends_with_the_loss() {
-    let server = Server::options().tcp().start();
-    let db = TestDb::on(&server).await;
-    let proxy = Proxy::to(server.port()).await;
-    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
-    let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+    let behind = Behind::a_proxy(1).await;
     let options = LockOptions::new().heartbeat_interval(SOON / 5).heartbeat_timeout(SOON / 5);
-    let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
-    proxy.freeze();
+    let guard = Lock::new(&options.on(&behind.pool).unwrap(), 1).acquire().await.unwrap();
+    behind.proxy.freeze();
     let token = timeout(SOON * 5, guard.fencing_token()).await.expect("it ends with the loss");
     assert!(matches!(token, Err(Error::Lost { .. })), "{token:?}");
-    proxy.thaw();
+    behind.proxy.thaw();
 }

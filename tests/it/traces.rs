@@ -1,151 +1,29 @@
 //! What the crate tells `tracing`: a span for every acquire, an event for every release, and nothing
 //! that wakes anybody up unless something is wrong.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, MultiLock, Semaphore};
 use pglock_testkit::{TestDb, eventually};
 use tokio::time::{sleep, timeout};
-use tracing::field::{Field, Visit};
-use tracing::span::{Attributes, Id, Record};
-use tracing::subscriber::{DefaultGuard, set_default};
-use tracing::{Dispatch, Event, Instrument, Level, Metadata, Subscriber};
-use tracing_subscriber::Registry;
-use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
+use tracing::{Instrument, Level};
 
-use crate::support::{acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate};
+use crate::logged::{Entry, Logged, capture};
+use crate::support::{
+    TIMEOUT, acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate,
+};
 
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than an answer takes. To open a connection may take longer, so all are open where this counts.
 const MOMENT: Duration = Duration::from_millis(1_500);
-
-/// The fields of a span or an event, as text. An event's message is one of them.
-#[derive(Clone, Debug, Default)]
-struct Fields(BTreeMap<&'static str, String>);
-
-impl Visit for Fields {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0.insert(field.name(), format!("{value:?}"));
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.0.insert(field.name(), value.to_owned());
-    }
-}
-
-/// A closed span, or an event.
-#[derive(Clone, Debug)]
-struct Entry {
-    metadata: &'static Metadata<'static>,
-    fields: Fields,
-}
-
-impl Entry {
-    fn field(&self, name: &str) -> Option<&str> {
-        self.fields.0.get(name).map(String::as_str)
-    }
-
-    fn is_ours(&self) -> bool {
-        self.metadata.target().split("::").next() == Some("pglock")
-    }
-}
-
-/// Subscribers that record nothing, for as long as the process lives.
-///
-/// While there is only one subscriber, a callsite that is first reached on a thread without it is disabled
-/// from then on: `tracing` asks only that thread's subscriber, which is the empty one, and caches the answer.
-/// With two or more subscribers it asks all of them.
-static BYSTANDERS: LazyLock<[Dispatch; 2]> =
-    LazyLock::new(|| std::array::from_fn(|_| Dispatch::new(Registry::default())));
-
-/// All that was logged on this thread: a current-thread runtime runs its tasks there too.
-struct Told {
-    entries: Arc<Mutex<Vec<Entry>>>,
-    _capturing: DefaultGuard,
-}
-
-impl Told {
-    fn from_now_on() -> Self {
-        LazyLock::force(&BYSTANDERS);
-        let entries = Arc::default();
-        let capture = Capture { entries: Arc::clone(&entries) };
-        Self { entries, _capturing: set_default(Registry::default().with(capture)) }
-    }
-
-    fn all(&self) -> Vec<Entry> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The spans of acquires that have ended, in order.
-    fn acquires(&self) -> Vec<Entry> {
-        let is_acquire =
-            |entry: &Entry| entry.metadata.is_span() && entry.metadata.name() == "acquire";
-        self.all().into_iter().filter(is_acquire).collect()
-    }
-
-    /// Our own events of a level.
-    fn events(&self, level: Level) -> Vec<Entry> {
-        let is_meant = |entry: &Entry| {
-            entry.is_ours() && entry.metadata.is_event() && *entry.metadata.level() == level
-        };
-        self.all().into_iter().filter(is_meant).collect()
-    }
-
-    /// Fails if any crate, sqlx included, logged something that an operator would see.
-    fn nothing_loud(&self) {
-        let loud = |entry: &Entry| *entry.metadata.level() <= Level::INFO;
-        let loud: Vec<Entry> = self.all().into_iter().filter(loud).collect();
-        assert!(loud.is_empty(), "{loud:#?}");
-    }
-}
-
-struct Capture {
-    entries: Arc<Mutex<Vec<Entry>>>,
-}
-
-impl Capture {
-    fn push(&self, entry: Entry) {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
-    }
-}
-
-impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Capture {
-    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
-        let mut fields = Fields::default();
-        attributes.record(&mut fields);
-        context.span(id).unwrap().extensions_mut().insert(fields);
-    }
-
-    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
-        let span = context.span(id).unwrap();
-        values.record(span.extensions_mut().get_mut::<Fields>().unwrap());
-    }
-
-    fn on_close(&self, id: Id, context: Context<'_, S>) {
-        let span = context.span(&id).unwrap();
-        let fields = span.extensions_mut().remove().unwrap();
-        self.push(Entry { metadata: span.metadata(), fields });
-    }
-
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut fields = Fields::default();
-        event.record(&mut fields);
-        self.push(Entry { metadata: event.metadata(), fields });
-    }
-}
 
 /// One span for each acquire, with its result; for re-entrant ones too.
 #[tokio::test]
 async fn every_acquire_has_a_span() {
     let (_db, pool) = TestDb::with_pool(3).await;
     borrow_all(&pool).await;
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
 
     acquire_with_each_outcome(&pool, MOMENT).await;
 
@@ -184,7 +62,7 @@ async fn every_acquire_has_a_span() {
 #[tokio::test]
 async fn every_hold_has_a_span() {
     let (_db, pool, mut admin) = TestDb::scene(4).await;
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     let holds = || {
         let all = told.all().into_iter();
         let holds = all.filter(|entry| entry.metadata.name() == "hold").collect::<Vec<_>>();
@@ -233,7 +111,7 @@ async fn every_hold_has_a_span() {
 #[tokio::test]
 async fn a_span_shows_the_key_as_it_is() {
     let (_db, pool) = TestDb::with_pool(1).await;
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     Lock::new(&pool, 42).acquire().await.unwrap().release().await.unwrap();
     Lock::new(&pool, (1, -2)).acquire().await.unwrap().release().await.unwrap();
     let spans = told.acquires();
@@ -247,7 +125,7 @@ async fn a_span_shows_the_key_as_it_is() {
 async fn a_semaphore_is_told_by_its_name() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     semaphore.acquire().await.unwrap().release().await.unwrap();
     pool.close().await;
     let error = semaphore.acquire().await.unwrap_err();
@@ -270,7 +148,7 @@ async fn a_permit_of_a_larger_semaphore_is_warned_of_once() {
     }
     // Two of these are of the smaller one too.
     permits.retain(|permit| permit.slot() > 0);
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     large.acquire().await.unwrap().release().await.unwrap();
     assert_eq!(told.events(Level::WARN).len(), 0);
     for _ in 0..2 {
@@ -285,7 +163,7 @@ async fn a_permit_of_a_larger_semaphore_is_warned_of_once() {
 async fn the_error_of_a_leader_is_warned_of() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let mut election = Election::new(&pool, "billing");
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     let led = tokio::sync::Notify::new();
     let run = election.run(led.notified(), |_| async {
         led.notify_one();
@@ -303,7 +181,7 @@ async fn the_error_of_a_leader_is_warned_of() {
 async fn an_acquire_never_polled_has_no_span() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, 42);
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     drop(lock.acquire());
     assert!(told.acquires().is_empty());
 }
@@ -313,7 +191,7 @@ async fn an_acquire_never_polled_has_no_span() {
 async fn a_release_is_a_trace_event() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, 42);
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
 
     let guard = lock.acquire().await.unwrap();
     let pid = guard.backend_pid().to_string();
@@ -339,7 +217,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
     let mut admin = db.admin().await;
     let guard = Lock::new(&other, "nightly-report").acquire().await.unwrap();
     let mut lock = Lock::new(&pool, "nightly-report");
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
 
     tokio::select! {
         _ = lock.acquire() => panic!("the lock is held"),
@@ -367,7 +245,7 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
     sqlx::raw_sql("SELECT pg_advisory_unlock_all()").execute(&mut *conn).await.unwrap();
     drop(conn);
 
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     let lost = guard.release().await.unwrap_err();
     assert!(matches!(lost, Error::Lost { reason: Loss::NotHeld, .. }), "{lost:?}");
     let warnings = told.events(Level::WARN);
@@ -390,7 +268,7 @@ async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
     let reading = guards.pop().unwrap().downgrade().await.unwrap();
     let pid = reading.backend_pid();
 
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     terminate(&mut admin, pid).await;
     timeout(TIMEOUT, reading.lost()).await.unwrap();
     let warnings = told.events(Level::WARN);
@@ -407,7 +285,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
     let handles = [Lock::new(&pool, "nightly-report"), Lock::new(&manager, "nightly-report")];
     for lock in handles {
         let in_mutex = Arc::new(tokio::sync::Mutex::new(lock));
-        let told = Told::from_now_on();
+        let told = Logged::from_now_on();
         let acquire = || {
             let in_mutex = Arc::clone(&in_mutex);
             spawn(async move { in_mutex.lock().await.acquire().await.unwrap() })
@@ -422,7 +300,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
 
         // One task may re-enter.
         let mut own = in_mutex.lock().await.clone();
-        let told = Told::from_now_on();
+        let told = Logged::from_now_on();
         let twice = (own.acquire().await.unwrap(), own.acquire().await.unwrap());
         told.nothing_loud();
         drop(twice);
@@ -437,7 +315,7 @@ async fn the_normal_path_is_silent() {
     let mut admin = db.admin().await;
     let mut lock = Lock::new(&pool, "nightly-report");
     let mut contender = Lock::new(&other, "nightly-report");
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
 
     let guard = lock.acquire().await.unwrap();
     let (waited, ()) = tokio::join!(contender.acquire(), async {
@@ -476,7 +354,7 @@ async fn a_long_wait_is_reported_while_it_lasts() {
         permits.acquire().await.unwrap(),
     );
 
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     let (mut plain, mut through_it) = (Lock::new(&source, "plain"), Lock::new(&manager, "managed"));
     let mut several = MultiLock::new(&source, ["several"]);
     let waiting = [
@@ -512,12 +390,11 @@ async fn names_and_causes_survive_json() {
     let slice = LockOptions::new().wait_slice(Duration::from_secs(2)).on(&pool).unwrap();
     let mut lock = Lock::new(&slice, "nightly-report");
 
-    LazyLock::force(&BYSTANDERS);
     let written = Arc::new(Mutex::new(Vec::new()));
     let writer = Arc::clone(&written);
     let writer = move || Written(Arc::clone(&writer));
     let json = tracing_subscriber::fmt::layer().json().with_writer(writer);
-    let capturing = set_default(Registry::default().with(json));
+    let capturing = capture(json);
     let entries = || {
         let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
         let entries = text.lines().map(|line| serde_json::from_str(line).unwrap());
@@ -562,7 +439,7 @@ impl io::Write for Written {
 async fn the_applications_own_statements_are_not_silenced() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
-    let told = Told::from_now_on();
+    let told = Logged::from_now_on();
     let mut conn = guard.connection().await.unwrap();
     sqlx::raw_sql("SELECT 'ours to see'").execute(&mut *conn).await.unwrap();
     let seen = told.all().iter().any(|entry| entry.metadata.target() == "sqlx::query");

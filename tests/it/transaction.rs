@@ -4,17 +4,15 @@ use std::time::{Duration, Instant};
 
 use pglock::{Error, Key, Lock, Result, transaction};
 use pglock_testkit::{Server, Shutdown, TestDb, advisory_locks, amount, cancel_after, eventually};
-use sqlx::postgres::PgPoolOptions;
 use sqlx::{Acquire, PgConnection, PgPool, Postgres, Transaction};
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, ask, borrow_all, dropped_at, execute, locks_are, no_locks, with_statement_statistics,
+    SOON, TIMEOUT, ask, borrow_all, dropped_at, execute, locks_are, no_locks, pool_of,
+    with_statement_statistics,
 };
 
 const KEY: &str = "ledger";
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// A wait that is meant to run out.
 const MOMENT: Duration = Duration::from_millis(100);
 
@@ -344,21 +342,10 @@ mod limits {
 }
 
 mod logs {
-    use std::fmt::Write;
-    use std::sync::{Arc, Mutex};
-
-    use tracing::field::{Field, Visit};
-    use tracing::subscriber::set_default;
-    use tracing::{Dispatch, Event, Level, Subscriber};
-    use tracing_subscriber::Registry;
-    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+    use tracing::Level;
 
     use super::*;
-
-    async fn app_pool(db: &TestDb) -> PgPool {
-        let pool = PgPoolOptions::new().max_connections(2);
-        pool.connect_with(db.options().username("app")).await.unwrap()
-    }
+    use crate::logged::Logged;
 
     /// How many lines of the server's log say that a wait lasts.
     async fn waits_logged(server: &Server, db: &TestDb, pool: &PgPool) -> usize {
@@ -393,36 +380,14 @@ mod logs {
         assert_eq!(waits_logged(&server, &db, &db.pool(2).await).await, 0);
         // One for a role that may not, however often the server checks the connection.
         execute(&mut db.admin().await, "CREATE ROLE app LOGIN").await;
-        assert_eq!(waits_logged(&server, &db, &app_pool(&db).await).await, 1);
-    }
-
-    struct Warnings(Arc<Mutex<Vec<String>>>);
-
-    struct Text(String);
-
-    impl Visit for Text {
-        fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
-            write!(self.0, "{field}={value:?} ").unwrap();
-        }
-    }
-
-    impl<S: Subscriber> Layer<S> for Warnings {
-        fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-            if *event.metadata().level() <= Level::INFO {
-                let mut text = Text(String::new());
-                event.record(&mut text);
-                self.0.lock().unwrap().push(text.0);
-            }
-        }
+        let as_app = pool_of(db.options().username("app"), 2).await;
+        assert_eq!(waits_logged(&server, &db, &as_app).await, 1);
     }
 
     /// sqlx warns of a statement that takes longer than a second, also when its future is dropped.
     #[tokio::test]
     async fn of_the_application_have_no_line_for_a_wait() {
-        // `tracing` remembers the answer of a subscriber that is alone, for all threads.
-        let _bystanders = [Dispatch::new(Registry::default()), Dispatch::new(Registry::default())];
-        let warnings = Arc::default();
-        let _capturing = set_default(Registry::default().with(Warnings(Arc::clone(&warnings))));
+        let logged = Logged::from_now_on();
         let (db, pool) = TestDb::with_pool(2).await;
         let mut holder = pool.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
@@ -430,11 +395,12 @@ mod logs {
         timeout(MOMENT * 13, transaction::acquire(&mut tx, KEY)).await.unwrap_err();
         holder.commit().await.unwrap();
         tx.rollback().await.unwrap();
-        assert_eq!(*warnings.lock().unwrap(), [""; 0]);
+        let lines = logged.events_from(Level::INFO);
+        assert!(lines.is_empty(), "{lines:#?}");
 
         // Those of the application are not suppressed.
         execute(&mut db.admin().await, "SELECT pg_sleep(1.2)").await;
-        assert_eq!(warnings.lock().unwrap().len(), 1);
+        assert_eq!(logged.events_from(Level::INFO).len(), 1);
     }
 
     /// Whatever keys and timeouts are used.
@@ -474,8 +440,7 @@ async fn a_role_without_plpgsql_waits_all_the_same() {
     let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     execute(&mut admin, "CREATE ROLE app LOGIN").await;
-    let options = db.options().username("app");
-    let pool = PgPoolOptions::new().max_connections(2).connect_with(options).await.unwrap();
+    let pool = pool_of(db.options().username("app"), 2).await;
     for lose in ["REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC", "DROP EXTENSION plpgsql"] {
         execute(&mut admin, lose).await;
         for key in [Key::from(7), Key::from((7, -7))] {

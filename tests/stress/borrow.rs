@@ -1,4 +1,4 @@
-//! What an application does with the connection of a session.
+//! Uses the connection of a session, as an application does.
 
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ impl Member {
             3 => ("statement: rollback", Use::Rollback),
             _ => ("statement: query", Use::Query),
         };
-        // An application times out as well, in the midst of a statement.
+        // Like the calls of an application, the work may time out in the middle of a statement.
         let time = Duration::from_micros(self.dice.below(8000));
         self.world.spend(verb);
         let work = timeout(time, work(&mut connection, purpose));
@@ -59,7 +59,7 @@ impl Member {
     }
 }
 
-/// Not prepared for later: the pool may have its connections run `DISCARD ALL` in between.
+/// Returns a query that leaves no prepared statement, because the pool may run `DISCARD ALL` on its connections.
 fn query() -> QueryScalar<'static, Postgres, i32, PgArguments> {
     const QUERY: &str = "SELECT pg_catalog.pg_backend_pid() FROM pg_catalog.pg_sleep(0.002)";
     sqlx::query_scalar(QUERY).persistent(false)

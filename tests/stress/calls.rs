@@ -1,4 +1,4 @@
-//! Calls that are bounded, and sometimes interrupted; and a watchdog that names those which hang.
+//! Calls that are bounded, and sometimes interrupted; and a watchdog that reports the calls that hang.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,11 +14,11 @@ use tokio::time::timeout;
 use crate::dice::Dice;
 use crate::world::locked;
 
-/// How much longer than its bound a call may take until the run fails: then not even the call's own timer
-/// wakes it.
+/// How much longer than its limit a call may take before the watchdog ends the run. Then not even the call's own timer
+/// has woken the call.
 const STUCK: Duration = Duration::from_secs(20);
 
-/// Where a call is interrupted, which drops its future.
+/// The point at which a call is interrupted, which drops its future.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Interruption {
     After(Duration),
@@ -27,7 +27,7 @@ pub(crate) enum Interruption {
 }
 
 impl Interruption {
-    /// One call in three is interrupted.
+    /// Chooses an interruption at random. One call in three is interrupted.
     pub(crate) fn any(dice: &mut Dice) -> Self {
         match dice.below(6) {
             0 => Self::AfterPolls(1 + dice.place(6)),
@@ -60,7 +60,7 @@ struct Call {
     limit: Duration,
 }
 
-/// Takes the call off the list, however it ends.
+/// Removes a call from the list when it is dropped, however the call ends.
 struct Listed<'a> {
     in_flight: &'a InFlight,
     id: u64,
@@ -73,7 +73,7 @@ impl Drop for Listed<'_> {
 }
 
 impl Calls {
-    /// Starts the watchdog, which ends with this.
+    /// Starts the watchdog, which ends with the returned value.
     pub(crate) fn start(run: String) -> Self {
         let calls = Self::default();
         let in_flight = Arc::downgrade(&calls.in_flight);
@@ -81,8 +81,7 @@ impl Calls {
         calls
     }
 
-    /// Makes a call that must end within its limit, as the environment has it, unless it is interrupted
-    /// before.
+    /// Makes a call that must end within its limit, as adapted to the environment, unless it is interrupted before.
     pub(crate) async fn make<F: Future>(
         &self,
         verb: &'static str,
@@ -131,12 +130,12 @@ fn describe(in_flight: &InFlight) -> String {
     text
 }
 
-/// Ends the process when a call is far beyond its limit: no runtime is left that could.
+/// Ends the process when a call is far beyond its limit, because no runtime is left that could do so.
 fn watch(run: &str, in_flight: &Weak<InFlight>) {
     while let Some(in_flight) = in_flight.upgrade() {
         let is_stuck = |call: &Call| call.started.elapsed() > call.limit + STUCK;
         if locked(&in_flight).1.values().any(is_stuck) {
-            // The test runner captures `eprintln!`, and would not get to show it.
+            // The test runner captures the output of `eprintln!`, and could not show it before the exit.
             drop(writeln!(stderr(), "{run}: a call hangs: {}", describe(&in_flight)));
             process::exit(101);
         }

@@ -13,7 +13,7 @@ use crate::world::{KEYS, World};
 
 const MEMBERS: usize = 3;
 
-/// Lives through generations, each on a session of its own, until the run ends.
+/// Runs generations of tasks, each on a session of its own, until the run ends.
 pub(crate) async fn run(world: Arc<World>, number: u64, mut dice: Dice) {
     // The parent's key is free: only this family uses it.
     let key = i64::try_from(KEYS + number).unwrap();
@@ -53,7 +53,7 @@ async fn generation(world: &Arc<World>, parent: &mut Lock, dice: &mut Dice) {
         });
     }
     let backend = guard.backend_pid();
-    // The parent's guard goes first, or last; or its handle is closed meanwhile.
+    // The parent's guard is released first, or last, or its handle is closed meanwhile.
     match dice.below(4) {
         0 => drop(guard),
         1 if world.has("close_parent") => {

@@ -39,7 +39,7 @@ impl Guard {
         }
     }
 
-    /// Makes a handle on the same session, where the kind of guard can.
+    /// Makes a handle on the same session, if the kind of guard supports it.
     pub(crate) fn lock(&self, key: u64) -> Option<Lock> {
         let key = i64::try_from(key).ok()?;
         match self {
@@ -69,7 +69,7 @@ impl Guard {
         of_any!(self, guard => guard.release().await)
     }
 
-    /// Downgrades, or tries to upgrade. Returns the guard as it is afterwards.
+    /// Downgrades the guard, or tries to upgrade it. Returns the resulting guard.
     pub(crate) async fn convert(self) -> Result<Self, Error> {
         Ok(match self {
             Self::Exclusive(guard) => Self::Shared(guard.downgrade().await?),

@@ -1,4 +1,4 @@
-//! What is done with a guard while it is held.
+//! Random operations on a guard while it is held.
 
 use std::time::Duration;
 
@@ -15,7 +15,8 @@ use crate::world::KEYS;
 impl Member {
     /// Holds a guard for a few operations, and releases it.
     ///
-    /// `place` is that of the handle which acquired it, if there is one without other guards.
+    /// `place` is the index of the handle that acquired the guard, if there is such a handle and it has no other
+    /// guards.
     pub(crate) async fn hold(&mut self, place: Option<usize>, guard: Guard, owner: Owner) {
         self.hold_at(place, guard, owner, 0).await;
     }
@@ -83,7 +84,7 @@ impl Member {
         }
     }
 
-    /// Converts the guard to the other mode, if that is possible. `None` if it was released.
+    /// Converts the guard to the other mode, if that is possible. `None` if the call failed, which releases the guard.
     async fn convert(&mut self, ticket: Ticket) -> Option<Ticket> {
         let (backend, owner) = (ticket.guard().backend_pid(), ticket.owner);
         let was_shared = ticket.guard().locks().iter().any(|(_, mode)| *mode == Mode::Shared);
@@ -108,7 +109,7 @@ impl Member {
     async fn nest(&mut self, place: Option<usize>, ticket: &Ticket, depth: u8) {
         if let Some(place) = place.filter(|_| self.dice.one_in(2)) {
             if let Some((guard, owner)) = self.acquire(place).await {
-                // To close the handle would end the outer guard too.
+                // The place is left out, because closing the handle would end the outer guard too.
                 Box::pin(self.hold_at(None, guard, owner, depth + 1)).await;
             }
             return;
@@ -124,7 +125,7 @@ impl Member {
         self.handles.pop();
     }
 
-    /// Closes the handle while its guard lives, which ends the guard, and no guard of another handle.
+    /// Closes the handle while its guard lives. That ends the guard, but no guard of another handle.
     async fn close(&mut self, place: usize, ticket: Ticket) {
         let Some(handle) = self.handles.get_mut(place) else { return };
         let verb = if handle.kind == Kind::Child { "close_child" } else { "close" };
@@ -140,7 +141,7 @@ impl Member {
             Ended::Returned(Err(error)) => self.world.check_error(verb, &error, Some(backend)),
             Ended::TooLate => self.too_late(verb),
         }
-        // Still in the table, so that the close is one which ends the guard before the lock.
+        // The guard is still in the table, which checks that the close ends the guard before the lock.
         if !ticket.guard().is_lost() {
             self.world.fail(format!("{verb}: the guard of backend {backend} is not lost"));
         }

@@ -1,9 +1,9 @@
-//! Random operations on a few keys, from many handles and tasks at once, keep every guarantee. Where more
-//! operations are asked for, in an environment of the testkit that the seed chooses.
+//! Checks that random operations on a few keys, from many handles and tasks at once, keep every guarantee. If the
+//! number of operations is set, they run in an environment of the testkit that the seed chooses.
 //!
-//! Checked throughout: mutual exclusion among guards that are not lost, fencing tokens that grow, errors of
-//! expected kinds only, and a bound for every call. Checked at the end: no lock, no waiter, and a pool that
-//! has all its connections back, idle and outside of a transaction.
+//! Throughout a run, the tests check mutual exclusion among guards that are not lost, that fencing tokens grow, that
+//! errors are of expected kinds only, and that every call ends within its bound. At the end, they check that there is
+//! no lock and no waiter, and that the pool has all its connections back, idle and outside of a transaction.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -45,11 +45,11 @@ use tokio::time::timeout;
 use dice::Dice;
 use world::{Weather, World};
 
-/// Tasks that share nothing but the pool and the keys.
+/// The number of tasks that share nothing but the pool and the keys.
 const LONERS: u64 = 4;
-/// Sessions that several tasks share.
+/// The number of sessions that several tasks share.
 const FAMILIES: u64 = 3;
-/// More than all guards of all tasks need at once, so that a timeout of the pool is a failure.
+/// The size of the pool, more than all guards of all tasks need at once, so that a timeout of the pool is a failure.
 const CONNECTIONS: u32 = 30;
 /// How long abandoned calls may take to leave the server.
 const SETTLED: Duration = Duration::from_secs(15);
@@ -68,7 +68,7 @@ async fn stress(weather: Weather) {
     let operations = number("PGLOCK_STRESS_OPERATIONS").unwrap_or(6_000) / 2;
     let seed = *SEED;
     let environment = environment(seed);
-    // A round trip that takes longer makes an operation take longer.
+    // With a longer round trip, each operation takes longer, so there are fewer of them.
     let operations = operations / environment.limit(Duration::from_secs(1)).as_secs();
     let db = TestDb::new().await;
     let pool = db.pool(CONNECTIONS).await;
@@ -102,8 +102,9 @@ static SEED: LazyLock<u64> = LazyLock::new(|| {
     })
 });
 
-/// Returns the environment of the process. In a long run, the seed chooses any in which a pool can have more connections
-/// than guards need; on a server of the user's it is the plain one, because the others need their own.
+/// Returns the environment of the process. In a long run, the seed chooses among those in which a pool can have more
+/// connections than guards need. On a server of the user's, it is the plain one, because the others need a server of
+/// their own.
 fn environment(seed: u64) -> &'static Environment {
     let is_long = number("PGLOCK_STRESS_OPERATIONS").is_some();
     if !is_long || env::var("DATABASE_URL").is_ok_and(|url| !url.is_empty()) {
@@ -112,7 +113,7 @@ fn environment(seed: u64) -> &'static Environment {
     let rows = iter::once(&PLAIN).chain(ENVIRONMENTS);
     let rows: Vec<_> = rows.filter(|row| row.has_connections(CONNECTIONS)).collect();
     let chosen = rows.get(Dice::new(seed).place(rows.len())).copied();
-    // The choice is the same on each machine, whatever it lacks.
+    // The choice is the same on each machine, because it does not depend on what the machine lacks.
     let available = chosen.filter(|row| row.is_available());
     Environment::current_or(available.unwrap_or(&PLAIN))
 }
@@ -133,7 +134,7 @@ async fn nothing_is_left(db: &TestDb, pool: &PgPool) {
     let mut borrowed = Vec::new();
     for _ in 0..CONNECTIONS {
         let mut connection = timeout(settled(), pool.acquire()).await.expect("a slot").unwrap();
-        // By the simple protocol, in which both times are the same outside of a transaction.
+        // With the simple protocol, both times are the same outside of a transaction.
         let row = sqlx::raw_sql(
             "SELECT pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp()",
         );

@@ -1,4 +1,4 @@
-//! A task that acquires, holds and releases, in any way that there is.
+//! A task that acquires, holds and releases locks, in every way that the library has.
 
 use std::sync::Arc;
 use std::thread;
@@ -13,21 +13,21 @@ use crate::guard::Guard;
 use crate::table::Owner;
 use crate::world::{KEYS, World};
 
-/// A call that does not wait for a lock ends within this.
+/// The limit of a call that does not wait for a lock.
 pub(crate) const ANSWERED: Duration = Duration::from_secs(10);
-/// A call that waits for a lock without a timeout ends within this: all holds are short.
+/// The limit of a call that waits for a lock without a timeout. All holds are short.
 const GRANTED: Duration = Duration::from_secs(40);
-/// A call with a timeout ends this much later at most, on a busy machine.
+/// How long after its timeout a call may end on a busy machine.
 const LATE: Duration = Duration::from_secs(10);
 
-/// What kind of session a handle is on.
+/// The kind of session that a handle is on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Kind {
     /// The session of another guard.
     Child,
-    /// That of a manager; with a number for the handle, which is an owner.
+    /// The session of a manager. The number is that of the handle, which is an owner.
     Managed(u64),
-    /// One of its own.
+    /// A session of its own.
     Own,
 }
 
@@ -154,7 +154,7 @@ impl Member {
         }
     }
 
-    /// Makes a call on a guard. Returns its answer, if there was one without an error.
+    /// Makes a call on a guard. Returns the output if the call succeeded.
     pub(crate) async fn ask<T>(
         &mut self,
         verb: &'static str,

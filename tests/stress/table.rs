@@ -12,7 +12,7 @@ use pglock::Mode;
 use crate::guard::Guard;
 use crate::world::locked;
 
-/// In whose name a guard is held. An owner does not exclude itself.
+/// The owner of a guard. An owner does not exclude itself.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Owner {
     /// A handle of a manager, whose sessions have many owners.
@@ -31,11 +31,11 @@ struct State {
     entered: u64,
     holds: BTreeMap<u64, Hold>,
     keys: BTreeMap<u64, History>,
-    /// Backends that were killed. What their guards report may lag behind.
+    /// Backends that were killed. Their guards may report the loss late.
     killed: BTreeSet<i32>,
     /// Backends that were killed, or had a statement cancelled.
     struck: BTreeSet<i32>,
-    /// What has happened last, for the report of a violation.
+    /// The last events, for the report of a violation.
     events: VecDeque<(Instant, String)>,
 }
 
@@ -49,7 +49,7 @@ struct Hold {
     locks: Vec<(u64, Mode)>,
 }
 
-/// What has happened on a key.
+/// The previous holds of a key.
 #[derive(Clone, Copy, Debug, Default)]
 struct History {
     /// The greatest token of all holds that have ended.
@@ -64,13 +64,13 @@ pub(crate) struct Ticket {
     id: u64,
     guard: Arc<Guard>,
     pub(crate) owner: Owner,
-    /// The token of the next holder must be greater.
+    /// The greatest token of earlier holders. The token of this hold must be greater.
     floor: u64,
     token: u64,
 }
 
 impl Ticket {
-    /// What the table knows of the token.
+    /// Returns the floor and the token, for [`Table::enter_again`].
     pub(crate) fn token(&self) -> (u64, u64) {
         (self.floor, self.token)
     }
@@ -81,7 +81,7 @@ impl Ticket {
 }
 
 impl State {
-    /// Whether the guard of a hold is believed by its owner, with good reason.
+    /// Returns whether the owner of a guard can rely on it: its backend was not killed, and it is not lost.
     fn stands(&self, guard: &Guard) -> bool {
         !self.killed.contains(&guard.backend_pid()) && !guard.is_lost()
     }
@@ -127,7 +127,8 @@ impl Table {
                 && state.stands(&hold.guard)
         };
         let other = state.holds.values().find(conflicts);
-        // The new guard is asked last: it may have been lost meanwhile, and the lock granted to another.
+        // The new guard is checked last, because it may have been lost meanwhile, and the lock granted to another
+        // owner.
         let violation = other.filter(|_| state.stands(&guard)).map(|other| {
             format!(
                 "two holders: {owner:?} with {locks:?}, {:?} with {:?}{}",
@@ -206,7 +207,7 @@ impl Table {
         Ok(())
     }
 
-    /// Notes, beforehand, that a backend is killed, or that its statement is cancelled.
+    /// Notes that a backend is about to be killed, or that its statement is about to be cancelled.
     pub(crate) fn note_fault(&self, backend: i32, is_killed: bool) {
         let mut state = locked(&self.state);
         state.struck.insert(backend);

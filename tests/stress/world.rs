@@ -1,4 +1,4 @@
-//! What all tasks share: the database, the table of holders, the budget, and what went wrong.
+//! The state that all tasks share: the database, the table of holders, the budget, and the failures.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
@@ -18,7 +18,7 @@ use crate::table::Table;
 
 /// The keys are the numbers below this.
 pub(crate) const KEYS: u64 = 4;
-/// After this number of failures a run ends early.
+/// The number of failures after which a run ends early.
 const ENOUGH: usize = 20;
 
 /// Whether faults strike.
@@ -37,7 +37,7 @@ pub(crate) struct World {
     pub(crate) options: LockOptions,
     pub(crate) table: Table,
     pub(crate) calls: Calls,
-    /// For faults. Not of the pool, so that it is never struck itself.
+    /// The connection for faults. It is not of the pool, and no fault strikes its own backend.
     pub(crate) admin: tokio::sync::Mutex<PgConnection>,
     manager: LockManager,
     weather: Weather,
@@ -57,11 +57,11 @@ impl World {
         seed: u64,
         operations: u64,
     ) -> Arc<Self> {
-        // Short, so that a run has many of both: slices, and heartbeats.
+        // The slices and the heartbeat interval are short, so that a run has many of both.
         let options = LockOptions::new()
             .wait_slice(Duration::from_secs(2))
             .heartbeat_interval(Duration::from_millis(250))
-            // A slow machine is no fault: no session is lost because it does not answer in time.
+            // The timeout is long, so that no session is lost because a slow machine does not answer in time.
             .heartbeat_timeout(Duration::from_secs(10))
             .keepalives_retries(12);
         let without = env::var("PGLOCK_STRESS_WITHOUT").unwrap_or_default();
@@ -90,19 +90,19 @@ impl World {
         self.weather == Weather::Stormy
     }
 
-    /// Whether the verb takes part in this run.
+    /// Returns whether the verb takes part in this run.
     pub(crate) fn has(&self, verb: &str) -> bool {
         !self.without.contains(verb)
     }
 
-    /// Whether the run goes on.
+    /// Returns whether the run goes on.
     pub(crate) fn goes_on(&self) -> bool {
         self.left.load(Ordering::Relaxed) > 0
     }
 
     /// Takes one operation from the budget.
     pub(crate) fn spend(&self, verb: &str) {
-        // Tasks that are in the middle of a hold spend a few more than there are.
+        // Tasks that are in the middle of a hold spend a few more operations than the budget has.
         let spent = |left: u64| left.checked_sub(1);
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spent).unwrap_or_default();
         self.count(verb.to_owned());
@@ -126,10 +126,10 @@ impl World {
     #[expect(clippy::wildcard_enum_match_arm, reason = "all other variants are unexpected")]
     pub(crate) fn check_error(&self, verb: &str, error: &Error, backend: Option<i32>) {
         self.count(format!("{verb}: error {}", kind(error)));
-        // An acquire runs on a session that is not known, so that any fault may have been its own.
+        // The session of an acquire is not known, so any fault may have struck it.
         let struck = backend.map_or_else(|| self.is_stormy(), |pid| self.table.is_struck(pid));
         let expected = match error {
-            // Two sessions wait for each other now and then: every acquire has other keys beside.
+            // Sometimes two sessions wait for each other, because each has other keys besides the one that it acquires.
             Error::Deadlock { .. } => backend.is_none(),
             // A busy server may not answer in the half second that a call has beyond its timeout.
             Error::Disconnected { source, .. } if verb.ends_with("_for") && is_late(source) => true,
@@ -137,10 +137,10 @@ impl World {
             | Error::Disconnected { .. }
             | Error::Lost { reason: Loss::Disconnected(_) | Loss::NotHeld, .. } => struck,
             Error::Database { source, .. } => {
-                // An answer to a cancelled statement that is no acquire.
+                // This is the answer to a cancelled statement that is not an acquire.
                 struck && backend.is_some() && code(source).as_deref() == Some("57014")
             }
-            // A short timeout is over before a connection is opened.
+            // A short timeout may be over before a connection is opened.
             Error::PoolTimedOut { .. } => verb.ends_with("_for"),
             Error::Connect { source, .. } if matches!(**source, sqlx::Error::PoolTimedOut) => {
                 verb.ends_with("_for")
@@ -155,7 +155,8 @@ impl World {
         }
     }
 
-    /// The same for a statement of the application, on a borrowed connection.
+    /// Counts an error of the application's statement on a borrowed connection, and fails if no fault struck the
+    /// backend.
     pub(crate) fn check_statement(&self, verb: &str, error: &sqlx::Error, backend: i32) {
         self.count(format!("{verb}: statement failed"));
         if !self.table.is_struck(backend) {
@@ -203,7 +204,7 @@ fn code(error: &sqlx::Error) -> Option<String> {
     error.as_database_error()?.code().map(std::borrow::Cow::into_owned)
 }
 
-/// The variant's name, and that of the loss.
+/// Returns the name of the variant, and that of the reason of a loss.
 #[expect(clippy::wildcard_enum_match_arm, reason = "only a loss has a reason")]
 fn kind(error: &Error) -> String {
     let text = format!("{error:?}");

@@ -12,10 +12,10 @@ use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
 use crate::errors::{
-    KEY, MOMENT, TIMEOUT, becomes, is_deadlock, is_exhausted, is_told_well, lazy, nothing_is_left,
+    KEY, MOMENT, becomes, is_deadlock, is_exhausted, is_told_well, lazy, nothing_is_left,
     one_connection, works,
 };
-use crate::support::{all_are_idle, borrow_all, execute};
+use crate::support::{TIMEOUT, all_are_idle, borrow_all, execute};
 
 mod connecting {
     use super::*;

@@ -7,16 +7,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pglock::{Error, Loss};
-use pglock_testkit::{Environment, TestDb, advisory_locks};
+use pglock_testkit::{Environment, TestDb};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, sessions};
+use crate::support::{TIMEOUT, locks_become};
 
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// The bound within which the server must show what was done: less than a slice of a wait.
 fn soon() -> Duration {
     Environment::current().limit(Duration::from_secs(3))
@@ -41,19 +40,12 @@ impl Scene {
 
     /// Waits until the server shows these numbers of holders and waiters.
     async fn becomes(&mut self, holders: usize, waiters: usize) {
-        let mut locks = Vec::new();
-        let met = async {
-            loop {
-                locks = advisory_locks(&mut self.admin).await;
-                let held = locks.iter().filter(|lock| lock.granted).count();
-                if (held, locks.len() - held) == (holders, waiters) {
-                    return;
-                }
-                sleep(Duration::from_millis(2)).await;
-            }
-        };
-        let met = timeout(soon() * 4, met).await;
-        assert!(met.is_ok(), "not {holders} holders and {waiters} waiters: {locks:#?}");
+        let what = format!("{holders} holders and {waiters} waiters");
+        locks_become(&mut self.admin, &what, soon() * 4, |locks| {
+            let held = locks.iter().filter(|lock| lock.granted).count();
+            (held, locks.len() - held) == (holders, waiters)
+        })
+        .await;
     }
 
     /// Whether the second service gets the lock when it asks.

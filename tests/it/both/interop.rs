@@ -10,10 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::new_lock;
-use crate::support::locks_are;
-
-/// Longer than anything here takes, unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(20);
+use crate::support::{TIMEOUT, locks_are};
 
 /// Takes a lock as any SQL client would; returns whether it was free.
 async fn sql_try_lock(conn: &mut PgConnection, key: i64) -> bool {

@@ -11,10 +11,9 @@ use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
-use crate::loss::{fast_heartbeat, patient_heartbeat, says_lost, slow_heartbeat};
 use crate::support::{
-    SOON, borrow_all, locks_are, no_locks, quick_heartbeat, quickly_watched, report, rounds, soon,
-    terminate, watched,
+    SOON, borrow_all, fast_heartbeat, lenient_heartbeat, locks_are, no_locks, quick_heartbeat,
+    quickly_watched, report, rounds, says_lost, slow_heartbeat, soon, terminate, watched,
 };
 
 /// Ten sessions are held at a time, each in a pool of its own, and terminated one after another.
@@ -102,7 +101,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
     // With a pool that has a free connection, and with one that has none.
     for connections in [3, 1] {
         let pool = db.pool(connections).await;
-        let guard = new_lock_with(&patient_heartbeat(), &pool, 1).acquire().await.unwrap();
+        let guard = new_lock_with(&lenient_heartbeat(), &pool, 1).acquire().await.unwrap();
         sleep(soon() * 7 / 2).await;
         assert!(!guard.is_lost());
         let started = Instant::now();

@@ -8,7 +8,9 @@ use sqlx::PgConnection;
 use tokio::time::{sleep, timeout};
 
 use super::new_lock;
-use crate::support::{self, borrow_all, execute, no_locks, rounds, soon, spawn, terminate};
+use crate::support::{
+    self, borrow_all, execute, locks_become, no_locks, rounds, soon, spawn, terminate,
+};
 
 const KEY: i64 = 42;
 
@@ -25,16 +27,11 @@ fn held(mode: &str) -> Vec<(String, bool)> {
 
 /// Waits until there are `count` rows, one of a backend that waits and is not known, and returns that backend.
 async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
-    let started = Instant::now();
-    loop {
-        let locks = advisory_locks(admin).await;
-        let new = locks.iter().find(|lock| !lock.granted && !known.contains(&lock.pid));
-        if let Some(new) = new.filter(|_| locks.len() == count) {
-            return new.pid;
-        }
-        assert!(started.elapsed() < soon() * 10, "{locks:?}");
-        sleep(Duration::from_millis(2)).await;
-    }
+    let is_new = |lock: &AdvisoryLock| !lock.granted && !known.contains(&lock.pid);
+    let locks = locks_become(admin, "a new waiter", soon() * 10, |locks| {
+        locks.len() == count && locks.iter().any(is_new)
+    });
+    locks.await.into_iter().find(is_new).unwrap().pid
 }
 
 /// Waits until a backend is in the queue, where it is not for a moment between two slices.

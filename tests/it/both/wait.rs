@@ -13,8 +13,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::{new_lock, new_lock_with, sessions};
-use crate::loss::slow_heartbeat;
-use crate::support::{all_are_idle, borrow_all, locks_are, no_locks, rounds, soon, waits_in_vain};
+use crate::support::{
+    all_are_idle, borrow_all, locks_are, no_locks, rounds, slow_heartbeat, soon, waits_in_vain,
+};
 
 /// Waits that last several slices hold up neither index builds nor vacuum, and write nothing to the
 /// server's log.
