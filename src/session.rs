@@ -1,18 +1,18 @@
 //! One connection, and the guards that depend on it.
 //!
-//! A session is opened by an acquire and ends with its last guard. What the guards hold is counted
-//! in the [`ledger`], under a lock of its own that is never held across an await; the connection is
-//! in a [`slot`], whose queue puts the statements in order. Who owns the connection at every await:
+//! An acquire opens a session, and the session ends with its last guard. The [`ledger`] counts what the guards hold,
+//! under a mutex of its own that is never held across an await. The connection is in a [`slot`], whose queue orders the
+//! statements. The owner of the connection at every await:
 //!
 //! | while | owner | if dropped |
 //! |---|---|---|
-//! | an acquire is in flight | [`Pending`](pending::Pending) | what was sent is undone on a task, see there |
+//! | an acquire is in flight | [`Pending`](pending::Pending) | a task undoes what was sent |
 //! | guards live and no statement runs | the session itself; the [`keeper`] polls it for closure | the socket is closed |
-//! | the application uses it | [`SessionConnection`](lend::SessionConnection) | it is tidied on a task |
+//! | the application uses it | [`SessionConnection`](lend::SessionConnection) | a task tidies it |
 //! | a lock is released | the task of [`Session::release`] | the socket is closed |
 //!
-//! What must be finished is a [`Task`](task::Task): the caller that awaits it runs it, and if the caller
-//! stops, the runtime of the acquire does.
+//! Work that must be finished is a [`Task`](task::Task): the caller that awaits it polls it, and if the caller stops,
+//! the runtime of the acquire finishes it.
 
 pub(crate) mod budget;
 mod cancel;
@@ -49,25 +49,24 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::{timeout, timeout_at};
 
-use crate::application_name;
 use crate::error::{Loss, chain, is_answer};
 use crate::key::{Key, KeyId};
 use crate::metrics;
 use crate::mode::Mode;
-use crate::options::{Heartbeat, Keepalives, LockOptions};
+use crate::options::{Heartbeat, LockOptions};
 use crate::request::Request;
 use conn::Conn;
 use ledger::{Join, Ledger};
 use servers::Server;
 
-/// How long a statement may take that never waits for a lock. After that the connection is closed.
+/// The time limit of a statement that never waits for a lock. After that, the connection is closed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// One connection, and the guards that depend on it.
 pub(crate) struct Session {
-    // Empty once the session has ended.
+    // `None` once the session has ended.
     conn: Arc<tokio::sync::Mutex<Option<Conn>>>,
-    /// The application has the connection.
+    /// Whether the application has borrowed the connection.
     borrowed: AtomicBool,
     /// How often the connection was taken.
     uses: AtomicU64,
@@ -75,48 +74,29 @@ pub(crate) struct Session {
     backend_pid: OnceLock<i32>,
     heartbeat: Heartbeat,
     options: LockOptions,
-    /// When the question was asked that the session answered last.
+    /// When the last question that the session has answered was sent.
     last_answered: Mutex<Instant>,
-    /// The session is lost: the ledger says how.
+    /// Notified when the session is lost; the ledger has the reason.
     loss_notify: Notify,
-    /// Since when it holds something, so that the clock decides whether it is trusted.
+    /// When the session began to hold something. From then on, the clock decides whether it is trusted.
     kept_since: OnceLock<Instant>,
-    /// Has the keeper poll the idle connection again.
+    /// Makes the keeper poll the idle connection again.
     wake: OnceLock<Arc<keeper::Wake>>,
-    /// A setting was changed that the application would notice, and is to be put back.
-    settings_to_restore: AtomicBool,
-    /// From when on the limit of the options on a hold counts, unless from the first lock.
+    /// When `max_hold` of the options begins to count, if that is not the grant of the first lock.
     held_from: Mutex<Option<Instant>>,
-    /// It has the settings of a session that is held for longer.
-    has_long_settings: AtomicBool,
-    /// A wait has set `tcp_user_timeout`, which a slow reader would notice.
-    has_user_timeout: AtomicBool,
-    /// The server rejects those settings.
-    settings_refused: AtomicBool,
-    shown: Mutex<Shown>,
-    /// What a session had locked that was lost behind a pooler while its connection was in use.
+    /// The locks of a lost session that a pooler may keep on the server; [`close`](Self::close) releases them.
     left_behind: Mutex<Vec<(KeyId, Mode)>>,
-    /// How many locks a manager holds on the session, beside those of the ledger.
+    /// How many locks a manager holds on the session, in addition to those in the ledger.
     managed_locks: AtomicUsize,
-    /// Names the keys of those locks when the session is lost: a few, and none if the manager is busy just then.
+    /// Returns keys of these locks for the report of a loss: a few, or none if the manager is busy at that moment.
     managed_keys: OnceLock<Box<dyn Fn() -> Vec<KeyId> + Send + Sync>>,
-    /// Whether it is that of a leader.
+    /// Whether this is the session of a leader, for the metrics.
     pub(crate) leading: metrics::Leading,
     pool: PgPool,
     server: Arc<Server>,
-    /// How to reach the server, as the pool was told when the session was opened.
+    /// The connect options that the pool had when the session was opened.
     connect_options: Arc<PgConnectOptions>,
     runtime: Handle,
-}
-
-/// What a session shows in `application_name`.
-#[derive(Clone, Copy, Default, Eq, PartialEq)]
-enum Shown {
-    #[default]
-    Nothing,
-    Key(KeyId),
-    /// A leader's name and term, for the observers, while this is locked.
-    Leader(KeyId),
 }
 
 impl PartialEq for Session {
@@ -126,7 +106,7 @@ impl PartialEq for Session {
 }
 
 impl Session {
-    /// A session that takes over `conn` for a pending acquire.
+    /// Creates a session that takes over `conn` for a pending acquire.
     pub(crate) fn open(
         pool: &PgPool,
         server: &Arc<Server>,
@@ -146,12 +126,7 @@ impl Session {
             loss_notify: Notify::new(),
             kept_since: OnceLock::new(),
             wake: OnceLock::new(),
-            settings_to_restore: AtomicBool::new(false),
             held_from: Mutex::default(),
-            has_long_settings: AtomicBool::new(false),
-            has_user_timeout: AtomicBool::new(false),
-            settings_refused: AtomicBool::new(false),
-            shown: Mutex::default(),
             left_behind: Mutex::default(),
             managed_locks: AtomicUsize::new(0),
             managed_keys: OnceLock::new(),
@@ -164,7 +139,7 @@ impl Session {
     }
 
     pub(crate) fn join(&self, request: &Request) -> Join {
-        // No guard may join a session that has been silent for too long.
+        // Ends a session that has been silent for too long, because no guard may join it.
         drop(self.loss());
         self.ledger().join(request)
     }
@@ -173,8 +148,8 @@ impl Session {
         &self.pool
     }
 
-    /// How to open another connection to the session's server. The application may have pointed its pool to
-    /// another server since, or given it another password for this one.
+    /// Returns the options for another connection to the session's server. Since the session was opened, the
+    /// application may have pointed its pool to another server, or set another password for this one.
     fn connect_options(&self) -> Arc<PgConnectOptions> {
         let now = self.pool.connect_options();
         if self.server.is_at(&now) { now } else { Arc::clone(&self.connect_options) }
@@ -188,7 +163,7 @@ impl Session {
         self.backend_pid.get().copied().unwrap_or_default()
     }
 
-    /// How the session was lost, if it was.
+    /// Returns how the session was lost, if it was.
     ///
     /// A session that has not answered for too long is lost even if the keeper has not noticed: the process
     /// may have been stopped.
@@ -197,7 +172,7 @@ impl Session {
             let ledger = self.ledger();
             (ledger.loss(), !ledger.has_ended() && ledger.holds_locks())
         };
-        // One that holds nothing, or was released, can't lose anything by silence. It may be waiting.
+        // A session that holds nothing, or was released, can't lose anything by silence. It may be waiting for a lock.
         if (holds || self.managed_locks.load(Ordering::Relaxed) > 0)
             && loss.is_none()
             && self.kept_since.get().is_some()
@@ -211,11 +186,11 @@ impl Session {
 
     /// Waits until the session is lost.
     ///
-    /// Looks at the clock whenever it is polled: in a process that was stopped for too long, this may be
-    /// polled before the keeper is.
+    /// Checks the clock at every poll, because in a process that was stopped for too long, this future may be polled
+    /// before the keeper.
     pub(crate) async fn lost(&self) -> Loss {
         loop {
-            // Created first, so that a loss between the look and the wait is not missed.
+            // Created before the check, so that a loss between the check and the wait is not missed.
             let mut notified = pin!(self.loss_notify.notified());
             let loss = poll_fn(|cx| match self.loss() {
                 Some(loss) => Poll::Ready(Some(loss)),
@@ -225,7 +200,7 @@ impl Session {
             let loss = if self.is_elsewhere() {
                 let (now, bound) = (Instant::now(), self.heartbeat.bound());
                 let due = self.last_answered() + bound + Duration::from_millis(1);
-                // Nothing is due while nothing is held.
+                // While nothing is held, `due` may have passed without a loss.
                 let look = due.max(now + bound / 8);
                 Box::pin(timeout_at(look.into(), loss)).await.unwrap_or_default()
             } else {
@@ -237,7 +212,8 @@ impl Session {
         }
     }
 
-    /// Whether this runs on another runtime than the session, whose keeper may stand still with it.
+    /// Whether the caller runs on another runtime than the session. If the session's runtime is not driven, its keeper
+    /// does not run.
     fn is_elsewhere(&self) -> bool {
         Handle::try_current().is_ok_and(|here| here.id() != self.runtime.id())
     }
@@ -250,26 +226,27 @@ impl Session {
         *self.last_answered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The session has answered a question that was asked then.
+    /// Records that the session has answered a question that was sent at `asked`.
     fn trust(&self, asked: Instant) {
         let mut latest = self.last_answered.lock().unwrap_or_else(PoisonError::into_inner);
         *latest = asked.max(*latest);
     }
 
-    /// The session has answered a heartbeat that was sent then.
+    /// Records that the session has answered a heartbeat that was sent at `asked`.
     fn answered(&self, asked: Instant) {
         metrics::heartbeat(asked, || self.last_answered());
         self.trust(asked);
     }
 
-    /// Starts to monitor a session that holds something since then.
+    /// Starts to monitor the session, which has held something since `since`.
     fn keep(self: &Arc<Self>, since: Instant) {
         if self.kept_since.set(since).is_ok() {
             keeper::admit(self);
         }
     }
 
-    /// Until when it may hold what it holds since then, if that is limited. That of a manager is not.
+    /// Returns when a hold that began at `since` must end, if the options limit it. The hold of a manager's session is
+    /// not limited.
     fn hold_ends(&self, since: Instant) -> Option<Instant> {
         let longest = self.options.max_hold?;
         let anew = *self.held_from.lock().unwrap_or_else(PoisonError::into_inner);
@@ -278,41 +255,10 @@ impl Session {
         (ledger.holds_locks() && !ledger.is_pinned()).then(|| since + longest)
     }
 
-    /// Has the limit of the options on a hold count from now on. A waiter for a permit holds its place in the queue.
+    /// Restarts the time that the options allow for a hold (`max_hold`). A waiter for a semaphore's permit holds the
+    /// lock of the queue while it waits.
     pub(crate) fn hold_anew(&self) {
         *self.held_from.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    }
-
-    /// The settings of a session that is held for longer, if it does not have them.
-    fn long_settings(&self) -> Option<Keepalives> {
-        let none = self.settings_refused.load(Ordering::Relaxed)
-            || self.has_long_settings.swap(true, Ordering::Relaxed);
-        if none {
-            return None;
-        }
-        self.restore_settings();
-        Some(self.options.keepalives)
-    }
-
-    /// Has the settings put back at the end that the application would notice.
-    fn restore_settings(&self) {
-        self.settings_to_restore.store(true, Ordering::Relaxed);
-    }
-
-    /// What to show in `application_name` for a request, if it is not shown already.
-    fn to_show(&self, request: &Request) -> Option<String> {
-        let name = self.options.application_name.as_deref()?;
-        let mut shown = self.shown();
-        let key = Shown::Key(request.key().id());
-        if matches!(*shown, Shown::Leader(_)) || *shown == key {
-            return None;
-        }
-        *shown = key;
-        Some(application_name::of(name, request))
-    }
-
-    fn shown(&self) -> MutexGuard<'_, Shown> {
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a guard of this key is alive, and may be trusted.
@@ -320,8 +266,8 @@ impl Session {
         self.loss().is_none() && self.ledger().has_guard(key.id())
     }
 
-    /// Notifies all guards, and closes the connection, which the pool must not have: the bad end of a
-    /// session. If the connection is in use, it is closed when it is returned.
+    /// Ends the session with a loss: notifies all guards, and closes the connection instead of returning it to the
+    /// pool. If the connection is in use, it is closed when it is returned.
     fn lose(&self, loss: &Loss) {
         if matches!(loss, Loss::NoExclusion) {
             self.server.proof.disprove();
@@ -329,13 +275,13 @@ impl Session {
         self.end(loss);
     }
 
-    /// The same, of a loss that says nothing new of the server.
+    /// Ends the session as [`lose`](Self::lose) does, but with a loss that is no new finding about the server.
     fn end(&self, loss: &Loss) {
         let locks = {
             let mut ledger = self.ledger();
             let Some(locks) = ledger.lose(loss.clone()) else { return };
             if matches!(loss, Loss::NoExclusion) {
-                // Before the loss can be seen where the connection is in use.
+                // Stored before the task that uses the connection can see the loss.
                 self.left_behind().extend(locks.iter().copied());
             }
             locks
@@ -372,14 +318,14 @@ impl Session {
         }
     }
 
-    /// Loses the session, unless it was lost before.
+    /// Ends the session with this loss, unless it was lost before.
     pub(crate) fn give_up(&self, loss: &Loss) {
         if self.loss().is_none() {
             self.lose(loss);
         }
     }
 
-    /// Closes the connection that has just come free, if the session was lost while it was in use.
+    /// Closes the connection, which has just become free, if the session was lost while the connection was in use.
     fn close_if_lost(&self) {
         if self.is_lost()
             && let Ok(mut slot) = self.conn.try_lock()
@@ -388,8 +334,7 @@ impl Session {
         }
     }
 
-    /// Closes the connection of a session that was lost. What that has locked is released first where the server would
-    /// keep it. Detach: no caller waits for it.
+    /// Closes the connection of a lost session. A detached task first releases the locks that the server would keep.
     fn close(&self, conn: Option<Conn>) {
         let locks = std::mem::take(&mut *self.left_behind());
         self.retrieve(conn, self.backend_pid(), locks);
@@ -404,10 +349,10 @@ impl Session {
     }
 }
 
-/// How many keys the report of a loss names.
+/// How many keys the report of a loss names at most.
 pub(crate) const MOST_KEYS: usize = 5;
 
-/// The first of these keys, for an event.
+/// Lists the first of these keys, for a log event.
 fn first_keys(mut all: impl Iterator<Item = KeyId>) -> Option<String> {
     let mut keys: Vec<_> = all.by_ref().take(MOST_KEYS).map(|key| key.to_string()).collect();
     if all.next().is_some() {
@@ -416,7 +361,7 @@ fn first_keys(mut all: impl Iterator<Item = KeyId>) -> Option<String> {
     (!keys.is_empty()).then(|| keys.join(", "))
 }
 
-/// Bounds a statement that never waits for a lock.
+/// Limits the time of a statement that never waits for a lock.
 pub(crate) async fn within<T>(
     limit: Duration,
     statement: impl Future<Output = Result<T, sqlx::Error>>,
@@ -424,7 +369,7 @@ pub(crate) async fn within<T>(
     timeout(limit, statement).await.unwrap_or_else(|_| Err(silence(limit)))
 }
 
-/// The same inside a [`Task`](task::Task), whose first step must not poll the timer.
+/// As [`within`], but inside a [`Task`](task::Task), whose first poll must not poll a timer.
 pub(crate) async fn within_task<T>(
     limit: Duration,
     statement: impl Future<Output = Result<T, sqlx::Error>>,
@@ -435,13 +380,13 @@ pub(crate) async fn within_task<T>(
     }
 }
 
-/// The error of a server that did not answer within the limit.
+/// Returns the error for a server that did not answer within the limit.
 fn silence(limit: Duration) -> sqlx::Error {
     let message = format!("the server did not answer within {limit:?}");
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, message))
 }
 
-/// Whether the server has answered a statement, if only with an error: the session lives, and holds what it held.
+/// Whether the server has answered a statement, even with an error. Then the session is alive, and holds what it held.
 fn is_alive<T>(answer: &Result<T, sqlx::Error>) -> bool {
     answer.as_ref().err().is_none_or(is_answer)
 }

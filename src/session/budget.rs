@@ -1,5 +1,4 @@
-//! How many of a pool's connections locks may use at once: they leave the rest to the queries that they
-//! protect.
+//! Limits how many of a pool's connections locks use at once. The rest is left to the queries that the locks protect.
 //!
 //! A lock is held while other connections of the same pool do the work, so if locks took the last one, the
 //! work that would free them could not begin. All handles on a pool share one budget, whose queue is FIFO.
@@ -22,16 +21,16 @@ use crate::metrics;
 /// Longer than any wait.
 pub(super) const A_YEAR: Duration = Duration::from_hours(24 * 365);
 
-/// The connections of one pool.
+/// The budget of one pool's connections.
 pub(crate) struct Budget {
     /// One permit for each connection that the pool may open.
     permits: Arc<Semaphore>,
     max_connections: u32,
-    /// How many connections locks have.
+    /// How many connections locks use.
     in_use: AtomicU32,
     /// The calls that wait for a busy key.
     pub(crate) local_queues: Arc<LocalQueues>,
-    // So that no other pool can have the address by which this one is found.
+    // Keeps the pool alive, so that no other pool can have the address by which this budget is found.
     pool: PgPool,
 }
 
@@ -39,10 +38,10 @@ pub(crate) struct Budget {
 ///
 /// # Drop
 ///
-/// Lets the next in the queue have it.
+/// Passes the permit on to the next caller in the queue.
 pub(crate) struct Permit {
     _share: OwnedSemaphorePermit,
-    // The pool finds it again as long as one of its permits is out.
+    // Keeps the budget alive, so that the pool's handles find it for as long as a permit is in use.
     pub(super) budget: Arc<Budget>,
     _connection: metrics::One,
 }
@@ -66,7 +65,7 @@ impl Budget {
             return budget;
         }
         let max_connections = pool.options().get_max_connections();
-        // More than the semaphore can count is no limit.
+        // The limit of the pool may be more than the semaphore can count.
         let permits = usize::try_from(max_connections).unwrap_or(Semaphore::MAX_PERMITS);
         let permits = Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
         let in_use = AtomicU32::new(0);
@@ -77,7 +76,7 @@ impl Budget {
         budget
     }
 
-    /// How many connections locks can have at once if they leave `reserve` to queries.
+    /// Returns how many connections locks can have at once if they leave `reserve` to queries.
     ///
     /// By default `reserve` is a third of the pool, rounded up. Locks can always have one connection.
     pub(crate) fn limit(&self, reserve: Option<u32>) -> u32 {
@@ -95,15 +94,15 @@ impl Budget {
         reserve.min(self.max_connections.saturating_sub(1))
     }
 
-    /// Waits until locks may have one more connection, behind all earlier callers: for no longer than the caller
-    /// waits, or than the pool's timeout.
+    /// Waits until locks may have one more connection, behind all earlier callers. Waits until the caller's deadline,
+    /// but for no longer than the pool's `acquire_timeout`.
     pub(crate) async fn permit(
         self: &Arc<Self>,
         key: &Key,
         reserve: Option<u32>,
         policy: WaitPolicy,
     ) -> Result<Permit> {
-        // With those that are to be left, which are given back at once.
+        // Includes the reserved connections, whose permits are released immediately.
         let number = self.reserved(reserve) + 1;
         let mut permit = match Arc::clone(&self.permits).try_acquire_many_owned(number) {
             Ok(permit) => permit,
@@ -137,10 +136,10 @@ impl Budget {
     }
 }
 
-/// Until when a caller that has waited for a pool since then may wait.
+/// Returns until when a caller may wait for a pool, if it has waited since `since`.
 pub(super) fn deadline(pool: &PgPool, policy: WaitPolicy, since: Instant) -> Instant {
     let timeout = pool.options().get_acquire_timeout();
-    // It may be too long to count.
+    // The timeout may be too long to be added.
     let limit = since.checked_add(timeout).unwrap_or_else(|| since + A_YEAR);
     policy.deadline().map_or(limit, |deadline| deadline.min(limit))
 }

@@ -1,4 +1,4 @@
-//! Getting a connection back into a known state: read what was interrupted, end what is open.
+//! Returns a connection to a known state: reads the answer to an interrupted statement, and ends an open transaction.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use super::{DEADLINE, Session, is_alive, silence};
 use crate::error::{chain, is_answer};
 use crate::sql;
 
-/// How many connections of a process may be open beside its pools, to cancel something.
+/// How many connections a process may open outside of its pools, to cancel statements.
 static CANCELLING: Semaphore = Semaphore::const_new(16);
 
-/// How long a cancel is given to take effect before it is sent again: the first may have arrived
-/// before the statement that it was for.
+/// How long a cancel may take to have an effect before it is sent again: it may have arrived before the statement that
+/// it was meant for.
 const RETRY: Duration = Duration::from_millis(50);
 
 /// The longest time between two cancels that had no effect.
@@ -26,11 +26,11 @@ const LONGEST_RETRY: Duration = Duration::from_secs(1);
 const SEND_LIMIT: Duration = Duration::from_secs(2);
 
 impl Session {
-    /// Makes a connection fit for a statement of ours on which something may have been left.
+    /// Makes a connection on which something may have been left fit for a statement of ours.
     pub(super) async fn tidy(&self, conn: &mut Conn) -> Result<(), sqlx::Error> {
         if conn.untidy {
-            // A statement whose future was dropped still runs; most end by themselves.
-            // Boxed: it is large, because it may have to log in, and part of almost everything else.
+            // A statement whose future was dropped still runs; most end by themselves. Boxed, because this future is
+            // large (it may have to log in), and is part of almost every other one.
             Box::pin(self.drain(conn.pg()?, Duration::from_millis(100), DEADLINE)).await?;
             if sql::backend::end_transaction(conn.pg()?).await? {
                 tracing::debug!(
@@ -43,13 +43,13 @@ impl Session {
         Ok(())
     }
 
-    /// Reads the answer to a statement whose caller has gone, and cancels it after `grace`. Takes `limit` at
-    /// most.
+    /// Reads the answer to a statement whose future was dropped, and cancels the statement after `grace`. Takes `limit`
+    /// at most.
     ///
-    /// A cancel names a process, and not a statement. It can't strike a later one: the server has
-    /// signalled the process before it answers the cancel, and the process drops a cancel that finds
-    /// it idle. A cancel without an answer may still be on its way, so the connection must not be used for
-    /// as long; unless guards, or calls in flight, depend on it too.
+    /// A cancel names a process, not a statement. It can't strike a later statement, because the server has signalled
+    /// the process before it answers the cancel, and an idle process ignores the signal. A cancel without an answer may
+    /// still be in flight, so the connection must not be used, and this returns an error; unless guards, or other calls
+    /// in flight, depend on the connection too.
     pub(super) async fn drain(
         &self,
         conn: &mut PgConnection,
@@ -81,11 +81,11 @@ impl Session {
         }
     }
 
-    /// Cancels what the session's backend is doing, from another connection: an idle one of the
-    /// pool, else one beside it, because the pool may be full of waiters.
+    /// Cancels the statement that the session's backend runs, on another connection: an idle one of the pool, otherwise
+    /// one outside of the pool, because waiters may use all connections of the pool.
     ///
-    /// An error leaves open whether the cancel was sent. Where no connection could be had, or the server
-    /// refused it, it was not.
+    /// After an error, it is unknown whether the cancel was sent. It is not an error if no connection could be opened,
+    /// or the server refused the cancel, because then the cancel was not sent.
     async fn cancel(&self) -> Result<(), sqlx::Error> {
         let Some(&backend_pid) = self.backend_pid.get() else { return Ok(()) };
         let mut unknown = Ok(());
@@ -108,7 +108,7 @@ impl Session {
         }
         let mut is_connected = false;
         let cancelling = timeout(SEND_LIMIT, async {
-            // Never closed, so never an error.
+            // The semaphore is never closed, so this is never an error.
             let _turn = CANCELLING.acquire().await.ok();
             let mut beside = PgConnection::connect_with(&self.connect_options()).await?;
             is_connected = true;

@@ -1,6 +1,5 @@
-//! Passing a lock to the next call of this process that waits for it, without asking the server.
+//! Passes a lock on to the next call of this process that waits for it, without asking the server.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,15 +13,15 @@ use crate::key::KeyId;
 use crate::request::Request;
 use crate::sql::release::Protocol;
 
-/// For how long after a session has got a lock from the server it is passed on inside the process. Then it is released,
-/// and who comes first in the server's queue is next, in this process or in another one.
+/// For how long after the server's grant a lock is passed on inside the process. After that, the lock is released, and
+/// the first waiter in the server's queue is next, in this process or in another one.
 pub(crate) const TIME: Duration = Duration::from_millis(10);
 
 /// A lock that was passed on, until its guard is made.
 ///
 /// # Drop
 ///
-/// Releases it.
+/// Releases the lock.
 pub(crate) struct Handed {
     // Invariant: `Some` until it is taken or dropped.
     session: Option<Arc<Session>>,
@@ -30,7 +29,7 @@ pub(crate) struct Handed {
 }
 
 impl Handed {
-    /// What a guard is made of, unless the session was lost meanwhile.
+    /// Returns the grant from which a guard is made, or an error if the session was lost meanwhile.
     pub(crate) fn granted(mut self, request: &Request) -> Result<Granted> {
         let Some(session) = self.session.take() else {
             unreachable!("BUG: a lock is taken twice");
@@ -59,12 +58,12 @@ impl Session {
         })
     }
 
-    /// The first call in line for the lock of the last guard, if it can have it without a release. Then this session
-    /// has ended. If it can't, it is sent to the server.
+    /// Takes the first call out of the line for the last guard's lock. Returns the call if the lock can be passed on to
+    /// it without a release; then this session has ended. Otherwise sends the call to the server.
     ///
-    /// Only what is as good as a fresh grant is passed on: the server's answer is younger than [`TIME`], the session
-    /// holds nothing else, and `is_clean`: the application has not used the connection, on which it may have left
-    /// something, or released the lock.
+    /// A lock is passed on only if it is as good as a fresh grant: the server's answer is younger than [`TIME`], the
+    /// session holds nothing else, and `is_clean` says that the application has not used the connection, where it may
+    /// have left something, or released the lock.
     pub(super) fn next_in_line(
         &self,
         conn: &Conn,
@@ -79,7 +78,7 @@ impl Session {
             && !self.pool.is_closed()
             && self.server.proof.is_positive();
         for (key, _) in request.ids() {
-            // Unless it waits here, another call of this process, which came before it, waits on the server.
+            // If the first call does not wait here, an earlier call of this process waits on the server.
             let Some(first) = queues.take_first(self.line(key)) else { continue };
             if can_hand_on && request.hand_over_key() == Some(key) && self.suits(&first) {
                 let mut ledger = self.ledger();
@@ -97,8 +96,8 @@ impl Session {
         LineId::new(&self.server, key)
     }
 
-    /// Passes the lock to a call, with the connection: on a session of its own, so that nothing that knows this one
-    /// can reach it.
+    /// Passes the lock and the connection on to a call, in a new session, so that nothing that knows this session can
+    /// reach them.
     pub(super) fn hand_on(&self, mut slot: ConnGuard, waiter: Waiter) {
         let runtime = waiter.runtime.clone();
         let next = Self::open(&self.pool, &self.server, slot.take(), runtime, &waiter.options);
@@ -108,7 +107,7 @@ impl Session {
         waiter.tell(Next::Granted(Handed { session: Some(next), request }));
     }
 
-    /// Whether the session is what the waiter would open, on its own runtime.
+    /// Whether the waiter would open a session like this one, on the same runtime.
     fn suits(&self, waiter: &Waiter) -> bool {
         let (mine, other) = (&self.options, &waiter.options);
         waiter.request.hand_over_key().is_some()
@@ -121,23 +120,15 @@ impl Session {
             && mine.application_name == other.application_name
     }
 
-    /// Becomes a session that holds the lock, on the connection of another one.
+    /// Takes over the lock and the state of another session, whose connection this session already has.
     fn take_over(self: &Arc<Self>, other: &Self, request: &Request) {
-        let copy = |to: &AtomicBool, from: &AtomicBool| {
-            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
-        };
-        copy(&self.settings_to_restore, &other.settings_to_restore);
-        copy(&self.has_long_settings, &other.has_long_settings);
-        copy(&self.has_user_timeout, &other.has_user_timeout);
-        copy(&self.settings_refused, &other.settings_refused);
-        *self.shown() = *other.shown();
         self.backend_pid.get_or_init(|| other.backend_pid());
         *self.last_answered.lock().unwrap_or_else(PoisonError::into_inner) = other.last_answered();
         let mut ledger = self.ledger();
         for (key, mode) in request.ids() {
             ledger.granted(key, mode);
         }
-        // It is new, and has not ended.
+        // This can't fail, because this session is new, and has not ended.
         ledger.settle(request.need).ok();
         drop(ledger);
         self.keep(other.kept_since.get().copied().unwrap_or_else(Instant::now));

@@ -1,18 +1,18 @@
-//! Noticing that a session is lost: one task per runtime for all sessions that are held.
+//! Detects lost sessions: one task per runtime monitors all sessions that are held.
 //!
-//! A session is admitted when it is granted its first lock, and from then on trusted for as long as it
-//! answers. When it has been held for two seconds, the keeper polls its idle connection, so that a closed
-//! session is noticed at once, and at every heartbeat it asks the session, so that a silent one is noticed
-//! in time. A session that is released earlier costs nothing.
+//! A session is admitted when its first lock is granted. From then on, it is trusted for as long as it answers. When it
+//! has been held for two seconds, the keeper polls its idle connection, which detects a closed session immediately. At
+//! every heartbeat, the keeper sends a statement on the session, which detects a silent one in time. A session that is
+//! released earlier costs nothing.
 //!
-//! The answer to a question proves that the session held its locks when it was asked. From then on it is
-//! trusted for the heartbeat's interval and timeout, by the clock, whether or not the keeper runs: a
-//! process that was stopped for longer must not assume that it holds.
+//! The answer to a question proves that the session held its locks when the question was sent. From then on, the
+//! session is trusted for the heartbeat's interval plus timeout, by the clock, whether or not the keeper runs: a
+//! process that was stopped for longer must not assume that it still holds its locks.
 //!
-//! If the connection of a session is in use, its backend is looked up on another connection, the
-//! [`monitor`](super::monitor): one statement for all such sessions of a server. Whatever the server
-//! answers to a question is a sign of life, unless it says that the locks are not held. So neither an error
-//! nor a rejected login is a loss; only silence is, and a closed connection.
+//! If the connection of a session is in use, the keeper looks up the session's backend on another connection, the
+//! [`monitor`](super::monitor), with one statement for all such sessions of a server. Any answer of the server is a
+//! sign of life, unless it shows that the locks are not held. So neither an error nor a rejected login is a loss; only
+//! silence and a closed connection are.
 
 use std::collections::{HashMap, HashSet};
 use std::mem;
@@ -26,7 +26,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-use super::conn::Conn;
+use super::conn::{Conn, Use};
 use super::monitor::Monitor;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
@@ -34,27 +34,27 @@ use crate::error::{Loss, chain, is_answer, refuses_settings};
 use crate::options::Heartbeat;
 use crate::sql::{self, backend::Held, backend::is_covered};
 
-/// How long a session is held before its idle connection is polled for closure, unless the heartbeat is
-/// quicker. Younger ones cost nothing extra.
+/// How long a session is held before the keeper polls its idle connection for closure, unless the heartbeat's interval
+/// is shorter. Younger sessions cost nothing extra.
 const GROWN_UP: Duration = Duration::from_secs(2);
 
-/// How often the keeper looks which sessions are due.
+/// How often the keeper checks which sessions are due.
 const TICK: Duration = Duration::from_millis(25);
 
 static KEEPERS: LazyLock<Mutex<HashMap<Id, Arc<Keeper>>>> = LazyLock::new(Mutex::default);
 
-/// The sessions of one runtime, from outside of the task.
+/// The part of a runtime's keeper that is used outside of its task.
 #[derive(Default)]
 struct Keeper {
     inbox: Mutex<Inbox>,
-    /// There is something in the inbox that can't wait for the next tick.
+    /// Wakes the task for something in the inbox that can't wait for the next tick.
     notify: Notify,
 }
 
 #[derive(Default)]
 struct Inbox {
     admitted: Vec<Weak<Session>>,
-    /// Their idle connections are to be polled.
+    /// The sessions whose idle connections must be polled.
     awake: Vec<Arc<Wake>>,
     asleep: bool,
 }
@@ -70,7 +70,7 @@ pub(super) fn admit(session: &Arc<Session>) {
 }
 
 impl Keeper {
-    /// The keeper of a runtime, with its task.
+    /// Returns the keeper of a runtime, and starts its task if there is none.
     fn of(runtime: &Handle) -> Arc<Self> {
         let id = runtime.id();
         let mut all = keepers();
@@ -87,7 +87,7 @@ impl Keeper {
             monitors: HashMap::new(),
             questions: JoinSet::new(),
         };
-        // Detach: it ends with the runtime, and at once if that is gone.
+        // Detach: the task ends with the runtime, or immediately if the runtime was shut down.
         drop(runtime.spawn(task.run()));
         keeper
     }
@@ -101,7 +101,7 @@ fn keepers() -> MutexGuard<'static, HashMap<Id, Arc<Keeper>>> {
     KEEPERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has the keeper poll the idle connection of a session: the waker of that connection.
+/// The waker of a session's idle connection: makes the keeper poll that connection.
 pub(super) struct Wake {
     session: Weak<Session>,
     keeper: Weak<Keeper>,
@@ -109,7 +109,7 @@ pub(super) struct Wake {
 }
 
 impl Wake {
-    /// The connection is idle again, or something has arrived on it.
+    /// Queues the connection to be polled: it is idle again, or something has arrived on it.
     pub(super) fn again(self: &Arc<Self>) {
         if !self.queued.swap(true, Ordering::Relaxed)
             && let Some(keeper) = self.keeper.upgrade()
@@ -130,9 +130,9 @@ impl std::task::Wake for Wake {
 struct Kept {
     session: Weak<Session>,
     since: Instant,
-    /// A question that is in flight has a clone.
+    /// Each question in flight has a clone.
     asking: Question,
-    /// When something may be due. Most sessions have nothing due in most ticks.
+    /// When the next check of the session is due. Most sessions have nothing due in most ticks.
     next_look: Instant,
 }
 
@@ -140,17 +140,17 @@ type Question = Arc<()>;
 
 type SharedMonitor = Arc<tokio::sync::Mutex<Monitor>>;
 
-/// The task.
+/// The task of a keeper.
 ///
 /// # Drop
 ///
-/// The runtime is shut down, and the sockets of its sessions with it. Loses its sessions at once,
-/// instead of letting their guards trust them until the clock says otherwise.
+/// The task is dropped when the runtime is shut down, which closes the sockets of the sessions too. Ends the sessions
+/// that have guards with a loss immediately; otherwise these guards would trust them until the clock decides.
 struct KeeperTask {
     id: Id,
     keeper: Arc<Keeper>,
     sessions: Vec<Kept>,
-    /// By the address of the server in memory.
+    /// The key is the address of the server in memory.
     monitors: HashMap<usize, SharedMonitor>,
     questions: JoinSet<()>,
 }
@@ -189,7 +189,7 @@ impl KeeperTask {
             }
             for wake in awake {
                 if self.poll(&wake) {
-                    // The other sessions have probably gone the same way.
+                    // The other sessions were probably closed too.
                     next_look = Instant::now();
                 }
             }
@@ -198,7 +198,7 @@ impl KeeperTask {
         }
     }
 
-    /// Waits until a connection is to be polled, or it is time to look.
+    /// Waits until a connection must be polled, or the next check is due.
     async fn rest(&mut self, next_look: Instant) {
         let asleep = {
             let mut inbox = self.keeper.inbox();
@@ -217,12 +217,13 @@ impl KeeperTask {
         }
     }
 
-    /// Looks which sessions have ended, are lost, or are to be asked.
+    /// Checks which sessions have ended, are lost, or must be asked.
     fn look(&mut self) {
         let now = Instant::now();
         let mut servers = HashSet::new();
         let mut busy: HashMap<usize, Vec<(Arc<Session>, Question)>> = HashMap::new();
-        // Their idle connections are not polled until the monitor is connected again.
+        // The servers whose monitor was lost. The idle connections of their sessions are not polled until it is
+        // connected again.
         let unmonitored: HashSet<usize> = self
             .monitors
             .iter()
@@ -259,7 +260,7 @@ impl KeeperTask {
             let grown_up = grown_up_at <= now;
             let events = [grown_up_at, answered + interval, answered + session.heartbeat.bound()];
             let next = events.into_iter().chain(held_until).filter(|at| *at > now).min();
-            // A released session is forgotten, and a question that has failed is asked again.
+            // The next check is soon, to forget a session that was released, and to repeat a question that has failed.
             let soon = now + interval / 8;
             kept.next_look = next.map_or(soon, |next| next.min(soon));
             if due || grown_up {
@@ -300,16 +301,16 @@ impl KeeperTask {
         let monitor = self.monitors.get(&Arc::as_ptr(&session.server).addr());
         let Some(monitor) = monitor else { return false };
         let Ok(mut monitor) = monitor.try_lock() else {
-            // It is used for a question. The next look is soon enough.
+            // The monitor is in use for a question. The next round of the task is soon enough.
             wake.queued.store(true, Ordering::Relaxed);
             self.keeper.inbox().awake.push(Arc::clone(wake));
             return false;
         };
-        // If it is in use, its return wakes the keeper again; as does the end of tidying it.
+        // If the connection is in use, its return wakes the keeper again, and so does the end of tidying it.
         let Ok(mut slot) = session.conn.try_lock() else { return false };
         let closed = poll_slot(&mut slot, &mut monitor, wake);
         if let Some(loss) = &closed {
-            // First, so that a release that waits for the connection returns it.
+            // First, so that a release that waits for the connection returns this loss.
             session.give_up(loss);
         }
         drop(slot);
@@ -318,24 +319,25 @@ impl KeeperTask {
     }
 }
 
-/// Polls an idle connection, and takes it out if it is closed.
+/// Polls an idle connection for closure, and takes it out of its slot if it is closed.
 fn poll_slot(slot: &mut Option<Conn>, monitor: &mut Monitor, wake: &Arc<Wake>) -> Option<Loss> {
     let pg = slot.as_mut().filter(|conn| !conn.untidy)?.pg().ok()?;
     let waker = Waker::from(Arc::clone(wake));
     let Poll::Ready(error) = monitor.poll_closed(pg, &mut Context::from_waker(&waker)) else {
         return None;
     };
-    // The pool must not have it, whichever of the two it is.
+    // The slot contains either the closed connection or the monitor's. Neither may return to the pool.
     drop(slot.take());
     Some(Loss::broken(error))
 }
 
-/// Asks a session, and has its idle connection polled from then on.
+/// Sends a heartbeat on a session, and makes the keeper poll its idle connection from then on.
 async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
     let session = Arc::clone(slot.session());
     let asked = Instant::now();
-    let set = session.long_settings();
-    // The clock does not say that a session is lost which has just been released.
+    let is_new_hold = slot.as_mut().is_some_and(|conn| conn.settings.make_for_hold());
+    let set = is_new_hold.then(|| session.options().keepalives);
+    // Limited here, because the clock does not end a session that has just been released.
     let answer = within(session.heartbeat.bound(), async {
         sql::backend::heartbeat(slot.tidied().await?, set).await
     });
@@ -349,7 +351,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         Ok(pid) if pid == session.backend_pid() => session.answered(asked),
         Ok(_) => {
             session.server.proof.disprove();
-            // Without a guard, it is just being released, which finds the pooler too.
+            // A session without a guard is being released, and the release detects the pooler too.
             if session.ledger().has_guards() {
                 session.give_up_pooled(&mut slot, Vec::new());
             }
@@ -357,10 +359,9 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
         }
         Err(error) if is_answer(&error) => {
             session.answered(asked);
-            if set.is_some() {
-                session.has_long_settings.store(false, Ordering::Relaxed);
-                let refused = refuses_settings(&error);
-                session.settings_refused.fetch_or(refused, Ordering::Relaxed);
+            if let Some(conn) = slot.as_mut().filter(|_| is_new_hold) {
+                conn.settings.made_for = Use::Statements;
+                conn.settings.rejected |= refuses_settings(&error);
             }
         }
         Err(error) => {
@@ -369,7 +370,7 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
                 let mut ledger = session.ledger();
                 let has_guards = ledger.has_guards();
                 if !has_guards {
-                    // A release that waits for the connection returns this.
+                    // A release that waits for the connection returns this loss.
                     ledger.lose(loss.clone());
                 }
                 has_guards
@@ -387,14 +388,14 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
     }
 }
 
-/// Connects the monitor, and has the idle connection of a session polled.
+/// Connects the monitor, and makes the keeper poll the idle connection of a session.
 async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     let options = session.connect_options();
     let patience = session.heartbeat.timeout / 4;
     let mut connection = monitor.lock().await;
     let connected = connection.connect(&options, patience).await;
-    let is_refused = session.settings_refused.load(Ordering::Relaxed);
-    let keepalives = (!is_refused).then(|| session.options().keepalives);
+    let is_rejected = session.server.refuses_settings();
+    let keepalives = (!is_rejected).then(|| session.options().keepalives);
     connection.keep_alive(keepalives, session.heartbeat.answer_limit()).await;
     drop(connection);
     if let Err(error) = connected {
@@ -407,7 +408,7 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     session.resume_polling();
 }
 
-/// Asks on another connection whether sessions still hold their locks.
+/// Asks on the monitor's connection whether sessions still hold their locks.
 async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedMonitor) {
     let Some((first, _)) = sessions.first() else { return };
     let (options, limit) = (first.connect_options(), first.heartbeat.answer_limit());
@@ -419,7 +420,7 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
             (session.uses.load(Ordering::Relaxed), session.ledger().granted_by_server())
         })
         .collect();
-    // A manager's session holds nothing of the ledger, and may hold a hundred thousand locks.
+    // A manager's session is left out: its locks, which may be a hundred thousand, are not in the ledger.
     let holders = sessions.iter().zip(&before).filter(|(_, (_, granted))| !granted.is_empty());
     let pids: Vec<_> = holders.map(|((session, _), _)| session.backend_pid()).collect();
     let answer = async {
@@ -436,19 +437,19 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
         );
     }
     for ((session, _), (uses, granted)) in sessions.iter().zip(before) {
-        // A release may have begun before the question, and reached the server before the answer. It takes
-        // what it releases out of the ledger first.
+        // A release may have begun before the question, and have reached the server before the answer. A release
+        // removes its locks from the ledger first.
         let now = session.ledger().granted_by_server();
-        // During a downgrade, the exclusive lock is still held, or the shared one already.
+        // During a downgrade, either the exclusive lock is still held, or the shared one is held already.
         let holds = |held: &Held, lock| is_covered(held, session.backend_pid(), lock);
         let holds_all = |held| granted.iter().all(|lock| holds(held, *lock) || !now.contains(lock));
         match &answer {
             Ok(held) if holds_all(held) => session.answered(asked),
-            // It may have been released meanwhile, unless its connection is still in the same use.
+            // The lock may have been released meanwhile, unless the connection is still in the same use.
             Ok(_) if session.uses.load(Ordering::Relaxed) == uses => {
                 session.give_up(&Loss::NotHeld);
             }
-            // The server lives, and refuses to answer.
+            // The server is alive, but refuses to answer.
             Err(_) if is_alive(&answer) => session.answered(asked),
             Ok(_) | Err(_) => {}
         }

@@ -1,12 +1,12 @@
-//! How many guards hold each key of a session, in each mode: pure counts, no database.
+//! Counts how many guards hold each key of a session, in each mode. Pure: it knows no database.
 //!
-//! The ledger knows what the guards need and what the server has granted. When a guard is acquired: is it
-//! covered? When a guard is released: does the server hold more than is needed? The owner of the
-//! connection asks for the surplus at the moment at which it releases it, so it does not matter in which
-//! order concurrent releases get the connection.
+//! The ledger knows what the guards need and what the server has granted. When a guard is acquired, the ledger decides
+//! whether the guard is covered; when a guard is released, whether the server holds more than is needed. The owner of
+//! the connection asks for the surplus at the moment of releasing it, so the order in which concurrent releases get the
+//! connection does not matter.
 //!
-//! An acquire that is in flight counts a share for each key as soon as it is covered or granted, so
-//! nothing else can release the key before the acquire has all of them.
+//! An acquire that is in flight counts a share for each key as soon as the key is covered or granted, so nothing else
+//! can release the key before the acquire has all of its keys.
 
 use std::collections::BTreeMap;
 
@@ -18,10 +18,10 @@ use crate::request::{Need, Request};
 /// The guards of one session.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    // Invariant: every entry has a guard, or something that the server has granted.
-    // Usually there is one, of which a hash would cost as much as all else here.
+    // Invariant: every entry has a guard, or something that the server has granted. Usually there is one entry. Hashing
+    // its key would cost as much as everything else here.
     keys: BTreeMap<KeyId, Counts>,
-    /// Guards of the session itself, which is open for what is not counted here.
+    /// Guards of the session itself, which is kept open for locks that are not counted here.
     pins: usize,
     /// Acquires and releases that are in flight. They keep the session open.
     in_flight: usize,
@@ -43,46 +43,46 @@ struct Counts {
     server: Modes,
 }
 
-/// What an acquire needs.
+/// How an acquire continues.
 #[derive(Debug, Eq, PartialEq)]
 pub(crate) enum Join {
-    /// A statement: the server has to be asked. The acquire counts as in flight.
+    /// The server must be asked. The acquire counts as in flight.
     Ask,
-    /// Nothing: the guard is counted, and covered by what the session holds.
+    /// The guard is counted, because what the session holds covers it.
     Covered,
-    /// Another session: this one was lost.
+    /// Another session is needed, because this one was lost.
     Lost,
-    /// Another session: this one is being released.
+    /// Another session is needed, because this one is being released.
     Released,
 }
 
-/// What the end of a guard leaves to do.
+/// How the release of a guard continues.
 #[derive(Debug)]
 pub(crate) enum Leave {
-    /// Nothing: other guards need all that the session holds.
+    /// Nothing is to be done, because other guards need all that the session holds.
     Keep,
-    /// Nothing: the session was lost before.
+    /// Nothing is to be done, because the session was lost before.
     Lost(Loss),
-    /// A statement: the server holds more than is needed. The release counts as in flight.
+    /// The server must be asked to unlock, because it holds more than is needed. The release counts as in flight.
     Unlock,
 }
 
-/// What the server holds beyond what is needed.
+/// The locks that the server holds beyond those that are needed.
 #[derive(Debug, Default)]
 pub(crate) struct Surplus {
-    /// Take these keys shared, then give their exclusive locks up: only shared guards are left.
+    /// The keys to acquire shared, before their exclusive locks are released: only shared guards are left.
     pub(crate) downgrade: Vec<KeyId>,
-    /// Give these up.
+    /// The locks to release.
     pub(crate) unlock: Vec<(KeyId, Mode)>,
 }
 
 impl Ledger {
-    /// A session on which an acquire is in flight.
+    /// Creates the ledger of a session on which an acquire is in flight.
     pub(crate) fn opening() -> Self {
         Self { in_flight: 1, ..Self::default() }
     }
 
-    /// Counts a guard if what the session holds covers it.
+    /// Counts a guard if what the session holds covers it, otherwise an acquire in flight.
     pub(crate) fn join(&mut self, request: &Request) -> Join {
         match self.ended {
             Some(Ended::Lost(_)) => return Join::Lost,
@@ -103,8 +103,8 @@ impl Ledger {
         self.keys.get(&key).is_some_and(|counts| counts.server.covers(mode))
     }
 
-    /// Counts shares of an acquire that is in flight: those that what the session holds covers. Moves them
-    /// from `missing` to `claimed`.
+    /// Counts those shares of an acquire in flight that the session's locks cover, and moves them from `missing` to
+    /// `claimed`.
     pub(crate) fn claim(
         &mut self,
         missing: &mut Vec<(KeyId, Mode)>,
@@ -120,7 +120,7 @@ impl Ledger {
         });
     }
 
-    /// Counts a share of an acquire that is in flight: the server has granted it. The session must not be lost.
+    /// Counts a share of an acquire in flight, which the server has granted. The session must not be lost.
     pub(crate) fn granted(&mut self, key: KeyId, mode: Mode) {
         let counts = self.keys.entry(key).or_default();
         *counts.of(mode) += 1;
@@ -150,14 +150,14 @@ impl Ledger {
         unused
     }
 
-    /// Counts an acquire as done that holds nothing, unless nothing else needs the session. Returns whether it did.
+    /// Counts an acquire that holds nothing as done, if something else needs the session. Returns whether that is so.
     pub(crate) fn done_early(&mut self) -> bool {
         let is_needed = self.in_flight > 1 || self.has_guards();
         self.in_flight -= usize::from(is_needed);
         is_needed
     }
 
-    /// Takes a guard out.
+    /// Removes a guard.
     pub(crate) fn leave(&mut self, request: &Request) -> Leave {
         if let Some(loss) = self.loss() {
             return Leave::Lost(loss);
@@ -174,11 +174,11 @@ impl Ledger {
         Leave::Unlock
     }
 
-    /// Takes shares out. Returns whether the server holds more than is needed.
+    /// Removes shares. Returns whether the server holds more than is needed.
     pub(crate) fn withdraw(&mut self, shares: impl Iterator<Item = (KeyId, Mode)>) -> bool {
         let mut excess = false;
         for (key, mode) in shares {
-            // A share of a lost session has nothing to give up.
+            // A lost session has no counts, and nothing to release.
             if let Some(counts) = self.keys.get_mut(&key) {
                 *counts.of(mode) -= 1;
                 excess |= counts.excess() != Modes::default();
@@ -187,14 +187,14 @@ impl Ledger {
         excess
     }
 
-    /// Returns what the server holds of these keys beyond what is needed, and counts it as released.
+    /// Returns the locks that the server holds on these keys beyond those that are needed, and counts them as released.
     ///
-    /// Called by the owner of the connection; if the server then does not release it, the session is lost.
+    /// The owner of the connection calls this. If the server then does not release the locks, the session is lost.
     pub(crate) fn surplus(&mut self, keys: impl Iterator<Item = KeyId>) -> Surplus {
         let mut surplus = Surplus::default();
         for key in keys {
             let Some(counts) = self.keys.get_mut(&key) else { continue };
-            // Nothing, if another release got the connection first, and did the work of both.
+            // Empty if another release got the connection first, and did the work of both.
             let excess = counts.excess();
             if excess.exclusive && counts.shared > 0 && !counts.server.shared {
                 counts.server = Modes::only(Mode::Shared);
@@ -215,7 +215,7 @@ impl Ledger {
         self.ended.is_some()
     }
 
-    /// Whether the session is open for what is not counted here.
+    /// Whether the session is kept open for locks that are not counted here.
     pub(crate) fn is_pinned(&self) -> bool {
         self.pins > 0
     }
@@ -235,7 +235,7 @@ impl Ledger {
         shares.sum::<usize>() > claimed
     }
 
-    /// What the server has granted.
+    /// Returns the locks that the server has granted.
     pub(crate) fn granted_by_server(&self) -> Vec<(KeyId, Mode)> {
         let granted = |(key, counts): (&KeyId, &Counts)| {
             let key = *key;
@@ -248,7 +248,7 @@ impl Ledger {
         self.keys.get(&key).is_some_and(|counts| counts.exclusive + counts.shared > 0)
     }
 
-    /// Whether the call in flight that asks is the last one that needs the session, which holds only this key,
+    /// Whether only the caller, which is in flight, needs the session, and the session holds only this key,
     /// exclusively.
     pub(crate) fn is_last_of(&self, key: KeyId) -> bool {
         let is_held = self.loss().is_none() && self.is_last() && self.keys.len() == 1;
@@ -256,20 +256,21 @@ impl Ledger {
         is_held && modes == Some(Modes::only(Mode::Exclusive))
     }
 
-    /// Ends the session: what it holds is another one's now.
+    /// Ends the session, because another session takes over what it holds.
     pub(crate) fn end(&mut self) {
         self.keys.clear();
         self.ended = Some(Ended::Released);
     }
 
-    /// Whether the call in flight that asks is the last one that needs the session.
+    /// Whether only the caller, which is in flight, needs the session.
     pub(crate) fn is_last(&self) -> bool {
         !self.has_guards() && self.in_flight == 1
     }
 
-    /// Ends the session for all its guards. Returns what the server had granted it; `None` if it had ended before.
+    /// Ends the session for all its guards. Returns the locks that the server had granted; `None` if the session had
+    /// ended before.
     pub(crate) fn lose(&mut self, loss: Loss) -> Option<Vec<(KeyId, Mode)>> {
-        // The last release may be in flight.
+        // A released session can still be lost while its last release is in flight.
         let is_released = self.ended.is_some() && self.in_flight == 0;
         if is_released || self.loss().is_some() {
             return None;
@@ -289,9 +290,9 @@ impl Ledger {
 }
 
 impl Counts {
-    /// What the server has granted beyond what the guards need.
+    /// Returns the modes that the server has granted beyond those that the guards need.
     ///
-    /// A shared lock beside an exclusive one is left until both go: it costs nothing to keep.
+    /// A shared lock beside an exclusive one is kept until both are released, because keeping it costs nothing.
     fn excess(&self) -> Modes {
         match (self.exclusive, self.shared) {
             (0, 0) => self.server,

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use sqlx::PgConnection;
 
-use super::conn::Conn;
+use super::conn::{Conn, Use};
 use super::slot::ConnGuard;
 use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
@@ -18,14 +18,13 @@ use crate::sql;
 
 /// The connection of the session that holds the lock, borrowed from a guard.
 ///
-/// What is written through it can't outlive the lock: when the session ends, the server frees the
-/// lock and rolls back the open transaction at once.
+/// A transaction on it can't outlive the lock: when the session ends, the server frees the lock and rolls back the open
+/// transaction at once.
 ///
 /// Dereferences to sqlx's [`PgConnection`]: pass `&mut *connection` where an executor is wanted.
 ///
-/// While it is borrowed, a lost session is detected only at the next heartbeat. Methods of the session's
-/// guards and handles that need the connection wait for it, for at most ten seconds
-/// ([`Error::ConnectionBorrowed`]).
+/// While the connection is borrowed, a lost session is detected only at the next heartbeat. Methods of the session's
+/// guards and handles that need the connection wait for it, for at most ten seconds ([`Error::ConnectionBorrowed`]).
 ///
 /// # Drop
 ///
@@ -59,7 +58,7 @@ pub struct SessionConnection<'g> {
 const RETURNED: &str = "BUG: the connection is used after it was returned";
 
 impl Session {
-    /// Lends the connection; waits while it is borrowed or used for a statement of ours.
+    /// Borrows the connection for the application. Waits while it is borrowed already, or used for a statement of ours.
     pub(crate) async fn lend<'g>(self: &Arc<Self>, key: &Key) -> Result<SessionConnection<'g>> {
         let mut slot = self.for_guard(key).await?;
         if let Some(conn) = slot.as_mut() {
@@ -78,28 +77,28 @@ impl Session {
 
     async fn make_fit(&self, conn: &mut Conn) -> std::result::Result<(), sqlx::Error> {
         self.tidy(conn).await?;
-        // Otherwise what the application writes would end with another program's transaction.
-        let is_first = !conn.checked;
-        if is_first {
+        // Otherwise the application's writes would become part of a transaction that other code has left open.
+        if !conn.checked {
             sql::backend::end_transaction(conn.pg()?).await?;
             conn.checked = true;
         }
-        let has_user_timeout = self.has_user_timeout.swap(false, Ordering::Relaxed);
-        let has_long_settings = self.has_long_settings.swap(false, Ordering::Relaxed);
-        if (is_first || has_long_settings || has_user_timeout)
-            && !self.settings_refused.load(Ordering::Relaxed)
-        {
-            self.restore_settings();
-            match sql::settings::lend(conn.pg()?).await {
-                Err(error) if refuses_settings(&error) => {
-                    self.settings_refused.store(true, Ordering::Relaxed);
-                }
-                // Cancelled, for example: tried again the next time.
-                Err(error) if is_answer(&error) => {
-                    self.has_user_timeout.store(true, Ordering::Relaxed);
-                }
-                answer => return answer,
-            }
+        if conn.settings.made_for == Use::Application {
+            return Ok(());
+        }
+        conn.settings.to_restore = true;
+        // If this future is dropped, the server may still make the settings.
+        conn.settings.made_for = Use::Statements;
+        let is_known = conn.settings.rejected;
+        let mut made = sql::settings::lend(conn.pg()?, !is_known).await;
+        if !is_known && made.as_ref().is_err_and(refuses_settings) {
+            conn.settings.rejected = true;
+            made = sql::settings::lend(conn.pg()?, false).await;
+        }
+        match made {
+            Ok(()) => conn.settings.made_for = Use::Application,
+            // If the statement was cancelled, for example, it is retried the next time that the connection is borrowed.
+            Err(error) if is_answer(&error) => {}
+            Err(error) => return Err(error),
         }
         Ok(())
     }
@@ -122,7 +121,7 @@ impl Session {
                     let granted = self.ledger().granted_by_server();
                     Ok(granted.into_iter().all(|(key, mode)| held.contains(&(pid, key, mode))))
                 }
-                // The role may not ask.
+                // The role may not list locks.
                 Err(error) if is_answer(&error) => Ok(true),
                 Err(error) => Err(error),
             }

@@ -1,16 +1,16 @@
-//! The calls of this process that wait for a key on one pool: one waits in the server's queue, the others in line
-//! behind it, here.
+//! The calls of this process that wait for a key on one pool: one waits in the server's queue, and the others wait in
+//! line behind it, here.
 //!
-//! A call in the server's queue has a connection. If each of them stood there, those of one busy key would have all
-//! the connections that locks may use. So the first call is at the [`Front`]: it waits on the server, and the next
-//! one takes its place when its wait is over, however that ends. If it was granted the lock, the next one first
-//! waits here a moment for the lock itself, which its holder may pass on:
-//! see [`Session::next_in_line`](super::Session::next_in_line).
+//! A call in the server's queue uses a connection. If all calls waited there, those for one busy key would use all the
+//! connections that locks may have. So only the first call, at the [`Front`], waits on the server. When its wait is
+//! over, however it ends, the next call takes its place. If the first call was granted the lock, the next one first
+//! waits here for a moment, because the holder may pass the lock itself on to it: see
+//! [`Session::next_in_line`](super::Session::next_in_line).
 //!
-//! Only a call whose handle holds nothing waits here: the server, which looks for deadlocks, can't see it. What
-//! is in line here decides only which call asks the server, and when. Only the server excludes.
+//! Only a call whose handle holds nothing waits here, because the server, which detects deadlocks, can't see these
+//! waits. The line decides only which call asks the server, and when. Only the server excludes.
 //!
-//! What is done for one call takes O(log n), for n calls that wait. No call is notified under the mutex.
+//! The work for one call takes O(log n) if n calls wait. No call is notified while the mutex is held.
 
 use std::collections::{BTreeMap, HashMap};
 use std::mem;
@@ -36,21 +36,21 @@ use crate::request::Request;
 /// The lines of a pool.
 #[derive(Default)]
 pub(crate) struct LocalQueues {
-    // Invariant: there is a line exactly as long as a call is at its front, or was sent there.
+    // Invariant: a line exists exactly while a call is at its front, or was sent there.
     lines: Mutex<HashMap<LineId, Line>>,
-    /// How many there are, readable without the mutex. Usually none.
+    /// The number of lines, readable without the mutex. Usually zero.
     count: AtomicUsize,
     next_number: AtomicU64,
 }
 
-/// What a line is for: a key on a server. A pool may be pointed to another server.
+/// Identifies a line: a key on a server, because a pool may be pointed to another server.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) struct LineId {
     server: usize,
     key: KeyId,
 }
 
-/// The calls behind the front, in the order in which they came.
+/// The calls behind the front, in order of arrival.
 type Line = BTreeMap<u64, Waiter>;
 
 /// A call that waits.
@@ -58,20 +58,20 @@ pub(crate) struct Waiter {
     pub(super) request: Request,
     pub(super) options: LockOptions,
     pub(super) runtime: Handle,
-    /// It waits for the lock to be passed on, and no call of this process waits on the server.
+    /// Whether the call waits for the lock to be passed on, while no call of this process waits on the server.
     is_first: bool,
     sender: oneshot::Sender<Next>,
 }
 
 /// The message to a call in line.
 pub(crate) enum Next {
-    /// To wait on the server, without a place in line.
+    /// The call waits on the server, without a place in line.
     Alone,
-    /// To wait on the server; beside others, if all of them want the shared lock.
+    /// The call waits on the server; beside others, if all of them request the shared lock.
     Front(Arc<Front>),
-    /// To wait here until then, where the holder may pass on the lock, and after that on the server.
+    /// The call waits here until this time, because the holder may pass on the lock, and after that on the server.
     First(Front, Instant, oneshot::Receiver<Self>),
-    /// The lock is its own.
+    /// The lock was passed on to the call.
     Granted(Handed),
     /// The lock is being released, so it is not passed on.
     Released,
@@ -83,10 +83,10 @@ pub(crate) enum Next {
 ///
 /// # Drop
 ///
-/// Passes it to the next in line.
+/// Passes the right on to the next call in line.
 pub(crate) struct Front {
     id: LineId,
-    // `None` once it is passed on.
+    // `None` once the right was passed on.
     queues: Option<Arc<LocalQueues>>,
 }
 
@@ -94,7 +94,7 @@ pub(crate) struct Front {
 ///
 /// # Drop
 ///
-/// Leaves the line. A message that was not received goes to the next one.
+/// Leaves the line. The drop of a message that was not received passes on what it contains.
 pub(crate) struct Place {
     id: LineId,
     number: u64,
@@ -103,7 +103,7 @@ pub(crate) struct Place {
 }
 
 impl LocalQueues {
-    /// Gets in line. `None` if there is none.
+    /// Joins the line. Returns `None` if there is none.
     pub(crate) fn join(
         self: &Arc<Self>,
         id: LineId,
@@ -116,7 +116,7 @@ impl LocalQueues {
         self.lines().get_mut(&id).map(|line| self.stand(line, id, request, options))
     }
 
-    /// Gets in line, or to the front if there is none.
+    /// Joins the line, or becomes its front if there is none.
     pub(crate) fn enter(
         self: &Arc<Self>,
         id: LineId,
@@ -151,13 +151,13 @@ impl LocalQueues {
         !self.is_empty() && self.lines().contains_key(&id)
     }
 
-    /// Whether the first in a line waits for the lock to be passed on.
+    /// Whether the first call in a line waits for the lock to be passed on.
     pub(super) fn has_first(&self, id: LineId) -> bool {
         let has_first = |line: &Line| line.values().next().is_some_and(|first| first.is_first);
         !self.is_empty() && self.lines().get(&id).is_some_and(has_first)
     }
 
-    /// Takes the first out of a line, if it waits for the lock to be passed on.
+    /// Takes the first call out of a line, if it waits for the lock to be passed on.
     pub(super) fn take_first(&self, id: LineId) -> Option<Waiter> {
         let mut lines = self.lines();
         let first = lines.get_mut(&id)?.first_entry()?;
@@ -175,20 +175,20 @@ impl LocalQueues {
 
 impl LineId {
     pub(crate) fn new(server: &Arc<Server>, key: KeyId) -> Self {
-        // A process never forgets a server, so no other one gets its address.
+        // A process never drops a `Server`, so no other one gets its address.
         Self { server: Arc::as_ptr(server).addr(), key }
     }
 }
 
 impl Waiter {
-    /// Sends the message. If the call has gone meanwhile, `next` is dropped.
+    /// Sends the message. If the call was dropped meanwhile, `next` is dropped too.
     pub(super) fn tell(self, next: Next) {
         self.sender.send(next).ok();
     }
 }
 
 impl Front {
-    /// Fails all that are in line, because the pool has no connection.
+    /// Fails all calls in line, because the pool has no connection.
     pub(crate) fn fail(&self, error: &Error) {
         let Some(queues) = &self.queues else { return };
         let failed = queues.lines().get_mut(&self.id).map(mem::take);
@@ -197,7 +197,8 @@ impl Front {
         }
     }
 
-    /// Passes it on after the lock was granted in this mode: an exclusive one may be passed on too, until then.
+    /// Passes the right on after the lock was granted in this mode. An exclusive lock may itself be passed on, until
+    /// `until`.
     pub(crate) fn granted(mut self, mode: Mode, until: Instant) {
         let Some(queues) = &self.queues else { return };
         let mut lines = queues.lines();
@@ -225,10 +226,10 @@ impl Front {
         drop(lines);
         let front = Self { id: self.id, queues: self.queues.take() };
         if let Some((sender, receiver)) = first {
-            // If the call has gone meanwhile, this drops it.
+            // If the call was dropped meanwhile, this drops the front, which passes the right on.
             sender.send(Next::First(front, until, receiver)).ok();
         } else {
-            // It is passed on when all of them have an answer.
+            // The right is passed on when all of these calls have an answer.
             let front = Arc::new(front);
             for waiter in sharing {
                 waiter.tell(Next::Front(Arc::clone(&front)));
@@ -251,7 +252,8 @@ impl Drop for Front {
                 waiter
             };
             let front = Self { id: self.id, queues: Some(queues) };
-            // If that call has gone, the next one is due: not by another drop, which would nest.
+            // If that call was dropped, the loop continues with the next one, because dropping this front instead would
+            // nest.
             if let Err(Next::Front(front)) = waiter.sender.send(Next::Front(Arc::new(front)))
                 && let Some(mut front) = Arc::into_inner(front)
             {
@@ -262,17 +264,17 @@ impl Drop for Front {
 }
 
 impl Place {
-    /// Waits for the message that says what is next. `None` if it did not come, because the holder that would have
-    /// passed on the lock has gone.
+    /// Waits for the message that says how the call continues. Returns `None` if no message came, because the holder
+    /// that would have passed on the lock no longer exists.
     ///
-    /// A call that has a deadline waits here for a quarter of its time, and then on the server: if it got to the front
-    /// at the last moment, it would leave the server's queue soon after, and the next one would begin at its end. Where
-    /// calls wanted a lock that others held for longer than their deadlines, 3 were served in a time in which 16 were
-    /// with a quarter, 8 with half, and 24 if all waited on the server.
+    /// A call that has a deadline waits here for a quarter of its time, and then on the server. If it reached the front
+    /// at the last moment, it would leave the server's queue soon after, and the next call would begin at the end of
+    /// that queue. Where others held the lock for longer than the calls' deadlines, a quarter served 16 calls in a time
+    /// in which half served 8, and all of it 3; 24 were served if all calls waited on the server.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: it leaves the line.
+    /// Cancel safe: if the future is dropped, the call leaves the line.
     pub(crate) async fn next(
         mut self,
         key: &Key,
@@ -314,7 +316,7 @@ impl Place {
         next
     }
 
-    /// Leaves the line. Returns false if it was taken out of it.
+    /// Leaves the line. Returns false if the call was already taken out of it.
     fn leave(&self) -> bool {
         let mut lines = self.queues.lines();
         let waiter = lines.get_mut(&self.id).and_then(|line| line.remove(&self.number));
@@ -325,7 +327,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // If it was taken out, the drop of the receiver passes on what is in there.
+        // If the call was already taken out of the line, the drop of the receiver passes on what the message contains.
         self.leave();
     }
 }

@@ -1,11 +1,11 @@
 //! The keeper's own connection to a server, on which it queries the state of sessions that it can't ask.
 //!
-//! It serves two purposes. It answers questions about sessions whose connection is in use, all of them in
-//! one statement. And it is the only way to notice that an idle connection is closed: sqlx reads from an
-//! idle connection only inside a [`PgListener`], so to poll a session, its connection changes places with
-//! that of the listener for the moment of the poll, which registers the task's waker. (Connections are
-//! boxed inside sqlx, so this moves a pointer.) So one connection serves all sessions, and a session needs
-//! no other connection than its own.
+//! The connection serves two purposes. On it, the keeper asks about sessions whose own connection is in use, about all
+//! of them in one statement. And it is the only way to detect that an idle connection is closed: sqlx reads from an
+//! idle connection only inside a [`PgListener`]. So to poll a session, the monitor swaps the session's connection with
+//! that of the listener for the moment of the poll, which registers the task's waker. (Connections are boxed inside
+//! sqlx, so this moves a pointer.) One connection serves all sessions, and a session needs no connection besides its
+//! own.
 
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -21,24 +21,26 @@ use crate::options::Keepalives;
 use crate::sql;
 use crate::sql::backend::Held;
 
-/// How long to wait before connecting again.
+/// How long to wait after a failure before connecting again.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The connection of a keeper to a server.
 #[derive(Default)]
 pub(super) struct Monitor {
-    /// With a pool of its own, through which it connects again if its connection is lost.
+    /// Has a pool of its own, through which it reconnects if its connection is lost.
     listener: Option<Box<PgListener>>,
-    /// When it could not connect.
+    /// When the last attempt to connect failed.
     failed: Option<Instant>,
-    /// It was connected, and is not any more.
+    /// Whether the connection was lost, and [`take_lost`](Self::take_lost) has not yet returned that.
     lost: bool,
-    /// The server probes the connection while it is silent.
+    /// Whether the server was asked to probe the connection while it is silent, or rejects the settings for that.
     is_probed: bool,
 }
 
 impl Monitor {
-    /// Connects, if it is not connected. After `patience` it asks the server why it rejects the login.
+    /// Connects the monitor, if it is not connected. If that takes longer than `patience`, or than half a second, another login
+    /// finds out
+    /// whether the server rejects it, and why.
     pub(super) async fn connect(
         &mut self,
         options: &PgConnectOptions,
@@ -67,7 +69,7 @@ impl Monitor {
             Ok(())
         };
         let connected = within(DEADLINE, connecting).await;
-        // An answer is worth asking for again: it says that the server lives.
+        // An error that the server returned does not delay the next attempt, because it shows that the server is alive.
         self.failed = (!is_alive(&connected)).then(Instant::now);
         connected
     }
@@ -88,8 +90,9 @@ impl Monitor {
         answer.map(|(_, held)| held)
     }
 
-    /// Has the server probe this connection, as those of the sessions, unless it rejects the settings. Nothing is sent on
-    /// it while they are idle, and a firewall that forgets it would be noticed only by a question that gets no answer.
+    /// Makes the server probe this connection, like those of the sessions, unless the server rejects the settings.
+    /// Nothing is sent on this connection while the sessions are idle, so if a firewall dropped it, that would be
+    /// detected only when a question gets no answer.
     pub(super) async fn keep_alive(&mut self, keepalives: Option<Keepalives>, limit: Duration) {
         let Some(listener) = self.listener.as_mut().filter(|_| !self.is_probed) else { return };
         self.is_probed = true;
@@ -104,7 +107,7 @@ impl Monitor {
         self.listener.is_some() && self.is_probed
     }
 
-    /// Polls an idle connection: ready with the reason if the other side has closed it.
+    /// Polls an idle connection. Returns `Ready` with the reason if the other side has closed the connection.
     pub(super) fn poll_closed(
         &mut self,
         conn: &mut PgConnection,
@@ -118,21 +121,22 @@ impl Monitor {
             std::mem::swap(own, conn);
             self.listener = Some(listener);
         } else {
-            // The listener has dropped the closed connection, and the session is left with that of the
-            // listener, which is closed with the session.
+            // The listener has dropped the closed connection. The session is left with the listener's connection, which
+            // is closed with the session.
             self.lost = true;
         }
         polled
     }
 
-    /// Whether the connection was lost since the last call. Until it is connected again, no idle connection
-    /// is polled.
+    /// Returns whether the connection was lost since the last call. Until the monitor is connected again, no idle
+    /// connection is polled.
     pub(super) fn take_lost(&mut self) -> bool {
         std::mem::take(&mut self.lost)
     }
 }
 
-/// Returns why the server rejects a login, if it does. A pool tries for long, and does not say.
+/// Returns why the server rejects a login, and never completes if it does not. A pool retries for a long time, and does
+/// not return the reason.
 async fn why_rejected(options: &PgConnectOptions, patience: Duration) -> sqlx::Error {
     sleep(patience.min(Duration::from_millis(500))).await;
     match PgConnection::connect_with(options).await {
@@ -143,7 +147,7 @@ async fn why_rejected(options: &PgConnectOptions, patience: Duration) -> sqlx::E
     std::future::pending().await
 }
 
-/// Reads what the server has sent unasked, until there is nothing.
+/// Reads the unsolicited messages that the server has sent, until there are none left.
 fn poll(listener: &mut PgListener, cx: &mut Context<'_>) -> Poll<sqlx::Error> {
     loop {
         let mut receiving = std::pin::pin!(listener.try_recv());
@@ -159,7 +163,7 @@ fn poll(listener: &mut PgListener, cx: &mut Context<'_>) -> Poll<sqlx::Error> {
     }
 }
 
-/// The connection inside a listener: ready at the first poll, if there is one.
+/// Returns the connection inside a listener, if there is one: then `acquire` is ready at the first poll.
 fn inside(listener: &mut PgListener) -> Option<&mut PgConnection> {
     let mut connection = listener.acquire();
     match connection.as_mut().poll(&mut Context::from_waker(Waker::noop())) {

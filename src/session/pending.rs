@@ -5,7 +5,6 @@ mod wait;
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
@@ -19,6 +18,7 @@ use super::pool::lend;
 use super::servers::{PoolServer, Server};
 use super::slot::{ConnGuard, Unavailable};
 use super::{DEADLINE, Session, within};
+use crate::application_name;
 use crate::error::{Error, Loss, Result, chain, is_answer, refuses_settings, sqlstate};
 use crate::key::KeyId;
 use crate::metrics;
@@ -28,7 +28,7 @@ use crate::request::{Need, Request};
 use crate::sql;
 use crate::sql::lock::Tried;
 
-/// What the server said.
+/// The server's answer to a try.
 pub(crate) enum Verdict {
     Busy,
     Granted,
@@ -37,10 +37,10 @@ pub(crate) enum Verdict {
     Standby,
 }
 
-/// What a guard stands for.
+/// A granted acquire, from which a guard is made.
 pub(crate) struct Granted {
     pub(crate) session: Arc<Session>,
-    /// Of several keys of which one was asked for, that one.
+    /// If one of several keys was requested, this contains only the key that was granted.
     pub(crate) request: Request,
 }
 
@@ -56,33 +56,33 @@ pub(crate) struct Pending {
     /// `None` between two slices of a wait.
     slot: Option<ConnGuard>,
     request: Request,
-    /// Shares that are counted: the session holds what they need.
+    /// The shares that the ledger counts, because the session holds their locks.
     claimed: Vec<(KeyId, Mode)>,
-    /// What the server is still to grant.
+    /// The locks that the server has not granted yet.
     missing: Vec<(KeyId, Mode)>,
-    /// The role has a limit on idle sessions, which a holder may be.
+    /// Whether the role has a limit on idle sessions. A session that holds a lock may be idle.
     idle_limited: bool,
-    /// The server has rejected the settings, and not the lock.
+    /// Whether the server has rejected the settings, and not the lock.
     settings_rejected: bool,
     stage: Stage,
     settled: bool,
 }
 
-/// What the server is doing for the acquire.
+/// The state of the acquire on the server.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Stage {
-    /// Nothing, and what it has granted is counted.
+    /// No statement is in flight, and the ledger counts everything that was granted.
     Idle,
-    /// Nothing that waits; it may have granted what is missing.
+    /// No statement waits for the lock, but the server may have granted what is missing.
     Trying,
-    /// It has the session in the lock's queue, until then, and may have granted the lock.
+    /// The session is in the lock's queue, until this time at most, and the server may have granted the lock.
     Waiting(Instant),
 }
 
 impl Pending {
-    /// An acquire on a session that is open and counts it as in flight.
+    /// Starts an acquire on an open session, which already counts it as in flight.
     ///
-    /// Waits for its connection. `Ok(None)` if the session ended before it was free.
+    /// Waits for the session's connection. Returns `Ok(None)` if the session ended before the connection was free.
     pub(crate) async fn join(
         session: Arc<Session>,
         request: &Request,
@@ -100,12 +100,12 @@ impl Pending {
         }
     }
 
-    /// An acquire on a session of its own, and the answer to its first try.
+    /// Starts an acquire on a session of its own. Returns it with the answer to its first try.
     ///
-    /// Where the pool has idle connections, they are taken as they are, without sqlx's ping: the try shows whether a
-    /// connection is alive, and a dead one is replaced. (The pool's `before_acquire` hook goes with the ping.) So is
-    /// one to a standby: after a failover the primary may be elsewhere. Only then the pool is asked properly, which may
-    /// wait and connect.
+    /// Idle connections of the pool are used as they are, without sqlx's ping, because the try shows whether a
+    /// connection is alive. (The pool's `before_acquire` hook is skipped with the ping.) A dead connection is replaced,
+    /// and so is a connection to a standby, because after a failover the primary may be another server. If no idle
+    /// connection is left, `PgPool::acquire` is called, which may wait and connect.
     pub(crate) async fn open(
         pool: &PgPool,
         server: &mut PoolServer,
@@ -120,7 +120,7 @@ impl Pending {
         let mut permit = budget.permit(request.key(), options.reserve_connections, policy).await?;
         while let Some(idle) = pool.try_acquire() {
             let mut pending = Self::start(pool, server, idle, permit, &runtime, request, options);
-            // A connection on which nothing arrives must not use up the time of the others.
+            // A connection that gets no answer must not use up the time of the others.
             let limit = policy.answer_limit().min(options.heartbeat.answer_limit());
             let failed = match pending.ask(limit).await {
                 Ok(Verdict::Standby) => Error::Standby { key: request.key().clone() },
@@ -134,7 +134,7 @@ impl Pending {
                 error = %chain(&failed),
                 "an idle connection of the pool was of no use; taking another"
             );
-            // Before the pool is asked: this may be its only connection.
+            // Closed before the pool is asked again, because this may be the pool's only connection.
             pending.close();
             if started.elapsed() >= policy.answer_limit() {
                 return Err(failed);
@@ -161,7 +161,7 @@ impl Pending {
         let conn = Conn::new(pooled, runtime.clone(), Some(permit));
         let session = Session::open(pool, server, conn, runtime.clone(), options);
         let mut pending = Self::new(session, request);
-        // Nothing else knows the session yet.
+        // The connection is free, because nothing else knows the session yet.
         pending.slot = pending.session.free_connection();
         pending
     }
@@ -181,26 +181,31 @@ impl Pending {
     }
 
     fn pg(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
-        self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?.pg()
+        self.conn()?.pg()
     }
 
-    /// Asks the server once: the whole of an acquire of what is free.
+    fn conn(&mut self) -> Result<&mut Conn, sqlx::Error> {
+        self.slot.as_mut().and_then(|slot| slot.as_mut()).ok_or(sqlx::Error::PoolClosed)
+    }
+
+    /// Asks the server once. If the locks are free, this is the whole acquire.
     ///
-    /// A transaction that was left open on the pooled connection is ended; a session lock does
-    /// not depend on it.
+    /// A transaction that was left open on the pooled connection is rolled back, which does not affect session-level
+    /// locks.
     async fn ask(&mut self, limit: Duration) -> Result<Verdict, sqlx::Error> {
         let Self { session, slot, request, claimed, missing, stage, settings_rejected, .. } = self;
         let options = session.options();
         let Some(conn) = slot.as_mut().and_then(|slot| slot.as_mut()) else {
             return Err(sqlx::Error::PoolClosed);
         };
-        // Another handle of the session may have acquired some of it meanwhile.
+        // Another handle of the session may have acquired some of the locks meanwhile.
         session.ledger().claim(missing, claimed);
         if missing.is_empty() && request.need == Need::All {
             return Ok(Verdict::Granted);
         }
         let asked = Instant::now();
-        // Pinned here, and boxed below what is rare: all that an acquire may have to do is 3 kB of future.
+        // Pinned here, and the rare cases are boxed below, because the future of everything that an acquire may have to
+        // do is 3 kB.
         let tried = {
             let answer = pin!(async {
                 session.tidy(conn).await?;
@@ -208,42 +213,20 @@ impl Pending {
                 let pg = conn.pg()?;
                 let need = request.need;
                 let with_settings = options.require_settings || !session.server.refuses_settings();
-                match sql::lock::try_lock(pg, missing, need, options, with_settings).await {
-                    Err(error) if needs_another_try(&error) => {
-                        Box::pin(async {
-                            if sqlstate(&error).as_deref() == Some("25P02") {
-                                sql::backend::end_transaction(pg).await?;
-                                return sql::lock::try_lock(
-                                    pg,
-                                    missing,
-                                    need,
-                                    options,
-                                    with_settings,
-                                )
-                                .await;
-                            }
-                            // In case the server took a lock first.
-                            session.give_up_unknown(pg, missing).await.ok();
-                            let tried =
-                                sql::lock::try_lock(pg, missing, need, options, false).await?;
-                            if options.require_settings {
-                                *settings_rejected = true;
-                                return Err(error);
-                            }
-                            if session.server.set_refused() {
-                                tracing::warn!(
-                                    error = %chain(&error),
-                                    "the server rejects a setting by which it detects a dead client; a \
-                                     host that vanishes keeps its locks for as long as the server's own \
-                                     settings say"
-                                );
-                            }
-                            Ok(tried)
-                        })
-                        .await
-                    }
-                    tried => tried,
+                let tried = sql::lock::try_lock(pg, missing, need, options, with_settings).await;
+                let Err(error) = tried else { return tried };
+                if sqlstate(&error).as_deref() == Some("25P02") {
+                    return Box::pin(async {
+                        sql::backend::end_transaction(pg).await?;
+                        sql::lock::try_lock(pg, missing, need, options, with_settings).await
+                    })
+                    .await;
                 }
+                if !refuses_settings(&error) {
+                    return Err(error);
+                }
+                Box::pin(session.try_without_settings(pg, missing, need, error, settings_rejected))
+                    .await
             });
             within(limit, answer).await?
         };
@@ -255,7 +238,7 @@ impl Pending {
         }
         session.trust(asked);
         if refused {
-            session.settings_refused.store(true, Ordering::Relaxed);
+            conn.settings.rejected = true;
         } else {
             session.server.set_accepted();
         }
@@ -263,7 +246,7 @@ impl Pending {
         Ok(self.judge(count))
     }
 
-    /// Counts what was granted of what was tried.
+    /// Counts the locks that a try was granted, and returns the verdict.
     fn judge(&mut self, count: Option<usize>) -> Verdict {
         self.stage = Stage::Idle;
         let Some(count) = count else { return Verdict::Standby };
@@ -278,7 +261,7 @@ impl Pending {
                 0..1
             }
         };
-        // A loss shows when the acquire is settled.
+        // A loss is reported when the acquire is settled.
         if !self.count(granted) || self.missing.is_empty() {
             Verdict::Granted
         } else {
@@ -286,8 +269,8 @@ impl Pending {
         }
     }
 
-    /// Counts shares of the first ones that are missing: the server has granted them. Returns false if the session was
-    /// lost while the answer was on its way: then nothing is counted, and the connection is closed.
+    /// Counts shares of these missing locks, which the server has granted. Returns false if the session was lost while
+    /// the answer was in flight; then nothing is counted, and the connection is closed.
     fn count(&mut self, granted: std::ops::Range<usize>) -> bool {
         if granted.is_empty() {
             return true;
@@ -305,7 +288,7 @@ impl Pending {
         false
     }
 
-    /// Asks, and takes the acquire back if that fails.
+    /// Asks the server once, and undoes the acquire if that fails.
     pub(crate) async fn try_now(mut self, policy: WaitPolicy) -> Result<(Self, Verdict)> {
         match self.ask(policy.answer_limit()).await {
             Ok(verdict) => Ok((self, verdict)),
@@ -313,7 +296,7 @@ impl Pending {
         }
     }
 
-    /// Does what the server's answer calls for. `None` if the time is over.
+    /// Completes the acquire as the server's answer requires, which may be to wait. Returns `None` if the time is over.
     pub(crate) async fn settle(
         self,
         verdict: Verdict,
@@ -333,21 +316,26 @@ impl Pending {
         }
     }
 
-    /// Lifts the limit that a role has on idle sessions, for as long as the session holds something.
+    /// Disables the role's limit on idle sessions, for as long as the session holds something.
     async fn lift_idle_timeout(&mut self) -> Result<(), sqlx::Error> {
-        self.session.restore_settings();
-        within(DEADLINE, async { sql::settings::lift_idle_timeout(self.pg()?).await }).await
+        let conn = self.conn()?;
+        conn.settings.to_restore = true;
+        within(DEADLINE, async { sql::settings::lift_idle_timeout(conn.pg()?).await }).await
     }
 
-    /// Shows in `application_name` what the session holds or waits for, if the application wants that.
+    /// Shows the requested lock in `application_name`, if the options say so.
     async fn show(&mut self, policy: WaitPolicy) -> Result<(), sqlx::Error> {
-        let Some(name) = self.session.to_show(&self.request) else { return Ok(()) };
-        self.session.restore_settings();
+        let key = self.request.key().id();
+        if self.session.options().application_name.is_none() || !self.conn()?.settings.show(key) {
+            return Ok(());
+        }
+        let name = self.session.options().application_name.as_deref().unwrap_or_default();
+        let name = application_name::of(name, &self.request);
         let showing = async { sql::settings::show_name(self.pg()?, &name).await };
         Box::pin(within(policy.answer_limit(), showing)).await
     }
 
-    /// Counts what the server has granted.
+    /// Completes an acquire whose locks the server has granted.
     async fn granted(mut self, policy: WaitPolicy) -> Result<Granted> {
         if self.idle_limited
             && let Err(error) = Box::pin(self.lift_idle_timeout()).await
@@ -377,8 +365,31 @@ impl Pending {
     }
 }
 
-/// Whether a statement that tries may succeed another time: in a failed transaction, or with settings that may be
-/// what is rejected.
-fn needs_another_try(error: &sqlx::Error) -> bool {
-    sqlstate(error).as_deref() == Some("25P02") || refuses_settings(error)
+impl Session {
+    /// Tries locks without the settings that the server may have rejected. If they are required, returns that error, and
+    /// sets `settings_rejected`.
+    async fn try_without_settings(
+        &self,
+        pg: &mut PgConnection,
+        locks: &[(KeyId, Mode)],
+        need: Need,
+        error: sqlx::Error,
+        settings_rejected: &mut bool,
+    ) -> Result<Tried, sqlx::Error> {
+        // In case it was another error, and the server had granted a lock before.
+        self.give_up_unknown(pg, locks).await.ok();
+        let tried = sql::lock::try_lock(pg, locks, need, &self.options, false).await?;
+        if self.options.require_settings {
+            *settings_rejected = true;
+            return Err(error);
+        }
+        if self.server.set_refused() {
+            tracing::warn!(
+                error = %chain(&error),
+                "the server rejects a setting by which it detects a dead client; a host that vanishes keeps its locks \
+                 for as long as the server's own settings say"
+            );
+        }
+        Ok(tried)
+    }
 }

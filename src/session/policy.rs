@@ -9,18 +9,18 @@ use super::DEADLINE;
 /// For how long an acquire waits for a busy lock.
 #[derive(Clone, Copy)]
 pub(crate) enum WaitPolicy {
-    /// Not for the lock, and until then for the pool.
+    /// Waits for the pool until this time, but not for the lock.
     ForPool(Instant),
     Forever,
     Never,
     Until(Instant),
 }
 
-/// How much later than the server a bounded wait gives up, if the server does not answer.
+/// How much longer than its deadline a bounded wait lasts if the server does not answer.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
 
 impl WaitPolicy {
-    /// Waits for what is not the lock itself. `None` if the time is over.
+    /// Awaits something other than the lock itself. Returns `None` if the deadline passes first.
     pub(crate) async fn bound<T>(self, future: impl Future<Output = T>) -> Option<T> {
         match self.deadline() {
             None => Some(future.await),
@@ -28,7 +28,7 @@ impl WaitPolicy {
         }
     }
 
-    /// Whether it waits for the lock at all.
+    /// Whether the acquire waits for the lock at all.
     pub(crate) fn waits(self) -> bool {
         matches!(self, Self::Forever | Self::Until(_))
     }
@@ -40,7 +40,7 @@ impl WaitPolicy {
         }
     }
 
-    /// How long an answer may take that needs no wait.
+    /// Returns how long the answer to a statement that does not wait may take.
     pub(super) fn answer_limit(self) -> Duration {
         match self {
             Self::ForPool(_) | Self::Forever | Self::Never => DEADLINE,

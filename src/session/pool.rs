@@ -1,4 +1,4 @@
-//! A connection of the pool, for no longer than the caller waits.
+//! Acquires connections of the pool, for no longer than the caller waits.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,10 +12,10 @@ use super::policy::WaitPolicy;
 use crate::error::{Error, Result, sqlstate};
 use crate::key::Key;
 
-/// Asks the pool for a connection, for no longer than the caller waits, and for no longer than the pool's
-/// timeout, counted from `since`.
+/// Acquires a connection of the pool. Waits until the caller's deadline, but for no longer than the pool's
+/// `acquire_timeout`, counted from `since`.
 ///
-/// A caller that only tries does not wait for the lock, but for the pool like any query.
+/// A caller that only tries does not wait for the lock, but it waits for the pool like any query.
 pub(crate) async fn lend(
     pool: &PgPool,
     key: &Key,
@@ -23,7 +23,7 @@ pub(crate) async fn lend(
     since: Instant,
 ) -> Result<PoolConnection<Postgres>> {
     let key = key.clone();
-    // Boxed, or every acquire would be a future of 18 kB: as large as what may have to log in.
+    // Boxed, because it may have to log in; otherwise every acquire would be a future of 18 kB.
     let acquiring =
         timeout_at(budget::deadline(pool, policy, since).into(), Box::pin(pool.acquire()));
     let source = match acquiring.await {
@@ -44,11 +44,11 @@ pub(crate) async fn lend(
     })
 }
 
-/// The error of a pool that has lent no connection in time.
+/// Returns the error for a pool that provided no connection in time.
 pub(crate) fn timed_out(pool: &PgPool, key: &Key) -> Error {
     if pool.size() >= pool.options().get_max_connections() {
         return Error::pool_timed_out(key, None);
     }
-    // With room for more connections, it was the server that did not answer.
+    // The pool has room for more connections, so the server did not answer.
     Error::Connect { key: key.clone(), source: Arc::new(sqlx::Error::PoolTimedOut) }
 }

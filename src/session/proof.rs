@@ -1,18 +1,17 @@
 //! The proof that a lock excludes other sessions, which an acquire demands once per server.
 //!
-//! While one connection holds a key that nothing else uses, another connection must be refused it, by
-//! another backend. Behind a pooler in transaction mode, a load balancer or a server that runs all its
-//! clients in one session, and on an engine whose advisory locks do nothing or are local to a node, it is
-//! granted, or answered by the same backend.
+//! While one connection holds a key that nothing else uses, another backend must refuse that key to another connection.
+//! Behind a pooler in transaction mode, a load balancer or a server that runs all its clients in one session, and on an
+//! engine whose advisory locks do nothing or are local to a node, the key is granted instead, or the same backend
+//! answers.
 //!
-//! The proof uses two connections beside the pool, and runs on a task. An acquire waits for it for
-//! [`WAIT`], once per server. Without an answer, for example because there is no room for two more
-//! connections, the task tries again later, and the sessions are used meanwhile. If the answer is
-//! negative, the keeper ends the guards that exist, and acquires fail until another attempt succeeds.
+//! The proof runs on a task, and uses two connections that do not belong to the pool. Acquires wait for it for
+//! [`WAIT`], once per server. Without an answer, for example because there is no room for two more connections, the
+//! task retries later, and the sessions are used meanwhile. If the answer is negative, the keeper ends the guards that
+//! exist, and acquires fail until another attempt succeeds.
 //!
-//! A busy pooler can send two statements of one client to the same backend, so the question is asked
-//! several times. Answers to heartbeats, waits, undos and releases are compared as well: each says which backend sent
-//! it.
+//! A busy pooler can send two statements of one client to the same backend, so the question is asked several times. The
+//! answers to heartbeats, waits, undos and releases are checked as well, because each says which backend sent it.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,21 +37,21 @@ const WAIT: Duration = Duration::from_millis(250);
 /// How long an attempt may take.
 const ATTEMPT: Duration = DEADLINE;
 
-/// How much longer than twice a login the first statement of a connection may take. Behind a session pooler
-/// without a free connection it waits for one, and is in the way of others.
+/// How much longer than twice the login the first statement of a connection may take. Behind a session pooler without a
+/// free connection, the statement waits for one, and delays other clients.
 const GRACE: Duration = Duration::from_millis(100);
 
 /// The pause before the next attempt; it doubles each time.
 const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
-/// How long a negative answer is not questioned. After that, the configuration may have changed.
+/// How long a negative answer stands without another attempt. After that, the configuration may have changed.
 const NEGATIVE: Duration = Duration::from_secs(1);
 
-/// How often the question is asked.
+/// How often an attempt asks the question.
 const ROUNDS: usize = 6;
 
-/// What is known of a server.
+/// The known state of a server: whether its locks exclude other sessions.
 #[derive(Default)]
 pub(super) struct Proof {
     state: watch::Sender<State>,
@@ -70,7 +69,7 @@ enum State {
 struct Attempt {
     /// When the first acquire began to wait.
     since: Instant,
-    /// Has changed if something was found out since then.
+    /// Has changed if an answer was found since the attempt began.
     begun: watch::Receiver<State>,
     task: JoinHandle<()>,
     /// When the task last did something.
@@ -78,8 +77,8 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// Whether it is too early for another one. Its task ends with its runtime, and makes no progress while that is not
-    /// driven.
+    /// Whether it is too early for another attempt. The task of an attempt ends with its runtime, and makes no progress
+    /// while the runtime is not driven.
     fn is_enough(&self, known: State) -> bool {
         let age = self.since.elapsed();
         let stepped = *self.stepped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -105,10 +104,10 @@ impl Proof {
         matches!(*self.state.borrow(), State::Disproven(_))
     }
 
-    /// A session has found that another backend answers.
+    /// Records that a session was answered by another backend.
     ///
-    /// Only for what was found out: a session that is ended because of a negative answer must not call this, or acquires
-    /// that are refused would undo each answer.
+    /// Only for a new finding: a session that is ended because of a negative answer must not call this, because refused
+    /// acquires would then undo each answer.
     pub(super) fn disprove(&self) {
         self.state.send_modify(|state| *state = State::Disproven(Instant::now()));
     }
@@ -126,7 +125,8 @@ impl Proof {
         !self.is_negative()
     }
 
-    /// Starts an attempt if one is needed and none is running. Returns what to wait for, and until when.
+    /// Starts an attempt if one is needed and none is running. Returns the receiver to wait on, and the time until
+    /// which to wait.
     fn start(&self, pool: &PgPool) -> Option<(watch::Receiver<State>, Instant)> {
         let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = self.state.subscribe();
@@ -155,7 +155,7 @@ async fn prove(
     stepped: Arc<Mutex<Instant>>,
 ) {
     let options = pool.connect_options();
-    // The pool must not be kept open.
+    // The task must not keep the pool open.
     drop(pool);
     let mut pause = PAUSE;
     loop {
@@ -170,11 +170,11 @@ async fn prove(
                 "cannot prove yet that locks exclude other sessions: no answer; trying again"
             ),
         }
-        // While acquires are refused, each of them asks again.
+        // While acquires are refused, they start the next attempts.
         if matches!(*state.borrow(), State::Disproven(_)) {
             return;
         }
-        // A release or a heartbeat may have found out meanwhile.
+        // A release or a heartbeat may have found the answer meanwhile.
         if timeout(pause, begun.changed()).await.is_ok() {
             return;
         }
@@ -182,7 +182,7 @@ async fn prove(
     }
 }
 
-/// Sets the answer of an attempt. A positive one only counts if nothing was found out since it began.
+/// Sets the answer of an attempt. A positive answer counts only if no other answer was found since the attempt began.
 fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes: bool) {
     state.send_if_modified(|state| {
         let counts = !excludes || !begun.has_changed().unwrap_or(true);
@@ -193,10 +193,10 @@ fn answer(state: &watch::Sender<State>, begun: &watch::Receiver<State>, excludes
     });
 }
 
-/// The SQLSTATE of what is not allowed at this point of a connection.
+/// The SQLSTATE `protocol_violation`.
 const PROTOCOL_VIOLATION: &str = "08P01";
 
-/// Asks whether what one session has locked is refused to another.
+/// Asks whether a lock that one session holds is refused to another.
 pub(crate) async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let started = Instant::now();
     let mut holder = PgConnection::connect_with(options).await?;
@@ -212,12 +212,12 @@ pub(crate) async fn excludes(options: &PgConnectOptions) -> Result<bool, sqlx::E
             excludes = ask(options, &mut holder, &mut other, key).await;
         }
     }
-    // Each is closed even if that fails, which frees what it holds.
+    // Each connection is closed even if `close` fails, and the server then frees its locks.
     drop(tokio::join!(holder.close(), other.close()));
     excludes
 }
 
-/// Nothing else uses a random key.
+/// Returns a random key, which nothing else uses.
 fn unused_key() -> i64 {
     RandomState::new().hash_one(0).cast_signed()
 }
@@ -244,7 +244,8 @@ pub(crate) async fn outlives_connection(options: &PgConnectOptions) -> Result<bo
         sleep(LOOK).await;
     };
     if stays {
-        // If the pooler has assigned the session to us. Otherwise a random key is in nobody's way.
+        // Releases the lock if the pooler has assigned that session to this connection. Otherwise the lock stays, on a
+        // random key that nothing else uses.
         drop(sql::release::unlock_on(&mut conn, pid, &[lock]).await);
     }
     conn.close().await?;
@@ -273,8 +274,8 @@ async fn ask(
     if excludes {
         unlocked = Some(sql::release::unlock_all(holder, &lock, false).await?);
     } else {
-        // The backend may be another client's, and would keep what it was granted. A server that runs all clients
-        // in one session lets the holder wait until the transaction ends.
+        // The backend may belong to another client, and would keep the lock that it was granted. A server that runs all
+        // clients in one session makes the holder wait until the transaction ends.
         for _ in 0..u8::from(granted) + u8::from(locked && same) {
             sql::release::unlock_all(other, &lock, false).await?;
         }
@@ -360,7 +361,7 @@ mod tests {
         assert!(proof.allows(&pool, None).await);
     }
 
-    /// As if its runtime were not driven.
+    /// The attempt's task makes no progress, as if its runtime were not driven.
     #[tokio::test]
     async fn an_attempt_that_stands_still_is_made_again() {
         let (proof, pool) = (Proof::default(), no_server());

@@ -1,4 +1,4 @@
-//! Questions that a guard puts to its session.
+//! The questions that a guard's methods ask on its session.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
+use super::conn::Shown;
 use super::slot::ConnGuard;
-use super::{DEADLINE, Session, Shown, silence, within};
+use super::{DEADLINE, Session, silence, within};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::Key;
 use crate::request::Request;
@@ -16,8 +17,8 @@ use crate::sql::{self, backend::is_covered};
 impl Session {
     /// Draws a fencing token.
     ///
-    /// The commit may wait for a synchronous standby that is not there. Then it is cancelled, by the next
-    /// use of the connection if this is dropped, and the lock is still held.
+    /// The commit may wait for a synchronous standby that is missing. Then it is cancelled, and the lock is still held.
+    /// If this future is dropped, the next use of the connection cancels it.
     pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<u64> {
         let mut slot = self.for_guard(key).await?;
         let drawing = async {
@@ -36,16 +37,19 @@ impl Session {
     /// Shows a leader's name on the server for as long as the session holds something.
     pub(crate) async fn show_name(self: &Arc<Self>, key: &Key, name: &str) -> Result<()> {
         let mut slot = self.for_guard(key).await?;
-        self.restore_settings();
-        let answer =
-            within(DEADLINE, async { sql::settings::show_name(slot.tidied().await?, name).await });
+        let answer = within(DEADLINE, async {
+            slot.tidied().await?;
+            let conn = slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
+            conn.settings.to_restore = true;
+            sql::settings::show_name(conn.pg()?, name).await?;
+            conn.settings.shown = Shown::Leader(key.id());
+            Ok(())
+        });
         let answer = self.unless_lost(key, answer).await?;
-        self.sort_out(key, slot, answer)?;
-        *self.shown() = Shown::Leader(key.id());
-        Ok(())
+        self.sort_out(key, slot, answer)
     }
 
-    /// Asks for the greatest of these numbers whose lock any session holds.
+    /// Returns the greatest of these numbers whose lock any session holds.
     pub(crate) async fn greatest_held(
         self: &Arc<Self>,
         key: &Key,
@@ -59,9 +63,9 @@ impl Session {
         self.sort_out(key, slot, answer)
     }
 
-    /// Asks the session whether it holds what a guard stands for.
+    /// Asks the server whether the session holds the locks of a guard.
     ///
-    /// That it does not answer in time is not a loss: the next heartbeat decides.
+    /// A missing answer is not a loss: the next heartbeat decides.
     pub(crate) async fn verify(self: &Arc<Self>, request: &Request) -> Result<()> {
         let key = request.key();
         let mut slot = self.for_guard(key).await?;
@@ -77,7 +81,8 @@ impl Session {
                     self.trust(asked);
                     return Ok(());
                 }
-                // Another task has released the handle meanwhile. (The guards of a manager are not in the ledger.)
+                // Another task has released the handle's locks meanwhile. (The guards of a manager are not in the
+                // ledger.)
                 let ledger = self.ledger();
                 let has_all = request.ids().all(|(key, _)| ledger.has_guard(key));
                 if !has_all && !ledger.is_pinned() && ledger.loss().is_none() {
@@ -96,7 +101,7 @@ impl Session {
         Err(self.give_up_with(slot, key, loss))
     }
 
-    /// Waits for the connection, behind all that asked before.
+    /// Waits for the connection, behind all earlier callers.
     pub(super) async fn for_guard(self: &Arc<Self>, key: &Key) -> Result<ConnGuard> {
         let slot = self.connection_for_guard().await.map_err(|reason| reason.error(key))?;
         if slot.is_none() {
@@ -131,7 +136,7 @@ impl Session {
     /// Distinguishes a failure of the question from a failure of the session.
     fn sort_out<T>(&self, key: &Key, slot: ConnGuard, answer: Result<T, sqlx::Error>) -> Result<T> {
         answer.map_err(|source| {
-            // The session lives, and its lock is held.
+            // The session is alive, and its lock is held.
             if is_answer(&source) {
                 return Error::database(key, source);
             }
@@ -139,7 +144,7 @@ impl Session {
         })
     }
 
-    /// Gives the session up, and closes its connection.
+    /// Ends the session with a loss, and closes its connection.
     pub(super) fn give_up_with(&self, mut slot: ConnGuard, key: &Key, loss: Loss) -> Error {
         // First, because the server grants the lock to another session once the connection is closed.
         self.give_up(&loss);

@@ -3,16 +3,15 @@
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use sqlx::PgConnection;
 
-use super::conn::{Conn, enter_unless_inside};
+use super::conn::{Conn, Shown, enter_unless_inside};
 use super::ledger::Leave;
 use super::local_queue::Waiter;
 use super::slot::ConnGuard;
 use super::task::Task;
-use super::{DEADLINE, Session, Shown, within, within_task};
+use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
 use crate::metrics;
@@ -28,7 +27,7 @@ pub(crate) enum Release {
 }
 
 impl Release {
-    /// Waits for the server's answer. Dropping this does not stop the release.
+    /// Waits for the server's answer. Dropping this future does not stop the release.
     ///
     /// While the application has borrowed the connection, waits for at most [`DEADLINE`].
     pub(crate) async fn done(self) -> Result<()> {
@@ -36,7 +35,7 @@ impl Release {
             Self::Done(result) => result,
             Self::Running(key, session, task) => {
                 let mut late = pin!(session.borrowed_for_too_long());
-                // It may be awaited outside of a runtime, where there is no timer.
+                // The caller may await this outside of a runtime, where there is no timer.
                 let late =
                     poll_fn(|cx| enter_unless_inside(&session.runtime, || late.as_mut().poll(cx)));
                 tokio::select! {
@@ -49,19 +48,19 @@ impl Release {
     }
 }
 
-/// What the server said to a release.
+/// The result of a release.
 enum Answer {
     Released,
-    /// It was not asked to: the lock is this call's now.
+    /// The server was not asked, because the lock is passed on to this call.
     HandedOn(Box<Waiter>),
     NotHeld,
-    /// Another backend has answered than the one that was asked.
+    /// Another backend than the session's has answered.
     Elsewhere,
 }
 
 impl Session {
-    /// Releases one guard's share. Only if that changes what the server holds, a task sends a statement, or passes the
-    /// lock on to another call of this process.
+    /// Releases one guard's share. If the server then holds more than is needed, a task sends a statement, or passes
+    /// the lock on to another call of this process.
     pub(crate) fn release(self: Arc<Self>, request: &Request, protocol: Protocol) -> Release {
         let leave = self.ledger().leave(request);
         match leave {
@@ -86,9 +85,10 @@ impl Session {
         Release::Running(key, session, task)
     }
 
-    /// Releases what no guard needs any more, and returns the connection to the pool if nothing needs it.
+    /// Releases the locks that no guard needs any more, and returns the connection to the pool if nothing needs the
+    /// session.
     ///
-    /// The pool gets it only when the server has confirmed that every lock was held and is free now.
+    /// The connection is returned only after the server has confirmed that every lock was held and is now free.
     async fn unlock(self: Arc<Self>, request: &Request, protocol: Protocol) -> Result<(), Loss> {
         let mut slot = self.connection_at_last().await;
         let Some(conn) = slot.as_mut() else {
@@ -103,13 +103,13 @@ impl Session {
             let is_clean = !conn.untidy && !conn.checked;
             let unlocking = pin!(async {
                 self.tidy(conn).await?;
-                // A release that is awaited reports whether the lock was held until now.
+                // A release that is awaited must report whether the lock was held until now.
                 if matches!(protocol, Protocol::Extended)
                     && is_clean
                     && self.has_next_in_line(conn, request)
                 {
                     let answer = sql::backend::heartbeat(conn.pg()?, None).await;
-                    // An answer that is an error is a sign of life.
+                    // An error that the server returns is a sign of life.
                     if !answer.as_ref().is_err_and(is_answer) && answer? != self.backend_pid() {
                         return Ok(Answer::Elsewhere);
                     }
@@ -120,7 +120,7 @@ impl Session {
                 }
             });
             match protocol {
-                // The caller that awaits this lets it poll a timer at once, which spares the runtime a step.
+                // The caller awaits this, so the first poll may poll a timer, which spares the runtime a step.
                 Protocol::Extended => within(DEADLINE, unlocking).await,
                 Protocol::Simple => within_task(DEADLINE, unlocking).await,
             }
@@ -128,7 +128,7 @@ impl Session {
         let loss = match answer {
             Ok(Answer::Released) => {
                 tracing::trace!(backend_pid = self.backend_pid(), ?locks, "released");
-                // A loss leaves nothing to release.
+                // If the session was lost, nothing is left to release.
                 let loss = if locks.is_empty() { self.loss() } else { None };
                 self.done(slot);
                 return loss.map_or(Ok(()), Err);
@@ -146,12 +146,12 @@ impl Session {
             }
             Err(error) => Loss::broken(error),
         };
-        // They are not in the ledger any more.
+        // Counted here, because these locks are not in the ledger any more.
         metrics::lost(&loss, locks.len());
         Err(self.fail(slot, loss))
     }
 
-    /// Releases what the server holds of these keys beyond what the guards need.
+    /// Releases the locks that the server holds on these keys beyond those that the guards need.
     async fn give_up_surplus(
         &self,
         conn: &mut Conn,
@@ -159,12 +159,12 @@ impl Session {
         protocol: Protocol,
         locks: &mut Vec<(KeyId, Mode)>,
     ) -> Result<Answer, sqlx::Error> {
-        let put_back = self.settings_to_restore.load(Ordering::Relaxed) && self.ledger().is_last();
+        let put_back = conn.settings.to_restore && self.ledger().is_last();
         let surplus = self.ledger().surplus(keys);
         for key in surplus.downgrade {
             let Unlocked { backend_pid, all } = self.downgrade(conn.pg()?, key).await?;
             if backend_pid != self.backend_pid() {
-                // Which has the shared lock now.
+                // The other backend has the shared lock now.
                 locks.push((key, Mode::Shared));
                 return Ok(Answer::Elsewhere);
             }
@@ -177,7 +177,8 @@ impl Session {
             return Ok(Answer::Released);
         }
         let answer = sql::release::unlock(conn.pg()?, locks, protocol, put_back).await;
-        // It was cancelled, or failed in another way that leaves the session alive. The server may have released some.
+        // The statement was cancelled, or failed in another way that leaves the session alive. The server may have
+        // released some of the locks.
         if answer.as_ref().is_err_and(is_answer) {
             self.give_up_unknown(conn.pg()?, locks).await?;
             return Ok(if self.is_lost() { Answer::NotHeld } else { Answer::Released });
@@ -186,22 +187,17 @@ impl Session {
         if backend_pid != self.backend_pid() {
             return Ok(Answer::Elsewhere);
         }
-        let leads = |(key, _): &(KeyId, Mode)| *self.shown() == Shown::Leader(*key);
-        if locks.iter().any(leads) {
-            *self.shown() = Shown::Nothing;
+        if locks.iter().any(|(key, _)| conn.settings.shown == Shown::Leader(*key)) {
+            conn.settings.shown = Shown::Nothing;
         }
         if put_back {
-            // An acquire may have joined meanwhile, and go on with the session.
-            self.settings_to_restore.store(false, Ordering::Relaxed);
-            self.has_long_settings.store(false, Ordering::Relaxed);
-            // What a loan had set is put back as well: the next one sets it again.
-            self.has_user_timeout.store(conn.checked, Ordering::Relaxed);
-            *self.shown() = Shown::Nothing;
+            // An acquire may have joined meanwhile, and continue with the session.
+            conn.settings.restored();
         }
         Ok(if all { Answer::Released } else { Answer::NotHeld })
     }
 
-    /// Leaves a key with a shared lock where the server has granted an exclusive one.
+    /// Replaces the exclusive lock that the server has granted on a key with a shared one.
     async fn downgrade(&self, pg: &mut PgConnection, key: KeyId) -> Result<Unlocked, sqlx::Error> {
         let answer = sql::release::downgrade(pg, key).await;
         if !answer.as_ref().is_err_and(is_answer) {
@@ -217,8 +213,9 @@ impl Session {
         }
     }
 
-    /// Undoes an acquire that was in flight: releases what was granted of `missing` although no answer
-    /// came, and the shares that were counted. Loses the session if it did not hold those, or another backend answers.
+    /// Undoes an acquire that was in flight: releases what the server granted of `missing` without an answer, and the
+    /// shares that were counted. Ends the session with a loss if it did not hold these shares, or if another backend
+    /// answers.
     pub(super) async fn undo(
         &self,
         conn: &mut Conn,
@@ -246,7 +243,7 @@ impl Session {
         Ok(())
     }
 
-    /// Releases what the server holds of these locks, none of which it should hold.
+    /// Releases those of these locks that the server holds. It should hold none of them.
     pub(super) async fn give_up_unknown(
         &self,
         pg: &mut PgConnection,
@@ -265,7 +262,8 @@ impl Session {
                 let is_held = |&(key, mode): &_| held.contains(&(pid, key, mode));
                 locks.iter().copied().filter(is_held).collect()
             }
-            // The role may not ask. Then the server warns of what was not held.
+            // The role may not list locks. All are released in any case, and the server warns about those that were not
+            // held.
             Err(error) if is_answer(&error) => locks.to_vec(),
             Err(error) => return Err(error),
         };
@@ -280,7 +278,8 @@ impl Session {
         Ok(())
     }
 
-    /// Counts a statement as done that failed, after which it is not known what the session holds.
+    /// Counts a failed statement as done, and ends the session with a loss, because it is not known what the session
+    /// holds.
     pub(super) fn fail(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
         // First, because the server grants the lock to another session once the connection is closed.
         self.give_up(&loss);
@@ -289,20 +288,20 @@ impl Session {
         loss
     }
 
-    /// Counts an acquire or a release as done, and returns the connection to the pool if nothing needs it
-    /// any more: the good end of a session.
+    /// Counts an acquire or a release as done, and returns the connection to the pool if nothing needs the session any
+    /// more.
     pub(super) fn done(&self, mut slot: ConnGuard) {
         let is_released = {
             let mut ledger = self.ledger();
-            // A lost one still holds on the server what it held. Its connection is closed with the slot.
+            // A lost session still holds its locks on the server. Its connection is closed with the slot.
             ledger.done() && ledger.loss().is_none()
         };
         if is_released && let Some(mut conn) = slot.take() {
-            if !self.settings_to_restore.load(Ordering::Relaxed) {
+            if !conn.settings.to_restore {
                 conn.give_back();
                 return;
             }
-            // Usually the last unlock has put them back. If this fails, the connection is closed.
+            // Usually the last unlock has restored the settings. If this statement fails, the connection is closed.
             drop(Task::start(&self.runtime, async move {
                 let put_back = async { sql::settings::put_back(conn.pg()?).await };
                 if within_task(DEADLINE, put_back).await.is_ok() {
@@ -312,8 +311,8 @@ impl Session {
         }
     }
 
-    /// Loses a session where locks exclude nothing, and releases what it has locked. A pooler would keep it, and may
-    /// have assigned another backend to the connection since.
+    /// Ends a session whose locks exclude nothing with a loss, and releases these locks. A pooler would keep them, and
+    /// may have assigned another backend to the connection since.
     pub(super) fn give_up_pooled(&self, slot: &mut ConnGuard, locks: Vec<(KeyId, Mode)>) {
         if self.loss().is_none() {
             self.end(&Loss::NoExclusion);

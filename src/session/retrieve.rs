@@ -1,4 +1,4 @@
-//! Giving up what a pooler in transaction mode has left locked on a server connection.
+//! Releases locks that a pooler in transaction mode has left on a server connection.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::sql;
 
-/// How many server connections are looked through at most.
+/// How many server connections a search looks through at most.
 const MOST: usize = 100;
 
-/// How long a search may take, with the wait for its turn.
+/// How long a search may take, including the wait for its turn.
 const LIMIT: Duration = Duration::from_mins(1);
 
-/// One search at a time, in the whole process.
+/// Allows one search at a time in the whole process.
 static SEARCHES: Semaphore = Semaphore::const_new(1);
 
 impl Session {
-    /// Releases locks on a backend that the pooler had assigned to one of our connections before, if there are any.
-    /// Detach: no caller waits for it.
+    /// Releases locks, if there are any, on a backend that the pooler had assigned to one of our connections before.
+    /// Detach: no caller waits for the task.
     pub(super) fn retrieve(&self, conn: Option<Conn>, backend_pid: i32, locks: Vec<(KeyId, Mode)>) {
         if locks.is_empty() {
             return;
@@ -35,8 +35,8 @@ impl Session {
     }
 }
 
-/// Releases locks where they exclude nothing: through the connection that has acquired them, or, if a pooler has assigned
-/// another backend to that since, through new ones.
+/// Releases locks that exclude nothing: through the connection that has acquired them, or, if a pooler has since
+/// assigned another backend to that connection, through new ones.
 async fn release(
     conn: Option<Conn>,
     options: &PgConnectOptions,
@@ -52,7 +52,7 @@ async fn release(
         return;
     }
     let searching = async {
-        // Each may open many connections.
+        // Each search may open many connections.
         let _turn = SEARCHES.acquire().await;
         within(DEADLINE, retrieve(options, backend_pid, locks)).await
     };
@@ -70,8 +70,8 @@ async fn release(
 
 /// Releases locks on this backend. Returns whether it was found.
 ///
-/// Inside a transaction, a connection keeps the server connection that the pooler has assigned to it. So the
-/// next one is assigned another, until it is the right one.
+/// Inside a transaction, a connection keeps the server connection that the pooler has assigned to it. So each further
+/// connection is assigned another one, until it is the right one.
 pub(super) async fn retrieve(
     options: &PgConnectOptions,
     backend_pid: i32,
@@ -86,7 +86,7 @@ pub(super) async fn retrieve(
         pinned.push(conn);
     }
     for mut conn in pinned {
-        // A pooler closes the server connection of a client that leaves in a transaction.
+        // A pooler closes the server connection of a client that disconnects inside a transaction.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await?;
         conn.close().await?;
     }

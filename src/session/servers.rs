@@ -1,4 +1,4 @@
-//! What this process has found out about the servers behind its pools.
+//! The known state of the servers behind the pools of this process.
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
@@ -11,18 +11,18 @@ use sqlx::postgres::PgConnectOptions;
 use super::budget::Budget;
 use super::proof::Proof;
 
-/// How long a server that has rejected the settings is used without.
+/// How long a server that has rejected the settings is used without them.
 const ASK_AGAIN: Duration = Duration::from_mins(1);
 
-/// What is known of one server, as one user sees it.
+/// The known state of one server, as one user sees it.
 #[derive(Default)]
 pub(crate) struct Server {
     pub(super) proof: Proof,
-    /// When it rejected the settings by which it detects a dead client.
+    /// When the server rejected the settings by which it detects a dead client.
     refused_settings: Mutex<Option<Instant>>,
-    /// The role may not wait in plpgsql.
+    /// Whether waits do without plpgsql, because the role may not use it.
     pub(super) waits_plainly: AtomicBool,
-    /// Its setting, once it was asked for.
+    /// The server's `deadlock_timeout`, once it was queried.
     pub(super) deadlock_timeout: OnceLock<Duration>,
 }
 
@@ -32,17 +32,17 @@ impl Server {
         Arc::ptr_eq(self, &find(options))
     }
 
-    /// Whether the server has rejected the settings lately. It is asked again now and then.
+    /// Whether the server has rejected the settings within the last [`ASK_AGAIN`]. After that, they are tried again.
     pub(super) fn refuses_settings(&self) -> bool {
         self.refused().is_some_and(|at| at.elapsed() < ASK_AGAIN)
     }
 
-    /// The server has rejected the settings. Returns whether that is new.
+    /// Records that the server has rejected the settings. Returns whether that is new.
     pub(super) fn set_refused(&self) -> bool {
         self.refused().replace(Instant::now()).is_none()
     }
 
-    /// The server has accepted the settings.
+    /// Records that the server has accepted the settings.
     pub(super) fn set_accepted(&self) {
         *self.refused() = None;
     }
@@ -52,12 +52,12 @@ impl Server {
     }
 }
 
-/// The server behind a pool, looked up once for as long as the pool's options stay what they are.
+/// The server behind a pool, which is looked up again only when the pool's options change.
 #[derive(Clone)]
 pub(crate) struct PoolServer {
     options: Arc<PgConnectOptions>,
     server: Arc<Server>,
-    /// How many of the pool's connections locks may have.
+    /// The budget that limits how many of the pool's connections locks may have.
     pub(crate) budget: Arc<Budget>,
 }
 
@@ -68,7 +68,7 @@ impl PoolServer {
         Self { options, server, budget: Budget::of(pool) }
     }
 
-    /// The server of now. An application may give its pool other options.
+    /// Returns the current server of the pool, because an application may give its pool other options.
     pub(crate) fn server(&mut self, pool: &PgPool) -> &Arc<Server> {
         if !Arc::ptr_eq(&self.options, &pool.connect_options()) {
             *self = Self::of(pool);

@@ -1,4 +1,4 @@
-//! Many calls as one statement, on the session that a manager's keys share.
+//! Runs many calls as one statement, on the session that a manager's keys share.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,23 +15,23 @@ use crate::mode::Mode;
 use crate::sql::batch::{self, Call};
 use crate::sql::{self, backend::Held};
 
-/// What came of calls.
+/// The result of calls.
 pub(crate) enum Called {
-    /// Of each, in their order.
+    /// The answer to each call, in order.
     Answers(Vec<bool>),
-    /// The server failed them half-way, and the session holds these locks.
+    /// The calls failed half-way on the server, and the session now holds these locks.
     Failed(sqlx::Error, Held),
     /// The session was lost.
     Lost(Loss),
 }
 
 impl Session {
-    /// A manager holds locks on the session, and this returns their keys.
+    /// Sets the function that returns the keys of the locks that a manager holds on the session.
     pub(crate) fn set_managed_keys(&self, keys: impl Fn() -> Vec<KeyId> + Send + Sync + 'static) {
         self.managed_keys.set(Box::new(keys)).ok();
     }
 
-    /// Makes calls that never wait. If the future is dropped in flight, the session must be closed.
+    /// Makes calls that never wait. If the future is dropped while the calls are in flight, the session must be closed.
     pub(crate) async fn call(self: &Arc<Self>, calls: &[(KeyId, Call)]) -> Called {
         let mut slot = self.quiet_connection().await;
         let Some(conn) = slot.as_mut() else {
@@ -42,7 +42,7 @@ impl Session {
             let pg = conn.pg()?;
             let mut called = batch::call_all(pg, calls).await;
             if called.as_ref().is_err_and(is_not_prepared) {
-                // Nothing was called: something has deallocated what was prepared.
+                // Nothing was called, because the prepared statement had been deallocated.
                 pg.clear_cached_statements().await?;
                 called = batch::call_all(pg, calls).await;
             }
@@ -65,7 +65,7 @@ impl Session {
                 self.count(calls, &called.answers);
                 return Called::Answers(called.answers);
             }
-            // Another session than the one that was asked has answered.
+            // Another backend than the session's has answered.
             Ok(Ok(called)) => {
                 self.server.proof.disprove();
                 self.retrieve(None, called.backend_pid, tried(calls));
@@ -84,11 +84,11 @@ impl Session {
         Called::Lost(loss)
     }
 
-    /// Makes sure that the session has answered a statement that was sent after `since`, and so lived then.
+    /// Makes sure that the session was alive at `since`: it has answered a statement that was sent no earlier.
     /// Concurrent callers share one statement.
     pub(crate) fn confirm(self: &Arc<Self>, since: Instant) -> Task<Result<(), Loss>> {
         let session = Arc::clone(self);
-        // It may be awaited outside of a runtime.
+        // The caller may await this outside of a runtime.
         Task::to_await(&self.runtime, async move { session.answers_since(since).await })
     }
 
@@ -115,7 +115,7 @@ impl Session {
                 self.server.proof.disprove();
                 Loss::NoExclusion
             }
-            // The server lives, and the session with it.
+            // The server is alive, and so is the session.
             Err(error) if is_answer(&error) => return Ok(()),
             Err(error) => Loss::broken(error),
         };
@@ -124,7 +124,7 @@ impl Session {
         Err(loss)
     }
 
-    /// Counts what calls have locked and unlocked, because the report of a loss includes the number.
+    /// Updates the number of the manager's locks after calls, because the report of a loss includes it.
     fn count(&self, calls: &[(KeyId, Call)], answers: &[bool]) {
         let mut locks = self.managed_locks.load(Ordering::Relaxed);
         for ((_, call), yes) in calls.iter().zip(answers) {
@@ -137,7 +137,7 @@ impl Session {
         self.managed_locks.store(locks, Ordering::Relaxed);
     }
 
-    /// Has the keeper poll the idle connection for closure again.
+    /// Makes the keeper poll the idle connection for closure again.
     pub(crate) fn resume_polling(&self) {
         if let Some(wake) = self.wake.get() {
             wake.again();
@@ -149,8 +149,8 @@ fn is_forbidden(error: &sqlx::Error) -> bool {
     sqlstate(error).as_deref() == Some("42501")
 }
 
-/// Makes calls for a role that may not list locks: every key counts as waited for. Nothing was called before, because the
-/// server checks the role's rights first.
+/// Makes calls for a role that may not list locks: every key counts as waited for. The statement that failed has called
+/// nothing, because the server checks the role's rights first.
 async fn call_blindly(
     pg: &mut PgConnection,
     calls: &[(KeyId, Call)],
@@ -169,7 +169,7 @@ async fn call_blindly(
     Ok(called)
 }
 
-/// What calls may have locked.
+/// Returns the locks that calls may have acquired.
 fn tried(calls: &[(KeyId, Call)]) -> Vec<(KeyId, Mode)> {
     let tried = |&(key, call)| match call {
         Call::TryLock(mode) => Some((key, mode)),

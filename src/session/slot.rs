@@ -14,24 +14,24 @@ use super::{DEADLINE, Session};
 use crate::error::{Error, Loss};
 use crate::key::Key;
 
-/// The connection, for exclusive use.
+/// Exclusive access to the session's connection.
 ///
 /// # Drop
 ///
-/// Returns the connection to the session, and has the keeper poll it for closure again. If the session
-/// was lost meanwhile, the connection is closed.
+/// Returns the connection to the session, and makes the keeper poll it for closure again. If the session was lost
+/// meanwhile, the connection is closed.
 pub(crate) struct ConnGuard {
     slot: OwnedMutexGuard<Option<Conn>>,
-    // Dropped after the slot: the keeper must find it free.
+    // Dropped after `slot`, because the keeper must find the slot free.
     wakeup: Wakeup,
 }
 
 /// # Drop
 ///
-/// Has the keeper poll the connection for closure.
+/// Makes the keeper poll the connection for closure.
 struct Wakeup {
     session: Arc<Session>,
-    /// The connection is used again so soon that the keeper need not poll it until then.
+    /// Whether the connection will be used again so soon that the keeper need not poll it before.
     skip: bool,
 }
 
@@ -44,7 +44,7 @@ impl Drop for Wakeup {
     }
 }
 
-/// Why there is no connection.
+/// Why the connection is not available.
 pub(crate) enum Unavailable {
     /// The application has borrowed it for longer than [`DEADLINE`].
     Borrowed,
@@ -57,7 +57,7 @@ pub(crate) enum Unavailable {
 }
 
 impl Unavailable {
-    /// As an error of a guard's method.
+    /// Converts the reason to the error that a method returns.
     pub(crate) fn error(self, key: &Key) -> Error {
         let key = key.clone();
         match self {
@@ -78,12 +78,12 @@ impl ConnGuard {
         &self.wakeup.session
     }
 
-    /// The connection, to run a statement on.
+    /// Returns the connection, to run a statement on it.
     pub(super) fn pg(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
         self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?.pg()
     }
 
-    /// The same, without what the application may have left on it.
+    /// Returns the connection after removing what the application may have left on it.
     pub(super) async fn tidied(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
         let conn = self.slot.as_mut().ok_or(sqlx::Error::PoolClosed)?;
         self.wakeup.session.tidy(conn).await?;
@@ -115,8 +115,8 @@ impl Drop for ConnGuard {
 }
 
 impl Session {
-    /// Waits for the connection on behalf of a guard, behind all that asked before: until it is free, or the
-    /// session is lost. While the application has borrowed it, for at most [`DEADLINE`].
+    /// Waits for the connection on behalf of a guard, behind all earlier callers, until the connection is free or the
+    /// session is lost. While the application has borrowed the connection, waits for at most [`DEADLINE`].
     pub(super) async fn connection_for_guard(self: &Arc<Self>) -> Result<ConnGuard, Unavailable> {
         let free = self.free_connection();
         if let Some(loss) = self.loss() {
@@ -137,7 +137,8 @@ impl Session {
         .await
     }
 
-    /// The same on behalf of an acquire, which also ends when its deadline has passed, or the pool is closed.
+    /// As [`connection_for_guard`](Self::connection_for_guard), but on behalf of an acquire: the wait also ends when
+    /// the deadline has passed, or the pool is closed.
     pub(crate) async fn connection_for_acquire(
         self: &Arc<Self>,
         policy: WaitPolicy,
@@ -161,19 +162,20 @@ impl Session {
         }
     }
 
-    /// Waits for the connection however long that takes. For tasks that no caller waits for.
+    /// Waits for the connection without a limit. For tasks that no caller waits for.
     pub(super) async fn connection_at_last(self: &Arc<Self>) -> ConnGuard {
-        // If this is dropped while it waits, the connection may be its own already.
+        // If this future is dropped while it waits, it may already own the connection.
         let _abandoned = Wakeup { session: Arc::clone(self), skip: true };
         ConnGuard::new(Arc::clone(&self.conn).lock_owned().await, self)
     }
 
-    /// The connection, if it is not in use.
+    /// Returns the connection, if it is not in use.
     pub(super) fn free_connection(self: &Arc<Self>) -> Option<ConnGuard> {
         Arc::clone(&self.conn).try_lock_owned().ok().map(|slot| ConnGuard::new(slot, self))
     }
 
-    /// The connection, without waking the keeper: for a caller that uses it too often for that.
+    /// Waits for the connection, whose return then does not wake the keeper. For a caller that uses the connection too
+    /// often for that.
     pub(super) async fn quiet_connection(self: &Arc<Self>) -> ConnGuard {
         let mut conn = self.connection_at_last().await;
         conn.wakeup.skip = true;

@@ -8,18 +8,18 @@ use tokio::runtime::Handle;
 
 use super::conn::{enter, enter_unless_inside};
 
-/// A future that goes on without the task that awaits it.
+/// A future that is finished even if its caller stops awaiting it.
 ///
-/// Its first step is taken when it is started. Usually that writes the statement to the socket, and the
-/// server does the rest, even if the runtime is no longer driven (a current-thread one between two
-/// calls of `block_on`).
+/// [`start`](Self::start) polls it once. Usually that writes the statement to the socket, and the server does the rest,
+/// even if the runtime is no longer driven (a current-thread runtime between two calls of `block_on`).
 ///
-/// A step that [`start`](Self::start) takes may not poll a timer: where the runtime is gone, a timer
-/// panics. Use [`later`].
+/// In this first poll, the future must not poll a timer, because a timer panics if the runtime was shut down. Use
+/// [`later`].
 ///
 /// # Drop
 ///
-/// Hands what is left to do to the runtime. If that is gone, it is dropped, and closes the connection.
+/// Spawns the rest of the future on the runtime. If the runtime was shut down, the future is dropped, which closes the
+/// connection.
 #[must_use = "a task that is dropped at once runs on the runtime, though it may be awaited here"]
 pub(crate) struct Task<T: Send + 'static> {
     // Invariant: `Pending` until polled to the end.
@@ -34,7 +34,7 @@ enum State<T> {
 }
 
 impl<T: Send + 'static> Task<T> {
-    /// A future that takes its first step when it is awaited, which is now.
+    /// Creates a task that is not polled until it is awaited. For a caller that awaits it immediately.
     pub(crate) fn to_await(
         runtime: &Handle,
         future: impl Future<Output = T> + Send + 'static,
@@ -42,7 +42,7 @@ impl<T: Send + 'static> Task<T> {
         Self { state: State::Pending(Box::pin(future)), runtime: runtime.clone() }
     }
 
-    /// Takes the first step of a future.
+    /// Creates a task, and polls it once.
     pub(crate) fn start(
         runtime: &Handle,
         future: impl Future<Output = T> + Send + 'static,
@@ -69,7 +69,7 @@ impl<T: Send + 'static> Future for Task<T> {
         match std::mem::replace(&mut self.state, State::Taken) {
             State::Ready(output) => Poll::Ready(output),
             State::Pending(mut future) => {
-                // The task that awaits it may do so on another runtime, or on none.
+                // The caller may await this on another runtime, or outside of a runtime.
                 let polled = enter_unless_inside(&self.runtime, || future.as_mut().poll(cx));
                 if polled.is_pending() {
                     self.state = State::Pending(future);
@@ -81,8 +81,8 @@ impl<T: Send + 'static> Future for Task<T> {
     }
 }
 
-/// Takes the first step of a future, and returns its output if that was all; else lets the task's own
-/// first step end with it, so that what follows may have a timer.
+/// Polls a future once, and returns its output if it is ready. Otherwise yields, which ends the first poll of the task,
+/// and returns the future, which may then be awaited together with a timer.
 pub(crate) async fn later<F: Future + Unpin>(mut future: F) -> Result<F::Output, F> {
     let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut future).poll(cx))).await;
     if let Poll::Ready(output) = first {

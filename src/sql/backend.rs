@@ -12,15 +12,15 @@ use crate::key::KeyId;
 use crate::mode::Mode;
 use crate::options::Keepalives;
 
-/// Whether a transaction is open: inside one, time stands still while statements go on. Outside, and in a
-/// message of one statement, both are the time of that.
+/// A condition: a transaction is open. Inside a transaction, `now()` stays the same from statement to statement.
+/// Outside, and in a message of one statement, both functions return the time of that statement.
 pub(super) const TIME_STANDS_STILL: &str =
     "pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp()";
 
-/// Returns the process id of the backend that answers; first sets what a session has that is held for
-/// longer, if asked to.
+/// Returns the process id of the backend that answers. If `set` is given, first applies the settings of a session that
+/// is held for longer.
 ///
-/// Calls a volatile function as well, because pgpool-II sends a query of stable functions to a standby.
+/// Also calls a volatile function, because pgpool-II sends a query of stable functions to a standby.
 pub(crate) async fn heartbeat(
     conn: &mut PgConnection,
     set: Option<Keepalives>,
@@ -41,7 +41,7 @@ pub(crate) fn is_covered(held: &Held, pid: i32, (key, mode): (KeyId, Mode)) -> b
     held.contains(&(pid, key, mode)) || held.contains(&(pid, key, Mode::Exclusive))
 }
 
-/// Returns the process id of the backend that answers, and the advisory locks that backends hold.
+/// Returns the process id of the backend that answers, and the advisory locks that these backends hold.
 ///
 /// Asks the function behind `pg_locks`, because a role may be denied the view.
 pub(crate) async fn holdings(
@@ -69,9 +69,9 @@ fn holding(row: &PgRow) -> Result<(i32, KeyId, Mode), sqlx::Error> {
 
 /// Draws a number that is greater than every one drawn before on this server: a transaction id.
 ///
-/// The server could forget after a crash that it gave an id to a transaction that wrote nothing. So
-/// this one writes a message into the write-ahead log, which nothing reads, and its commit waits for the
-/// log as the session's `synchronous_commit` says; at least until it is on the server's own disk.
+/// After a crash, the server could forget that it gave an id to a transaction that wrote nothing. So this transaction
+/// writes a message, which nothing reads, to the write-ahead log. Its commit waits for the log as the session's
+/// `synchronous_commit` says, but at least until the log is on the server's own disk.
 pub(crate) async fn draw_token(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
     let transaction_id = if conn.server_version_num() >= Some(130_000) {
         "pg_catalog.pg_current_xact_id()::pg_catalog.text::bigint"
@@ -96,7 +96,7 @@ pub(crate) async fn draw_token(conn: &mut PgConnection) -> Result<i64, sqlx::Err
 pub(crate) async fn end_transaction(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let open = match fetch(conn, format!("SELECT {TIME_STANDS_STILL}")).await {
         Ok(row) => row.try_get(0)?,
-        // 25P02: a failed transaction answers nothing but its end.
+        // 25P02: a failed transaction rejects everything but its end.
         Err(error) if sqlstate(&error).as_deref() == Some("25P02") => true,
         Err(error) => return Err(error),
     };
@@ -106,11 +106,11 @@ pub(crate) async fn end_transaction(conn: &mut PgConnection) -> Result<bool, sql
     Ok(open)
 }
 
-/// Cancels what a backend is doing, if it holds or waits for an advisory lock. Returns whether the server
-/// has signalled it.
+/// Cancels the statement that a backend runs, if the backend holds or waits for an advisory lock. Returns whether the
+/// server has signalled the backend.
 ///
-/// A cancel names a process, not a session, so this makes sure that the process is still a session of
-/// ours. The role may have been changed with `SET ROLE`; the role that has logged in may cancel its own
+/// A cancel names a process, not a session, so the condition makes sure that the process is still a session of ours.
+/// The role may have been changed with `SET ROLE`, so it is reset first: the role that has logged in may cancel its own
 /// sessions.
 pub(crate) async fn cancel(conn: &mut PgConnection, backend_pid: i32) -> Result<bool, sqlx::Error> {
     let statement = format!(

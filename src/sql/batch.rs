@@ -11,14 +11,14 @@ use crate::mode::Mode;
 pub(crate) enum Call {
     TryLock(Mode),
     Unlock(Mode),
-    /// Shared, on a session that holds the key exclusively, so it never waits.
+    /// Acquires the shared lock on a session that holds the key exclusively, so it never waits.
     LockShared,
     /// Whether another session waits for the key.
     IsWaitedFor,
 }
 
 impl Call {
-    /// The function that answers it, if a single call is enough.
+    /// Returns the function to call, if a single call is enough.
     fn function(self) -> Option<String> {
         let (name, mode) = match self {
             Self::TryLock(mode) => ("pg_try_advisory_lock", mode),
@@ -28,7 +28,7 @@ impl Call {
         Some(format!("pg_catalog.{name}{}", suffix(mode)))
     }
 
-    /// Its number in [`call_all`]; one more for a pair of integers.
+    /// Returns the number of the call in [`call_all`]; one more for a pair of integers.
     fn number(self, key: KeyId) -> i16 {
         let number = match self {
             Self::TryLock(Mode::Exclusive) => 0,
@@ -100,7 +100,7 @@ pub(crate) async fn call_all(
         return Ok(Called { backend_pid: row.try_get(0)?, answers: vec![row.try_get(1)?] });
     }
     let statement = if calls.iter().any(|(_, call)| *call == Call::IsWaitedFor) {
-        // As in `place`, for a key that is a column.
+        // The same condition as in `place`, for a key that is a column.
         statement!(
             "ELSE EXISTS (SELECT FROM pg_catalog.pg_lock_status() AS l \
              WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory' AND NOT l.granted \

@@ -7,22 +7,22 @@ use super::place::LOCKS;
 use super::{fetch, units};
 use crate::error::is_answer;
 
-/// What the server answered, or why it did not.
+/// The server's answer, or the reason why there is none.
 pub(crate) type Seen<T> = Result<T, String>;
 
-/// What bears on the locks of a role: see [`circumstances`].
+/// Everything that affects the locks of a role: see [`circumstances`].
 pub(crate) struct Circumstances {
-    /// As in `150018`.
+    /// A number such as `150018`.
     pub(crate) version: u32,
-    /// What the server calls itself.
+    /// The answer of `version()`.
     pub(crate) product: String,
-    /// As a quoted identifier, for statements that are advised.
+    /// The role as a quoted identifier, for statements that are advised.
     pub(crate) role: String,
     pub(crate) standby: bool,
-    /// Not over a unix socket.
+    /// Whether the connection uses TCP, and not a unix socket.
     pub(crate) tcp: bool,
     pub(crate) settings: Vec<(&'static str, i64)>,
-    /// The functions that the role may not call, of those that a lock needs.
+    /// Those functions that a lock needs and that the role may not call.
     pub(crate) forbidden: Seen<Option<String>>,
     pub(crate) rights: Seen<Rights>,
     pub(crate) plpgsql: Seen<bool>,
@@ -44,7 +44,7 @@ pub(crate) struct Rights {
     pub(crate) ends_all: bool,
 }
 
-/// The sessions of a server. A limit of -1 is none.
+/// The sessions of a server. A limit of -1 means no limit.
 #[derive(Clone, Copy)]
 pub(crate) struct Connections {
     pub(crate) all: i64,
@@ -56,7 +56,7 @@ pub(crate) struct Connections {
 }
 
 impl Circumstances {
-    /// A setting, times in the unit of `pg_settings`. 0 if the server has no setting of this name.
+    /// Returns a setting, with times in the unit of `pg_settings`; 0 if the server has no setting of this name.
     pub(crate) fn setting(&self, name: &str) -> i64 {
         let found = self.settings.iter().find(|(known, _)| *known == name);
         found.map_or(0, |(_, value)| *value)
@@ -75,13 +75,14 @@ pub(crate) const LOCK_LIST: &str = "pg_catalog.pg_lock_status()";
 /// The function that lists the sessions.
 pub(crate) const SESSION_LIST: &str = "pg_catalog.pg_stat_get_activity(integer)";
 
-/// Where the languages of a database are listed.
+/// The catalog that lists the languages of a database.
 pub(crate) const LANGUAGES: &str = "pg_catalog.pg_language";
 
-/// Where the limits on connections are.
+/// The catalogs that contain the limits on connections.
 pub(crate) const LIMITS: &str = "pg_catalog.pg_roles, pg_catalog.pg_database";
 
-/// Each time is in milliseconds, as `pg_settings` shows it, or in the unit of the TCP settings.
+/// The settings that are read. Each time is in milliseconds, as `pg_settings` shows it, or in the unit of the TCP
+/// settings.
 const SETTINGS: [&str; 15] = [
     "client_connection_check_interval",
     "idle_in_transaction_session_timeout",
@@ -112,7 +113,7 @@ const FUNCTIONS: [&str; 9] = [
     "pg_cancel_backend(integer)",
 ];
 
-/// Returns everything that bears on locks, as far as the role may see it.
+/// Returns everything that affects locks, as far as the role may see it.
 ///
 /// Each question is a statement of its own, because a server may refuse any of them.
 pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstances, sqlx::Error> {
@@ -151,9 +152,9 @@ pub(crate) async fn circumstances(conn: &mut PgConnection) -> Result<Circumstanc
         WHERE e.extname OPERATOR(pg_catalog.=) 'bdr' OR e.extname OPERATOR(pg_catalog.=) 'citus'";
     let logs_waits =
         "SELECT pg_catalog.current_setting('log_lock_waits') OPERATOR(pg_catalog.=) 'on'";
-    // For the statement only.
+    // Applies to this statement only.
     let be_quiet = "SELECT pg_catalog.set_config('log_lock_waits', 'off', true)";
-    // A lock that is not in the lock table proper has `fastpath`. Several sessions may hold one lock.
+    // A lock with `fastpath` is not in the shared lock table. Several sessions may hold one lock.
     let locks = format!(
         "SELECT pg_catalog.count(DISTINCT pg_catalog.concat_ws('/', l.locktype, l.database, l.relation, l.page, \
          l.tuple, l.virtualxid, l.transactionid, l.classid, l.objid, l.objsubid)) \

@@ -1,4 +1,4 @@
-//! Every statement, with a schema in the search path that takes over whatever is looked up by name.
+//! Runs every statement with a schema in the search path that overrides whatever is looked up by name.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ async fn no_statement_is_taken_over() {
     assert!(!server.log().contains(HIJACKED), "{}", server.log());
 }
 
-/// The schema does take over what is looked up by name, in front of `pg_catalog` and behind it.
+/// The schema does override what is looked up by name, both in front of `pg_catalog` and behind it.
 #[tokio::test]
 async fn a_statement_that_looks_up_names_is_taken_over() {
     let db = TestDb::new().await;

@@ -47,7 +47,7 @@ pub(crate) async fn locks(
     key: Option<KeyId>,
 ) -> Result<Vec<LockRow>, sqlx::Error> {
     let place = key.map_or_else(|| "true".to_owned(), place);
-    // The snapshot is cleared in the argument of the function that reads the sessions, so before that.
+    // The snapshot is cleared in the argument of the function that reads the sessions, so before the function runs.
     let statement = format!(
         "SELECT l.classid::bigint, l.objid::bigint, l.objsubid::integer, l.mode, l.granted, {}, \
            CASE WHEN NOT l.granted THEN pg_catalog.pg_blocking_pids(l.pid) END, {}, l.pid, {}, {}, {}, \
@@ -78,8 +78,8 @@ pub(crate) async fn locks(
 
 /// Ends a session if it was started at this time. Returns whether a signal was sent.
 ///
-/// The process id is a constant, by which pgpool-II knows which of its connections ends. Otherwise it would detach
-/// the server.
+/// The process id is a constant, so that pgpool-II recognizes which of its connections ends. Otherwise pgpool-II would
+/// detach the server.
 pub(crate) async fn terminate(
     db: impl PgExecutor<'_>,
     backend_pid: i32,
@@ -96,7 +96,7 @@ pub(crate) async fn terminate(
     rows.first().map_or(Ok(false), |row| row.try_get(0))
 }
 
-/// The functions of these statements of which administrators revoke the use. Each name has one function.
+/// Those functions of these statements on which administrators revoke `EXECUTE`. Each name has one function.
 const FUNCTIONS: [&str; 5] = [
     "pg_blocking_pids",
     "pg_lock_status",
@@ -105,8 +105,8 @@ const FUNCTIONS: [&str; 5] = [
     "pg_terminate_backend",
 ];
 
-/// Returns what to grant to the role, if the server refused a statement for lack of a privilege: the use of
-/// a function that its message names, or else `otherwise`.
+/// Returns the privilege to grant to the role, if the server refused a statement for lack of one: `EXECUTE` on a
+/// function that the message names, or `otherwise`.
 pub(crate) fn missing_privilege(error: &sqlx::Error, otherwise: &str) -> Option<String> {
     if sqlstate(error).is_none_or(|code| code != "42501") {
         return None;
@@ -119,16 +119,16 @@ pub(crate) fn missing_privilege(error: &sqlx::Error, otherwise: &str) -> Option<
     ))
 }
 
-/// A time as an integer, in which nothing is lost.
+/// Returns an expression for a time as an integer, without loss.
 fn micros(time: &str) -> String {
     format!("(extract(epoch FROM {time}) OPERATOR(pg_catalog.*) 1000000)::bigint")
 }
 
-/// Whether texts of the database may be any bytes.
+/// A condition: texts of the database may be any bytes.
 const NO_ENCODING: &str = "pg_catalog.getdatabaseencoding() OPERATOR(pg_catalog.=) 'SQL_ASCII'";
 
-/// A text that the server does not verify. From a database without an encoding it would send only UTF-8, so there
-/// the bytes are sent as hexadecimal digits.
+/// Returns an expression for a text that the server does not verify. From a database without an encoding, the server
+/// would send only UTF-8, so there the bytes are sent as hexadecimal digits.
 fn unverified(text: &str) -> String {
     format!(
         "CASE WHEN {NO_ENCODING} \
@@ -163,7 +163,7 @@ impl LockRow {
     }
 }
 
-/// A text of [`unverified`]. Another encoding may have made it: bytes that are not UTF-8 are written as `\xNN`, as the
+/// Reads a text of [`unverified`]. It may have another encoding: bytes that are not UTF-8 are written as `\xNN`, as the
 /// server does in names of applications.
 fn text(row: &PgRow, column: usize, is_hex: bool) -> Result<Option<String>, sqlx::Error> {
     let value = row.try_get_raw(column)?;

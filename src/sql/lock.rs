@@ -1,4 +1,4 @@
-//! Taking locks that are free.
+//! Acquires locks that are free.
 
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
@@ -14,26 +14,26 @@ use crate::request::Need;
 /// The answer to [`try_lock`].
 pub(crate) struct Tried {
     pub(crate) backend_pid: i32,
-    /// How many of all locks were granted before one was not; of any, how many were not before one
-    /// was. `None` on a standby.
+    /// For [`Need::All`], how many locks were granted before one was busy; for [`Need::Any`], how many were busy before
+    /// one was granted. `None` on a standby.
     pub(crate) count: Option<usize>,
-    /// The role has a limit on idle sessions.
+    /// Whether the role has a limit on idle sessions.
     pub(crate) idle_limited: bool,
-    /// The session goes without the settings of [`Keepalives`](crate::options::Keepalives).
+    /// Whether the session does without the settings of [`Keepalives`](crate::options::Keepalives).
     pub(crate) refused: bool,
 }
 
 /// The mark of a session on which the server rejected the settings.
 const REFUSED: &str = "none";
 
-/// Takes locks that are free, returns the backend's pid, and has the server monitor this client.
+/// Acquires locks that are free, returns the backend's pid, and makes the server monitor this client.
 ///
-/// The locks are tried in their order. Of [`Need::All`], the first that is busy ends it; of
-/// [`Need::Any`], the first that is free.
+/// The locks are tried in order. [`Need::All`] stops at the first that is busy, [`Need::Any`] at the first that is
+/// free.
 ///
-/// A connection on which something is prepared has usually been used for a lock before, and has the mark.
-/// Then one lock is one short prepared statement. Without the mark, a second statement does the rest; on
-/// a connection that is fresh, one statement does it all.
+/// A connection with prepared statements has usually been used for a lock before, and has the mark. Then one short
+/// prepared statement acquires one lock. Without the mark, a second statement does the rest. On a fresh connection, one
+/// statement does everything.
 pub(crate) async fn try_lock(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
@@ -41,7 +41,7 @@ pub(crate) async fn try_lock(
     options: &LockOptions,
     with_settings: bool,
 ) -> Result<Tried, sqlx::Error> {
-    // The mark of a session that has the settings, or goes without.
+    // The mark of a session that has the settings, or does without them.
     let wanted = if with_settings { &*options.mark } else { REFUSED };
     let mut granted = None;
     if let &[(key, mode)] = locks
@@ -50,7 +50,7 @@ pub(crate) async fn try_lock(
         match try_one_lock(conn, key, mode).await {
             Ok((backend_pid, is_granted, mark)) => {
                 let refused = mark.as_deref() == Some(REFUSED);
-                // One of all was granted, or none of any was refused.
+                // `All` counts the locks that were granted, and `Any` those that were busy.
                 let count = Some(usize::from(is_granted == (need == Need::All)));
                 let tried = Tried { backend_pid, count, idle_limited: false, refused };
                 let has_mark = mark.as_deref() == Some(wanted);
@@ -59,7 +59,7 @@ pub(crate) async fn try_lock(
                 }
                 granted = is_granted.then_some(tried);
             }
-            // Something has deallocated what was prepared, such as `DISCARD ALL`.
+            // The prepared statement was deallocated, for example by `DISCARD ALL`.
             Err(error) if is_not_prepared(&error) => {
                 Box::pin(conn.clear_cached_statements()).await?;
             }
@@ -81,10 +81,10 @@ pub(crate) async fn try_lock(
     .await
 }
 
-/// Takes a lock if it is free. Returns the backend's pid, whether it was granted, and the mark of the session.
+/// Acquires a lock if it is free. Returns the backend's pid, whether the lock was granted, and the mark of the session.
 ///
-/// The server spends as much time on each function in the statement as on the lock, so whatever can be
-/// computed here is computed here.
+/// The server spends as much time on each function in the statement as on the lock, so the client computes whatever it
+/// can.
 async fn try_one_lock(
     conn: &mut PgConnection,
     key: KeyId,
@@ -104,12 +104,12 @@ async fn try_one_lock(
     Ok(tried)
 }
 
-/// In a prepared statement, the time of the transaction and that of the statement differ by what the
-/// server spends on binding. A transaction that was left open is older: the pool has pinged the
-/// connection since. Asking once too often does no harm.
+/// The difference in microseconds above which a transaction may have been left open. In a prepared statement, the time
+/// of the transaction and that of the statement differ by what the server spends on binding. A transaction that was
+/// left open is older, because the pool has pinged the connection since. Asking once too often does no harm.
 const STANDS_STILL_FOR: i64 = 100;
 
-/// A timestamp of a prepared statement, in microseconds since some time in the past.
+/// Reads a timestamp of a prepared statement, in microseconds since a fixed time in the past.
 fn microseconds(row: &PgRow, column: usize) -> Result<i64, sqlx::Error> {
     let bytes = row.try_get_raw(column)?.as_bytes().map_err(sqlx::Error::Decode)?;
     let bytes = bytes.try_into().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
@@ -121,10 +121,10 @@ const IDLE_LIMIT: &str = "pg_catalog.current_setting('idle_session_timeout', tru
 
 const TRY: &str = call!("pg_try_advisory_lock");
 
-/// The whole of [`try_lock`], on a session that may not have the mark.
+/// Does all of [`try_lock`], on a session that may not have the mark.
 ///
-/// The settings come before the locks: where one is rejected, no lock was taken. The server goes through
-/// the keys in their order, and ends at the first that decides.
+/// The settings come before the locks, so if a setting is rejected, no lock was acquired. The server tries the keys in
+/// order, and stops at the first that decides.
 async fn try_with_settings(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
@@ -145,8 +145,8 @@ async fn try_with_settings(
         )
     };
     let standby = if options.allow_standby { "false" } else { "pg_catalog.pg_is_in_recovery()" };
-    // A session on a standby never gets the mark, so that each acquire asks whether it still is one; nor
-    // does one with a limit on idle sessions, which each holder lifts.
+    // A session on a standby never gets the mark, so that each acquire checks whether the server is still a standby.
+    // Nor does a session with a limit on idle sessions, which each holder disables.
     let statement = format!(
         "SELECT pg_catalog.pg_backend_pid(), {TIME_STANDS_STILL}, {IDLE_LIMIT}, {settings}\
          CASE WHEN NOT pg_catalog.pg_is_in_recovery() \
@@ -164,7 +164,7 @@ async fn try_with_settings(
         refused,
     };
     if row.try_get(1)? && end_transaction(conn).await? {
-        // That has undone the settings, and no lock.
+        // The rollback has undone the settings, but no lock.
         Box::pin(try_with_settings(conn, &[], need, options, mark)).await?;
     }
     Ok(answer)

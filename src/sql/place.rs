@@ -9,14 +9,14 @@ use crate::key::KeyId;
 /// The conditions in this file call it `l`.
 pub(super) const LOCKS: &str = "pg_catalog.pg_lock_status() AS l";
 
-/// A condition: an advisory lock of this database. Keys belong to a database. Extensions have advisory locks of other
-/// kinds, as Citus for its shards.
+/// A condition: the row is an advisory lock of this database, because keys belong to a database. Extensions, such as
+/// Citus for its shards, have advisory locks of other kinds, which are excluded.
 pub(super) const ADVISORY: &str = "l.locktype OPERATOR(pg_catalog.=) 'advisory' \
     AND l.objsubid OPERATOR(pg_catalog.<=) 2 \
     AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d \
     WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())";
 
-/// A condition: a lock on this key.
+/// Returns a condition: the row is a lock on this key.
 pub(super) fn place(key: KeyId) -> String {
     let (classid, objid, objsubid) = match key {
         KeyId::BigInt(number) => {
@@ -34,7 +34,7 @@ pub(super) fn place(key: KeyId) -> String {
     )
 }
 
-/// The key of a lock that the lock table shows there.
+/// Returns the key of a lock from its columns in the lock table.
 pub(super) fn key(classid: i64, objid: i64, objsubid: impl Into<i32>) -> KeyId {
     let half = |oid| u32::try_from(oid).map_or(0, u32::cast_signed);
     if objsubid.into() == 2 {

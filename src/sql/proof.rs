@@ -2,7 +2,7 @@
 
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 
-/// Takes a lock if it is free. Returns the backend's process id, and whether the lock was granted.
+/// Acquires a lock if it is free. Returns the backend's process id, and whether the lock was granted.
 ///
 /// Inside a transaction that is left open, a pooler can't assign the server connection to another client.
 pub(crate) async fn lock(

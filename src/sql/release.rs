@@ -1,4 +1,4 @@
-//! Giving locks up.
+//! Releases locks.
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
@@ -13,21 +13,21 @@ use crate::mode::Mode;
 pub(crate) enum Protocol {
     /// As a prepared statement: cheaper, but the first on a connection takes two messages.
     Extended,
-    /// As one message, which is sent with the first write to the socket. After that, no task may be
-    /// left to write another.
+    /// As one message, which is sent with the first write to the socket. After that, there may be no task left that
+    /// could write another one.
     Simple,
 }
 
 /// The answer to an unlock.
 pub(crate) struct Unlocked {
     pub(crate) backend_pid: i32,
-    /// The session held every one of the locks.
+    /// Whether the session held every one of the locks.
     pub(crate) all: bool,
 }
 
-/// Gives locks up, and puts settings back if told to.
+/// Releases locks, and restores the settings if `put_back` is set.
 ///
-/// One lock, as most are, by the protocol that was asked for; all else in one message.
+/// One lock, the usual case, is released by the requested protocol, and everything else in one message.
 pub(crate) async fn unlock(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
@@ -42,7 +42,7 @@ pub(crate) async fn unlock(
     unlock_all(conn, locks, put_back).await
 }
 
-/// Gives one lock up. `None` if what was prepared is gone.
+/// Releases one lock. Returns `None` if the prepared statement was deallocated.
 async fn unlock_one(
     conn: &mut PgConnection,
     key: KeyId,
@@ -54,7 +54,7 @@ async fn unlock_one(
     );
     match bind(statement, key).fetch_one(&mut *conn).await {
         Ok(row) => Ok(Some(Unlocked { backend_pid: row.try_get(1)?, all: row.try_get(0)? })),
-        // Something has deallocated what was prepared, such as `DISCARD ALL`.
+        // The prepared statement was deallocated, for example by `DISCARD ALL`.
         Err(error) if is_not_prepared(&error) => {
             Box::pin(conn.clear_cached_statements()).await?;
             Ok(None)
@@ -65,11 +65,11 @@ async fn unlock_one(
 
 const UNLOCK: &str = call!("pg_advisory_unlock");
 
-/// An expression that gives locks up, and is true if the session held all of them.
+/// Returns an expression that releases locks, and is true if the session held all of them.
 fn unlocks(locks: &[(KeyId, Mode)]) -> String {
     match *locks {
         [] => "true".to_owned(),
-        // Shorter to plan, and what most releases are.
+        // Shorter to plan, and the usual case.
         [(key, mode)] => {
             format!("pg_catalog.pg_advisory_unlock{}({})", suffix(mode), args(key))
         }
@@ -77,7 +77,7 @@ fn unlocks(locks: &[(KeyId, Mode)]) -> String {
     }
 }
 
-/// Gives locks up, all in one message, and puts settings back if told to.
+/// Releases locks, all in one message, and restores the settings if `put_back` is set.
 pub(crate) async fn unlock_all(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
@@ -92,7 +92,7 @@ pub(crate) async fn unlock_all(
     Ok(Unlocked { backend_pid: row.try_get(0)?, all: row.try_get(1)? })
 }
 
-/// Gives locks up if the statement is answered by this backend. Returns whether it was.
+/// Releases locks if this backend answers the statement. Returns whether it did.
 pub(crate) async fn unlock_on(
     conn: &mut PgConnection,
     backend_pid: i32,
@@ -107,9 +107,10 @@ pub(crate) async fn unlock_on(
     Ok(row.try_get::<i32, _>(0)? == backend_pid)
 }
 
-/// Turns an exclusive lock into a shared one, without a moment in which it is not held.
+/// Downgrades an exclusive lock to a shared one, without a moment in which neither is held.
 ///
-/// The session's own exclusive lock lets it in, ahead of all waiters; `pg_try_…` would not.
+/// Because the session holds the exclusive lock, it is granted the shared one ahead of all waiters; `pg_try_…` would
+/// not grant it.
 pub(crate) async fn downgrade(
     conn: &mut PgConnection,
     key: KeyId,

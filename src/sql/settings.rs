@@ -1,16 +1,16 @@
-//! Settings of the session: those that stay on the pooled connection, and those that are put back.
+//! Settings of the session: those that stay on the pooled connection, and those that are restored.
 
 use sqlx::PgConnection;
 
 use super::fetch;
 use crate::options::Keepalives;
 
-/// How often the server looks whether the client of a running statement is still connected.
+/// How often the server checks whether the client of a running statement is still connected.
 const CHECK_INTERVAL_MS: u32 = 1000;
 
 impl Keepalives {
-    /// Columns that set what an application can't notice, each followed by a comma. These settings
-    /// stay on the pooled connection: the operating system of the client answers the probes, also
+    /// Returns columns that set the TCP keepalives, each followed by a comma. An application can't notice these
+    /// settings, so they stay on the pooled connection: the operating system of the client answers the probes, even
     /// while the application does not read.
     pub(super) fn keepalives(self) -> String {
         let [idle, interval, retries] = self.seconds_and_retries();
@@ -21,10 +21,10 @@ impl Keepalives {
         )
     }
 
-    /// Columns that set how long the server retransmits to a client that still owes it an
-    /// acknowledgement, each followed by a comma.
+    /// Returns columns that set `tcp_user_timeout`, each followed by a comma: how long the server retransmits to a
+    /// client that still owes it an acknowledgement.
     ///
-    /// This also ends a connection whose client does not read for that time, so it is only set while no
+    /// This also ends a connection whose client does not read for that time, so `tcp_user_timeout` is only set while no
     /// application uses the connection.
     pub(super) fn user_timeout(self) -> String {
         let [idle, interval, retries] = self.seconds_and_retries();
@@ -32,7 +32,7 @@ impl Keepalives {
         change(USER_TIMEOUT, &format!("'{milliseconds}'")) + ", "
     }
 
-    /// Columns that set all of this, each followed by a comma.
+    /// Returns columns that set the keepalives, `tcp_user_timeout` and the connection check, each followed by a comma.
     pub(super) fn settings(self, version: Option<u32>) -> String {
         let mut columns = self.keepalives() + &self.user_timeout();
         // New in PostgreSQL 14.
@@ -44,15 +44,15 @@ impl Keepalives {
     }
 }
 
-/// The settings that an application would notice. They are put back when the session ends.
+/// The settings that an application would notice. They are restored when the session ends.
 const CHANGED: [&str; 4] = [APPLICATION_NAME, CHECK_INTERVAL, IDLE_TIMEOUT, USER_TIMEOUT];
 const APPLICATION_NAME: &str = "application_name";
 const CHECK_INTERVAL: &str = "client_connection_check_interval";
 const IDLE_TIMEOUT: &str = "idle_session_timeout";
 const USER_TIMEOUT: &str = "tcp_user_timeout";
 
-/// Two columns that change a setting. The first one saves its old value in a setting of ours, with a
-/// mark in front because the value may be empty.
+/// Returns two columns that change a setting. The first one saves the old value in a setting of ours, with `=` in front
+/// because the value may be empty.
 fn change(name: &str, value: &str) -> String {
     format!(
         "CASE WHEN coalesce(pg_catalog.current_setting('pglock.{name}', true), '') \
@@ -63,7 +63,7 @@ fn change(name: &str, value: &str) -> String {
     )
 }
 
-/// A column that puts a setting back if it was changed.
+/// Returns a column that restores a setting if it was changed.
 fn put_back_one(name: &str) -> String {
     format!(
         "CASE WHEN pg_catalog.current_setting('pglock.{name}', true) OPERATOR(pg_catalog.<>) '' \
@@ -73,8 +73,8 @@ fn put_back_one(name: &str) -> String {
     )
 }
 
-/// Columns that put back all that was changed, and remove the mark: a role's limit on idle sessions applies
-/// again.
+/// Returns columns that restore all settings that were changed. They also remove the mark if a role's limit on idle
+/// sessions applies again.
 pub(super) fn put_back_all() -> String {
     format!(
         "CASE WHEN pg_catalog.current_setting('pglock.{IDLE_TIMEOUT}', true) OPERATOR(pg_catalog.<>) '' \
@@ -83,34 +83,34 @@ pub(super) fn put_back_all() -> String {
     )
 }
 
-/// Puts back all settings that were changed.
+/// Restores all settings that were changed.
 pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     fetch(conn, format!("SELECT {}", put_back_all())).await.map(drop)
 }
 
-/// Prepares the session for statements of the application: puts back what a slow reader would notice, and
-/// has the server check during a long statement whether this client is still connected.
-pub(crate) async fn lend(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+/// Prepares the session for statements of the application: restores `tcp_user_timeout`, which would end the connection of
+/// a slow reader. With `checks`, the server also checks during a long statement whether this client is still connected.
+pub(crate) async fn lend(conn: &mut PgConnection, checks: bool) -> Result<(), sqlx::Error> {
     let mut columns = put_back_one(USER_TIMEOUT);
     // New in PostgreSQL 14.
-    if conn.server_version_num() >= Some(140_000) {
+    if checks && conn.server_version_num() >= Some(140_000) {
         columns += ", ";
         columns += &check_connection();
     }
     fetch(conn, format!("SELECT {columns}")).await.map(drop)
 }
 
-/// Columns that have the server check whether the client of a running statement is still connected.
+/// Returns columns that make the server check whether the client of a running statement is still connected.
 fn check_connection() -> String {
     change(CHECK_INTERVAL, &format!("'{CHECK_INTERVAL_MS}'"))
 }
 
-/// Lifts the role's limit on idle sessions, because a holder may be idle.
+/// Disables the role's limit on idle sessions, because a holder may be idle.
 pub(crate) async fn lift_idle_timeout(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     fetch(conn, format!("SELECT {}", change(IDLE_TIMEOUT, "'0'"))).await.map(drop)
 }
 
-/// Has the server probe a client that is silent. An application can't notice that.
+/// Makes the server probe a silent client. An application can't notice that.
 pub(crate) async fn probe(
     conn: &mut PgConnection,
     keepalives: Keepalives,
@@ -118,7 +118,7 @@ pub(crate) async fn probe(
     fetch(conn, format!("SELECT {}true", keepalives.keepalives())).await.map(drop)
 }
 
-/// Shows a name in `application_name`, which is all that others see of a session.
+/// Shows a name in `application_name`, which is all that other clients see of a session.
 pub(crate) async fn show_name(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
     let statement = format!("SELECT {}", change(APPLICATION_NAME, "$1"));
     let query = sqlx::query(sqlx::AssertSqlSafe(statement)).persistent(false);

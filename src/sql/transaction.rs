@@ -20,8 +20,8 @@ pub(crate) enum Tried {
 
 /// Acquires a transaction-level lock on the connection if it is free.
 ///
-/// By the simple protocol, because behind a pooler in transaction mode the next transaction does not
-/// find what was prepared.
+/// Uses the simple protocol, because behind a pooler in transaction mode the next transaction does not find prepared
+/// statements.
 pub(crate) async fn try_lock(
     conn: &mut PgConnection,
     key: KeyId,
@@ -45,13 +45,13 @@ pub(crate) async fn try_lock(
     })
 }
 
-/// Waits in the server's queue for a transaction-level lock. Returns whether it was granted: after the limit, or at once
-/// if `plainly` has just been set, `false`.
+/// Waits in the server's queue for a transaction-level lock. Returns whether the lock was granted: `false` after the
+/// limit, or at once if this call has set `plainly`.
 ///
 /// The transaction is the caller's, so its settings are restored, and it stays usable after a timeout.
 ///
 /// Waits in a PL/pgSQL block, which catches the timeout, so the server logs nothing. If the role may not use PL/pgSQL,
-/// `plainly` is set, and a call waits; the server logs each timeout of it as an error.
+/// sets `plainly`. With `plainly`, waits in a plain call, of which the server logs each timeout as an error.
 pub(crate) async fn wait(
     conn: &mut PgConnection,
     key: KeyId,
@@ -124,8 +124,8 @@ const WAIT: &str = "DO $$ DECLARE \
     EXCEPTION WHEN lock_not_available THEN NULL; \
     END $$";
 
-/// One message, in which `statement_timeout` is lifted before the statement that it would end. The
-/// savepoint is there for a server that refuses the block.
+/// Sends one message, which disables `statement_timeout` before the statement that it would end. The savepoint is
+/// needed if the server refuses the block.
 async fn wait_in_block(
     conn: &mut PgConnection,
     key: KeyId,
@@ -158,8 +158,8 @@ async fn wait_in_block(
     Ok(granted == "true")
 }
 
-/// Without PL/pgSQL nothing catches the timeout, so it is rolled back here. `log_lock_waits` is turned
-/// off for superusers only, because an attempt that fails would end the statement.
+/// Waits in a plain call. Without PL/pgSQL, nothing catches the timeout, so the wait is rolled back here.
+/// `log_lock_waits` is turned off for superusers only, because an attempt that fails would end the statement.
 async fn wait_in_call(
     conn: &mut PgConnection,
     key: KeyId,

@@ -15,35 +15,36 @@ use crate::options::Keepalives;
 pub(crate) struct Slice {
     pub(crate) key: KeyId,
     pub(crate) mode: Mode,
-    /// After so long, the server ends the wait. Longer than `deadlock_timeout` if there is time for
-    /// that, because a deadlock would look like a timeout otherwise.
+    /// How long the server waits before it ends the wait. Longer than `deadlock_timeout` if there is time for that,
+    /// because otherwise a deadlock would look like a timeout.
     pub(crate) limit: Duration,
-    /// Set for as long as the session holds the lock, unless the server rejects it.
+    /// The values for `tcp_user_timeout`, which is set until the session ends or its connection is borrowed, unless
+    /// the server rejects it.
     pub(crate) keepalives: Option<Keepalives>,
 }
 
 /// The answer to a wait.
 pub(crate) struct Waited {
     pub(crate) backend_pid: i32,
-    /// If not, the slice is over; the timeout can have struck after the grant.
+    /// If false, the slice is over; the timeout can have struck after the grant.
     pub(crate) granted: bool,
 }
 
 /// Waits for a lock in the server's queue.
 ///
-/// One message of several statements, which the server runs as one transaction, so the snapshot that a
-/// waiting statement holds ends with it, and so do the settings that are made for the wait:
+/// Sends one message of several statements, which the server runs as one transaction. The snapshot that a waiting
+/// statement holds ends with that transaction, and so do the settings that are made for the wait:
 ///
-/// 1. No limits of the role on statements, and `lock_timeout`.
-/// 2. `log_lock_waits` is off if the role may set it. Then the server checks whether this client is still
-///    connected. Otherwise it must not, because before PostgreSQL 19 each check logs again that the session
-///    still waits.
+/// 1. Disable the role's limits on statements, and set `lock_timeout`.
+/// 2. Turn `log_lock_waits` off, if the role may set it. Then the server checks whether this client is still connected.
+///    If waits are logged, it must not check, because before PostgreSQL 19 each check logs again that the session still
+///    waits.
 /// 3. Wait. The timeout is caught, so the server logs no error.
-/// 4. Return the result, which `DO` can't: the backend's process id, negative after a timeout. What comes
-///    after the grant is on the way from one holder to the next, so it is `SHOW`, which needs no plan.
+/// 4. Return the result, which `DO` can't: the backend's process id, negative after a timeout. Everything after the
+///    grant delays the hand-off from one holder to the next, so this statement is `SHOW`, which needs no plan.
 ///
-/// The text of the third one contains neither key nor limit, so the number of entries in
-/// `pg_stat_statements` is bounded.
+/// The text of the third statement contains neither key nor limit, so the number of entries in `pg_stat_statements` is
+/// bounded.
 pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited, sqlx::Error> {
     let settings = settings(conn, slice);
     let call = call(slice, "pg_catalog.current_setting('pglock.key')");
@@ -79,8 +80,8 @@ pub(crate) async fn wait(conn: &mut PgConnection, slice: Slice) -> Result<Waited
     Ok(Waited { backend_pid: backend_pid.abs(), granted: backend_pid > 0 })
 }
 
-/// A call that sets whether the server checks if this client is still connected. New in PostgreSQL 14, and rejected where
-/// the server's operating system can't tell.
+/// Returns a call that sets whether the server checks if this client is still connected. The setting is new in
+/// PostgreSQL 14, and is rejected if the server's operating system can't detect that.
 fn check_connection(conn: &PgConnection) -> Option<String> {
     let interval = match conn.server_version_num() {
         Some(190_000..) => "'1000'",
@@ -92,15 +93,15 @@ fn check_connection(conn: &PgConnection) -> Option<String> {
     Some(format!("pg_catalog.set_config('client_connection_check_interval', {interval}, true)"))
 }
 
-/// The same for a role that may not use the language plpgsql. A slice that ends is an error on the server
-/// (55P03), which it logs.
+/// As [`wait`], for a role that may not use the language plpgsql. The end of a slice is an error (55P03), which the
+/// server logs.
 pub(crate) async fn wait_plainly(
     conn: &mut PgConnection,
     slice: Slice,
 ) -> Result<Waited, sqlx::Error> {
     let (settings, call) =
         (settings(conn, slice), call(slice, &format!("'{}'", numbers(slice.key))));
-    // Where the server has rejected another setting, or this one, it does without.
+    // If the server has rejected this setting or another one, the wait does without it.
     let check = slice.keepalives.and_then(|_| check_connection(conn));
     let check = check.map_or_else(String::new, |check| format!("SELECT {check}; "));
     let statement = format!("{settings}; {check}SELECT {call}; SELECT pg_catalog.pg_backend_pid()");
@@ -123,7 +124,7 @@ fn settings(conn: &PgConnection, slice: Slice) -> String {
     settings
 }
 
-/// Calls the function that waits, with the key in `text`.
+/// Returns a call of the function that waits, with the key in `text`.
 fn call(slice: Slice, text: &str) -> String {
     let args = match slice.key {
         KeyId::BigInt(_) => format!("{text}::bigint"),
@@ -135,7 +136,7 @@ fn call(slice: Slice, text: &str) -> String {
     format!("pg_catalog.pg_advisory_lock{}({args})", suffix(slice.mode))
 }
 
-/// A key as text.
+/// Returns a key as text.
 fn numbers(key: KeyId) -> String {
     match key {
         KeyId::BigInt(number) => number.to_string(),

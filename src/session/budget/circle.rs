@@ -1,9 +1,9 @@
-//! The circle that a budget must keep from closing: who holds a lock waits for a connection to work on, and the
-//! connections are those of calls that wait for this lock.
+//! The circular wait that a budget must prevent: the holder of a lock waits for a connection to work on, while all
+//! connections are used by calls that wait for this lock.
 //!
-//! Every state that two processes with a pool each can reach is visited. Any number of tasks want one of two keys.
-//! Each of them acquires on a connection of its own, keeps it as long as the lock, and needs a second one to work
-//! under the lock.
+//! The test visits every state that two processes with a pool each can reach. Any number of tasks acquire one of two
+//! keys. Each task acquires on a connection of its own, keeps the connection as long as the lock, and needs a second
+//! one to work under the lock.
 
 #![expect(clippy::indexing_slicing, reason = "a key or a process that is not there fails the test")]
 
@@ -18,14 +18,14 @@ const KEYS: usize = 2;
 
 #[derive(Clone, Copy, Default, Eq, Hash, PartialEq)]
 struct Process {
-    /// The connections that wait for each key.
+    /// How many connections wait for each key.
     waiting: [u32; KEYS],
-    /// Whether the lock of each key is held here, and if so, whether its holder works.
+    /// For each key, `None` if its lock is not held here; otherwise whether the holder has a connection to work on.
     held: [Option<bool>; KEYS],
 }
 
 impl Process {
-    /// The connections that locks have.
+    /// How many connections locks use.
     fn of_locks(&self) -> u32 {
         let held = self.held.iter().flatten().map(|_| 1).sum::<u32>();
         self.waiting.iter().sum::<u32>() + held
@@ -39,7 +39,7 @@ impl Process {
 
 type State = [Process; 2];
 
-/// The states that follow upon this one if pools have `size` connections, of which locks may use `limit`.
+/// Returns the states that can follow this one if each pool has `size` connections, of which locks may use `limit`.
 fn next(state: State, size: u32, limit: u32) -> Vec<State> {
     let mut states = Vec::new();
     for place in 0..state.len() {
@@ -73,7 +73,7 @@ fn next(state: State, size: u32, limit: u32) -> Vec<State> {
     states
 }
 
-/// Whether some task can go on in every state that can be reached.
+/// Whether some task can make progress in every reachable state.
 fn always_goes_on(size: u32, limit: u32) -> bool {
     let begin: State = from_fn(|_| Process::default());
     let (mut seen, mut left) = (HashSet::from([begin]), vec![begin]);

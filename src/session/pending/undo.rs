@@ -1,4 +1,4 @@
-//! Taking an acquire back that was refused, has failed, or was dropped.
+//! Undoes an acquire that was refused, has failed, or was dropped.
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::session::task::Task;
 use crate::session::{DEADLINE, Session, within_task};
 
 impl Pending {
-    /// Takes an acquire back that was refused, and what it was granted before.
+    /// Undoes an acquire that was refused, and releases the locks that it was granted before.
     pub(crate) async fn withdraw(mut self) {
         if let Some(slot) = self.slot.take_if(|_| self.claimed.is_empty()) {
             self.settled = true;
@@ -34,7 +34,7 @@ impl Pending {
         }
     }
 
-    /// Takes an acquire back that failed, and waits until it holds nothing, unless the server is silent.
+    /// Undoes an acquire that failed, and waits until it holds nothing, unless the server does not answer.
     pub(super) async fn fail(mut self, error: sqlx::Error) -> Error {
         let answered = is_answer(&error);
         // The server has answered, so there is nothing to cancel.
@@ -49,7 +49,7 @@ impl Pending {
                 sqlx::Error::Io(io::Error::new(io::ErrorKind::BrokenPipe, error.to_string()));
             self.session.give_up(&Loss::broken(broken));
         }
-        // If the runtime is shut down, so is the connection.
+        // If the runtime is shut down, the connection is closed with it.
         let undo = self.undo();
         if answered {
             undo.await;
@@ -87,8 +87,8 @@ impl Drop for Pending {
     }
 }
 
-/// Has the server stop what it is doing for an acquire that was refused or dropped, or has failed, and releases what it
-/// has granted.
+/// Stops the server's work for an acquire that was refused or dropped, or has failed, and releases the locks that the
+/// server has granted.
 async fn clean_up(
     session: Arc<Session>,
     slot: Option<ConnGuard>,
@@ -99,7 +99,7 @@ async fn clean_up(
 ) {
     let mut slot = match slot {
         Some(slot) => slot,
-        // Nothing is to be taken back, and others end the session.
+        // There is nothing to undo, and another guard or call will end the session.
         None if stage == Stage::Idle && claimed.is_empty() && session.ledger().done_early() => {
             return;
         }

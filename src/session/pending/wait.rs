@@ -1,4 +1,4 @@
-//! Waiting for what is busy, in the server's queue.
+//! Waits for busy locks in the server's queue.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -12,21 +12,21 @@ use crate::error::{Error, Loss, Result, is_answer, refuses_settings, sqlstate};
 use crate::key::KeyId;
 use crate::metrics;
 use crate::mode::Mode;
+use crate::session::conn::Use;
 use crate::session::policy::{GRACE, WaitPolicy};
 use crate::session::slot::Unavailable;
 use crate::session::{silence, within};
 use crate::sql;
 use crate::sql::wait::{Slice, Waited};
 
-/// How long a slice lasts in which the session keeps its other guards waiting.
+/// How long a slice lasts at most if other guards of the session have to wait for the connection.
 const JOINED_SLICE: Duration = Duration::from_secs(5);
 
-/// How much later than the server an unbounded wait gives up.
+/// How much longer than the slice an unbounded wait lasts if the server does not answer.
 const LATE: Duration = Duration::from_secs(8);
 
 impl Pending {
-    /// Waits in the server's queue, slice by slice, for one lock after the other. `None` if the
-    /// time is over.
+    /// Waits in the server's queue, slice by slice, for one lock after the other. Returns `None` if the time is over.
     ///
     /// Between two slices the session's connection is free for its other handles.
     pub(super) async fn wait(
@@ -51,8 +51,8 @@ impl Pending {
                 return Err(self.fail(error).await);
             }
             let limit = self.slice(left).await;
-            let keepalives = (!session.settings_refused.load(Ordering::Relaxed))
-                .then(|| self.session.options().keepalives);
+            let is_rejected = self.conn().is_ok_and(|conn| conn.settings.rejected);
+            let keepalives = (!is_rejected).then(|| session.options().keepalives);
             let asked = Instant::now();
             let slice = Slice { key, mode, limit, keepalives };
             // The drop of `self` cleans up.
@@ -72,7 +72,7 @@ impl Pending {
                 Err(error) => match sqlstate(&error).as_deref() {
                     // The timeout was not caught, so the slice is over, and the lock may be held.
                     Some("55P03") => false,
-                    // The role may not use plpgsql, or not make a setting.
+                    // The role may not use plpgsql, or may not change a setting.
                     Some("42501" | "42704") if !plainly => {
                         self.stage = Stage::Idle;
                         plainly = true;
@@ -80,7 +80,9 @@ impl Pending {
                     }
                     _ if keepalives.is_some() && refuses_settings(&error) => {
                         self.stage = Stage::Idle;
-                        session.settings_refused.store(true, Ordering::Relaxed);
+                        if let Ok(conn) = self.conn() {
+                            conn.settings.rejected = true;
+                        }
                         plainly = session.server.waits_plainly.load(Ordering::Relaxed);
                         continue;
                     }
@@ -91,17 +93,15 @@ impl Pending {
             let limit = policy.answer_limit();
             let granted = match timeout(limit, self.is_granted(granted, key, mode)).await {
                 Ok(Ok(granted)) => granted,
-                Ok(Err(error)) => return Err(self.fail(error).await),
-                // The drop of `self` cleans up.
-                Err(_) if is_over(policy) => return Ok(None),
-                Err(_) => return Err(self.fail(silence(limit)).await),
+                failed => return self.stop(failed.ok().and_then(Result::err), limit, policy).await,
             };
             if granted {
-                // Before it counts as held, which the clock would find too old.
+                // Confirmed before the lock counts as held; otherwise the clock would end the session, because its last
+                // answer is too old.
                 if let Err(error) = self.confirm(asked).await {
                     return Err(self.fail(error).await);
                 }
-                // A loss shows when the acquire is settled.
+                // A loss is reported when the acquire is settled.
                 self.count(0..1);
             }
             self.stage = Stage::Idle;
@@ -109,11 +109,11 @@ impl Pending {
                 if self.missing.is_empty() {
                     return self.granted(policy).await.map(Some);
                 }
-                // The next ones may be free.
+                // The next locks may be free.
                 match self.ask(policy.answer_limit()).await {
                     Ok(Verdict::Granted) => return self.granted(policy).await.map(Some),
                     Ok(Verdict::Busy) => {}
-                    // It was neither when the first one was granted.
+                    // The connection was neither when the first lock was granted.
                     Ok(Verdict::Pooled | Verdict::Standby) => {
                         return Err(Error::NoExclusion { key: self.request.key().clone() });
                     }
@@ -123,15 +123,13 @@ impl Pending {
             self.slot = None;
             match session.connection_for_acquire(policy).await {
                 Ok(slot) => {
-                    // The application may have had it between two slices.
+                    // The application may have borrowed the connection between two slices.
                     let limit = policy.answer_limit();
                     let tidied = timeout(limit, self.slot.insert(slot).tidied()).await;
-                    match tidied.map(|tidied| tidied.map(drop)) {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => return Err(self.fail(error).await),
-                        // The drop of `self` cleans up.
-                        Err(_) if is_over(policy) => return Ok(None),
-                        Err(_) => return Err(self.fail(silence(limit)).await),
+                    let tidied = tidied.map(|tidied| tidied.map(drop));
+                    if !matches!(tidied, Ok(Ok(()))) {
+                        let failed = tidied.ok().and_then(Result::err);
+                        return self.stop(failed, limit, policy).await;
                     }
                 }
                 Err(Unavailable::TimedOut) => return Ok(None),
@@ -143,8 +141,24 @@ impl Pending {
         }
     }
 
-    /// Waits for a slice. Returns an error if the session was lost, the pool closed, or the server is silent; `None` if
-    /// it is silent and the caller's time is over.
+    /// Ends a wait after a statement that failed, or did not return within `limit`. Returns `None` if the caller's time is
+    /// over.
+    async fn stop(
+        self,
+        failed: Option<sqlx::Error>,
+        limit: Duration,
+        policy: WaitPolicy,
+    ) -> Result<Option<Granted>> {
+        match failed {
+            Some(error) => Err(self.fail(error).await),
+            // The drop of `self` cleans up.
+            None if policy.left().is_some_and(|left| left.is_zero()) => Ok(None),
+            None => Err(self.fail(silence(limit)).await),
+        }
+    }
+
+    /// Waits for one slice. Returns an error if the session was lost, the pool was closed, or the server does not
+    /// answer; `None` if the server does not answer and the caller's time is over.
     async fn wait_once(
         &mut self,
         slice: Slice,
@@ -153,14 +167,17 @@ impl Pending {
     ) -> Result<Option<Result<Waited, sqlx::Error>>> {
         let session = Arc::clone(&self.session);
         let key = self.request.key().clone();
-        if slice.keepalives.is_some() {
-            session.restore_settings();
-            session.has_user_timeout.store(true, Ordering::Relaxed);
-        }
         self.stage = Stage::Waiting(Instant::now() + slice.limit);
-        let slot = self.slot.as_mut();
+        let conn = self.conn();
         let waiting = async {
-            let pg = slot.ok_or(sqlx::Error::PoolClosed)?.pg()?;
+            let conn = conn?;
+            if slice.keepalives.is_some() {
+                conn.settings.to_restore = true;
+                if conn.settings.made_for == Use::Application {
+                    conn.settings.made_for = Use::Statements;
+                }
+            }
+            let pg = conn.pg()?;
             if plainly {
                 sql::wait::wait_plainly(pg, slice).await
             } else {
@@ -181,16 +198,16 @@ impl Pending {
         }
     }
 
-    /// How long the next statement waits at most.
+    /// Returns how long the next statement waits at most.
     ///
-    /// A waiter that is re-queued loses its place, so slices are long; but a snapshot must not get old. They
-    /// vary, so that waiters don't re-queue in step. A session with other guards or handles waits for a shorter time,
-    /// because they wait for the connection.
+    /// Slices are long, because a waiter that is re-queued loses its place; but the snapshot of the statement must not
+    /// get old. Slices vary, so that waiters don't re-queue in step. A session with other guards or handles waits for a
+    /// shorter time, because those wait for the connection.
     async fn slice(&mut self, left: Option<Duration>) -> Duration {
         let deadlock_timeout = self.deadlock_timeout().await;
         let longest = self.session.options().slice();
         let session = &self.session;
-        // Others may join a session that was kept for a guard, also after that is released.
+        // Other handles may join a session that was kept for a guard, even after that guard is released.
         let is_joined = session.kept_since.get().is_some() && !session.ledger().is_pinned();
         let slice = if is_joined || session.ledger().has_more_than(self.claimed.len()) {
             longest.min(JOINED_SLICE)
@@ -203,7 +220,7 @@ impl Pending {
         left.map_or(slice, |left| left.min(slice))
     }
 
-    /// The server's `deadlock_timeout`, which is asked for once.
+    /// Returns the server's `deadlock_timeout`, which is queried once.
     async fn deadlock_timeout(&mut self) -> Duration {
         let server = Arc::clone(&self.session.server);
         if let Some(known) = server.deadlock_timeout.get() {
@@ -211,13 +228,13 @@ impl Pending {
         }
         let limit = self.session.heartbeat.answer_limit();
         let asking = within(limit, async { sql::backend::deadlock_timeout(self.pg()?).await });
-        // If the connection is broken, the wait will say so.
+        // If the connection is broken, the wait will fail.
         let asked = asking.await.ok().flatten().and_then(|asked| u64::try_from(asked).ok());
         let Some(milliseconds) = asked else { return Duration::from_secs(1) };
         *server.deadlock_timeout.get_or_init(|| Duration::from_millis(milliseconds))
     }
 
-    /// Whether a wait has got the lock: its timeout can strike after the grant.
+    /// Returns whether a wait was granted the lock: its timeout can strike after the grant.
     async fn is_granted(
         &mut self,
         granted: bool,
@@ -231,7 +248,7 @@ impl Pending {
         let pg = self.pg()?;
         match sql::backend::holdings(pg, &[pid]).await {
             Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
-            // The role may not ask. Then the server warns of what was not held.
+            // The role may not list locks. The lock is released in any case, and the server warns if it was not held.
             Err(error) if is_answer(&error) => {
                 sql::release::unlock_all(pg, &[(key, mode)], false).await?;
                 Ok(false)
@@ -242,8 +259,8 @@ impl Pending {
 
     /// Makes sure that the server still receives from us, after a wait in which nothing was sent to it.
     ///
-    /// The grant proves only that we receive from the server. An answer proves that the server receives from us,
-    /// and is not about to close the connection; and it says which backend sent it.
+    /// The grant proves only that we receive from the server. An answer proves that the server receives from us, and is
+    /// not about to close the connection. It also says which backend sent it.
     async fn confirm(&mut self, waiting_since: Instant) -> Result<(), sqlx::Error> {
         let mut asked = waiting_since;
         let heartbeat = self.session.heartbeat;
@@ -259,9 +276,4 @@ impl Pending {
         self.session.trust(asked);
         Ok(())
     }
-}
-
-/// Whether the caller's time is over.
-fn is_over(policy: WaitPolicy) -> bool {
-    policy.left().is_some_and(|left| left.is_zero())
 }
