@@ -1,4 +1,4 @@
-//! Contestants who take turns, and a table of how they compare.
+//! Runs contestants in turns, and prints a table that compares them.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -23,7 +23,7 @@ pub(crate) struct Contest<C> {
     samples: Vec<Duration>,
 }
 
-/// What is aimed at, in words, and whether a ratio and a time in microseconds meet it.
+/// A target in words, and a function that returns whether a ratio and a time in microseconds meet it.
 type Target = (&'static str, fn(ratio: f64, micros: f64) -> bool);
 
 impl<C: Contestant> Contest<C> {
@@ -37,8 +37,8 @@ impl<C: Contestant> Contest<C> {
     }
 }
 
-/// Lets the contestants take turns for about as long as `time`, so that whatever disturbs the
-/// machine disturbs them all. The first round, in which caches fill, does not count.
+/// Runs the contestants in turns for about as long as `time`, so that a disturbance of the machine affects all of
+/// them. The first round, in which caches fill, does not count.
 pub(crate) async fn compete<C: Contestant + Send>(
     contests: &mut [Contest<C>],
     time: Duration,
@@ -55,9 +55,9 @@ pub(crate) async fn compete<C: Contestant + Send>(
     Ok(())
 }
 
-/// Prints one figure of each contestant's samples: the one that the fraction `q` of them does not exceed.
+/// Prints the quantile `q` of each contestant's samples, and its ratio to that of the first contestant.
 ///
-/// The first contestant's is 1.00. A missed target is reported, but is no failure: the machine may be busy.
+/// A missed target is reported, but is not a failure, because the machine may be busy.
 pub(crate) fn print_table<C>(figure: &str, q: f64, contests: &[Contest<C>]) {
     let one = contests.first().map_or(f64::NAN, |first| quantile(&first.samples, q));
     println!("\n{figure:<44}{:>10}{:>12}   target", "ratio", "µs");

@@ -1,4 +1,4 @@
-//! A free lock, acquired and released, with a connection from the pool each time.
+//! Measures acquiring and releasing a free lock, each time with a connection from the pool.
 
 mod contest;
 mod support;
@@ -28,7 +28,7 @@ fn main() -> Result<(), BoxDynError> {
 async fn free(time: Duration) -> Result<(), BoxDynError> {
     let db = Arc::new(TestDb::new().await);
     let contests = compete(&db, time / 2).await?;
-    // Alone on its thread, a waiter is woken by its own answer only.
+    // On a runtime with one thread, only the server's answer wakes a waiting task.
     let alone = {
         let db = Arc::clone(&db);
         let runtime = Builder::new_current_thread().enable_all().build()?;

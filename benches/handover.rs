@@ -1,13 +1,13 @@
-//! A busy lock that goes from one process to another, which waits for it.
+//! Measures the hand-off of a busy lock from one process to another that waits for it.
 //!
 //! Each way to lock has two processes, copies of this program, that hold the lock in turns. They read
 //! commands on their standard input, and answer on their standard output. The holder gets the command
-//! to release only when the server shows that the other one is in the queue. The benchmark measures the
-//! time from just before the release, in the one process, until the acquire has returned, in the other, by
+//! to release only when the server shows that the waiter is in the queue. The benchmark measures the
+//! time from just before the release in one process until the acquire has returned in the other, by
 //! the clock that both have in common. Meanwhile this process sleeps.
 //!
-//! One way waits as pglock does, in a statement that ends its own wait, but by hand: the difference to the
-//! plain one is what that statement costs, and the rest is what pglock does.
+//! One way is SQL by hand that waits as pglock does, in a statement that ends its own wait. Its difference to plain SQL
+//! by hand is the cost of that statement; the rest is the cost of pglock.
 
 #![expect(clippy::print_stdout, reason = "the parties answer there")]
 
@@ -34,7 +34,8 @@ const KEY_OF_SQL: i64 = 2;
 const KEY_OF_MANAGER: i64 = 3;
 const KEY_OF_SLICES: i64 = 4;
 
-/// A wait for [`KEY_OF_SLICES`] that ends after 5 s without an error in the server's log, and reports whether it did.
+/// A statement that waits for [`KEY_OF_SLICES`] for at most 5 s, without an error in the server's log, and returns
+/// whether the lock was granted.
 const SLICE: &str = "SET LOCAL statement_timeout = 0; \
     DO $$ BEGIN \
       PERFORM set_config('bench.granted', pg_backend_pid()::text, true); \
@@ -83,7 +84,7 @@ struct Pair {
     key: i64,
     holder: Party,
     waiter: Party,
-    /// The server's process that the waiter waits in.
+    /// The pid of the backend in which the waiter waits.
     queued: i32,
     admin: PgConnection,
 }
@@ -97,7 +98,7 @@ impl Pair {
         Ok(pair)
     }
 
-    /// Lets the waiter wait, and makes sure that it does.
+    /// Makes the waiter wait, and returns when the server shows it in the queue.
     async fn queue(&mut self) -> Result<(), BoxDynError> {
         self.waiter.tell("acquire").await?;
         loop {
@@ -112,7 +113,7 @@ impl Pair {
             }
             sleep(Duration::from_millis(1)).await;
         }
-        // The machine comes to rest.
+        // Gives the machine time to come to rest.
         sleep(Duration::from_millis(3)).await;
         Ok(())
     }
@@ -136,14 +137,14 @@ impl Contestant for Pair {
     }
 }
 
-/// One of the two processes, as seen from here. It ends with this, or with its standard input.
+/// A handle of one of the two processes. The process ends when the handle is dropped, or with its standard input.
 struct Party {
     _process: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
 }
 
-/// When something happened since 1970, and in which process of the server.
+/// The time of an event since 1970, and the pid of its backend.
 struct Answer {
     at: Duration,
     backend_pid: i32,
@@ -178,7 +179,7 @@ impl Party {
     }
 }
 
-/// Runs as one of the two processes: executes the commands.
+/// Executes the commands, as one of the two processes.
 async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
     let mut way = match key {
         KEY_OF_SQL | KEY_OF_SLICES => Way::by_hand(PgConnection::connect(&url).await?).await?,
@@ -195,7 +196,7 @@ async fn obey(key: i64, url: String) -> Result<(), BoxDynError> {
                 let backend_pid = way.acquire(key).await?;
                 println!("{} {backend_pid}", now()?.as_nanos());
             }
-            // Answers later: the other party shall have the machine for itself.
+            // Answers only to the next command, so that the other party has the machine for itself.
             "release" => {
                 released = now()?;
                 way.release(key).await?;

@@ -1,8 +1,8 @@
-//! Many locks that are held for long: what it costs to watch them.
+//! Measures what it costs to monitor many locks that are held for long.
 //!
-//! Each handle has a session of its own, which is listened to, and asked at every heartbeat. Measured is
-//! this process, by what Linux says of it; the same number of connections that are merely open stands
-//! beside it.
+//! Each handle has a session of its own, on which the crate listens and sends heartbeats. The benchmark
+//! measures this process by the figures of Linux, and compares it with the same number of connections that are
+//! merely open.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -17,7 +17,7 @@ use sqlx::PgPool;
 use sqlx::error::BoxDynError;
 use tokio::time::sleep;
 
-/// Ticks of the clock by which Linux counts CPU time: the same on all machines.
+/// The clock ticks by which Linux counts CPU time, the same on all machines.
 const TICKS_PER_SECOND: f64 = 100.0;
 
 fn main() -> Result<(), BoxDynError> {
@@ -40,13 +40,13 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
     sleep(time).await;
     let idled = Usage::now()?;
 
-    // One to spare, because listening to the sessions takes another connection.
+    // One connection is spare, because listening to the sessions takes another one.
     let pool = db.pool(locks + 1).await;
     let mut guards = Vec::new();
     for key in 0..locks {
         guards.push(Lock::new(&pool, i64::from(key)).acquire().await?);
     }
-    // They begin to be listened to, one after the other.
+    // Meanwhile, the crate begins to listen to the sessions, one after the other.
     sleep(Duration::from_secs(2)).await;
     let watched = Usage::now()?;
     sleep(time).await;
@@ -72,7 +72,7 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// A lock that was lost meanwhile would cost nothing.
+/// Returns an error if a lock was lost meanwhile, because a lost lock costs nothing.
 fn check(pool: &PgPool, guards: &[ExclusiveGuard]) -> Result<(), BoxDynError> {
     let lost = guards.iter().filter(|guard| guard.is_lost()).count();
     if lost > 0 {
@@ -81,19 +81,19 @@ fn check(pool: &PgPool, guards: &[ExclusiveGuard]) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// What this process has used.
+/// The CPU time and the memory that this process has used.
 struct Usage {
     cpu_s: f64,
     resident_kib: f64,
 }
 
 impl Usage {
-    /// From `/proc`; zero where there is none.
+    /// Reads `/proc`. Returns zeros if there is none.
     fn now() -> Result<Self, BoxDynError> {
         let Ok(stat) = fs::read_to_string("/proc/self/stat") else {
             return Ok(Self { cpu_s: 0.0, resident_kib: 0.0 });
         };
-        // The name, in parentheses, may hold spaces. Behind it, user and system time are 12th and 13th.
+        // The name, in parentheses, may contain spaces. User and system time are the 12th and 13th field after it.
         let (_, fields) = stat.rsplit_once(") ").ok_or("/proc/self/stat has no name")?;
         let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<f64>);
         let cpu_s = ticks.sum::<Result<f64, _>>()? / TICKS_PER_SECOND;

@@ -1,7 +1,7 @@
-//! A hot key: many tasks of one process that want the same lock, and a query that needs the same pool.
+//! Measures a hot key: many tasks of one process that acquire the same lock, and a query that needs the same pool.
 //!
-//! For each way: how many cycles it has done, how many connections the lock had at most, and how long the query took,
-//! beside how long it takes while nothing else happens.
+//! For each way to lock, the benchmark prints how many cycles it has completed per second, how many connections the
+//! lock had at most, and how long the query took, beside how long the query takes on an idle pool.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -26,7 +26,7 @@ const CONNECTIONS: u32 = 10;
 /// How often each way has its turn.
 const ROUNDS: u32 = 4;
 
-/// How often it is asked how many connections the lock has.
+/// The interval at which the connections of the lock are counted.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// A way to lock.
@@ -39,7 +39,7 @@ enum Way {
 }
 
 impl Way {
-    /// The first one is the one that the others are compared with.
+    /// All ways to lock. The others are compared with the first one.
     const ALL: [Self; 4] = [Self::Sqlx, Self::Lock, Self::LockDropped, Self::Manager];
 
     fn name(self) -> &'static str {
@@ -123,7 +123,7 @@ async fn run(
         let (pool, manager) = (pool.clone(), manager.clone());
         running.spawn(async move {
             let mut cycles = 0;
-            // Not cut off: a wait of sqlx that is dropped costs its connection.
+            // The last cycle is not cancelled, because a wait of sqlx that is dropped costs its connection.
             while Instant::now() < end {
                 cycle(way, &pool, &manager).await?;
                 cycles += 1;
@@ -164,7 +164,7 @@ async fn cycle(way: Way, pool: &PgPool, manager: &LockManager) -> Result<(), Box
     Ok(())
 }
 
-/// Asks again and again how long a query takes, until then.
+/// Measures repeatedly, until `end`, how long a query takes.
 async fn ask(pool: &PgPool, end: Instant) -> Result<Vec<Duration>, sqlx::Error> {
     let mut times = Vec::new();
     while Instant::now() < end {

@@ -1,8 +1,9 @@
-//! Quantiles of what was measured.
+//! Quantiles of measured durations.
 
 use std::time::Duration;
 
-/// The sample, in microseconds, that the fraction `q` of them does not exceed. Not a number if there is none.
+/// Returns, in microseconds, the sample that the fraction `q` of the samples does not exceed. Not a number if there are
+/// no samples.
 pub(crate) fn quantile(samples: &[Duration], q: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_unstable();

@@ -1,4 +1,4 @@
-//! A free lock over a link with a round trip of 5 ms, in round trips.
+//! Measures a free lock over a link with a round trip of 5 ms, and prints the times in round trips.
 
 mod contest;
 mod support;
@@ -46,14 +46,14 @@ async fn slow_link(time: Duration) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// What of a cycle is measured.
+/// The part of a cycle that is measured.
 #[derive(Clone, Copy)]
 enum Measured {
     Acquire,
     Both,
 }
 
-/// Where the contestants do their cycles: each has connections of its own.
+/// The connections of the contestants, of which each has its own.
 struct Contestants {
     by_hand: PgPool,
     pglock: Lock,
@@ -62,7 +62,7 @@ struct Contestants {
 }
 
 impl Contestants {
-    /// Opens all connections, and lets the crate look at the server, as it does at the first acquire.
+    /// Opens all connections, and acquires a few times, because the crate examines the server at the first acquire.
     async fn new(options: &PgConnectOptions) -> Result<Self, BoxDynError> {
         let mut pglock = Lock::new(&warm_pool(options).await?, KEY);
         for _ in 0..CONNECTIONS {
@@ -76,7 +76,7 @@ impl Contestants {
         })
     }
 
-    /// One round trip is 1.00, so that the others are counted in round trips.
+    /// Returns the contests. The first one is a round trip, so that the ratios of the others are in round trips.
     fn compete(
         self,
         measured: Measured,
@@ -115,7 +115,7 @@ struct Cycles {
 enum Cycle {
     ByHand(PgPool),
     Pglock(Box<Lock>),
-    /// The least that it takes to have an answer.
+    /// The minimum that it takes to get an answer.
     RoundTrip(PgConnection),
     Sqlx(PgPool, PgAdvisoryLock),
 }
@@ -136,7 +136,7 @@ impl Contestant for Cycles {
 }
 
 impl Cycle {
-    /// Acquires and releases. Returns how long after `started` the lock was acquired.
+    /// Acquires and releases the lock. Returns how long after `started` it was acquired.
     async fn cycle(&mut self, started: Instant) -> Result<Duration, BoxDynError> {
         Ok(match self {
             Self::ByHand(pool) => {

@@ -1,4 +1,4 @@
-//! A lock that its handle holds already, acquired once more: a re-entrant acquire.
+//! Measures a re-entrant acquire, in which the handle already holds the lock.
 
 mod contest;
 mod support;
@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use contest::{Contest, Contestant};
 
 const KEY: i64 = 42;
-/// How many re-entrant acquires make a turn; of those that ask the server, how many.
+/// How many re-entrant acquires make a turn, in the process and on the server.
 const TIMES: u32 = 10_000;
 const TIMES_ON_SERVER: u32 = 10;
 
@@ -42,10 +42,10 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Acquires what it holds once more, and releases it.
+/// Acquires a lock that it already holds once more, and releases it.
 enum Stack {
     ByHand(PgConnection),
-    /// Not re-entrant. It is free, and has no server.
+    /// A mutex, which is free, because it is not re-entrant, and has no server.
     Mutex(Mutex<()>),
     Pglock(Box<Lock>),
 }

@@ -1,4 +1,4 @@
-//! What all benches share: how they are run, and told.
+//! Runs benchmarks, and prints their titles. All benches share this file.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -12,9 +12,9 @@ use tokio::runtime::Builder;
 /// How many threads the runtime has.
 const WORKERS: usize = 2;
 
-/// Runs `bench` for about the time that it is given, the way that applications run: as a task.
+/// Runs `bench` as a task, as applications run, for about the time that it is given.
 ///
-/// That is 20 s under `cargo bench`, and one second with `PGLOCK_BENCH_QUICK=1`, under `cargo test`
+/// That time is 20 s under `cargo bench`, and one second with `PGLOCK_BENCH_QUICK=1`, under `cargo test`
 /// and under `cargo bench -- --test`, where all that matters is that nothing fails.
 pub(crate) fn run<F>(bench: impl FnOnce(Duration) -> F) -> Result<(), BoxDynError>
 where
@@ -50,7 +50,7 @@ fn record_metrics() -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Prints what was measured, and under which conditions.
+/// Prints the title of a benchmark, and the conditions under which it ran.
 pub(crate) async fn print_title(title: &str, pool: &PgPool) -> Result<(), BoxDynError> {
     let version: String = sqlx::query_scalar("SHOW server_version").fetch_one(pool).await?;
     println!("\n{title}");

@@ -1,11 +1,11 @@
 //! Move money between two accounts, in any direction, without a deadlock.
 //!
-//! You want this when one step needs several locks, and which of them only turns out as it runs. Were
-//! they taken one after the other, a transfer from 1 to 2 and one from 2 to 1 could each hold what the
+//! You want this when one step needs several locks, and only learns at run time which ones. If it took them
+//! one after the other, a transfer from 1 to 2 and one from 2 to 1 could each hold the lock that the
 //! other waits for. A `MultiLock` takes them in one order, whatever order they are given in.
 //!
-//! What is all in one transaction can also lock its rows, with `SELECT … ORDER BY … FOR UPDATE`. These
-//! locks also cover what is not in the database, and what takes several transactions.
+//! Work that fits in one transaction can also lock its rows, with `SELECT … ORDER BY … FOR UPDATE`. Advisory
+//! locks also cover work outside the database, and work that takes several transactions.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 const ACCOUNTS: u64 = 4;
-/// What is in each account to begin with.
+/// The initial balance of each account.
 const EACH: i64 = 1_000;
 const CLERKS: u64 = 8;
 const TRANSFERS: u64 = 25;
@@ -40,7 +40,7 @@ async fn main() -> Result<()> {
         .execute(&pool)
         .await?;
 
-    // Clerks on different machines, who send money back and forth. If two waited for each other, they
+    // The clerks are on different machines, and send money back and forth. If two of them waited for each other, they
     // would never end.
     let mut clerks = JoinSet::new();
     for number in 1..=CLERKS {
@@ -63,7 +63,7 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// Makes transfers between accounts picked at random. Returns how many the accounts had the money for.
+/// Makes transfers between accounts picked at random. Returns for how many of them the accounts had the money.
 async fn clerk(number: u64, pool: PgPool) -> Result<u64> {
     let random = RandomState::new();
     let mut made = 0;
@@ -86,7 +86,8 @@ async fn transfer(pool: &PgPool, from: i64, to: i64, amount: i64) -> Result<bool
     let mut accounts = MultiLock::new(pool, [account(from), account(to)]);
     let guard = accounts.acquire().await?;
 
-    // On the session that holds both locks: if it breaks, the locks and the transaction go together.
+    // The transaction runs on the session that holds both locks: if the session breaks, the locks and the transaction
+    // end together.
     let mut connection = guard.connection().await?;
     let mut transaction = connection.begin().await?;
     // Read, think, write: no other session does so with these two accounts.

@@ -1,6 +1,6 @@
 //! Read a configuration on many machines, and change it rarely, as a whole.
 //!
-//! You want this when what is read at the start must stay true until the work is done, and when a
+//! You want this when the values that are read at the start must stay valid until the work is done, and when a
 //! change takes several steps, some of them outside the database.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
@@ -57,15 +57,15 @@ async fn serve(machine: u32, pool: PgPool) -> Result<u32> {
     Ok(3)
 }
 
-/// Changes both settings. Gives up, rather than hold up new requests for long.
+/// Changes both settings. Times out rather than delay new requests for long.
 async fn change(pool: &PgPool, workers: i32) -> Result<()> {
     let mut lock = Lock::new(pool, "app-config");
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(5)).await? else {
         return Err("requests take too long for a change now".into());
     };
 
-    // On the session that holds the lock: if it breaks, the lock and what was not committed go
-    // together, so no other holder is admitted while half of it is done.
+    // The transaction runs on the session that holds the lock: if the session breaks, the lock and the uncommitted
+    // changes end together, so no other holder is admitted while the change is half done.
     let mut connection = guard.connection().await?;
     let mut transaction = connection.begin().await?;
     for (name, value) in [("workers", workers), ("connections", 2 * workers)] {

@@ -1,13 +1,12 @@
 //! Run a job once per tick of the clock, on one node of the cluster, whatever is late.
 //!
-//! You want this for a job of each minute that must neither be left out nor be done twice: a node's
-//! clock may be behind, a run may take longer than a minute, and any node may be down. (If a run that
-//! is left out does no harm, see `scheduled_job`, which is simpler.)
+//! You want this for a job that runs every minute, and must neither be skipped nor run twice: a node's
+//! clock may be behind, a run may take longer than a minute, and any node may be down. (If a skipped run
+//! does no harm, see `scheduled_job`, which is simpler.)
 //!
-//! The lock alone can't do it: it ensures that no other node runs the job *now*, but it does not show whether
-//! the run of this minute was done a moment ago, by a node whose clock is ahead. So the last tick is written down
-//! in a row, by the session that holds the lock. The row shows what is due, and the lock ensures that only
-//! one node runs it.
+//! The lock alone is not enough: it ensures that no other node runs the job *now*, but it does not show whether
+//! a node whose clock is ahead did this minute's run a moment ago. So the session that holds the lock records the
+//! last tick in a row. The row shows which ticks are due, and the lock ensures that only one node runs them.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -20,7 +19,7 @@ use sqlx::PgPool;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// A minute, in the example.
+/// The period of the job, which stands for a minute in this example.
 const PERIOD: Duration = Duration::from_secs(1);
 const TICKS: u32 = 5;
 /// The tick whose run takes longer than a period.
@@ -79,7 +78,7 @@ async fn main() -> Result<()> {
 }
 
 impl Node {
-    /// Wakes at each tick, and sees to what is due.
+    /// Wakes at each tick, and runs the job for the ticks that are due.
     async fn serve(self) -> Result<()> {
         let mut lock = Lock::new(&self.pool, "cron:billing");
         for tick in 1..=TICKS {
@@ -87,8 +86,8 @@ impl Node {
             let guard = lock.try_acquire().await?;
             match guard {
                 Some(guard) => self.run_what_is_due(tick, guard).await?,
-                // The node that runs the job will see what is due when it is done, so that no tick is left out
-                // because another's run took long.
+                // The node that runs the job looks for due ticks again after the run, so no tick is skipped because
+                // a run took long.
                 None => println!("tick {tick}: {} leaves it to another", self.name),
             }
         }
@@ -100,7 +99,7 @@ impl Node {
         let mut runs = 0;
         while let Some(tick) = self.next_due(&guard).await? {
             println!("tick {tick}: {} runs the job", self.name);
-            // If the lock is lost, the job is stopped; another may begin the next one.
+            // If the lock is lost, the job is stopped, because another node may begin the next run.
             guard.while_held(self.job(tick)).await??;
             runs += 1;
         }
@@ -112,11 +111,12 @@ impl Node {
 
     /// Takes the next tick that is due, if there is one.
     ///
-    /// It is written down before the job is run: a node that dies in the middle leaves that run half
-    /// done, and no node does it again. Write it down after the job, and the next node does it again
-    /// from the beginning. If the job itself is a transaction, do both in that, and it is done once.
+    /// The tick is recorded before the job runs: if the node dies during the run, the run stays half done, and no node
+    /// repeats it. If you record the tick after the job instead, the next node repeats the run from the beginning. If
+    /// the job itself is a transaction, record the tick in it, and the job is done once.
     async fn next_due(&self, guard: &ExclusiveGuard) -> Result<Option<i32>> {
-        // On the session that holds the lock: a node that has lost it can't take a tick from another.
+        // The statement runs on the session that holds the lock, so a node that has lost the lock can't take a tick
+        // from another node.
         Ok(sqlx::query_scalar(
             "UPDATE cron SET last_tick = last_tick + 1 WHERE job = 'billing' AND last_tick < $1
              RETURNING last_tick",

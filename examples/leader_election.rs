@@ -1,7 +1,7 @@
-//! Have one leader among several candidates, and another as soon as it is gone.
+//! Elect one leader among several candidates, and another one as soon as it fails.
 //!
 //! You want this when something must run all the time, on one machine of many: a scheduler, a consumer
-//! of a feed. Every machine runs for the post. One leads, and the others wait for it.
+//! of a feed. Every machine is a candidate. One leads, and the others wait to be elected.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -33,7 +33,7 @@ async fn main() -> Result<()> {
     let (stop, stopped) = watch::channel(false);
     let mut candidates = JoinSet::new();
     for name in ["ada", "bob", "cleo"] {
-        // A pool each, as on machines of their own.
+        // Each candidate has a pool of its own, as on a machine of its own.
         candidates.spawn(candidate(name, db.pool(2).await, stopped.clone()));
     }
 
@@ -57,7 +57,7 @@ async fn main() -> Result<()> {
         candidate??;
     }
 
-    // The acts of a term are those of one leader, and none comes after one of a later term.
+    // All acts of a term are by one leader, and none of them comes after an act of a later term.
     let acts: Vec<(i64, String)> =
         sqlx::query_as("SELECT term, leader FROM act ORDER BY number").fetch_all(&pool).await?;
     assert!(acts.is_sorted_by_key(|(term, _)| *term), "an old leader acted: {acts:?}");
@@ -76,7 +76,7 @@ async fn candidate(name: &str, pool: PgPool, mut stopped: watch::Receiver<bool>)
     // Campaigns, leads, and campaigns again, until it is stopped.
     // Boxed, because the futures of sqlx are large.
     match election.run(stop, |leadership| Box::pin(lead(name, leadership))).await {
-        // Its connection was broken, and it noticed before the loss was reported.
+        // The connection broke, and `lead` failed before the loss was reported.
         Err(pglock::Error::LeaderFailed { source, .. }) => println!("{name} has failed: {source}"),
         stopped => stopped?,
     }
@@ -84,12 +84,12 @@ async fn candidate(name: &str, pool: PgPool, mut stopped: watch::Receiver<bool>)
     Ok(())
 }
 
-/// Leads, until it is dropped: when the leadership is lost, or all is stopped.
+/// Leads until the future is dropped, because the leadership is lost or the election is stopped.
 async fn lead(name: &str, leadership: Arc<Leadership>) -> Result<()> {
     println!("{name} is elected, term {}", leadership.term());
     loop {
         if let Err(error) = act(name, &leadership).await {
-            // To return is to resign. After an error, others are elected before this candidate tries again.
+            // Returning resigns. After an error, other candidates are elected before this one campaigns again.
             println!("{name} can't act, and steps down: {error}");
             return Err(error);
         }
@@ -98,8 +98,8 @@ async fn lead(name: &str, leadership: Arc<Leadership>) -> Result<()> {
 }
 
 async fn act(name: &str, leadership: &Leadership) -> Result<()> {
-    // On the session that makes it the leader: if that has ended, and another candidate was elected, this is an error.
-    // On another connection it would take effect.
+    // The statement runs on the session of the leadership: if that session has ended, and another candidate was
+    // elected, the statement fails. On another connection it would take effect.
     sqlx::query("INSERT INTO act (term, leader) VALUES ($1, $2)")
         .bind(i64::try_from(leadership.term())?)
         .bind(name)

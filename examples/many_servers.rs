@@ -1,11 +1,11 @@
-//! Spread locks over several servers, and add one without ever letting two in.
+//! Spread locks over several servers, and add a server without ever admitting two holders of a key.
 //!
-//! You want this when one server no longer bears all locks. Which server a key belongs to follows from its
-//! name, by the highest score of a hash of both: no table to keep, and when a server is added, it takes its
-//! share from the others, and nothing else moves. While processes change over from one list of servers to
-//! the next, a key that moves is locked at its old place *and* at its new one.
+//! You want this when one server can't carry all locks any more. A key belongs to the server with the highest
+//! score, a hash of the key and the server's name. This needs no table, and a server that is added takes its
+//! share of the keys from the others, while no other key moves. While processes change from one list of servers
+//! to the next, a key that moves is locked at its old place *and* at its new one.
 //!
-//! Databases stand in for servers here: keys belong to one database.
+//! In this example, databases stand for servers, because a key belongs to one database.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -25,7 +25,7 @@ async fn main() -> Result<()> {
     check_balance(before);
     check_moves(before, &names);
 
-    // One process in each stage of the change from two servers to three.
+    // The calls below stand for processes in each stage of the change from two servers to three.
     let databases = [TestDb::new().await, TestDb::new().await, TestDb::new().await];
     let mut servers = Vec::new();
     for (name, database) in names.into_iter().zip(&databases) {
@@ -39,7 +39,8 @@ async fn main() -> Result<()> {
     let first = try_acquire(&key, &[two]).await?.ok_or("it is held")?;
     let both = try_acquire(&key, &[two, three]).await?;
     assert!(both.is_none(), "a process that takes both places finds the old one held");
-    // A process that takes only the new place is admitted. So no process may, while others take only the old one.
+    // A process that locks only the new place is admitted. So no process may do that while others lock only the old
+    // one.
     assert!(try_acquire(&key, &[three]).await?.is_some());
     release(first).await?;
 
@@ -69,25 +70,25 @@ impl AsRef<str> for Server {
     }
 }
 
-/// Where a key belongs: with the server whose score is the highest. `None` if there are no servers.
+/// Returns the server that a key belongs to, which has the highest score. `None` if there are no servers.
 fn home<'s, S: AsRef<str>>(key: &str, servers: &'s [S]) -> Option<&'s S> {
     servers.iter().max_by_key(|server| mix(fnv1a(server.as_ref()) ^ mix(fnv1a(key))))
 }
 
-/// The same number in every program, on every machine: never change it while processes run.
+/// Hashes a text to the same number in every program, on every machine. Never change this function while processes run.
 fn fnv1a(text: &str) -> u64 {
     let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
-/// Lets every bit depend on every other (the last step of `SplitMix64`).
+/// Makes every bit depend on every other (the last step of `SplitMix64`).
 fn mix(mut bits: u64) -> u64 {
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     bits ^ (bits >> 31)
 }
 
-/// Locks a key at its home in each of the lists, all or none, in one order for all processes.
+/// Locks a key at its home in each of the lists, all or none of them, in the same order in all processes.
 async fn try_acquire(key: &str, lists: &[&[Server]]) -> Result<Option<Vec<ExclusiveGuard>>> {
     let mut places: Vec<&Server> = lists.iter().filter_map(|servers| home(key, servers)).collect();
     places.sort_by_key(|server| server.name);
@@ -95,7 +96,7 @@ async fn try_acquire(key: &str, lists: &[&[Server]]) -> Result<Option<Vec<Exclus
     let mut guards = Vec::new();
     for server in places {
         let Some(guard) = Lock::new(&server.locks, key).try_acquire().await? else {
-            // Those that it has are dropped, and so released.
+            // Returning drops the guards acquired so far, which releases their locks.
             return Ok(None);
         };
         guards.push(guard);
@@ -114,7 +115,7 @@ fn invoice(number: u32) -> String {
     format!("invoice-{number}")
 }
 
-/// No server has far more keys than another.
+/// Checks that no server has far more keys than another.
 fn check_balance(servers: &[&str]) {
     let expected = f64::from(KEYS) / f64::from(u32::try_from(servers.len()).unwrap_or(1));
     for server in servers {
@@ -124,7 +125,7 @@ fn check_balance(servers: &[&str]) {
     }
 }
 
-/// A server that is added gets its share, and no other key moves.
+/// Checks that a server that is added gets its share, and that no other key moves.
 fn check_moves(before: &[&str], after: &[&str]) {
     let moved = share_of(|key| home(key, before) != home(key, after));
     println!("{:.1} % of the keys move when a sixth server is added", 100.0 * moved);

@@ -3,8 +3,8 @@
 //! You want this when everything must be in place before any machine serves: the schema, and data that a
 //! program has to fill in. The first machine does it all; the others wait, and find it done.
 //!
-//! sqlx's migrator takes a lock of its own, waits for it without end, and leaves it on the pooled
-//! connection when a migration fails. To run it under this lock instead:
+//! sqlx's migrator takes a lock of its own, waits for it without a timeout, and leaves it on the pooled
+//! connection when a migration fails. To run the migrator under this lock instead:
 //!
 //! ```text
 //! migrator.set_locking(false).run_direct(None, &mut *connection, false).await?;
@@ -46,23 +46,23 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// Brings the database up to date, then serves. Returns how much there was to do.
+/// Brings the database up to date, then serves. Returns how many steps and rows there were to do.
 async fn start(machine: &str, pool: PgPool) -> Result<(usize, u64)> {
     let mut lock = Lock::new(&pool, "migrate");
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(30)).await? else {
         return Err("another machine has been migrating for 30 s: start again later".into());
     };
 
-    // On the session that holds the lock: if it breaks, nothing goes on without the lock. Only
-    // `CREATE INDEX CONCURRENTLY` belongs on a connection of the pool: here, it and a waiter for
-    // the lock would wait for each other, and the server would end one of them.
+    // The migration runs on the session that holds the lock: if the session breaks, the migration does not continue
+    // without the lock. Only `CREATE INDEX CONCURRENTLY` belongs on a connection of the pool: on this session, it and
+    // a waiter for the lock would wait for each other, and the server would end one of them.
     let mut connection = guard.connection().await?;
     let steps = migrate(&mut connection).await?;
     let filled_in = fill_in(&mut connection).await?;
     drop(connection);
     guard.release().await?;
 
-    // Whichever process did it, from here on it is done for all.
+    // From here on, the migration is done for all processes, whichever of them did it.
     let missing: i64 =
         sqlx::query_scalar("SELECT count(*) FROM city WHERE slug IS NULL").fetch_one(&pool).await?;
     assert_eq!(missing, 0);
@@ -70,7 +70,7 @@ async fn start(machine: &str, pool: PgPool) -> Result<(usize, u64)> {
     Ok((steps, filled_in))
 }
 
-/// Takes the steps that were not taken yet, and notes each in the same transaction.
+/// Takes the steps that were not taken yet, and records each in the same transaction.
 async fn migrate(connection: &mut PgConnection) -> Result<usize> {
     sqlx::raw_sql("CREATE TABLE IF NOT EXISTS step (number int PRIMARY KEY)")
         .execute(&mut *connection)
@@ -89,7 +89,7 @@ async fn migrate(connection: &mut PgConnection) -> Result<usize> {
     Ok(steps)
 }
 
-/// The part that is better done by a program than in SQL.
+/// Fills in the data that are easier to compute in a program than in SQL.
 async fn fill_in(connection: &mut PgConnection) -> Result<u64> {
     let names: Vec<String> = sqlx::query_scalar("SELECT name FROM city WHERE slug IS NULL")
         .fetch_all(&mut *connection)

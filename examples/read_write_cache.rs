@@ -1,7 +1,7 @@
 //! Let many read at once, and one write alone.
 //!
-//! You want this for something that lies outside the database, read often and replaced at times: files
-//! of a cache, an index on a shared disk. What is in tables needs no such lock, it has transactions.
+//! You want this for data outside the database that are read often and replaced at times: files of a cache, an
+//! index on a shared disk. Data in tables need no such lock, because they have transactions.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 

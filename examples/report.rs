@@ -1,6 +1,6 @@
 //! Show a report to many viewers, but to none of them while it is being made.
 //!
-//! You want this when making takes long and half of it must not be seen, and when viewers would rather get
+//! You want this when making a report takes long, a half-made report must not be seen, and viewers would rather get
 //! the answer "in a moment" than wait.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
@@ -18,11 +18,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let db = TestDb::new().await;
     let (office, home, machine) = (db.pool(2).await, db.pool(2).await, db.pool(2).await);
 
-    // Viewers share: they do not hinder each other.
+    // Viewers share the lock, so they do not block each other.
     let (one, two) = tokio::join!(view("ada", &office), view("bob", &home));
     assert!(one? && two?);
 
-    // While it is made, no viewer sees it, and no other machine makes it.
+    // While the report is being made, no viewer sees it, and no other machine makes it.
     let Some(making) = start(&machine).await? else { return Err("no viewer is looking".into()) };
     assert!(!view("ada", &office).await?);
     assert!(start(&home).await?.is_none());
@@ -31,7 +31,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("the report is made");
     assert!(view("ada", &office).await?);
 
-    // The machine that makes it can't get between the viewers, either: it comes back later.
+    // While a viewer looks at the report, the machine that makes it can't start either: it retries later.
     let mut lock = Lock::new(&home, "report:sales");
     let looking = lock.acquire_shared().await?;
     assert!(start(&machine).await?.is_none());
@@ -39,7 +39,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Looks at the report, if it is not being made. Returns whether it was to be seen.
+/// Looks at the report, unless it is being made. Returns whether it could be seen.
 async fn view(who: &str, pool: &PgPool) -> pglock::Result<bool> {
     let mut lock = Lock::new(pool, "report:sales");
     let Some(guard) = lock.try_acquire_shared().await? else {
@@ -52,7 +52,8 @@ async fn view(who: &str, pool: &PgPool) -> pglock::Result<bool> {
     Ok(true)
 }
 
-/// Starts to make the report, if no viewer looks at it and no machine makes it. It is made while the guard lives.
+/// Starts to make the report, if no viewer looks at it and no machine makes it. The report is being made for as long
+/// as the guard lives.
 async fn start(pool: &PgPool) -> pglock::Result<Option<ExclusiveGuard>> {
     let guard = Lock::new(pool, "report:sales").try_acquire().await?;
     match &guard {

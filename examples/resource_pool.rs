@@ -1,7 +1,7 @@
-//! Share a few numbered things among many: each has one user at a time.
+//! Share a few numbered resources among many users, each resource with one user at a time.
 //!
-//! You want this when something bears a few users but not all of them, and it matters which of it you
-//! have: licences, ports, test devices, seats at another company's service.
+//! You want this when there are fewer resources than users, and it matters which of them a user has:
+//! licences, ports, test devices, seats at another company's service.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -16,14 +16,14 @@ use sqlx::PgPool;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-/// What the permits stand for: permit 0 is the first of them.
+/// The resources that the permits stand for. Permit 0 is the first of them.
 const LICENCES: [&str; 3] = ["A-17", "B-04", "C-23"];
 const MACHINES: usize = 6;
 const JOBS: usize = 2;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// How many use each licence now. Only to check the example: real machines share no memory.
+/// How many users each licence has now. This is only to check the example, because real machines share no memory.
 type Users = Arc<[AtomicUsize; LICENCES.len()]>;
 
 #[tokio::main]
@@ -44,7 +44,7 @@ async fn main() -> Result<()> {
     none_is_left(&db.pool(5).await).await
 }
 
-/// Does its jobs, each with whichever licence is free, or becomes so first. Returns how many.
+/// Does the jobs of a machine, each with the first licence that is or becomes free. Returns the number of jobs.
 async fn machine(number: usize, pool: PgPool, users: Users) -> Result<usize> {
     // Every process should pass the same number. With different ones, the largest counts, and a warning is logged.
     let licences = Semaphore::new(&pool, "licences", LICENCES.len())?;
@@ -64,7 +64,7 @@ async fn machine(number: usize, pool: PgPool, users: Users) -> Result<usize> {
     Ok(JOBS)
 }
 
-/// Takes them all, and sees that there is no other; then gives one back, and gets just that one.
+/// Acquires all permits, and checks that there is no other; then releases one, and acquires the same one again.
 async fn none_is_left(pool: &PgPool) -> Result<()> {
     let licences = Semaphore::new(pool, "licences", LICENCES.len())?;
     let mut permits = Vec::new();
@@ -74,7 +74,7 @@ async fn none_is_left(pool: &PgPool) -> Result<()> {
     assert!(licences.try_acquire().await?.is_none());
     println!("one machine has them all, and there is no other");
 
-    // A machine that dies gives back what it has in the same way: there is nothing to clean up.
+    // If a machine dies, its permits are released in the same way, and there is nothing to clean up.
     let back = permits.swap_remove(1);
     let slot = back.slot();
     back.release().await?;

@@ -1,6 +1,6 @@
-//! Hand over from the old version of a service to the new one, without a gap and without both at work.
+//! Hand over from the old version of a service to the new one, without a gap and without both working at once.
 //!
-//! You want this when a new version is started beside the old one before that is shut down, and only
+//! You want this when the new version is started before the old one is shut down, and only
 //! one of them may work: on an outbox, a feed, a queue that keeps its order.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
@@ -80,18 +80,18 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// One instance of the service: waits for its turn, works until it is shut down, and resigns.
+/// Runs one instance of the service, which waits to be elected, works until it is shut down, and resigns.
 async fn serve(version: &str, pool: PgPool, mut told: watch::Receiver<bool>) -> Result<()> {
     let mut election = Election::new(&pool, "outbox").candidate(version);
     let leadership = tokio::select! {
         elected = election.campaign() => elected?,
-        // Told before its turn came: it just leaves the queue.
+        // The instance is shut down before it was elected, so it just leaves the queue.
         _ = told.wait_for(|shut_down| *shut_down) => return Ok(()),
     };
     println!("{version} leads, term {}", leadership.term());
 
     let work = async {
-        // Looks between two pieces only, so that none is left half done.
+        // Checks for the shutdown only between two pieces, so that none is left half done.
         while !*told.borrow() {
             work(version, &leadership).await?;
         }
@@ -104,7 +104,7 @@ async fn serve(version: &str, pool: PgPool, mut told: watch::Receiver<bool>) -> 
     Ok(())
 }
 
-/// One piece of work, written down on the session that leads.
+/// Does one piece of work, and records it on the leader's session.
 async fn work(version: &str, leadership: &Leadership) -> Result<()> {
     let mut connection = leadership.connection().await?;
     let number: i32 =

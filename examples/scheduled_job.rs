@@ -1,6 +1,6 @@
-//! Run a scheduled job on one machine, though the schedule goes off on all of them.
+//! Run a scheduled job on one machine, though the schedule fires on all of them.
 //!
-//! You want this for what a clock starts, and must run once each time: a nightly report, a clean-up
+//! You want this for a job that a clock starts, and that must run once each time: a nightly report, a clean-up
 //! every minute. All machines are set up alike, and any of them may be down.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
@@ -53,8 +53,8 @@ async fn schedule(machine: &str, pool: PgPool, start: Instant) -> Result<()> {
             continue;
         };
 
-        // The clocks of machines differ: one may come when another is done already. So the tick is
-        // written down, on the session that holds the lock.
+        // The clocks of machines differ: one machine may acquire the lock when another one has finished already. So the
+        // job records the tick, on the session that holds the lock.
         let mut connection = guard.connection().await?;
         let first = sqlx::query("INSERT INTO run VALUES ($1, $2) ON CONFLICT DO NOTHING")
             .bind(tick)

@@ -1,7 +1,7 @@
 //! Run each task on one machine only, whichever gets to it first.
 //!
-//! You want this when every machine sees the same list of tasks, and their names are all you have to
-//! distinguish them: files in a folder, accounts to bill. There is no queue, and none is needed.
+//! You want this when every machine sees the same list of tasks, and only their names distinguish
+//! them: files in a folder, accounts to bill. There is no queue, and none is needed.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -48,8 +48,8 @@ async fn machine(name: &str, pool: PgPool) -> Result<()> {
         let Some(guard) = lock.try_acquire().await? else { continue };
         let mut connection = guard.connection().await?;
 
-        // The lock keeps others out while we work; that the work is done must be written down, for
-        // those who come after.
+        // The lock excludes other machines only during the work. So the machine also records that the work is
+        // done, for the machines that acquire the lock later.
         let done: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM done WHERE task = $1)")
             .bind(task)
             .fetch_one(&mut *connection)

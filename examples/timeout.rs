@@ -1,6 +1,6 @@
 //! Wait for a lock with a timeout.
 //!
-//! You want this when a caller waits for you in turn: a request with a deadline, a user at a button.
+//! You want this when a caller in turn waits for your program: a request with a deadline, a user at a button.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -32,8 +32,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     };
     println!("once it is free, we need not wait: {} ms", asked.elapsed().as_millis());
 
-    // Waiting for one of the pool's connections is not waiting for the lock, and the two never look
-    // alike: a busy lock is a `None`, a busy pool is an error.
+    // Waiting for a connection of the pool is not waiting for the lock, and the results differ: a busy lock
+    // is a `None`, a busy pool is an error.
     let others = (guard, pool.acquire().await?, pool.acquire().await?);
     let Err(error) = customer.try_acquire_for(Duration::from_millis(100)).await else {
         return Err("there was no connection to ask with".into());

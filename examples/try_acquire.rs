@@ -1,7 +1,7 @@
 //! Skip the work if another process is doing it already.
 //!
-//! You want this when the work needs to be done by one, no matter who, and a second would only do the
-//! same again: clearing a cache, sending what is queued.
+//! You want this when one process has to do the work, no matter which, and a second one would only repeat
+//! it: clearing a cache, sending queued mail.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -14,22 +14,22 @@ use tokio::sync::Barrier;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    // Two pools on one database, as two machines have.
+    // Two pools on one database, as on two machines.
     let db = TestDb::new().await;
     let (here, there) = (db.pool(3).await, db.pool(3).await);
 
-    // Both set out at once. One of them finds the lock taken.
+    // Both try at once, and one of them finds the lock held.
     let both = Barrier::new(2);
     let (first, second) =
         tokio::try_join!(send_queued("here", &here, &both), send_queued("there", &there, &both))?;
     assert!(first != second, "one of them sent, the other skipped");
 
-    // Later it is free again.
+    // Later, the lock is free again.
     assert!(send_queued("there", &there, &Barrier::new(1)).await?);
     Ok(())
 }
 
-/// Sends what is queued, unless another process does already. Returns whether it did.
+/// Sends the queued mail, unless another process is sending it. Returns whether this call sent it.
 async fn send_queued(machine: &str, pool: &PgPool, tried: &Barrier) -> pglock::Result<bool> {
     let mut lock = Lock::new(pool, "send-queued-mail");
     let Some(guard) = lock.try_acquire().await? else {
@@ -39,7 +39,7 @@ async fn send_queued(machine: &str, pool: &PgPool, tried: &Barrier) -> pglock::R
     };
 
     println!("{machine}: sending");
-    // In this example, it takes until the other has tried.
+    // In this example, sending takes until the other machine has tried.
     tried.wait().await;
     println!("{machine}: sent");
     guard.release().await?;

@@ -1,6 +1,6 @@
 //! Wait for a lock for as long as it takes.
 //!
-//! You want this when the work must be done, and it does not matter when: each has its turn.
+//! You want this when the work must be done, and it does not matter when: each process gets its turn.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -26,8 +26,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
             println!("they release the lock");
             guard.release().await
         },
-        // The server keeps the queue: there is no polling, and we go on as soon as they release it. To
-        // stop waiting, drop the future: it leaves nothing behind.
+        // The server keeps the queue, so there is no polling, and `acquire` returns as soon as the lock is released. To
+        // stop waiting, drop the future, which leaves nothing behind.
         ours.acquire(),
     );
     released?;

@@ -1,4 +1,4 @@
-//! Let concurrent workers take turns at something that bears only one of them.
+//! Let concurrent workers take turns at something that only one of them can do at a time.
 //!
 //! You want this when most of the work can run side by side, but one step of it can't: a ledger to
 //! append to, a remote interface that takes one caller.
@@ -18,14 +18,14 @@ const WORKERS: usize = 5;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    // One worker waits on the server. The others wait in line in this process, without a connection.
+    // One worker waits on the server. The others queue in this process, without a connection.
     let pool = pglock_testkit::pool().await;
     let inside = Arc::new(AtomicUsize::new(0));
     let lock = Lock::new(&pool, "append-to-ledger");
 
     let mut workers = JoinSet::new();
     for number in 1..=WORKERS {
-        // A clone for each: a `Lock` is an owner, and can't be shared by mistake.
+        // Each worker has a clone, because a `Lock` is an owner, and can't be shared by mistake.
         workers.spawn(work(number, lock.clone(), Arc::clone(&inside)));
     }
 

@@ -1,24 +1,24 @@
-//! What sessions show in `application_name`, which is all that others see of a session without asking it.
+//! The `application_name` of sessions, which is all that other clients see of a session without asking it.
 
 use crate::key::Key;
 use crate::request::{Need, Request};
 
-/// How long it can be: `NAMEDATALEN` - 1.
+/// The maximum length of `application_name`: `NAMEDATALEN` - 1.
 const LONGEST: usize = 63;
 
-/// What is left of a name beside a long suffix.
+/// How much of a name is kept beside a long suffix.
 const SHORTEST: usize = 16;
 
-/// A name and a suffix that says more, of which the name is cut first.
+/// Returns a name with a suffix. If both are too long together, the name is cut first.
 ///
-/// Characters that are not printable ASCII are replaced. The server would do so too, but from PostgreSQL 16 on by four
-/// characters for each byte.
+/// Characters that are not printable ASCII are replaced. The server would replace them too, but since PostgreSQL 16
+/// with four characters for each byte.
 pub(crate) fn with_suffix(name: &str, suffix: &str) -> String {
     let room = LONGEST.saturating_sub(suffix.chars().count()).max(SHORTEST);
     shown(name.chars().take(room).chain(suffix.chars()))
 }
 
-/// The same, and a rest that is cut before all else.
+/// As [`with_suffix`], followed by a rest that is cut before all else.
 pub(crate) fn with_rest(name: &str, suffix: &str, rest: &str) -> String {
     shown(with_suffix(name, suffix).chars().chain(rest.chars()))
 }
@@ -28,7 +28,7 @@ fn shown(text: impl Iterator<Item = char>) -> String {
     text.map(printable).take(LONGEST).collect()
 }
 
-/// What a session shows for a request: the name that the application has chosen, and the key.
+/// Returns the `application_name` of a session for a request: the name that the application has chosen, and the key.
 pub(crate) fn of(name: &str, request: &Request) -> String {
     match request.need {
         // Several locks will share the session.
@@ -37,21 +37,21 @@ pub(crate) fn of(name: &str, request: &Request) -> String {
     }
 }
 
-/// The name of a key, or its number.
+/// Returns the name of a key, or its number.
 pub(crate) fn of_key(key: &Key) -> String {
     key.name().map_or_else(|| key.id().to_string(), ToOwned::to_owned)
 }
 
-/// The names of keys that a session may show. Whether it does, their hashes say.
+/// Returns the parts of an `application_name` that may be the names of keys. Their hashes decide whether they are.
 ///
-/// Those of the program come in the middle: `pglock run KEY COMMAND@HOST`, and the same with `elect`.
+/// The program shows the name in the middle: `pglock run KEY COMMAND@HOST`, and the same with `elect`.
 pub(crate) fn names(shown: &str) -> impl Iterator<Item = &str> {
     let suffixes = shown.match_indices(' ').filter_map(|(at, _)| shown.get(at + 1..));
     let program = shown.strip_prefix("pglock ").and_then(|rest| rest.split_once(' '));
     let program = program.and_then(|(_, rest)| rest.rsplit_once(' '));
     let names = program.map(|(key, _)| key).into_iter().chain(suffixes);
     names.flat_map(|name| {
-        // Of a semaphore, whose queue and permits have keys that are derived from its own.
+        // The name of a semaphore, whose queue and permits have keys that are derived from its own.
         let semaphore = name.rsplit_once(", ").map(|(semaphore, _)| semaphore);
         [Some(name), semaphore].into_iter().flatten()
     })

@@ -35,7 +35,7 @@ use crate::session::pool::lend;
 use crate::session::{DEADLINE, within};
 use crate::sql::{backend, doctor as statements, settings};
 
-/// One thing that was looked at.
+/// The result of one check.
 ///
 /// # Examples
 ///
@@ -44,11 +44,11 @@ use crate::sql::{backend, doctor as statements, settings};
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Finding {
-    /// What was looked at, in a word or two that stay the same.
+    /// The name of the check, in a few words that stay the same.
     pub check: &'static str,
-    /// How bad it is.
+    /// How bad the finding is.
     pub severity: Severity,
-    /// What was seen.
+    /// What the check found.
     pub seen: String,
     /// What to change. `None` if there is nothing to change; for a finding that is fine, an optional improvement.
     pub advice: Option<String>,
@@ -69,7 +69,7 @@ pub struct Finding {
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 #[non_exhaustive]
 pub enum Severity {
-    /// As it should be.
+    /// Nothing has to be changed.
     Fine,
     /// Locks exclude other sessions, with the restriction that the finding describes.
     Warning,
@@ -80,7 +80,7 @@ pub enum Severity {
 /// Examines the server behind a pool, for locks with these options.
 ///
 /// Reads settings, privileges, and the free space for locks and connections, and acquires a lock. Sends about forty
-/// statements, and opens two connections at a time beside the pool. A check that the role may not make is a finding
+/// statements, and opens two connections at a time outside the pool. A check that the role may not make is a finding
 /// too: "cannot tell", and why.
 ///
 /// # Cancel safety
@@ -119,7 +119,7 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
     let asking = within(DEADLINE, async {
         let pg = conn.pg()?;
         let refused = backend::heartbeat(pg, Some(options.keepalives)).await.err();
-        // After that, so that the settings are those of a session that holds a lock.
+        // Read after the heartbeat, so that the settings are those of a session that holds a lock.
         let seen = statements::circumstances(pg).await?;
         settings::put_back(pg).await?;
         Ok((refused, seen))
@@ -135,7 +135,7 @@ pub async fn examine(pool: &PgPool, options: &LockOptions) -> Result<Vec<Finding
         checks::lock_list(&seen),
     ];
     findings.extend(checks::nodes(&seen));
-    // Otherwise the checks above have said why not.
+    // Otherwise, the checks above have reported the reason.
     if !seen.standby && !matches!(seen.forbidden, Ok(Some(_))) {
         findings.push(checks::exclusion(pool, &seen).await);
         findings.extend(checks::token(lock).await?);

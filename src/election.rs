@@ -1,4 +1,4 @@
-//! One leader among many candidates.
+//! Leader election: one leader among many candidates.
 
 mod observer;
 mod pause;
@@ -27,7 +27,7 @@ use pause::Pauses;
 use status::Campaigning;
 pub use status::{LeaderState, LeaderStatus};
 
-/// A candidate for a post that one candidate holds at a time.
+/// A candidate for the leadership, which one candidate holds at a time.
 ///
 /// Candidates wait in the server's queue, so the next one is elected as soon as the leader
 /// resigns or its session ends, without polling. The leader's name, term, time of election and key are shown
@@ -35,8 +35,8 @@ pub use status::{LeaderState, LeaderStatus};
 /// there is no table.
 ///
 /// A leader that loses its session reports it ([`Guard::lost`]) before another candidate can be elected, with few
-/// exceptions; see the [page on loss](crate#loss). What can't be stopped in time, fence with the
-/// [term](Leadership::term).
+/// exceptions; see the [page on loss](crate#loss). Use the [term](Leadership::term) to fence
+/// work that can't be stopped in time.
 ///
 /// A candidate uses one connection of the pool while it waits or leads. It waits in
 /// [slices](crate::LockOptions::wait_slice) of 110 seconds, unless the options say otherwise.
@@ -62,11 +62,11 @@ pub struct Election {
     grace: Duration,
 }
 
-/// How long a candidate waits with one statement, unless the options say: a hundred of them send 8,600 statements an
-/// hour, with the heartbeats of the leader.
+/// How long a candidate waits in one statement, unless the options say otherwise. A hundred candidates then send 8,600
+/// statements an hour, including the leader's heartbeats.
 const SLICE: Duration = Duration::from_secs(110);
 
-/// How long to wait before a campaign is retried that failed with a transient error.
+/// The pause before a campaign that failed with a transient error is retried.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Election {
@@ -94,8 +94,8 @@ impl Election {
 
     /// Sets the candidate's name, which others see when it leads.
     ///
-    /// The server shows 63 bytes, of which term and time of election take up to 33; what is longer is
-    /// cut off. Characters other than printable ASCII show as `?`.
+    /// The server shows 63 bytes, of which term and time of election take up to 33; a longer name is
+    /// truncated. Characters other than printable ASCII are shown as `?`.
     ///
     /// # Examples
     ///
@@ -116,7 +116,7 @@ impl Election {
     /// Sets how long the future passed to [`run`](Self::run) may continue after its term has ended, to finish a step.
     /// Zero by default: the future is dropped at once.
     ///
-    /// The future sees it by [`Leadership::stopping`], and is dropped when this time is over. After a loss,
+    /// [`Leadership::stopping`] notifies the future, which is dropped when this time is over. After a loss,
     /// another candidate may be elected meanwhile.
     ///
     /// # Examples
@@ -168,8 +168,8 @@ impl Election {
 
     /// Waits until this candidate is elected.
     ///
-    /// Sends what [`Lock::acquire`](crate::Lock::acquire) does, and two statements more when elected,
-    /// to draw the term and to show the name. If this candidate leads already, it is the same term, and
+    /// Sends the statements of [`Lock::acquire`](crate::Lock::acquire), and two more when elected,
+    /// to draw the term and to show the name. If this candidate already leads, it keeps its term, and
     /// nothing is sent.
     ///
     /// # Cancel safety
@@ -178,8 +178,9 @@ impl Election {
     ///
     /// # Errors
     ///
-    /// As for [`Lock::acquire`](crate::Lock::acquire); [`Error::Lost`] if the post was lost at once;
-    /// [`Error::Database`] where standbys are [allowed](crate::LockOptions::allow_standby), because they can't draw a term.
+    /// As for [`Lock::acquire`](crate::Lock::acquire); [`Error::Lost`] if the leadership was lost at once;
+    /// [`Error::Database`] where standbys are [allowed](crate::LockOptions::allow_standby), because they can't draw a
+    /// term.
     ///
     /// # Panics
     ///
@@ -206,7 +207,7 @@ impl Election {
     async fn elect(&mut self) -> Result<Leadership> {
         let request = self.request();
         metrics::candidate(&request.labels(&self.owner.options));
-        // A candidate that failed does so until the server has answered.
+        // A candidate that has failed counts as failing until the server has answered.
         let mut held = None;
         if self.status.is_failing() {
             held = self.owner.try_acquire(&request).await?;
@@ -219,7 +220,7 @@ impl Election {
         self.lead(held).await
     }
 
-    /// Is elected if there is neither a leader nor a waiting candidate. Returns `None` otherwise.
+    /// Elects this candidate if there is neither a leader nor a waiting candidate. Returns `None` otherwise.
     ///
     /// # Cancel safety
     ///
@@ -266,13 +267,13 @@ impl Election {
     /// | the pool is closed | the candidate resigns, and `run` returns the pool's error |
     /// | the leadership is lost | the candidate campaigns again |
     ///
-    /// In the last three cases, the future is dropped; before that, it may go on for the
-    /// [grace period](Self::grace), and sees by [`Leadership::stopping`] that it should end. If it panics, the
+    /// In the last three cases, the future is dropped. Before that, it may continue for the
+    /// [grace period](Self::grace), and [`Leadership::stopping`] notifies it that it should end. If it panics, the
     /// candidate resigns, and the panic continues. Tasks that it has spawned are not stopped.
     ///
     /// After a term of less than a second, or of less than a minute if the future returned an error, the
-    /// candidate pauses before it campaigns again, and lets others try: one to two seconds at first, then twice
-    /// as long after each such term, up to a minute. The error is logged as a warning, and
+    /// candidate pauses before it campaigns again, so that others can be elected: one to two seconds at first, then
+    /// twice as long after each such term, up to a minute. The error is logged as a warning, and
     /// [`status`](Self::status) shows it.
     ///
     /// A campaign that fails with a transient error ([`Error::is_transient`]) is retried every second.
@@ -282,7 +283,7 @@ impl Election {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future drops that of `lead`, and resigns.
+    /// Dropping the future drops that of `lead`, and the candidate resigns.
     ///
     /// # Errors
     ///
@@ -347,7 +348,7 @@ impl Election {
                 let leading = pin!(async { leading.await.map_err(Into::into) });
                 self.serve(&leadership, stop.as_mut(), closed.as_mut(), leading).await
             };
-            // What was lost needs no resigning.
+            // The result is ignored, because a lost leadership needs no release.
             drop(turn.0.release_all().await);
             drop(leadership);
             let (term, stopped) = (elected.elapsed(), matches!(end, End::Stopped(_)));
@@ -388,7 +389,7 @@ impl Election {
         failure.map_or(Ok(()), Err)
     }
 
-    /// Runs what leads until the term ends, and for the grace period after that.
+    /// Runs the future that leads until the term ends, and for the grace period after that.
     async fn serve(
         &self,
         leadership: &Leadership,
@@ -461,7 +462,7 @@ impl Election {
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: it only asks.
+    /// Cancel safe: the call only reads.
     ///
     /// # Errors
     ///
@@ -488,8 +489,10 @@ impl Election {
         observer::leader(self.owner.pool(), &self.key).await
     }
 
-    /// Observes the leader, from now on: a [`Stream`](futures_core::Stream) of its changes, which asks the server while
-    /// it is polled: every half second at first, and less and less often without a change, down to every 5 s.
+    /// Observes the leader from now on: returns a [`Stream`](futures_core::Stream) of its changes.
+    ///
+    /// The stream queries the server while it is polled: every half second at first, and less often the longer nothing
+    /// changes, down to every 5 s.
     ///
     /// # Examples
     ///
@@ -514,7 +517,7 @@ impl Election {
         Request::one(&self.key, Mode::Exclusive)
     }
 
-    /// Makes a leader of who was granted the lock.
+    /// Makes this candidate, which was granted the lock, the leader.
     async fn lead(&self, held: Guard) -> Result<Leadership> {
         let term = if let Some(term) = self.status.term() {
             term
@@ -531,7 +534,7 @@ impl Election {
     }
 }
 
-/// Why a term has ended, and what the future returned that led, if it was done.
+/// Why a term has ended, and the output of the future that led, if it was ready.
 enum End {
     Closed,
     Done(Led),
@@ -539,14 +542,14 @@ enum End {
     Stopped(Option<Led>),
 }
 
-/// What a future that leads has returned.
+/// The output of a future that leads.
 type Led = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
-/// A leadership's part in the status.
+/// A leadership's share in the status.
 ///
 /// # Drop
 ///
-/// Has it noticed that the candidate may not lead any more.
+/// Notifies the status that the candidate may not lead any more.
 struct Share(LeaderStatus);
 
 impl Drop for Share {
@@ -568,17 +571,17 @@ impl fmt::Debug for Election {
 ///
 /// # Drop
 ///
-/// Ends it, on a task.
+/// Ends the term, on a background task.
 struct Turn(Arc<Holdings>);
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        // Detach: no caller waits for it.
+        // Detach: no caller waits for the release.
         drop(self.0.release_all());
     }
 }
 
-/// The post, held. Dropping it resigns.
+/// A leadership that is held. Dropping it resigns.
 ///
 /// # Drop
 ///
@@ -602,10 +605,10 @@ impl Drop for Turn {
 #[must_use = "if unused, the candidate resigns at once"]
 #[clippy::has_significant_drop]
 pub struct Leadership {
-    // First, so that it is released before the change is noticed.
+    // The first field, so that the lock is released before `_share` notifies the status.
     guard: Guard,
     term: u64,
-    /// Whether [`Election::run`] ends the term.
+    /// Whether [`Election::run`] is ending the term.
     stopping: watch::Sender<bool>,
     _share: Share,
 }
@@ -651,8 +654,8 @@ impl Leadership {
         self.guard.key()
     }
 
-    /// Returns whether [`Election::run`] ends the term, because it is stopped, the pool is closed, or the leadership is
-    /// lost. Always `false` for a leadership from [`campaign`](Election::campaign). Sends nothing.
+    /// Returns whether [`Election::run`] is ending the term, because it is stopped, the pool is closed, or the
+    /// leadership is lost. Always `false` for a leadership from [`campaign`](Election::campaign). Sends nothing.
     ///
     /// # Examples
     ///

@@ -13,7 +13,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why an operation on a lock failed.
 ///
 /// Contention is never an error: the `try_` methods return `None`. After an error from an acquire nothing is
-/// held. Every message names the key, or what could not be done, and says what to do; the message of the database or
+/// held. Every message names the key, or the action that failed, and says what to do; the message of the database or
 /// the driver is the [`source`](std::error::Error::source).
 ///
 /// # Examples
@@ -106,13 +106,13 @@ pub enum Error {
         source: Arc<sqlx::Error>,
     },
 
-    /// A call of [`inspect`](crate::inspect) failed. It is about no lock in particular.
+    /// A call of [`inspect`](crate::inspect) failed. The error is about no lock in particular.
     #[error("cannot {action}: {}", inspect_hint(privilege.as_deref()))]
     #[non_exhaustive]
     Inspect {
-        /// What was to be done, such as `list the locks of the database` or `end session 4711`.
+        /// The action that failed, such as `list the locks of the database` or `end session 4711`.
         action: String,
-        /// What to grant to the role, if the server refused the call for lack of a privilege (SQLSTATE
+        /// The privilege to grant to the role, if the server refused the call for lack of one (SQLSTATE
         /// 42501).
         privilege: Option<String>,
         /// The error of the driver or the server.
@@ -123,7 +123,7 @@ pub enum Error {
     #[error("invalid argument: {reason}")]
     #[non_exhaustive]
     InvalidArgument {
-        /// Which argument, and what it may be.
+        /// Names the argument, and its valid values.
         reason: String,
     },
 
@@ -147,7 +147,7 @@ pub enum Error {
     Lost {
         /// The key of the lock.
         key: Key,
-        /// How it was lost.
+        /// How the lock was lost.
         #[source]
         reason: Loss,
     },
@@ -193,10 +193,10 @@ pub enum Error {
     PoolTimedOut {
         /// The key of the lock.
         key: Key,
-        /// How many of the pool's connections locks had, if it was their share of the pool that was
-        /// used up ([`LockOptions::reserve_connections`](crate::LockOptions::reserve_connections)).
+        /// The number of the pool's connections that locks used, if their share of the pool was used up
+        /// ([`LockOptions::reserve_connections`](crate::LockOptions::reserve_connections)).
         locks: Option<u32>,
-        /// How many permits the [`Semaphore`](crate::Semaphore) has, if the pool can't provide a connection
+        /// The number of permits of the [`Semaphore`](crate::Semaphore), if the pool can't provide a connection
         /// for each of them.
         permits: Option<usize>,
     },
@@ -261,19 +261,20 @@ pub enum Loss {
     /// The session's connection broke, or the server ended it.
     #[error("the session's connection broke")]
     Disconnected(#[source] Arc<sqlx::Error>),
-    /// It was held for longer than [`LockOptions::max_hold`](crate::LockOptions::max_hold).
+    /// The lock was held for longer than [`LockOptions::max_hold`](crate::LockOptions::max_hold).
     #[error("it was held for longer than max_hold")]
     HeldTooLong,
     /// Statements were answered by another session than the one that holds the lock, or the server's locks
     /// were found to exclude no other session.
     #[error("locks exclude no other session on this connection")]
     NoExclusion,
-    /// The server's answer is that the session does not hold the lock: other code unlocked it, or the server
+    /// According to the server, the session does not hold the lock: other code unlocked it, or the server
     /// ended the session while its connection was borrowed.
     #[error("the server says that the session does not hold the lock: other code unlocked it")]
     NotHeld,
-    /// The handle released it: [`Lock::release_all`](crate::Lock::release_all), that of a
-    /// [`MultiLock`](crate::MultiLock), or the end of a term of [`Election::run`](crate::Election::run).
+    /// The handle released the lock: by [`Lock::release_all`](crate::Lock::release_all), by
+    /// [`MultiLock::release_all`](crate::MultiLock::release_all), or at the end of a term of
+    /// [`Election::run`](crate::Election::run).
     #[error("the handle released it")]
     Released,
     /// The tokio runtime of the acquire was shut down, and with it the task that monitors the session.
@@ -286,7 +287,7 @@ pub enum Loss {
 }
 
 impl Loss {
-    /// What a statement that failed says of its session.
+    /// Returns the loss of a session whose connection failed with this error.
     pub(crate) fn broken(error: sqlx::Error) -> Self {
         if is_not_prepared(&error) {
             Self::NoExclusion
@@ -296,7 +297,7 @@ impl Loss {
     }
 }
 
-/// The key of an error, borrowed as the error is: as `Option<&Key>` or `Option<&mut Key>`.
+/// Borrows the key of an error in the same way as the error: as `Option<&Key>` or `Option<&mut Key>`.
 macro_rules! key_of {
     ($error:expr) => {
         match $error {
@@ -321,7 +322,7 @@ macro_rules! key_of {
 }
 
 impl Error {
-    /// Returns the key of the lock that the error is about. `None` for an invalid argument, and for
+    /// Returns the key of the lock that the error is about. `None` for an invalid argument, and for errors of
     /// [`inspect`](crate::inspect).
     ///
     /// # Examples
@@ -384,7 +385,7 @@ impl Error {
             || sqlstate(source).is_some_and(passes)
     }
 
-    /// The same error for another key that was asked for in the same statement, or on the same session.
+    /// Returns the same error for another key that was requested in the same statement, or on the same session.
     pub(crate) fn for_key(mut self, other: &Key) -> Self {
         if let Some(key) = key_of!(&mut self) {
             other.clone_into(key);
@@ -399,7 +400,8 @@ impl Error {
         Self::Deadlock { key: key.clone(), source: Arc::new(source) }
     }
 
-    /// The pool's connections were in use. `locks` is the number that locks had, if their share was used up.
+    /// Makes the error of a pool whose connections were in use. `locks` is the number of connections that locks used,
+    /// if their share was used up.
     pub(crate) fn pool_timed_out(key: &Key, locks: Option<u32>) -> Self {
         Self::PoolTimedOut { key: key.clone(), locks, permits: None }
     }
@@ -412,7 +414,7 @@ impl Error {
         Self::Inspect { action, privilege, source: Arc::new(source) }
     }
 
-    /// The session was lost before it answered an acquire.
+    /// Makes the error of a session that was lost before it answered an acquire.
     pub(crate) fn broken(key: &Key, loss: &Loss) -> Self {
         if matches!(loss, Loss::NoExclusion) {
             return Self::lost(key, loss.clone());
@@ -430,7 +432,7 @@ impl Error {
         }
     }
 
-    /// Sorts what the driver said of a statement that should have acquired the lock.
+    /// Classifies the error that the driver returned for a statement that should have acquired the lock.
     pub(crate) fn acquiring(key: &Key, source: sqlx::Error) -> Self {
         let (key, source) = (key.clone(), Arc::new(source));
         match sqlstate(&source).as_deref() {
@@ -444,14 +446,14 @@ impl Error {
         }
     }
 
-    /// Whether the connection was made by a runtime that has ended: no one else can use it.
+    /// Whether the connection belongs to a runtime that has ended, so that no other runtime can use it.
     pub(crate) fn is_of_ended_runtime(&self) -> bool {
         let Self::Disconnected { source, .. } = self else { return false };
         matches!(&**source, sqlx::Error::Io(error) if is_rt_shutdown_err(error))
     }
 }
 
-/// What to do about a pool that is exhausted.
+/// Returns the advice for a pool that is exhausted.
 fn pool_hint(locks: Option<u32>, permits: Option<usize>) -> String {
     let share = locks.map_or_else(String::new, |locks| {
         format!("; locks have {locks} of its connections, and leave the others to queries")
@@ -471,7 +473,7 @@ fn pool_hint(locks: Option<u32>, permits: Option<usize>) -> String {
     format!("{share}; {advice}")
 }
 
-/// Why a call of `inspect` failed, and what to grant.
+/// Returns why a call of `inspect` failed, and the privilege to grant.
 fn inspect_hint(privilege: Option<&str>) -> String {
     privilege.map_or_else(
         || "the query failed; see its source".to_owned(),
@@ -479,24 +481,24 @@ fn inspect_hint(privilege: Option<&str>) -> String {
     )
 }
 
-/// The five characters by which the server classifies its error.
+/// Returns the SQLSTATE, if the error is one that the server returned.
 pub(crate) fn sqlstate(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
 }
 
-/// Whether a prepared statement is not where it was prepared, or another's is there: a pooler in
+/// Whether a prepared statement is missing, or one of another client is in its place, as behind a pooler in
 /// transaction mode.
 pub(crate) fn is_not_prepared(error: &sqlx::Error) -> bool {
     sqlstate(error).is_some_and(|code| code == "26000" || code == "42P05")
 }
 
-/// An error with its causes, for an event: a subscriber may print only the first of them.
+/// Formats an error with its causes for a `tracing` event, because a subscriber may print only the error itself.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {
         let next_text = next.to_string();
-        // Some errors of others repeat their cause.
+        // Some errors of other crates repeat their cause.
         if !text.ends_with(&next_text) {
             text = format!("{text}: {next_text}");
         }
@@ -505,8 +507,8 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Whether the server rejects a setting: it may be out of the role's rights, unknown, fixed, or not supported by the
-/// platform.
+/// Whether the server rejects a setting: the role may lack the right to it, or it may be unknown, fixed, or not
+/// supported by the platform.
 pub(crate) fn refuses_settings(error: &sqlx::Error) -> bool {
     let codes = ["0A000", "22023", "42501", "42704", "55P02"];
     sqlstate(error).is_some_and(|code| codes.contains(&code.as_str()))
@@ -514,7 +516,7 @@ pub(crate) fn refuses_settings(error: &sqlx::Error) -> bool {
 
 /// Whether the server answered a statement, and the session can run the next one.
 ///
-/// Not if it ended the session: shutdown, crash, terminated, idle for too long.
+/// `false` if the server ended the session: by a shutdown, a crash, a termination, or a limit on idle time.
 pub(crate) fn is_answer(error: &sqlx::Error) -> bool {
     let ended = ["57P01", "57P02", "57P03", "57P05", "25P03", "25P04"];
     sqlstate(error).is_some_and(|code| !ended.contains(&code.as_str()))

@@ -30,11 +30,11 @@ use crate::sql::release::Protocol;
 pub use exclusive::ExclusiveGuard;
 pub use shared::{SharedGuard, Upgrade};
 
-/// What all guards have in common: a lock that is held, on a session that may be lost.
+/// The common part of all guards: a lock that is held on a session, which may be lost.
 ///
 /// [`ExclusiveGuard`], [`SharedGuard`], [`MultiGuard`](crate::MultiGuard), [`Permit`](crate::Permit) and
-/// [`Leadership`](crate::Leadership) dereference to it, so all its methods are theirs, and a function that
-/// takes a `&Guard` takes a reference to any of them. Each can also be turned into a `Guard` that is owned.
+/// [`Leadership`](crate::Leadership) dereference to it, so they have all its methods, and a function that
+/// takes a `&Guard` takes a reference to any of them. Each can also be converted to an owned `Guard`.
 ///
 /// # Drop
 ///
@@ -69,17 +69,17 @@ pub struct Guard {
     request: Request,
     token: OnceLock<u64>,
     released: bool,
-    /// The handle, which can release it as well.
+    /// The handle, which can also release the lock.
     handle: Arc<Holdings>,
     home: Home,
     held: Held,
-    // A subscriber receives the end, and nothing else.
+    // Unwind safe, because a subscriber receives only the end of the span.
     span: AssertUnwindSafe<Span>,
 }
 
-/// Who counts the lock of a guard, beside its session.
+/// What counts the lock of a guard, besides its session.
 pub(crate) enum Home {
-    /// The handle, by this number.
+    /// The handle, under this number.
     Handle(u64),
     /// A manager, which has other locks on the session, too.
     Manager(Arc<Manager>),
@@ -163,10 +163,10 @@ impl Guard {
     /// Sends nothing. `false` means that no loss was detected; it is as recent as the session's last answer. A silent
     /// session is lost when the heartbeat's interval and timeout
     /// ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed since the last
-    /// question that was answered: over a direct TCP connection, [before](crate::guide::guarantees#loss) the server
-    /// grants the lock to another session. A closed connection is detected within 50 ms if it is idle and the lock has
-    /// been held for more than two seconds, otherwise at the next heartbeat. After a system suspend, `is_lost` returns
-    /// `false` until the first heartbeat, because the monotonic clock does not advance during suspend.
+    /// answered statement was sent: over a direct TCP connection, [before](crate::guide::guarantees#loss) the server grants the lock to another session. A closed connection is
+    /// detected within 50 ms if it is idle and the lock has been held for more than two seconds, otherwise at the next
+    /// heartbeat. After a system suspend, `is_lost` returns `false` until the first heartbeat, because the monotonic
+    /// clock does not advance during suspend.
     ///
     /// # Examples
     ///
@@ -265,7 +265,7 @@ impl Guard {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future that this returns drops the one that it runs.
+    /// Dropping the returned future drops the one that it runs.
     ///
     /// # Errors
     ///
@@ -295,7 +295,7 @@ impl Guard {
                 reason = self.lost() => Err(reason),
                 output = future => Ok(output),
             }
-            // Here it is dropped, before the caller is notified of the loss.
+            // The future is dropped here, before the caller is notified of the loss.
         };
         let ended = ended.and_then(|output| self.loss().map_or(Ok(output), Err));
         ended.map_err(|reason| Error::lost(self.key(), reason))
@@ -303,7 +303,7 @@ impl Guard {
 
     /// Returns a fencing token: a number that is greater than that of every previous holder.
     ///
-    /// A store that does not know the lock can check it: it refuses a write whose token is
+    /// A store that does not know the lock can check the token: it refuses a write whose token is
     /// less than the greatest one seen. The first call sends one statement on the session's
     /// own connection; later calls return the same number without a round trip.
     ///
@@ -328,8 +328,8 @@ impl Guard {
     ///
     /// If no row was changed, a later holder has written. This `UPDATE` is safe at every isolation level; above
     /// `READ COMMITTED`, it may also fail with 40001. A statement that only reads the token, and writes elsewhere, is
-    /// not: under `REPEATABLE READ` and above it sees the row as it was when the transaction began, and admits a late
-    /// holder. See [fencing](crate::guide::guarantees#fencing).
+    /// not safe: under `REPEATABLE READ` and above it sees the row as it was when the transaction began, and admits a
+    /// late holder. See [fencing](crate::guide::guarantees#fencing).
     ///
     /// # Cancel safety
     ///
@@ -372,17 +372,17 @@ impl Guard {
     }
 
     /// Borrows the connection of the session that holds the lock. A guard of a [`LockManager`](crate::LockManager) has
-    /// none: [`Error::SharedSession`].
+    /// no connection of its own, and returns [`Error::SharedSession`].
     ///
-    /// A statement that is sent through it takes no effect after the session has ended, and the lock with it: the
-    /// server rolls back the open transaction. Waits while the connection is in use, for example borrowed from another
-    /// guard of the session. The first time, sends two statements, to end a transaction that was left open on the
-    /// pooled connection and to apply the settings of a borrowed connection; later at most one. When the connection is
-    /// returned, two statements end what was left open and check that the session still holds its locks.
+    /// A statement that is sent through the connection takes no effect after the session has ended, and the lock with
+    /// it: the server rolls back the open transaction. Waits while the connection is in use, for example borrowed from
+    /// another guard of the session. The first call sends two statements, to end a transaction that was left open on
+    /// the pooled connection and to apply the settings of a borrowed connection; later calls send at most one. When the
+    /// connection is returned, two statements end what was left open, and check that the session still holds its locks.
     ///
     /// While the connection is borrowed, a closed session is detected only at the next heartbeat.
     ///
-    /// The pool's `before_acquire` hook may not have run on it; `after_connect` has.
+    /// The pool's `before_acquire` hook may not have run on the connection; `after_connect` has.
     ///
     /// `CREATE INDEX CONCURRENTLY` waits for every older snapshot, including that of a session
     /// that waits for this lock. On this connection that is a deadlock, and one of the two
@@ -427,7 +427,7 @@ impl Guard {
         self.session.lend(self.key()).await
     }
 
-    /// A guard of a handle, which counts it.
+    /// Makes a guard of a handle, which counts it.
     pub(crate) fn new(granted: Granted, handle: &Arc<Holdings>) -> Self {
         let number = handle.add(&granted.session, &granted.request);
         Self::at(Home::Handle(number), granted, handle)
@@ -449,14 +449,14 @@ impl Guard {
         self.request.key()
     }
 
-    /// Runs a future while the lock is held, and releases it.
+    /// Runs a future while the lock is held, and then releases the lock.
     pub(crate) async fn run<T>(self, future: impl Future<Output = T>) -> Result<T> {
         let output = self.while_held(future).await?;
         self.release().await?;
         Ok(output)
     }
 
-    /// Takes more, on this very session, if it is free.
+    /// Acquires more locks on this very session, if they are free.
     pub(crate) async fn and(&self, request: &Request) -> Result<Option<Self>> {
         self.check_open()?;
         let session = &self.session;
@@ -466,7 +466,7 @@ impl Guard {
                 return Err(ended());
             }
             let more = manager.acquire(&self.handle, request, WaitPolicy::Never).await?;
-            // If the session was lost meanwhile, it was granted on another.
+            // If the session was lost meanwhile, the lock was granted on another session.
             let is_elsewhere =
                 more.as_ref().is_some_and(|more| !Arc::ptr_eq(&more.session, session));
             return if is_elsewhere { Err(ended()) } else { Ok(more.map(Self::traced)) };
@@ -496,7 +496,8 @@ impl Guard {
         self.handle.closed().map_or(Ok(()), |closed| Err(Error::lost(self.key(), closed)))
     }
 
-    /// Begins the span of the hold, a child of the current one. A session of a manager is no lock.
+    /// Begins the span of the hold, as a child of the current span. A manager's request for a session without a lock
+    /// has no span.
     pub(crate) fn traced(mut self) -> Self {
         if self.request.need == Need::Nothing {
             return self;
@@ -513,7 +514,7 @@ impl Guard {
         self
     }
 
-    /// The span ends with the guard, or when its release begins.
+    /// Ends the span: when the guard is dropped, or when its release begins.
     fn end_span(&mut self) {
         if !self.span.is_disabled() {
             let outcome = if self.loss().is_some() { "lost" } else { "released" };
@@ -522,7 +523,7 @@ impl Guard {
         }
     }
 
-    /// Starts the release, once. The only path by which a guard is released.
+    /// Starts the release, once. Every release of a guard takes this path.
     fn start_release(&mut self, protocol: Protocol) -> Option<Releasing> {
         if self.released {
             return None;
@@ -536,7 +537,7 @@ impl Guard {
                 let (key, mode) = (self.key(), self.request.mode());
                 Releasing::ByManager(manager.leave(&self.handle, key, mode, &self.session, awaited))
             }
-            // The close of the handle has released it.
+            // The lock was released when the handle was closed.
             Home::Handle(number) if !self.handle.end(*number) => {
                 let closed = Err(Error::lost(self.key(), Loss::Released));
                 Releasing::BySession(Release::Done(closed))
@@ -565,7 +566,7 @@ impl Releasing {
 }
 
 impl Sealed for Guard {
-    /// An owner that takes other locks on the same session, or through the same manager.
+    /// Returns an owner that acquires other locks on the same session, or through the same manager.
     fn owner(&self) -> Owner {
         let manager = match &self.home {
             Home::Manager(manager) => Some(Arc::clone(manager)),
@@ -591,7 +592,7 @@ impl fmt::Debug for Guard {
     }
 }
 
-/// What the type of a guard adds to [`Guard`]: nothing that the others need.
+/// Implements the traits that all guard types have in common, by their [`Guard`].
 macro_rules! is_guard {
     ($Type:ty) => {
         impl std::ops::Deref for $Type {

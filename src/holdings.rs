@@ -1,4 +1,4 @@
-//! A handle, as its guards know it: what they hold, and whether it was closed.
+//! The part of a handle that its guards share: what they hold, and whether the handle was closed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,8 @@ use crate::session::Session;
 use crate::session::release::Release;
 use crate::sql::release::Protocol;
 
-/// What a handle holds, so that closing it releases that, and nothing of other handles on the session.
+/// The locks that a handle holds, so that closing the handle releases these, and no locks of other handles on the
+/// session.
 #[derive(Default)]
 pub(crate) struct Holdings {
     closed: AtomicBool,
@@ -22,7 +23,7 @@ pub(crate) struct Holdings {
 #[derive(Default)]
 struct Entries {
     next: u64,
-    /// Usually one. None of a manager's, which counts them itself.
+    /// Usually one. Empty if a manager acquires the locks, because the manager counts them itself.
     all: Vec<(u64, Arc<Session>, Request)>,
 }
 
@@ -32,7 +33,7 @@ impl Holdings {
         std::ptr::from_ref(self).addr()
     }
 
-    /// Returns the number of what is added.
+    /// Adds a lock. Returns the number of its entry.
     pub(crate) fn add(&self, session: &Arc<Session>, request: &Request) -> u64 {
         let mut entries = self.entries();
         let number = entries.next;
@@ -41,16 +42,16 @@ impl Holdings {
         number
     }
 
-    /// Takes it out. Returns false if the close of the handle has done so.
+    /// Removes an entry. Returns false if closing the handle has already removed it.
     pub(crate) fn end(&self, number: u64) -> bool {
         let mut entries = self.entries();
         let found = entries.all.iter().rposition(|(other, ..)| *other == number);
         found.map(|at| entries.all.swap_remove(at)).is_some()
     }
 
-    /// Releases everything, however many guards are alive, which then report a loss.
+    /// Releases everything, however many guards are alive. The guards then report a loss.
     ///
-    /// The release is in flight when this returns; what it returns waits for the server's answers.
+    /// The releases are in flight when this returns. The returned future waits for the server's answers.
     pub(crate) fn release_all(&self) -> impl Future<Output = Result<()>> + use<> {
         let releases: Vec<Release> = self.close(|| {
             let all = std::mem::take(&mut self.entries().all);
@@ -68,7 +69,7 @@ impl Holdings {
         }
     }
 
-    /// From now on, the guards report a loss. They are notified when what they hold is being released.
+    /// Closes the handle: from now on, its guards report a loss. They are notified after `release` has run.
     pub(crate) fn close<T>(&self, release: impl FnOnce() -> T) -> T {
         self.closed.store(true, Ordering::Relaxed);
         let released = release();

@@ -1,8 +1,8 @@
 //! The holders and waiters of a database's advisory locks, and a way to end a session.
 //!
-//! It asks the server, so it shows the locks of all programs, whatever they are written in: those of this
-//! crate, of migration tools, of a person at `psql`. It shows those of one database, that of the
-//! connection; keys belong to a database, so an equal key elsewhere is another lock.
+//! The functions query the server, so they show the locks of all programs, in whatever language: of this
+//! crate, of migration tools, of a person at `psql`. They show the locks of one database, that of the
+//! connection. Keys belong to a database, so an equal key in another database is another lock.
 //!
 //! ```
 //! use pglock::{Lock, inspect};
@@ -19,45 +19,45 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Everything here takes what a query of sqlx takes: a pool, a connection, a transaction. Each call is one
-//! statement, for which the server stops granting locks for a moment, once for each waiter; don't call it
-//! many times a second. Of a transaction it also clears the snapshot of statistics, which would show sessions
-//! as they were.
+//! Each function takes any sqlx executor: a pool, a connection, a transaction. Each call sends one statement, for
+//! which the server stops granting locks for a moment, once for each waiter; don't call the functions many times a
+//! second. In a transaction, the statement also clears the statistics snapshot, which would show the sessions in an
+//! old state.
 //!
 //! # Names
 //!
-//! The server stores only numbers. A name was hashed, and can't be recovered from its hash. A program that
-//! has the names can hash them again: [`name_keys`] does that, and [`locks`] with those that sessions show, with
-//! [`LockOptions::application_name`](crate::LockOptions::application_name). The name of an election's leader is shown on
-//! the server, too: [`LockInfo::leader`].
+//! The server stores only numbers. A name is hashed, and can't be recovered from its hash. A program that
+//! has the names can hash them again. [`name_keys`] does that, and so does [`locks`], with the names that sessions show
+//! with [`LockOptions::application_name`](crate::LockOptions::application_name). The server also shows the name of an
+//! election's leader: [`LockInfo::leader`].
 //!
-//! # Since when
+//! # Times
 //!
-//! The server remembers when a wait began, from PostgreSQL 14 on. It does **not** remember when a lock
-//! was granted. Of a holder it says when the [session](Session) was started, which was before; when its
-//! transaction was, if it is in one; and since when it is in its state: if it is idle since then, it has
-//! held all its locks at least since then. (A session of this crate is asked at every
-//! [heartbeat](crate::LockOptions::heartbeat_interval), and idle since then.) A leader shows when it was elected.
+//! From PostgreSQL 14 on, the server records when a wait began. It does **not** record when a lock was granted. For a
+//! holder, it shows when the [session](Session) was started, which was before the grant; when its transaction was
+//! started, if it is in one; and when its state last changed. If the session has been idle since then, it has held all
+//! its locks at least since then. (A session of this crate answers a statement at every
+//! [heartbeat](crate::LockOptions::heartbeat_interval), and is idle from then on.) A leader shows when it was elected.
 //!
 //! A waiter of this crate waits in [slices](crate::LockOptions::wait_slice), and its wait begins anew with
-//! each.
+//! each slice.
 //!
-//! All times are by the server's clock. [`LockInfo::ago`] tells how long ago one was, without ours.
+//! All times are by the server's clock. [`LockInfo::ago`] returns how long ago a time was, without the local clock.
 //!
-//! With the feature `serde`, they are numbers of seconds since 1970, and the key of a lock is two fields: `key`, which
+//! With the feature `serde`, times are numbers of seconds since 1970, and the key of a lock is two fields: `key`, which
 //! is its number or pair as a text, and `name`.
 //!
 //! # Privileges
 //!
-//! Every role sees every lock: key, mode, whether it is held, by which process, who blocks whom; and of
-//! each session the user and the `application_name`. The rest of a session, from its address to its
-//! times, shows to its own role, to members of that, of `pg_read_all_stats` or of `pg_monitor`, and to
-//! superusers. It is `None` to others. On a hardened server, the views `pg_locks` and `pg_stat_activity` may be
-//! revoked, but not the functions behind them, `pg_lock_status` and `pg_stat_get_activity`: a call that is refused
-//! one returns [`Error::Inspect`], which names the function to grant.
+//! Every role sees the key and the mode of every lock, whether it is held, by which process, and which processes block
+//! which; and the user and the `application_name` of each session. The other fields of a session, from its address to
+//! its times, are visible to its own role, to members of that role, of `pg_read_all_stats` or of `pg_monitor`, and to
+//! superusers. They are `None` for other roles. On a hardened server, a role that is denied the views `pg_locks`
+//! and `pg_stat_activity` still needs the functions behind them, `pg_lock_status` and `pg_stat_get_activity`: a call that
+//! is refused one of them returns [`Error::Inspect`], which names the function to grant.
 //!
-//! [`terminate`] takes the session's own role, or a member of that or of `pg_signal_backend`; only a
-//! superuser can end a superuser's session. And it takes the right to see when the session was started,
+//! [`terminate`] requires the session's own role, or a member of that role or of `pg_signal_backend`; only a
+//! superuser can end a superuser's session. It also requires the right to see when the session was started,
 //! as above.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -78,15 +78,16 @@ use crate::sql::inspect::{self as sql, LockRow};
 
 /// Returns the holders and the waiters of the advisory locks of this database.
 ///
-/// Ordered by key; the holders of each before its waiters, and those by how long they wait.
+/// The result is ordered by key, with the holders of each key before its waiters, and the waiters by how long they have
+/// waited.
 ///
 /// # Cancel safety
 ///
-/// Cancel safe: it only asks.
+/// Cancel safe: the call only reads.
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, with the wait for a connection.
+/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, including the wait for a connection.
 ///
 /// # Examples
 ///
@@ -114,16 +115,16 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
 
 /// Returns the holders and the waiters of one lock of this database.
 ///
-/// Ordered as by [`locks`]. The permits of a semaphore have keys of their own, which [`name_keys`]
+/// The result is ordered as that of [`locks`]. The permits of a semaphore have keys of their own, which [`name_keys`]
 /// recognizes.
 ///
 /// # Cancel safety
 ///
-/// Cancel safe: it only asks.
+/// Cancel safe: the call only reads.
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, with the wait for a connection.
+/// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, including the wait for a connection.
 ///
 /// # Examples
 ///
@@ -146,11 +147,11 @@ pub async fn locks_of(db: impl PgExecutor<'_>, key: impl Into<Key>) -> Result<Ve
     Ok(rows.into_iter().map(named).collect())
 }
 
-/// Gives the keys of locks the names that they were made from, of those that you know.
+/// Names each key in `locks` that was made from one of `keys`.
 ///
-/// Pass a [`Key`] where it was not made as sqlx does, such as those of
+/// Pass a [`Key`] for a key that is not made from its name as sqlx does, such as those of
 /// [`interop`](crate::interop). Permits and the queue of a [`Semaphore`](crate::Semaphore) are recognized by the
-/// semaphore's key. What has a name keeps it.
+/// semaphore's key. A key that has a name keeps it.
 ///
 /// # Examples
 ///
@@ -168,7 +169,7 @@ pub async fn locks_of(db: impl PgExecutor<'_>, key: impl Into<Key>) -> Result<Ve
 /// # Ok(()) }
 /// ```
 pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Into<Key>>) {
-    // There may be many of both.
+    // There may be many locks, and many keys.
     let mut places: BTreeMap<KeyId, Vec<usize>> = BTreeMap::new();
     for (place, lock) in locks.iter().enumerate().filter(|(_, lock)| lock.key.name().is_none()) {
         places.entry(lock.key.id()).or_default().push(place);
@@ -199,13 +200,13 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
     }
 }
 
-/// Ends a session at the server, and with it all that it holds and waits for.
+/// Ends a session on the server (`pg_terminate_backend`), which releases its locks and ends its waits.
 ///
-/// The session is ended only if it still is the one that was shown, by process id and by the time at
-/// which it was started, which the statement compares. Returns whether the server was asked to end it. `false`
-/// if it has ended, or if our role can't see when it was started.
+/// The session is ended only if it still is the one that was shown: the statement compares the process id, and the time
+/// at which the session was started. Returns whether the server was asked to end the session: `false` if it has
+/// already ended, or if the role of the caller can't see when it was started.
 ///
-/// Its holder is notified of the loss: a guard of this crate at once. The holder's work may still go on
+/// The holder is notified of the loss; a guard of this crate at once. The holder's work may still continue
 /// outside the database for a moment, so the next holder of the lock should be
 /// [fenced](crate::Guard::fencing_token).
 ///
@@ -215,8 +216,8 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 ///
 /// # Errors
 ///
-/// [`Error::Inspect`] if the query fails or is not answered within ten seconds, with the wait for a connection, or if our
-/// role must not end the session.
+/// [`Error::Inspect`] if the query fails or is not answered within ten seconds, including the wait for a connection, or
+/// if the role of the caller may not end the session.
 ///
 /// # Examples
 ///
@@ -257,18 +258,18 @@ fn not_listed(source: sqlx::Error) -> Error {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct LockInfo {
-    /// The key, without a name unless it was asked for by name, or a session shows it: see
+    /// The key. It has a name only if the lock was looked up by name, or if a session shows the name: see
     /// [names](crate::inspect#names).
     #[cfg_attr(
         feature = "serde",
         serde(flatten, serialize_with = "crate::serialize::key_and_name")
     )]
     pub key: Key,
-    /// In which mode it is held or wanted.
+    /// The mode in which the lock is held or waited for.
     pub mode: Mode,
-    /// Whether it is held. If not, it is waited for.
+    /// Whether the lock is held. Otherwise, the session waits for it.
     pub held: bool,
-    /// Since when a waiter waits, in this statement. `None` before PostgreSQL 14.
+    /// When the current statement of a waiter began to wait. `None` before PostgreSQL 14.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub waiting_since: Option<SystemTime>,
     /// The backends that a waiter waits for: holders, and waiters that are ahead of it. 0 stands for a
@@ -278,16 +279,16 @@ pub struct LockInfo {
     pub session: Option<Session>,
     /// The identifier of the prepared transaction that holds the lock, which `ROLLBACK PREPARED` takes.
     pub prepared: Option<String>,
-    /// As which leader the session shows itself, if it holds the lock exclusively. If it holds others
-    /// too, the server does not say which of them is that of the election.
+    /// The leader that the session shows, if it holds the lock exclusively. If the session holds other locks
+    /// too, the server does not show which of them is that of the election.
     pub leader: Option<Leader>,
-    /// When the server was asked, by its own clock.
+    /// When the server answered the query, by its own clock.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::seconds"))]
     pub seen_at: SystemTime,
 }
 
 impl LockInfo {
-    /// Returns how long ago a time of the server's clock was when it was asked. Zero if it was later.
+    /// Returns how long before [`seen_at`](LockInfo::seen_at) a time of the server's clock was. Zero if it was later.
     ///
     /// # Examples
     ///
@@ -338,7 +339,7 @@ impl From<LockRow> for LockInfo {
     }
 }
 
-/// A session of the server, and what our role may see of it.
+/// A session of the server, with the fields that the role of the caller may see.
 ///
 /// # Examples
 ///
@@ -347,26 +348,26 @@ impl From<LockRow> for LockInfo {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Session {
-    /// The process id of its backend.
+    /// The process id of the session's backend.
     pub backend_pid: i32,
-    /// When it was started. Together with the process id, this identifies the session.
+    /// When the session was started. Together with the process id, this identifies the session.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub started_at: Option<SystemTime>,
-    /// The role that it was started by.
+    /// The role that started the session.
     pub user: Option<String>,
-    /// What the application calls itself.
+    /// The session's `application_name`.
     pub application_name: Option<String>,
     /// The address of the client. `None` over a unix socket too.
     pub client_addr: Option<String>,
-    /// What it is doing, in PostgreSQL's words: `active`, `idle`, `idle in transaction`, …
+    /// The state of the session, in PostgreSQL's words: `active`, `idle`, `idle in transaction`, …
     pub state: Option<String>,
-    /// Since when it is in that state.
+    /// When the state last changed.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub state_since: Option<SystemTime>,
-    /// When its transaction was started, if it is in one.
+    /// When the session's transaction was started, if it is in one.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub transaction_since: Option<SystemTime>,
-    /// When its statement was started, or its last one if it is idle.
+    /// When the session's statement was started, or the last one if the session is idle.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::maybe_seconds"))]
     pub query_since: Option<SystemTime>,
 }

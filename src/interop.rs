@@ -1,7 +1,7 @@
-//! The keys that other libraries and tools lock, to share locks with them or to move from them one by one.
+//! The keys that other libraries and tools lock, to share locks with them or to migrate from them one by one.
 //!
-//! Between services that use this crate, a plain name is the best key. A hash of 32 bits makes two names the same
-//! key sooner or later, so share only what must be shared.
+//! Between services that use this crate, a plain name is the best key. With a hash of 32 bits, two names become the
+//! same key sooner or later, so share only the locks that must be shared.
 //!
 //! | made by | on the server | the same as |
 //! |---|---|---|
@@ -75,8 +75,8 @@ pub fn fnv1a(name: impl Into<String>) -> Key {
 /// Makes the key that Ruby's [`with_advisory_lock`] locks: a pair, of 31 bits of the name's CRC-32 and
 /// of 0.
 ///
-/// The second number is what `WITH_ADVISORY_LOCK_PREFIX` is set to, which is usually not set. If it
-/// is a number there, make the pair yourself.
+/// The second number is the value of `WITH_ADVISORY_LOCK_PREFIX`, which is usually not set. If it is set to
+/// a number, make the pair yourself.
 ///
 /// [`with_advisory_lock`]: https://github.com/ClosureTree/with_advisory_lock
 ///
@@ -96,8 +96,7 @@ pub fn with_advisory_lock(name: impl Into<String>) -> Key {
 
 /// Makes the key that the migrations of Ruby on Rails lock in the database of this name.
 ///
-/// While it is held, no migrations run. It is named after what it locks, the
-/// migrations of that database.
+/// While the key is locked, no migrations run. The key is named after the migrations of that database.
 ///
 /// # Examples
 ///
@@ -108,7 +107,7 @@ pub fn with_advisory_lock(name: impl Into<String>) -> Key {
 /// assert_eq!(key.name(), Some("Rails migrations of shop_production"));
 /// ```
 pub fn rails_migrations(database: impl AsRef<str>) -> Key {
-    // ActiveRecord::Migrator::MIGRATOR_SALT. The product of both has less than 63 bits.
+    // ActiveRecord::Migrator::MIGRATOR_SALT. The product of the salt and a CRC-32 fits into 63 bits.
     const SALT: i64 = 2_053_462_845;
 
     let database = database.as_ref();
@@ -169,11 +168,11 @@ pub fn django_pglock(name: impl Into<String>) -> Key {
     hashed(name, |name| i64::from_le_bytes(sha256(name)))
 }
 
-/// Makes the key of `pg_advisory_lock(hashtext(name))`, which is in much hand-written SQL.
+/// Makes the key of `pg_advisory_lock(hashtext(name))`, which much hand-written SQL uses.
 ///
-/// It is computed here, so nothing is sent. PostgreSQL does not document `hashtext`; the function has
+/// The hash is computed locally, so nothing is sent. PostgreSQL does not document `hashtext`; the function has
 /// been the same from version 8.4 on, and the tests of this crate compare it with servers from 12 to
-/// 18. It hashes the bytes that the server has, so this is right where the database's encoding is
+/// 18. The server hashes the bytes that it stores, so the key is right if the database's encoding is
 /// UTF-8 and the server's processor is little-endian, as nearly all are.
 ///
 /// # Examples
@@ -187,8 +186,8 @@ pub fn hashtext(name: impl Into<String>) -> Key {
     hashed(name, |name| lookup3(name.as_bytes()).1.cast_signed().into())
 }
 
-/// Makes the key of `pg_advisory_lock(hashtextextended(name, 0))`: as [`hashtext`], but
-/// of 64 bits.
+/// Makes the key of `pg_advisory_lock(hashtextextended(name, 0))`: like [`hashtext`], but with a hash of 64
+/// bits.
 ///
 /// # Examples
 ///
@@ -312,7 +311,7 @@ fn named(id: KeyId, name: String) -> Key {
     Key::from_id(id).called(name)
 }
 
-/// The first 8 bytes.
+/// Returns the first 8 bytes of the SHA-256.
 fn sha256(name: &str) -> [u8; 8] {
     first_bytes(&Sha256::digest(name))
 }
@@ -321,7 +320,7 @@ fn first_bytes(hash: &[u8]) -> [u8; 8] {
     hash.first_chunk().copied().unwrap_or_default()
 }
 
-/// The CRC-32 of zlib, gzip and Ethernet, bit by bit: names are short.
+/// Returns the CRC-32 of zlib, gzip and Ethernet. Computed bit by bit, because names are short.
 fn crc32(bytes: &[u8]) -> u32 {
     const REVERSED_POLYNOMIAL: u32 = 0xedb8_8320;
 
@@ -332,16 +331,16 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
-/// Bob Jenkins' hash [lookup3] as PostgreSQL has it, without a seed: two numbers, the better one last.
+/// Returns Bob Jenkins' hash [lookup3] as PostgreSQL computes it, without a seed: two numbers, the better one last.
 ///
-/// It begins with another number than the original, mixes the same way, and leaves the lowest byte of the
-/// third word free when it comes to the last bytes.
+/// PostgreSQL begins with another number than the original, mixes the same way, and leaves the lowest byte of the
+/// third word free in the last block.
 ///
 /// [lookup3]: http://burtleburtle.net/bob/hash/evahash.html
 fn lookup3(bytes: &[u8]) -> (u32, u32) {
     const START: u32 = 0x9e37_79b9_u32.wrapping_add(3_923_095);
 
-    // A text of PostgreSQL has less than 1 GB.
+    // A PostgreSQL text is smaller than 1 GB.
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     let [mut a, mut b, mut c] = [START.wrapping_add(length); 3];
     let mut blocks = bytes.chunks_exact(12);
@@ -367,7 +366,7 @@ fn lookup3(bytes: &[u8]) -> (u32, u32) {
     (a, b)
 }
 
-/// Up to 12 bytes as three words, the lowest byte first; `skip` bytes of the third stay free.
+/// Returns up to 12 bytes as three words, the lowest byte first; the first `skip` bytes of the third word stay free.
 fn words(bytes: &[u8], skip: usize) -> [u32; 3] {
     let mut words = [0; 3];
     for (place, &byte) in bytes.iter().enumerate() {
@@ -383,7 +382,7 @@ fn words(bytes: &[u8], skip: usize) -> [u32; 3] {
 mod tests {
     use super::golang_migrate_hash;
 
-    /// The vectors of that library's own test.
+    /// The test vectors are from golang-migrate's own test.
     #[test]
     fn golang_migrate_is_the_published_number() {
         assert_eq!(golang_migrate_hash(&["database_name"]), 1_764_327_054);

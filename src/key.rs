@@ -1,4 +1,4 @@
-//! What is locked: a number, a pair of numbers, or a name.
+//! The key of a lock: a number, a pair of numbers, or a name.
 
 use std::cmp::Ordering;
 use std::convert::Infallible;
@@ -9,15 +9,15 @@ use std::sync::Arc;
 
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 
-/// What is locked.
+/// The key of an advisory lock: a number, a pair of numbers, or a name.
 ///
-/// PostgreSQL knows two kinds of key, which never clash with each other: one `bigint`, and a pair of
-/// `int`. A name is hashed to a `bigint`, and the key remembers it, so that errors and logs can show
-/// it. Two keys are equal when the server would take them for the same lock, whatever their names.
+/// PostgreSQL has two kinds of key, which never conflict with each other: one `bigint`, and a pair of `int`. A name is
+/// hashed to a `bigint`, and the key keeps the name, so that errors and logs can show it. Two keys are equal if they
+/// are the same lock on the server, whatever their names.
 ///
 /// Keys belong to a database: the same key in two databases of one server is two locks.
 ///
-/// With the feature `serde`, a key is written and read as the text of its [`FromStr`].
+/// With the feature `serde`, a key is serialized to the text that its [`FromStr`] reads, and deserialized from it.
 ///
 /// | made from | on the server | the same as |
 /// |---|---|---|
@@ -67,12 +67,12 @@ impl Key {
         self.name.as_deref()
     }
 
-    /// The same key under a name of our own.
+    /// Returns the same key with this name.
     pub(crate) fn called(self, name: String) -> Self {
         Self { name: Some(name.into()), ..self }
     }
 
-    /// A key without its name.
+    /// Returns a key without a name.
     pub(crate) fn from_id(id: KeyId) -> Self {
         Self { id, name: None }
     }
@@ -95,7 +95,7 @@ impl From<i64> for Key {
 }
 
 impl From<i32> for Key {
-    /// The same key as the `i64` of that value.
+    /// Makes the same key as the `i64` of that value.
     fn from(number: i32) -> Self {
         Self::from(i64::from(number))
     }
@@ -131,9 +131,10 @@ impl From<&String> for Key {
 impl FromStr for Key {
     type Err = Infallible;
 
-    /// Reads a key as it is written on a command line: a number, a pair (`1,2`), or else a name. `name:42` is the name `42`.
+    /// Parses a key as it is written on a command line: a number, a pair (`1,2`), otherwise a name. `name:42` is the
+    /// name `42`.
     ///
-    /// What [`Display`](fmt::Display) writes for a key without a name is read as the same key.
+    /// The text that [`Display`](fmt::Display) writes for a key without a name is parsed as the same key.
     ///
     /// # Examples
     ///
@@ -230,7 +231,7 @@ impl PartialEq for Key {
 impl Eq for Key {}
 
 impl Ord for Key {
-    /// The order in which a [`MultiLock`](crate::MultiLock) takes keys.
+    /// Compares in the order in which a [`MultiLock`](crate::MultiLock) acquires keys.
     fn cmp(&self, other: &Self) -> Ordering {
         self.id.cmp(&other.id)
     }

@@ -23,7 +23,7 @@
 //!
 //! * [Cookbook](guide::cookbook): tasks, each with code to copy; how to migrate from go-pglock, sqlx or Ruby.
 //! * [Guarantees](guide::guarantees): what always holds, and what no advisory lock can promise.
-//! * [Faults](guide::faults): what the holder sees when something breaks, and when the lock is free.
+//! * [Faults](guide::faults): the effect of each fault on the holder, and when the lock is free.
 //! * [Operations](guide::operations): pools, settings, monitoring, queries for `psql`.
 //! * [Deploying](guide::deploying): systemd, containers and Kubernetes; shutdown, probes, timeouts.
 //! * [Servers](guide::servers): on which servers, services and poolers locks exclude.
@@ -36,19 +36,19 @@
 //!
 //! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
 //!   Handles are re-entrant; two handles exclude each other, unless both are made from one guard.
-//! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; the drop of the last one of a handle releases
-//!   it. [`Guard`] is what all guards have in common.
-//! * [`Source`] is where a handle gets its session: a pool, a manager, or a guard.
+//! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; dropping the last guard of a handle releases
+//!   it. [`Guard`] is the common part of all guards.
+//! * [`Source`] provides the session of a handle: a pool, a manager, or a guard.
 //! * [`LockManager`] holds thousands of locks on a few connections.
-//! * [`MultiLock`] holds several keys, all or none, and never in a deadlock with another `MultiLock`.
+//! * [`MultiLock`] acquires several keys, all or none, and never deadlocks with another `MultiLock`.
 //! * [`Semaphore`] is a counting semaphore; each permit has an index.
 //! * [`Election`] makes one candidate the leader, notifies it when it no longer leads, and shows others the leader.
-//! * [`Key`] is what is locked: a number, a pair, or a name; [`interop`] makes the keys of other libraries.
-//! * [`LockOptions`] are the settings that have a good default.
+//! * [`Key`] identifies a lock: a number, a pair, or a name; [`interop`] makes the keys of other libraries.
+//! * [`LockOptions`] are settings, each with a default.
 //! * [`transaction`] has locks that end with a transaction of yours.
 //! * [`inspect`] lists holders and waiters, and ends a session.
 //! * [`doctor`] reports whether locks exclude other sessions on a server, and what to change there.
-//! * [`Error`] is everything that can fail. Its message names the key, if there is one, and says what to do.
+//! * [`Error`] covers all failures. Its message names the key, if there is one, and says what to do.
 //!
 //! # Cancel safety
 //!
@@ -57,17 +57,18 @@
 //! (`pg_cancel_backend`), reads the outstanding answer, releases a lock that was granted meanwhile, and returns the
 //! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A guard
 //! may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. The manager's task
-//! releases that of a [`LockManager`], when its runtime runs, or the end of its connection does.
+//! releases the guards of a [`LockManager`] while its runtime runs; otherwise the end of the connection does.
 //!
 //! # Loss
 //!
 //! A session can end without its client: an administrator terminates it, the server restarts, the network fails. Then
 //! its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all other
-//! methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. A server that has
-//! not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, is a loss too;
-//! [`Loss`] lists all causes. An answer that is an error is no loss. Over TCP, the server ends the session of a [silent
-//! client](LockOptions::keepalives_interval) only later, so a holder that is cut off reports the loss before another
-//! session is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times, and the exceptions.
+//! methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. If the server has
+//! not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, the guards are lost
+//! too; [`Loss`] lists all causes. An error that the server returns is no loss. Over TCP, the server ends the session
+//! of a [silent client](LockOptions::keepalives_interval) only later, so a holder that is cut off reports the loss
+//! before another session is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times, and the
+//! exceptions.
 //!
 //! # What is sent to the server
 //!
@@ -75,11 +76,11 @@
 //! |---|---|
 //! | a free lock acquired, or a `try_` of a busy one | 1 |
 //! | a busy lock waited for | 2, and 2 for each full [slice](LockOptions::wait_slice), a minute by default; 1 more after a wait longer than a heartbeat's interval; 1 more once per server, for `deadlock_timeout` |
-//! | the first acquire of a process on a server | 26 on two connections beside the pool, in the background, to prove that locks exclude other sessions |
+//! | the first acquire of a process on a server | 26 on two connections outside the pool, in the background, to prove that locks exclude other sessions |
 //! | the first acquire on a connection with prepared statements of the application | 1 more, for the settings |
 //! | a re-entrant guard acquired or released | 0 |
 //! | an acquire with [`application_name`](LockOptions::application_name), or by a role with an `idle_session_timeout` | 1 more for each |
-//! | a lock [passed on](guide::guarantees#fairness) to another task of the process | 0; 1 if the release is awaited |
+//! | a lock [handed off](guide::guarantees#fairness) to another task of the process | 0; 1 if the release is awaited |
 //! | locks of a [`LockManager`] acquired or released concurrently | 1 for up to 1,000 keys; for a hand-off inside the process 0, or 1 if the release is awaited |
 //! | a free [`MultiLock`] acquired | 1; by a `try_` method, 1 more if one of its keys is busy |
 //! | a permit of a semaphore acquired | 3, and 1 per ten seconds; 1 every 20 ms for the first waiter |
@@ -97,10 +98,11 @@
 //!
 //! # Features
 //!
-//! None is on by default.
+//! No feature is on by default.
 //!
-//! * `serde`: `Serialize` for [`Key`], [`Mode`], [`Leader`], and what [`inspect`] and [`doctor`] return;
-//!   `Deserialize` for [`Key`] and [`Mode`]. The fields have the names that they have here, and keep them.
+//! * `serde`: `Serialize` for [`Key`], [`Mode`], [`Leader`], and what [`inspect`] and [`doctor`] return; `Deserialize`
+//!   for [`Key`] and [`Mode`]. Fields are serialized under their Rust names, which will not change; `inspect` describes
+//!   the one exception.
 //! * `metrics`: durations of acquires, waits and holds, losses, leaders, connections and more, for the exporters of the
 //!   `metrics` crate. The docs of the module `metrics` list them.
 //! * `cli`: the program `pglock`.

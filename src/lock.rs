@@ -16,7 +16,7 @@ use crate::source::Source;
 /// A handle on the lock of one key (`pg_advisory_lock`).
 ///
 /// Making a handle costs nothing. If it is made from a pool, its first acquire takes a connection, and its last
-/// guard returns that. Two handles exclude each other, in one process as on two machines, unless both are made from
+/// guard returns it. Two handles exclude each other, in one process as on two machines, unless both are made from
 /// the same [guard](Source#the-session-of-a-guard) of a pool. Handles are re-entrant: acquiring a lock that the handle
 /// already holds returns immediately, without a round trip, and the lock is released when the last guard is dropped.
 ///
@@ -35,21 +35,21 @@ use crate::source::Source;
 /// a deadline instead of a timeout.
 ///
 /// The `try_` methods return an `Option`, which must be checked: `lock.try_acquire_for(timeout).await?;` compiles
-/// without a warning, and what follows runs without the lock. Use `let … else`, or [`try_run`](Self::try_run).
+/// without a warning, and the code after it runs without the lock. Use `let … else`, or [`try_run`](Self::try_run).
 ///
 /// Waiters are served in FIFO order: of the handles that hold nothing, and wait for the same key on the same pool, one
-/// waits in the server's queue, and the others [in line](crate::guide::guarantees#fairness) behind it. `try_acquire`
-/// never overtakes the server's queue.
+/// waits in the server's queue, and the others wait [in line](crate::guide::guarantees#fairness) behind it, in the
+/// process. `try_acquire` never overtakes the server's queue.
 ///
 /// # Connections
 ///
-/// A handle that holds uses one connection of the pool, and so does a key that is waited for, however many tasks do. A
-/// task that waits with a timeout uses one of its own, once a quarter of its time has passed. By default, locks leave
-/// [a third of the pool](crate::guide::operations#the-pool) to your queries, so give the pool one and a half times as
-/// many connections as locks that you hold, and keys that you await, at the same time. An idle connection is taken
-/// without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the next one is tried; a
-/// connection on which no data arrives delays the acquire by the heartbeat's timeout, and all of them together by at
-/// most ten seconds.
+/// A handle that holds a lock uses one connection of the pool. So does a key that is waited for, however many tasks
+/// wait for it. A task that waits with a timeout uses a connection of its own once a quarter of its time has passed. By
+/// default, locks leave [a third of the pool](crate::guide::operations#the-pool) to your queries, so give the pool one
+/// and a half times as many connections as locks that you hold, and keys that you wait for, at the same time. An idle
+/// connection is taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the
+/// next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout, and all such
+/// connections together by at most ten seconds.
 ///
 /// The first acquires of a process on a server wait for the
 /// [proof](crate::guide::guarantees#poolers) that locks exclude other sessions there, for at most 250 ms. Without an
@@ -124,14 +124,16 @@ impl Lock {
 
     /// Acquires the lock exclusively (`pg_advisory_lock`), waiting until it is available.
     ///
-    /// A free lock takes one statement, and so one round trip. A busy lock is waited for in the server's queue, in
-    /// slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), of two statements
-    /// each. A slice ends the snapshot of the wait, which would hold back `VACUUM`. Between two slices the waiter goes
-    /// to the end of the queue. If this handle already holds the lock exclusively, nothing is sent.
+    /// A free lock takes one statement, and so one round trip. For a busy lock, the call waits in the server's queue,
+    /// in slices of a minute by default ([`LockOptions::wait_slice`](crate::LockOptions::wait_slice)), of two
+    /// statements each. The end of a slice ends the snapshot of the wait, which would otherwise hold back `VACUUM`.
+    /// Between two slices the waiter goes to the end of the queue. If this handle already holds the lock exclusively,
+    /// nothing is sent.
     ///
-    /// Where others of the process wait for the same key on the same pool, it waits in line behind them, without a
-    /// connection, and sends nothing. It may be handed the lock, and the connection, of a task that releases it. Poll
-    /// the future until it ends, or drop it: one that is not polled blocks those behind it in line.
+    /// If other tasks of the process wait for the same key on the same pool, the call waits in line behind them,
+    /// without a connection, and sends nothing. A task that releases the lock may hand it to the call, with its
+    /// connection. Poll the future until it ends, or drop it: a future that is not polled blocks the calls behind it in
+    /// line.
     ///
     /// A handle that holds the lock only shared waits until all other sessions have released it. Two
     /// handles that do so deadlock; the server detects the deadlock within its `deadlock_timeout`, and one
@@ -143,7 +145,7 @@ impl Lock {
     /// dropped while it waits, a background task cancels the wait (`pg_cancel_backend`, through an
     /// idle connection of the pool, otherwise a new one beside it), releases a lock that was granted
     /// meanwhile, and returns the connection to the pool. The server logs the cancelled statement.
-    /// To limit a wait, [`try_acquire_for`](Self::try_acquire_for) is cheaper and silent.
+    /// To limit a wait, [`try_acquire_for`](Self::try_acquire_for) is cheaper, and nothing is logged.
     ///
     /// # Errors
     ///
@@ -185,7 +187,7 @@ impl Lock {
     /// another session holds it.
     ///
     /// Sends one statement. Waits for a connection of the pool as any query does, but never for the
-    /// lock. It is also refused while other sessions wait for the lock, because it does not overtake them.
+    /// lock. Also returns `None` while other sessions wait for the lock, because it does not overtake them.
     ///
     /// # Cancel safety
     ///
@@ -194,7 +196,7 @@ impl Lock {
     ///
     /// # Errors
     ///
-    /// As for [`acquire`](Self::acquire), without the deadlock.
+    /// As for [`acquire`](Self::acquire), except for the deadlock.
     ///
     /// # Panics
     ///
@@ -283,7 +285,7 @@ impl Lock {
     ///
     /// A shared acquire queues behind an exclusive waiter that came first, so readers can't starve a
     /// writer. If this handle already holds the lock, in either mode, nothing is sent. In all other
-    /// respects like [`acquire`](Self::acquire).
+    /// respects, this call behaves like [`acquire`](Self::acquire).
     ///
     /// # Cancel safety
     ///
@@ -317,8 +319,8 @@ impl Lock {
     /// Acquires the lock shared if it is available (`pg_try_advisory_lock_shared`). Returns `None` if
     /// another session holds it exclusively.
     ///
-    /// It is also refused while another session waits for the lock exclusively. In all other respects
-    /// like [`try_acquire`](Self::try_acquire).
+    /// Also returns `None` while another session waits for the lock exclusively. In all other respects,
+    /// this call behaves like [`try_acquire`](Self::try_acquire).
     ///
     /// # Cancel safety
     ///
@@ -410,18 +412,18 @@ impl Lock {
         self.try_acquire_shared_for(time_until(deadline)).await
     }
 
-    /// Acquires the lock exclusively, runs a future under it, and releases it.
+    /// Acquires the lock exclusively, runs a future under the lock, and releases it.
     ///
     /// If the lock is lost, the future is dropped the next time that it is pending, and the loss is returned. Tasks
-    /// that it has spawned are not stopped. If it panics, the lock is released while the panic unwinds.
+    /// that the future has spawned are not stopped. If it panics, the lock is released while the panic unwinds.
     ///
-    /// Each call excludes every other one, also those through the same handle: it does not re-enter what the
-    /// handle holds, but acquires on a session of its own, as a [clone](Clone::clone) of the handle does. So it waits
+    /// Each call excludes every other call, also through the same handle: it does not re-enter a lock that the handle
+    /// holds, but acquires the lock on a session of its own, as a [clone](Clone::clone) of the handle does. So it waits
     /// forever if the caller itself holds a guard of the key meanwhile.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future that this returns drops the one that it runs, and releases the lock.
+    /// Dropping the returned future drops the one that it runs, and releases the lock.
     ///
     /// # Errors
     ///
@@ -452,7 +454,8 @@ impl Lock {
 
     /// Runs a future under the lock if it is available. Returns `None` if another session holds it.
     ///
-    /// Acquires like [`try_acquire`](Self::try_acquire); in all other respects like [`run`](Self::run).
+    /// Acquires the lock like [`try_acquire`](Self::try_acquire). In all other respects, this call behaves like
+    /// [`run`](Self::run).
     ///
     /// # Cancel safety
     ///
@@ -490,7 +493,7 @@ impl Lock {
 
     /// Runs a future under the lock, waiting for the lock for at most `timeout`. Returns `None` after that.
     ///
-    /// Acquires like [`try_acquire_for`](Self::try_acquire_for); in all other respects like
+    /// Acquires the lock like [`try_acquire_for`](Self::try_acquire_for). In all other respects, this call behaves like
     /// [`run`](Self::run). The timeout does not bound the future.
     ///
     /// # Cancel safety
@@ -520,7 +523,7 @@ impl Lock {
     ///
     /// These guards report [`Error::Lost`] from then on, with [`Loss::Released`](crate::Loss::Released).
     /// Guards of other handles are not affected, even on the same session
-    /// (see [`Source`]). The connection goes back to the pool when the server has confirmed, if no
+    /// (see [`Source`]). The connection returns to the pool when the server has confirmed the unlock, if no
     /// other guard needs it. The handle can acquire again. Sends one statement if anything is held,
     /// otherwise none.
     ///

@@ -1,4 +1,4 @@
-//! Many locks on few connections: a process holds all that is free on one session.
+//! Many locks on few connections: one session holds all keys that were free when they were requested.
 
 mod batch;
 mod driver;
@@ -35,55 +35,55 @@ use table::{Bound, Effect, Table, Taken};
 #[cfg(test)]
 use threads::wait_session;
 
-/// A lock is handed off inside the process this often, and for this long, before other processes get their turn.
+/// The limits on local hand-offs of a lock, in number and time. After that, other processes get their turn.
 const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
 
-/// How many wait sessions a manager has at most, and how many connections of the pool it takes for each after
-/// the first. The work under the locks needs the others: three services with pools of 7 and 100,000 keys reached
-/// 0.97 of the throughput of row locks with one wait session each, 0.87 with two, and 0.67 with four; with pools
-/// of 20 the number made no difference.
+/// The maximum number of wait sessions of a manager, and the number of connections in the pool per wait session; the
+/// first is always allowed. The work under the locks needs the other connections: three services with pools of 7 and
+/// 100,000 keys reached 0.97 of the throughput of row locks with one wait session each, 0.87 with two, and 0.67 with
+/// four; with pools of 20 the number made no difference.
 const MOST_WAIT_SESSIONS: u32 = 4;
 const CONNECTIONS_FOR_EACH: u32 = 8;
 
-/// After what time a wait session that holds a key no longer counts as one that waits, so that another may take its
-/// place.
+/// A wait session that has held its key for this long no longer counts towards the maximum, so another one may be
+/// opened.
 const LONG_HOLD: Duration = Duration::from_secs(1);
 
-/// How long no wait session is opened after one could not be.
+/// The pause after a wait session could not be opened, before the next attempt.
 const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 
-/// Makes locks that share a few connections.
+/// A [`Source`] of locks that share a few connections.
 ///
-/// A [`Lock`](crate::Lock) made from a pool uses a connection of the pool while it is held.
-/// The locks of a manager that no other session holds share one connection, whether they are a thousand or a hundred
-/// thousand. They are the same [`Lock`](crate::Lock) and the same guards, and exclude all other locks on the
-/// same keys.
+/// A [`Lock`](crate::Lock) made from a pool uses a connection of the pool while it is held. The locks of a manager
+/// share one connection, whether there are a thousand or a hundred thousand of them, except those whose key another
+/// session held when it was requested. All of them have the type [`Lock`](crate::Lock) and the same guards, and exclude
+/// all other locks on the same keys.
 ///
-/// * Concurrent requests of many tasks travel in one statement.
-/// * Tasks of one process that want the same key queue in the process, in FIFO order, and hand it on without
-///   a round trip: at most 100 times, and for 10 ms at most. Then the key goes back to the server's queue, so
-///   that other processes get their turn.
-/// * The shared session never waits. A key that another session holds is waited for on another connection,
-///   which then holds the key. There is one of those for every eight connections of the pool, at least one
-///   and at most four. If more keys than that are held elsewhere, they take turns on those connections, and
-///   meanwhile all of them are tried in one statement: again after 5 ms at first, and after a second at last.
-///   A connection that has held its key for a second does not count: another one waits instead, unless locks have
-///   [their share](crate::guide::operations#the-pool) of the pool.
+/// * Concurrent requests of many tasks are sent in one statement.
+/// * Tasks of one process that request the same key queue in the process, in FIFO order, and hand it off without
+///   a round trip: at most 100 times, and for 10 ms at most. Then the process queues for the key on the server again,
+///   so that other processes get their turn.
+/// * The shared session never waits. For a key that another session holds, the manager waits on another connection,
+///   which then holds the key. There is one such connection for every eight connections of the pool, at least one
+///   and at most four. If other sessions hold more keys than that, the keys take turns on those connections, and
+///   meanwhile all of them are retried in one statement: after 5 ms at first, and later once a second.
+///   A connection that has held its key for a second does not count: another one waits instead, unless locks already
+///   use [their share](crate::guide::operations#the-pool) of the pool.
 ///
 /// So however many keys are busy, a manager uses two connections of a pool of 3 to 15, one of a pool of one or two, and
-/// at most five of a larger one. Only keys that it had to wait for, and holds for more than a second, take more: one
-/// each, within the share of locks. The others are left to the work under the locks. Where many keys are held by other
-/// processes, and the work needs every connection, give the pool seven or more. The shared connection goes back to the
-/// pool after a second without a lock, the others after a tenth of a second, and all of them when the pool is closed
-/// and the last guard was dropped.
+/// at most five of a larger one. Only keys that it had to wait for, and holds for more than a second, use more: one
+/// each, within the share of locks. The other connections are left to the work under the locks. Where other processes
+/// hold many keys, and the work needs every connection, give the pool seven or more. The shared connection returns to
+/// the pool after a second without a lock, the others after a tenth of a second, and all of them when the pool is
+/// closed and the last guard was dropped.
 ///
 /// # Fairness
 ///
-/// Busy keys take turns to wait in the server's queue. The first turn of a key lasts 250 ms. Later ones last an eighth
-/// of the time that the key has waited (all of it, if no other key is busy), and at most a minute; then each of the
-/// other keys may have as much time before its next turn. So no key waits forever: if the server's queue takes a time
-/// *t* of up to 50 s to reach the key, it is granted within about 9 *t* plus two minutes for each busy key of the
-/// process, or half a second for each if none of them has waited for more than two seconds. A
+/// Busy keys take turns to wait in the server's queue. The first turn of a key lasts 250 ms. Later turns last an eighth
+/// of the time that the key has waited (all of it, if no other key is busy), and at most a minute; after a turn, each
+/// of the other keys may use as much time before the key's next turn. So no key waits forever: if the server's queue
+/// takes a time *t* of up to 50 s to reach the key, the key is granted within about 9 *t* plus two minutes for each
+/// busy key of the process, or half a second for each if none of them has waited for more than two seconds. A
 /// [`wait_slice`](LockOptions::wait_slice) of less than a minute limits the turns, too.
 ///
 /// A turn needs a connection. If locks use their whole share of the pool, and each of these connections holds a key, a
@@ -95,24 +95,25 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// * [`connection`](crate::Guard::connection) returns [`Error::SharedSession`], because the guard has
 ///   no connection of its own.
-/// * A loss of the shared session is a loss of all locks on it; every guard reports it.
-/// * The sessions are on the runtime of a task that has acquired a lock, and if that runtime is shut down, all locks of
-///   the manager are lost. If it stands still, tasks on other runtimes go on without it after the heartbeat's interval
-///   and timeout, and the locks are lost, too; where it stood still in the middle of a statement, they may stay locked on
-///   the server until that runtime goes on or its process ends. actix-web has a runtime for each worker, and
-///   ends idle workers first: acquire and work on the runtime of `main` there, by
+/// * If the shared session is lost, all locks on it are lost, and every guard reports the loss.
+/// * The sessions run on the runtime of a task that has acquired a lock. If that runtime is shut down, all locks of
+///   the manager are lost. If it stalls, the locks are lost after the heartbeat's interval and timeout, and tasks on
+///   other runtimes continue without it; if it stalled in the middle of a statement, the locks may stay held on the
+///   server until the runtime resumes or its process ends. actix-web has a runtime for each worker, and ends idle
+///   workers first: acquire and work on the runtime of `main` there, with
 ///   [`Handle::spawn`](tokio::runtime::Handle::spawn).
-/// * [`release`](crate::ExclusiveGuard::release) of a lock that is handed on inside the process, or that other
-///   guards share, does not unlock it. It asks whether the session still lives; one question serves all that
+/// * [`release`](crate::ExclusiveGuard::release) does not unlock a lock that is handed off inside the process, or that
+///   other guards share. It asks the server whether the session is still alive; one statement serves all guards that
 ///   are released at the same time.
 /// * The unlock of a dropped guard is sent by the manager's task, so the runtime must be driven. If it is
 ///   not, the lock is held until the connection closes.
-/// * A handle that holds a lock shared, and acquires it exclusively, is granted it if no other handle shares
-///   it. It waits for other handles of the process; if another process shares the lock, or before PostgreSQL 17 waits
-///   for it, the result is [`Error::Deadlock`].
+/// * A handle that holds a lock shared, and acquires it exclusively, is granted the exclusive lock if no other handle
+///   shares it. It waits for other handles of the process. If another process shares the lock (or waits for it, before
+///   PostgreSQL 17), the acquire returns [`Error::Deadlock`].
 /// * [`release_all`](crate::Lock::release_all) of a lock that was lost returns `Ok`.
-/// * A role that may not list locks can't see whether another process waits for a lock that is held shared. After 10 ms,
-///   it is assumed to: another handle is granted the lock when those that share it have released it.
+/// * With a role that may not list locks, the manager can't see whether another process waits for a lock that is held
+///   shared. After 10 ms, it assumes that one does, and grants the lock to another handle only after all handles that
+///   share it have released it.
 /// * The server's deadlock detection sees the process, not its tasks: two tasks that acquire two keys in
 ///   opposite order deadlock without being detected, as with two mutexes.
 /// * Elections, several keys at once ([`MultiLock`](crate::MultiLock)) and permits
@@ -120,8 +121,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Sent to the server
 ///
-/// One prepared statement for up to 1,000 keys that are acquired or released at once; nothing for a
-/// lock that is handed off in the process, unless its release is awaited.
+/// The manager sends one prepared statement for up to 1,000 keys that are acquired or released at once. For a lock that
+/// is handed off in the process, it sends nothing, unless the release is awaited.
 ///
 /// # Examples
 ///
@@ -180,54 +181,54 @@ impl fmt::Debug for LockManager {
     }
 }
 
-/// What a manager's handles and guards have in common.
+/// The state that a manager's handles and guards share.
 pub(crate) struct Manager {
     pool: PgPool,
     options: LockOptions,
-    /// The maximum number of wait sessions that wait, or have done so until a moment ago.
+    /// The maximum number of wait sessions, not counting those that have held their key for [`LONG_HOLD`].
     most_wait_sessions: u32,
-    /// The maximum number of all of them.
+    /// The maximum number of all wait sessions.
     most_apart: u32,
     budget: Arc<Budget>,
     state: Mutex<State>,
-    /// There are steps to take for the shared session, or keys to try again.
+    /// Wakes the driver: there are steps to take on the shared session, or keys to retry.
     work: Notify,
-    /// There is a key for an idle wait session.
+    /// Wakes an idle wait session: there is a key in the line.
     line: Notify,
 }
 
 struct State {
     table: Table<Arc<Session>, Tell>,
-    /// Keys with a step to take on the shared session. Some may have been called off.
+    /// Keys with a step to take on the shared session. Some of the steps may have been called off.
     to_do: VecDeque<KeyId>,
     /// The keys that wait sessions wait for, or hold.
     apart: HashMap<KeyId, Apart>,
-    /// The driver, which takes the steps.
+    /// The driver that takes the steps, if one runs.
     driver: Option<Driving>,
-    /// The number of drivers so far.
+    /// The number of drivers that were started so far.
     drivers: u64,
 }
 
 /// A key that a wait session waits for, or holds.
 struct Apart {
-    /// The number of the step by which it began to wait.
+    /// The number of the step with which the session began to wait.
     wait: u64,
-    /// The steps that it is to take. Dropping this ends the wait.
+    /// Sends the session the steps to take. Dropping the sender ends the wait.
     orders: mpsc::UnboundedSender<Taken>,
 }
 
-/// A driver, from outside. All sessions of a manager are on the runtime of its driver.
+/// The manager's record of its driver. All sessions of a manager run on the runtime of its driver.
 struct Driving {
     number: u64,
     runtime: Handle,
-    /// When it was last seen running.
+    /// When the driver was last seen running.
     seen: Instant,
-    /// It opens the shared session, so that the server was asked for nothing yet.
+    /// Whether the driver is opening the shared session, so that no step was sent to the server yet.
     opening: bool,
     wait_sessions: u32,
-    /// How many of them have nothing to wait for.
+    /// The number of wait sessions that have no key to wait for.
     idle: usize,
-    /// When no wait session could be opened.
+    /// When a wait session failed to open. Reset when another one ends without a failure.
     failed: Option<Instant>,
 }
 
@@ -238,7 +239,7 @@ impl State {
         self.table.line_len() > 0 && self.driver.as_ref().is_some_and(none_is_open)
     }
 
-    /// How many wait sessions have held their key for long.
+    /// The number of wait sessions that have held their key for [`LONG_HOLD`].
     fn settled(&self, now: Instant) -> u32 {
         let is_settled = |key: &&KeyId| {
             let held_since = self.table.held_since(**key);
@@ -247,8 +248,8 @@ impl State {
         u32::try_from(self.apart.keys().filter(is_settled).count()).unwrap_or(u32::MAX)
     }
 
-    /// Whether the driver is on another runtime than this one. Outside of one, where a release may be awaited, there is
-    /// no timer to watch it by.
+    /// Whether the driver runs on another runtime than the caller. `false` outside of a runtime, where a release may be
+    /// awaited, because there is no timer to watch the driver with.
     fn is_driven_elsewhere(&self) -> bool {
         let is_elsewhere = |driver: &Driving| {
             Handle::try_current().is_ok_and(|here| here.id() != driver.runtime.id())
@@ -256,7 +257,7 @@ impl State {
         self.driver.as_ref().is_some_and(is_elsewhere)
     }
 
-    /// The driver, if it still is this one.
+    /// Returns the record of the driver, if the driver with this number is still the current one.
     fn driver_of(&mut self, number: u64) -> Option<&mut Driving> {
         self.driver.as_mut().filter(|driving| driving.number == number)
     }
@@ -312,7 +313,7 @@ impl Manager {
         let changed = change(&mut state, Instant::now());
         self.settle(&mut state);
         if state.table.is_empty() {
-            // The driver ends if the table is empty.
+            // The driver wakes, and ends because the table is empty.
             self.work.notify_one();
         }
         changed
@@ -334,13 +335,13 @@ impl Manager {
             idle: 0,
             failed: None,
         });
-        // Detach: it ends when there is nothing left to do.
+        // Detach: the driver ends when there is nothing left to do.
         drop(runtime.spawn(driver::run(Arc::clone(self), number)));
     }
 
-    /// Waits for an answer of the driver, which may be [elsewhere](State::is_driven_elsewhere). If it has not run for
-    /// longer than its sessions are trusted, because its runtime is blocked or not driven, its sessions are lost, and
-    /// waiting acquires retry.
+    /// Waits for an answer of the driver, which may run on [another runtime](State::is_driven_elsewhere). If the driver
+    /// has not run for longer than its sessions are trusted, because its runtime is blocked or not driven, its sessions
+    /// are lost, and waiting acquires retry.
     async fn unless_stalled<T>(
         self: &Arc<Self>,
         mut future: impl Future<Output = T> + Unpin,
@@ -356,7 +357,8 @@ impl Manager {
         future.await
     }
 
-    /// Waits for a moment, and then checks that the driver runs.
+    /// Waits for a future for an eighth of the heartbeat's bound, and then checks that the driver runs. Returns `None`
+    /// if the future is not ready by then.
     async fn watch_driver<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let bound = self.options.heartbeat.bound();
         if let Ok(output) = timeout(bound / 8, future).await {
@@ -373,7 +375,7 @@ impl Manager {
         None
     }
 
-    /// Loses all sessions, because their driver has ended or is stalled. Waiting acquires retry, and the first
+    /// Marks all sessions as lost, because their driver has ended or is stalled. Waiting acquires retry, and the first
     /// starts another driver.
     fn clear(&self, driver: u64, loss: &Loss) {
         let (apart, (seats, farewells)) = {
@@ -388,12 +390,12 @@ impl Manager {
         for session in seats {
             session.give_up(loss);
         }
-        // After that, so that the wait sessions see the loss.
+        // Dropped only now, so that the wait sessions see the loss first.
         drop(apart);
         tell_lost(farewells, loss);
     }
 
-    /// The driver runs. Returns whether it still is the driver.
+    /// Records that a driver runs. Returns whether it still is the manager's driver.
     fn is_driven_by(&self, driver: u64) -> bool {
         let mut state = self.state();
         let Some(driving) = state.driver_of(driver) else { return false };
@@ -401,8 +403,8 @@ impl Manager {
         true
     }
 
-    /// The steps that are to be taken on the shared session. If that is open, keys in the line that are due
-    /// are tried again. `None` if this is not the driver any more: the steps are another one's.
+    /// Takes the next steps for the shared session. If that session is open, also retries the keys in the line that
+    /// are due. Returns `None` if `driver` is not the manager's driver any more, because the steps are not for it then.
     fn next_batch(self: &Arc<Self>, driver: u64, is_open: bool) -> Option<Vec<(KeyId, Taken)>> {
         let mut batch = Vec::new();
         let mut state = self.state();
@@ -411,7 +413,7 @@ impl Manager {
         if is_open && state.table.next_retry().is_some_and(|retry| retry <= now) {
             state.table.retry(now);
             self.settle(&mut state);
-            // Those that hold may not count any more.
+            // Wait sessions that hold a key may not count any more.
             self.staff_line(&mut state);
         }
         while batch.len() < LARGEST
@@ -424,15 +426,15 @@ impl Manager {
         Some(batch)
     }
 
-    /// Whether anything is held on the shared session, or to be done there.
+    /// Whether any key is held on the shared session, or has a step to be taken there.
     fn needs_shared(&self) -> bool {
         let state = self.state();
-        // If no connection was to be had for a wait session, it can have this one.
+        // If no connection was available for a wait session, it can use that of the shared session.
         let can_wait = if state.awaits_connection() { state.table.line_len() } else { 0 };
         state.table.len() > state.apart.len() + can_wait
     }
 
-    /// Whether nothing waits for the keys in the line, or tries them again, and no connection for that comes free soon.
+    /// Whether no session waits for the keys in the line or retries them, and no wait session will be free soon.
     fn is_stuck(self: &Arc<Self>) -> bool {
         let mut state = self.state();
         self.staff_line(&mut state);
@@ -442,7 +444,7 @@ impl Manager {
         let settled = state.settled(Instant::now());
         let none_waits = u32::try_from(state.apart.len()).is_ok_and(|apart| apart == settled);
         let is_idle = state.driver.as_ref().is_some_and(|driver| driver.idle > 0);
-        // Where locks have their share of the pool, a try would only wait for a connection, and fail.
+        // If locks already use their share of the pool, a retry would only wait for a connection, and fail.
         state.table.line_len() > 0 && none_waits && !is_idle && !self.is_short()
     }
 
@@ -451,7 +453,8 @@ impl Manager {
         !self.budget.has_spare(self.options.reserve_connections)
     }
 
-    /// The shared session is to be opened, or was. If no connection is free for it, wait sessions stop waiting.
+    /// Records whether the driver is opening the shared session. If it is, and no connection is free, all wait sessions
+    /// stop waiting.
     fn set_opening(self: &Arc<Self>, driver: u64, opening: bool) {
         self.change(|state, now| {
             if let Some(driving) = state.driver_of(driver) {
@@ -469,43 +472,44 @@ impl Manager {
         });
     }
 
-    /// A step was taken. Returns whether it still counted.
+    /// Records the answer to a step. Returns whether the step still counted.
     fn taken(self: &Arc<Self>, key: KeyId, id: u64, seat: &Arc<Session>, yes: bool) -> bool {
         self.change(|state, now| state.table.taken(key, id, (seat, yes), now))
     }
 
-    /// A step failed. Notifies the waiters for it; without an error they retry.
+    /// Records that a step failed, and notifies the waiters for it; without an error they retry.
     fn failed(self: &Arc<Self>, key: KeyId, id: u64, error: Option<&Error>) {
         let waiters = self.change(|state, _| state.table.failed(key, id));
         fail(waiters, error);
     }
 
-    /// Has the session name the keys that the manager holds on it, when it reports its loss.
+    /// Makes the session name the keys that the manager holds on it when it reports its loss.
     fn name_keys(self: &Arc<Self>, session: &Arc<Session>) {
         let (manager, at) = (Arc::downgrade(self), Arc::downgrade(session));
         session.set_managed_keys(move || {
             let (Some(manager), Some(session)) = (manager.upgrade(), at.upgrade()) else {
                 return Vec::new();
             };
-            // A loss may be found wherever a guard is asked, so this must not wait.
+            // Any method of a guard may find the loss, so this must not block on the state's lock.
             let state = manager.state.try_lock();
             state.map_or_else(|_| Vec::new(), |state| state.table.some_at(&session))
         });
     }
 
-    /// A session was lost, and with it all that was held there.
+    /// Handles the loss of a session, and of all keys that were held on it.
     fn lost(self: &Arc<Self>, seat: &Arc<Session>, loss: &Loss) {
         let farewells = self.change(|state, now| state.table.lost(seat, now));
         tell_lost(farewells, loss);
     }
 
-    /// A key was lost with its session, which has not reported that yet.
+    /// Handles the loss of one key, before the loss of its session was reported.
     fn lost_key(self: &Arc<Self>, key: KeyId, seat: &Arc<Session>, loss: &Loss) {
         let farewells = self.change(|state, now| state.table.lost_key(key, seat, now));
         tell_lost(farewells, loss);
     }
 
-    /// The wait session that waited for a key, or held it, has done with it, unless another one has it now.
+    /// Changes the table after a wait session has stopped waiting for a key or holding it, and removes that session
+    /// from the list, unless another one has the key now.
     fn done_apart<T>(
         self: &Arc<Self>,
         key: KeyId,
@@ -520,7 +524,7 @@ impl Manager {
         })
     }
 
-    /// Lets the driver end if no owner needs it. Returns whether it may end.
+    /// Unregisters the driver if the table is empty. Returns whether the driver may end.
     fn retire(&self, driver: u64) -> bool {
         let mut state = self.state();
         let is_over = state.table.is_empty();
@@ -530,7 +534,7 @@ impl Manager {
         is_over
     }
 
-    /// The next key for a wait session. If there is none, it is idle from now on.
+    /// Takes the next key for a wait session. If there is none, the session counts as idle from now on.
     fn next_wait(self: &Arc<Self>, driver: u64) -> Next {
         let mut state = self.state();
         let most = self.most_sessions(&state);
@@ -552,7 +556,7 @@ impl Manager {
         Next::Wait(Wait { key, taken, slice, orders: receiver })
     }
 
-    /// A wait session is not idle any more. Returns whether there is something to do.
+    /// Records that a wait session is not idle any more. Returns whether there is a key for it.
     fn stop_idling(&self, driver: u64) -> bool {
         let mut state = self.state();
         let has_work = state.table.first_in_line().is_some();
@@ -561,18 +565,18 @@ impl Manager {
         has_work && !(driving.opening && self.is_short())
     }
 
-    /// A wait session ends.
+    /// Records that a wait session ends.
     fn ends_apart(self: &Arc<Self>, driver: u64, failed: bool) {
         let mut state = self.state();
         if let Some(driving) = state.driver_of(driver) {
             driving.wait_sessions -= 1;
             driving.failed = failed.then(Instant::now);
-            // A key may have entered the line just when it was about to end.
+            // A key may have entered the line just when the session was about to end.
             self.staff_line(&mut state);
         }
     }
 
-    /// Applies the effects of a change. A caller is notified before another can see the change.
+    /// Applies the effects of a change. Callers are notified before any other thread can see the change.
     fn settle(self: &Arc<Self>, state: &mut State) {
         while let Some(effect) = state.table.effects().pop_front() {
             // A failed send is ignored: a waiter that is being dropped checks for an answer itself.
@@ -590,27 +594,27 @@ impl Manager {
                     if let Some(taken) = state.table.take(key, false)
                         && let Some(apart) = state.apart.get(&key)
                     {
-                        // If it has just ended, it reports itself that the session is lost.
+                        // A wait session that has just ended reports the loss itself.
                         apart.orders.send(taken).ok();
                     }
                 }
                 Effect::Abandon(key) => drop(state.apart.remove(&key)),
                 Effect::Line => {
                     self.staff_line(state);
-                    // It is to be tried again, too.
+                    // The driver retries the key meanwhile.
                     self.work.notify_one();
                 }
             }
         }
     }
 
-    /// How many wait sessions there may be now.
+    /// The number of wait sessions that are allowed now.
     fn most_sessions(&self, state: &State) -> u32 {
         let settled = state.settled(Instant::now());
         self.most_wait_sessions.saturating_add(settled).min(self.most_apart)
     }
 
-    /// Finds a wait session for the next key in the line.
+    /// Wakes or starts a wait session for the next key in the line, if there is one.
     fn staff_line(self: &Arc<Self>, state: &mut State) {
         if state.table.first_in_line().is_none() {
             return;
@@ -627,7 +631,7 @@ impl Manager {
     }
 }
 
-/// What a wait session is to do next.
+/// The next task of a wait session.
 enum Next {
     Wait(Wait),
     Idle,

@@ -1,7 +1,7 @@
 //! Metrics for the [`metrics`](https://docs.rs/metrics) facade, and so for the exporters of Prometheus, OpenTelemetry
 //! and statsd.
 //!
-//! The crate records to the recorder that the application has installed, from the call of [`describe`] on.
+//! From the call of [`describe`] on, the crate records to the recorder that the application has installed.
 //!
 //! | name | type | unit | labels | what it measures |
 //! |---|---|---|---|---|
@@ -29,10 +29,10 @@
 //!
 //! All labels but `key` have few values, so the number of time series does not grow with the number of keys.
 //!
-//! A guard counts as one lock, a [`MultiGuard`](crate::MultiGuard) too. A candidate of an [`Election`](crate::Election)
-//! waits, and its leader holds, as for a lock. A permit of a [`Semaphore`](crate::Semaphore) is an exclusive lock.
-//! Downgrades and upgrades are no acquires; they end one hold and begin another. Locks of a
-//! [`transaction`](crate::transaction) are not measured.
+//! Each guard counts as one lock, also a [`MultiGuard`](crate::MultiGuard). A candidate of an
+//! [`Election`](crate::Election) counts as waiting for a lock, and its leader as holding one. A permit of a
+//! [`Semaphore`](crate::Semaphore) counts as an exclusive lock. Downgrades and upgrades do not count as acquires; they
+//! end one hold and begin another. Locks of a [`transaction`](crate::transaction) are not measured.
 //!
 //! # Names
 //!
@@ -45,10 +45,10 @@
 //! Install the recorder, and then call [`describe`], both before the first lock is acquired. A guard, a wait or a
 //! leader that began before is not counted.
 //!
-//! Without the call, the feature costs some nanoseconds for each lock. With it, and the exporter for Prometheus, a free
-//! lock takes 1 to 2 % longer to acquire and release. With 1,000 tasks, a lock of a
+//! Without this call, the feature costs some nanoseconds for each lock. With it, and the exporter for Prometheus, a
+//! free lock takes 1 to 2 % longer to acquire and release. With 1,000 tasks, a lock of a
 //! [`LockManager`](crate::LockManager) whose release is awaited takes about 15 % longer. A lock that a manager hands
-//! over within the process takes 0.8 µs of processor time more; two histograms and two gauges that two threads
+//! off within the process takes 0.8 µs of processor time more; two histograms and two gauges that two threads
 //! record cost as much by themselves.
 //!
 //! ```
@@ -57,7 +57,8 @@
 //! use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 //! use pglock::Lock;
 //!
-//! // Some between 2 s and 4 s, or the age of the last answer, usually just over 2 s, could be anything up to the next one.
+//! // Several bounds are between 2 s and 4 s, because the age of the last answer is usually just over 2 s, and a bucket
+//! // does not show where in it a value is.
 //! let bounds = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 2.2, 3.0, 4.0, 10.0, 60.0, 600.0];
 //! let handle = PrometheusBuilder::new()
 //!     // Without buckets, histograms are exported as summaries.
@@ -75,7 +76,7 @@
 //!   `handle.run_upkeep()`. Its `install_recorder` starts no task that makes this call, so make it every 5 s, for
 //!   example, as the example `web_app` does; otherwise the memory of a process that is not scraped grows.
 //! * **No idle timeout.** Each thread keeps the handles that it has registered. The exporter's `idle_timeout` removes
-//!   counters, gauges and histograms that have not changed for a while, and what is recorded later by such a handle is
+//!   counters, gauges and histograms that have not changed for a while, and values that such a handle records later are
 //!   not exported. Don't use it with these metrics.
 //! * **Local recorders.** For the same reason, install a local recorder before its thread records its first metric.
 

@@ -48,7 +48,7 @@ impl Modes {
         Self { exclusive: mode == Mode::Exclusive, shared: mode == Mode::Shared }
     }
 
-    /// An exclusive lock covers a shared one too.
+    /// Whether locks in these modes cover one in `mode`. An exclusive lock covers a shared one too.
     pub(crate) fn covers(self, mode: Mode) -> bool {
         self.exclusive || self.shared && mode == Mode::Shared
     }

@@ -44,7 +44,7 @@ pub struct MultiLock {
 impl MultiLock {
     /// Makes a handle on these keys, to be held exclusively, with the options of its [`Source`]. Sends nothing.
     ///
-    /// Acquiring no key at all is an error.
+    /// An acquire on a handle without keys returns [`Error::InvalidArgument`].
     ///
     /// # Examples
     ///
@@ -64,7 +64,7 @@ impl MultiLock {
 
     /// Makes a handle on these keys, each to be held in its mode, with the options of its [`Source`]. Sends nothing.
     ///
-    /// [`keys`](Self::keys) has the same form.
+    /// [`keys`](Self::keys) returns the keys in the same form.
     ///
     /// # Examples
     ///
@@ -126,7 +126,7 @@ impl MultiLock {
     /// # Errors
     ///
     /// As for [`Lock::acquire`](crate::Lock::acquire); nothing is held after an error. An error names
-    /// the first of the keys. [`Error::Deadlock`] only if something else takes the same keys in another
+    /// the first of the keys. [`Error::Deadlock`] only if other code acquires the same keys in another
     /// order. [`Error::InvalidArgument`] if there are no keys.
     ///
     /// # Panics
@@ -153,8 +153,8 @@ impl MultiLock {
     /// Acquires all the locks if they are available (`pg_try_advisory_lock`). Returns `None` if another
     /// session holds any of them.
     ///
-    /// Sends one statement if it succeeds, and one more if it is refused half-way, to release the others:
-    /// whatever the number of keys.
+    /// Whatever the number of keys, sends one statement if it succeeds, and one more if it is refused half-way, to
+    /// release the keys that were granted.
     ///
     /// # Cancel safety
     ///
@@ -216,7 +216,9 @@ impl MultiLock {
         Ok(held.map(MultiGuard::new))
     }
 
-    /// The same, with a deadline instead of a timeout. If it has passed, this is a [`try_acquire`](Self::try_acquire).
+    /// Acquires all the locks, waiting until `deadline` in total. Returns `None` after that.
+    ///
+    /// If the deadline has passed, this is a [`try_acquire`](Self::try_acquire).
     ///
     /// # Cancel safety
     ///
@@ -233,7 +235,7 @@ impl MultiLock {
         self.try_acquire_for(time_until(deadline)).await
     }
 
-    /// Releases everything that this handle holds, while its guards are still alive. These report
+    /// Releases everything that this handle holds, while its guards are still alive. These guards report
     /// [`Error::Lost`] from then on; guards of other handles are not affected.
     ///
     /// # Cancel safety
@@ -261,7 +263,7 @@ impl MultiLock {
     pub async fn release_all(&mut self) -> Result<()> {
         match &self.request {
             Some(request) => self.owner.release_all(request.key()).await,
-            // It can't have acquired anything.
+            // A handle without keys can't have acquired anything.
             None => Ok(()),
         }
     }
@@ -287,7 +289,7 @@ impl fmt::Debug for MultiLock {
 ///
 /// # Drop
 ///
-/// As for [`ExclusiveGuard`](crate::ExclusiveGuard); one statement for all.
+/// As for [`ExclusiveGuard`](crate::ExclusiveGuard); one statement releases all the locks.
 ///
 /// # Examples
 ///

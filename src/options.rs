@@ -1,4 +1,4 @@
-//! How a lock behaves: the settings that have a good default.
+//! The settings of locks, each with a default.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use sqlx::PgPool;
 
 use crate::error::{Error, Result};
 
-/// Settings of a lock, each with a default that suits most.
+/// Settings of a lock, each with a default that suits most applications.
 ///
 /// # Examples
 ///
@@ -37,7 +37,7 @@ pub struct LockOptions {
     pub(crate) label_by_key: bool,
 }
 
-/// How often a session is asked, and how long it may take to answer.
+/// How often a session is sent a heartbeat, and how long the answer may take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Heartbeat {
     pub(crate) interval: Duration,
@@ -45,19 +45,19 @@ pub(crate) struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// How long the answer to a question is trusted, from when it was asked.
+    /// How long a session is trusted after it was sent a heartbeat that it answered.
     pub(crate) fn bound(self) -> Duration {
         self.interval + self.timeout
     }
 
-    /// How long the answer may take to a question that is no heartbeat: over a slow link longer than a heartbeat
-    /// that is to be answered before the next one.
+    /// How long the answer to a statement may take that is not a heartbeat. Over a slow link, this is longer than for
+    /// heartbeats, which are to be answered before the next one.
     pub(crate) fn answer_limit(self) -> Duration {
         self.timeout.max(Duration::from_secs(1))
     }
 }
 
-/// When the server gives a silent client up.
+/// When the server closes the connection of a silent client.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Keepalives {
     idle: Duration,
@@ -66,7 +66,7 @@ pub(crate) struct Keepalives {
 }
 
 impl Keepalives {
-    /// How long a client is silent at least before the server closes its connection.
+    /// The minimum time for which a client is silent before the server closes its connection.
     ///
     /// A client whose connection is borrowed sends no heartbeats, so it may have been idle already: only
     /// the probes count.
@@ -79,7 +79,7 @@ impl Keepalives {
         [self.idle.as_secs(), self.interval.as_secs(), self.retries.into()]
     }
 
-    /// Distinguishes these settings from others.
+    /// Returns a text that distinguishes these settings from others.
     fn mark(self) -> Arc<str> {
         let [idle, interval, retries] = self.seconds_and_retries();
         format!("{idle}/{interval}/{retries}").into()
@@ -124,8 +124,8 @@ impl LockOptions {
         }
     }
 
-    /// Sets how often the session of a lock that is held is asked for a sign of life. Default: 2 s; from 100 ms to
-    /// 1 h.
+    /// Sets how often the session of a held lock is sent a heartbeat, to check that it is alive. Default: 2 s; from
+    /// 100 ms to 1 h.
     ///
     /// A guard whose session has not answered for the sum of the interval and the
     /// [timeout](Self::heartbeat_timeout) is lost: see [`Guard::lost`](crate::Guard::lost). The sum must be at
@@ -134,9 +134,9 @@ impl LockOptions {
     /// detected within 50 ms, if it is idle and the lock has been held for two seconds, or for the interval if
     /// that is shorter.
     ///
-    /// A background task sends the heartbeats. If the runtime makes no progress for the sum of both, because
-    /// it is blocked or not driven, its guards are lost, because the server may have ended the sessions
-    /// meanwhile. An answer that is an error is a sign of life.
+    /// A background task sends the heartbeats. If the runtime makes no progress for the sum of interval and timeout,
+    /// because it is blocked or not driven, its guards are lost, because the server may have ended the sessions
+    /// meanwhile. An error that the server returns is a sign of life, too.
     ///
     /// A lock that is released before the first interval is over costs no heartbeat.
     ///
@@ -185,10 +185,11 @@ impl LockOptions {
     ///
     /// `tcp_user_timeout` is set to the sum of the idle time and all probes. The keepalives stay on the pooled
     /// connection, where an application can't notice them. The timeout is set while the session waits for a
-    /// lock or has held one for longer than a heartbeat's interval, and so is `client_connection_check_interval`
-    /// (PostgreSQL 14 and later), to one second, while it holds. Both are reset when the session is
-    /// released; the timeout also while the connection is borrowed, because it would end the connection of a
-    /// client that pauses while it reads. Over a unix socket they do nothing, and nothing is needed.
+    /// lock or has held one for longer than a heartbeat's interval; so is `client_connection_check_interval`
+    /// (PostgreSQL 14 and later), to one second, also while the connection is borrowed, but not during a wait that the
+    /// server would log. Both are reset when the session is released; the timeout also while the connection is borrowed, because it would end the
+    /// connection of a client that pauses while it reads. Over a unix socket, these settings have no effect, and none
+    /// is needed.
     ///
     /// # Examples
     ///
@@ -209,7 +210,7 @@ impl LockOptions {
         self.renew_mark()
     }
 
-    /// Sets after how many [probes](Self::keepalives_interval) without an answer the server ends the session
+    /// Sets the number of unanswered [probes](Self::keepalives_interval) after which the server ends the session
     /// (`tcp_keepalives_count`). Default: 5; from 1 to 100.
     #[must_use]
     pub fn keepalives_retries(mut self, retries: u32) -> Self {
@@ -222,12 +223,12 @@ impl LockOptions {
         self
     }
 
-    /// Demands that the server accepts the settings of [`keepalives_interval`](Self::keepalives_interval).
+    /// Requires the server to accept the settings of [`keepalives_interval`](Self::keepalives_interval).
     ///
-    /// Without this, a server that rejects them (a managed service may) is used as it is, with one warning:
+    /// Without this option, a server that rejects them (a managed service may) is used as it is, with one warning:
     /// a host that vanishes may keep its locks for as long as the server's own settings say, by default
     /// two hours. A setting counts as rejected only if the same statement succeeds without it, and is
-    /// tried again after a minute.
+    /// retried after a minute.
     ///
     /// # Examples
     ///
@@ -241,7 +242,7 @@ impl LockOptions {
         self
     }
 
-    /// Allows locks on a hot standby, which exclude only others on the same standby.
+    /// Allows locks on a hot standby, which exclude only other locks on the same standby.
     ///
     /// By default, an acquire there returns [`Error::Standby`].
     ///
@@ -267,7 +268,7 @@ impl LockOptions {
     /// A wait is divided into slices, because a statement that waits holds a snapshot, which keeps
     /// `VACUUM` and `CREATE INDEX CONCURRENTLY` waiting in turn. Within a slice the waiter keeps its
     /// place in the server's queue; between two slices it goes to the end. A longer slice is fairer,
-    /// a shorter one holds others up less. Where hundreds of connections wait for one key, a short slice
+    /// a shorter one delays such commands less. Where hundreds of connections wait for one key, a short slice
     /// is expensive: see [the cost of a waiter](crate::guide::cost#per-waiter).
     ///
     /// A slice is up to a tenth shorter, at random, so that waiters don't re-queue in step. It always lasts at
@@ -290,14 +291,14 @@ impl LockOptions {
         self
     }
 
-    /// Sets how many connections of the pool all locks on it together leave to queries. Default: a third of
+    /// Sets the number of connections that all locks of a pool together leave to queries. Default: a third of
     /// the pool, rounded up.
     ///
-    /// A lock that is held, or a key that is waited for, uses a connection, and what it protects usually needs another
-    /// one of the same pool. If locks took them all, no query could run that leads to a release. An acquire that would
-    /// leave fewer connections than that waits in the process, in FIFO order. After the pool's `acquire_timeout` it
-    /// fails with [`Error::PoolTimedOut`], which says how many connections locks have. A pool of one connection has
-    /// none to leave, and one connection is always allowed.
+    /// A lock that is held, or a key that is waited for, uses a connection, and the work under the lock usually needs
+    /// another one of the same pool. If locks used all connections, no query that leads to a release could run. An
+    /// acquire that would leave fewer connections than this number waits in the process, in FIFO order. After the
+    /// pool's `acquire_timeout` it fails with [`Error::PoolTimedOut`], which says how many connections locks use. A
+    /// pool of one connection has none to leave, and one connection is always allowed.
     ///
     /// # Examples
     ///
@@ -317,16 +318,16 @@ impl LockOptions {
         self
     }
 
-    /// Sets for how long a session holds its locks at most, from its first one; a permit, from when it is granted.
-    /// Default: for as long as its guards live. From a second to a year.
+    /// Sets the maximum time for which a session holds its locks, counted from its first lock, or from the grant of a
+    /// permit. Default: for as long as its guards live. From a second to a year.
     ///
-    /// This is for holders that hang. When the time is over, the guards report [`Loss::HeldTooLong`](crate::Loss), a
-    /// warning is logged, and the connection is closed, so the server grants the locks to others. A holder that goes on
-    /// all the same is not stopped: use [`Guard::while_held`](crate::Guard::while_held) or
-    /// [`Lock::run`](crate::Lock::run), which cancel the work. If the connection is
-    /// [borrowed](crate::Guard::connection) then, it is closed when it is returned. Needs a runtime that runs. It
-    /// also ends the term of a leader of an [`Election`](crate::Election). Has no effect on the locks of a
-    /// [`LockManager`](crate::LockManager), which share a session.
+    /// Use this limit against holders that hang. When the time is over, the guards report
+    /// [`Loss::HeldTooLong`](crate::Loss), a warning is logged, and the connection is closed, so the server grants the
+    /// locks to other sessions. The work of the holder is not stopped by that: use
+    /// [`Guard::while_held`](crate::Guard::while_held) or [`Lock::run`](crate::Lock::run), which cancel the work. If
+    /// the connection is [borrowed](crate::Guard::connection) at that time, it is closed when it is returned. The limit
+    /// needs a runtime that is driven. It also ends the term of a leader of an [`Election`](crate::Election). It has no
+    /// effect on the locks of a [`LockManager`](crate::LockManager), which share a session.
     ///
     /// To limit the work without closing the connection, put a timeout around it.
     ///
@@ -349,17 +350,18 @@ impl LockOptions {
         self
     }
 
-    /// Shows each lock on the server: while a session waits for one or holds one, its `application_name` is this name, a
-    /// space, and the key. Default: it stays what the connection has.
+    /// Shows each lock on the server: while a session waits for a lock or holds one, its `application_name` is this
+    /// name, a space, and the key. Default: the session keeps the `application_name` of the connection.
     ///
-    /// So a DBA sees in `pg_stat_activity` which lock, and of which application or task. The key is its name, or its
-    /// number if it has none. Of several locks of a session, the last one is shown that was acquired or waited for. At the
-    /// end of the session, the old value is put back. The server shows 63 characters: the name is cut first, to 16. What
-    /// is not printable ASCII is shown as `?`. [`inspect`](crate::inspect) finds the names of keys in it.
+    /// So a DBA sees in `pg_stat_activity` which lock a session holds or waits for, and for which application or task.
+    /// The key is shown as its name, or as its number if it has no name. If a session has several locks, the one that
+    /// was acquired or waited for last is shown. At the end of the session, the old value is restored. The server shows
+    /// 63 characters: the name is cut first, to 16. Characters other than printable ASCII are shown as `?`.
+    /// [`inspect`](crate::inspect) reads the names of keys from the `application_name`.
     ///
-    /// Takes one more statement for each lock that is acquired or waited for. The sessions of a
-    /// [`LockManager`](crate::LockManager), which its locks share, show only the name. A leader shows what
-    /// [`Election`](crate::Election) says.
+    /// Sends one more statement for each lock that is acquired or waited for. The sessions of a
+    /// [`LockManager`](crate::LockManager), which its locks share, show only the name. A leader shows its name and
+    /// term instead, as described for [`Election`](crate::Election).
     ///
     /// # Examples
     ///
@@ -415,7 +417,7 @@ impl LockOptions {
     /// # Errors
     ///
     /// [`Error::InvalidArgument`] if an option is out of its range, or two contradict each other; the message
-    /// says which, and what is valid.
+    /// names the options, and what is valid.
     ///
     /// # Examples
     ///
@@ -480,7 +482,7 @@ impl LockOptions {
         self.wait_slice.unwrap_or(Duration::from_mins(1))
     }
 
-    /// Sets how long a slice lasts if the application does not say.
+    /// Sets how long a slice lasts if the application has not set it.
     pub(crate) fn default_slice(&mut self, slice: Duration) {
         self.wait_slice.get_or_insert(slice);
     }
@@ -509,7 +511,7 @@ impl Default for LockOptions {
 #[derive(Clone)]
 pub struct ConfiguredPool {
     pub(crate) pool: PgPool,
-    // Invariant: valid.
+    // Invariant: the options are valid.
     pub(crate) options: LockOptions,
 }
 

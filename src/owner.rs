@@ -38,15 +38,15 @@ pub struct Owner {
     pool: PgPool,
     server: PoolServer,
     pub(crate) options: LockOptions,
-    /// The session of the guards that this owner has given out, while any live.
+    /// The session of this owner's guards, while any of them is alive.
     session: Weak<Session>,
-    /// This handle, as its guards know it.
+    /// The part of this handle that its guards share.
     holdings: Arc<Holdings>,
-    /// A manager takes the locks.
+    /// The manager that acquires the locks, if there is one.
     manager: Option<Arc<Manager>>,
     /// The task that acquired last.
     task: Option<task::Id>,
-    /// It was warned that several tasks use the handle.
+    /// Whether the warning that several tasks use the handle was logged.
     warned: bool,
 }
 
@@ -66,28 +66,28 @@ impl Owner {
         }
     }
 
-    /// The same, but a manager takes its locks.
+    /// Returns this owner, but with a manager that acquires its locks.
     pub(crate) fn managed_by(self, manager: &Arc<Manager>) -> Self {
         Self { manager: Some(Arc::clone(manager)), ..self }
     }
 
-    /// An owner in the same pool that opens sessions of its own, and holds nothing.
+    /// Returns an owner in the same pool that opens sessions of its own, and holds nothing.
     pub(crate) fn apart(&self) -> Self {
         Self::new(&self.pool, self.options.clone())
     }
 
-    /// The same, unless a manager takes its locks: then an owner [`apart`](Self::apart).
+    /// Returns this owner, or, if a manager acquires its locks, an owner [`apart`](Self::apart).
     pub(crate) fn unmanaged(self) -> Self {
         if self.manager.is_some() { self.apart() } else { self }
     }
 
-    /// The owner of what a session holds.
+    /// Returns the owner of a session's locks.
     pub(crate) fn of(session: &Arc<Session>, manager: Option<Arc<Manager>>) -> Self {
         let session_of = Self::new(session.pool(), session.options().clone());
         Self { session: Arc::downgrade(session), manager, ..session_of }
     }
 
-    /// An owner like this one, that holds nothing.
+    /// Returns an owner like this one that holds nothing.
     pub(crate) fn another(&self) -> Self {
         Self { session: Weak::new(), holdings: Arc::default(), task: None, ..self.clone() }
     }
@@ -101,14 +101,14 @@ impl Owner {
         }
     }
 
-    /// What the guards of this owner hold. It holds nothing from then on.
+    /// Takes the holdings of this owner's guards. The owner holds nothing from then on.
     pub(crate) fn take_holdings(&mut self) -> Arc<Holdings> {
         std::mem::take(&mut self.holdings)
     }
 
     pub(crate) async fn acquire(&mut self, request: &Request) -> Result<Guard> {
         loop {
-            // Without a deadline, it never ends in `None`.
+            // Without a deadline, this never returns `None`.
             let held = self.take(request, WaitPolicy::Forever).await?;
             if let Some(held) = held {
                 return Ok(held);
@@ -132,7 +132,7 @@ impl Owner {
         &self.pool
     }
 
-    /// Acquires, inside a span that tells how it went.
+    /// Acquires, inside a span that records the outcome.
     pub(crate) async fn take(
         &mut self,
         request: &Request,
@@ -173,7 +173,7 @@ impl Owner {
         policy: WaitPolicy,
     ) -> Result<Option<Guard>> {
         if let Some(manager) = self.manager.clone() {
-            // A guard of the handle lives.
+            // A guard of the handle is alive.
             if Arc::strong_count(&self.holdings) > 1 {
                 self.check_task(request.key());
             }
@@ -187,11 +187,11 @@ impl Owner {
             }
             joined => joined,
         };
-        // On the heap, or all waiters in a manager's queue would have room for it.
+        // Boxed, because otherwise each waiter in a manager's queue would reserve space for this future.
         Box::pin(self.take_from_own_session(joined, request, policy)).await
     }
 
-    /// Warns, once, if another task acquired what this one re-enters: both are inside then.
+    /// Warns once if this task re-enters a lock that another task acquired, because then both tasks hold it.
     fn check_task(&mut self, key: &Key) {
         let (last, this) = (self.task, task::try_id());
         if last.is_some() && this.is_some() && last != this && !self.warned {
@@ -215,14 +215,14 @@ impl Owner {
             Some((Join::Ask, session)) => {
                 match Box::pin(Pending::join(session, request, policy)).await {
                     Ok(joined) => joined,
-                    // It waited for another wait of the session.
+                    // The time was over while another wait of the session used the connection.
                     Err(Unavailable::TimedOut) => return Ok(None),
                     Err(reason) => return Err(reason.error(request.key())),
                 }
             }
             Some((Join::Released, session)) => {
-                // Otherwise this handle could find a lock busy that it has just released: the task that releases it
-                // is in the queue already.
+                // Otherwise this handle could find a lock busy that it has just released. The task that releases the
+                // lock is already in the queue for the connection.
                 match Box::pin(session.connection_for_acquire(policy)).await {
                     Ok(_) | Err(Unavailable::Lost(_)) => None,
                     Err(Unavailable::TimedOut) => return Ok(None),
@@ -244,7 +244,7 @@ impl Owner {
         }))
     }
 
-    /// Acquires as a handle that holds nothing: it waits behind others of this process that want the same.
+    /// Acquires for a handle that holds nothing. Waits behind other calls of this process for the same key.
     async fn take_on_new_session(
         &mut self,
         request: &Request,
@@ -271,10 +271,10 @@ impl Owner {
             }
             let opened = Pending::open(pool, server, request, options, policy).await;
             if let Err(error @ (Error::PoolTimedOut { .. } | Error::Connect { .. })) = &opened {
-                // Meanwhile another call may have found it busy.
+                // Meanwhile another call may have found the lock busy.
                 let is_busy = has_waited || (in_line && queues.has(line));
                 if is_busy && policy.left().is_some_and(|left| left.is_zero()) {
-                    // It was the call's own time that was over, and the lock was busy.
+                    // The call's own time was over, and the lock was busy.
                     return Ok(None);
                 }
                 if let Some(front) = &front {
@@ -296,7 +296,8 @@ impl Owner {
                 }
             }
             let granted = match pending.settle(verdict, policy, &mut waiting).await {
-                // Of a connection of the pool; the next one may be of this runtime, or a new one.
+                // The runtime of a pooled connection has ended. The next connection may belong to this runtime, or be a
+                // new one.
                 Err(error) if error.is_of_ended_runtime() => continue,
                 granted => granted?,
             };
@@ -308,12 +309,12 @@ impl Owner {
     }
 }
 
-/// The timeout of a call that has a deadline: zero if that has passed, so that the call tries once.
+/// Returns the timeout of a call that has a deadline: zero if the deadline has passed, so that the call tries once.
 pub(crate) fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
 }
 
-/// A policy that ends after `timeout`: at once, later, or never if that is too far to count.
+/// Returns the policy for a timeout: `Never` if the timeout is zero, and `Forever` if it is too long to be added.
 fn policy(timeout: Duration) -> WaitPolicy {
     if timeout.is_zero() {
         return WaitPolicy::Never;
@@ -321,10 +322,10 @@ fn policy(timeout: Duration) -> WaitPolicy {
     Instant::now().checked_add(timeout).map_or(WaitPolicy::Forever, WaitPolicy::Until)
 }
 
-/// Writes into the span how the acquire ended, even if its future was dropped.
+/// Records in the span how the acquire ended, even if its future was dropped.
 struct Ending {
     span: tracing::Span,
-    /// If the span is enabled.
+    /// `None` if the span is disabled.
     started: Option<Instant>,
     outcome: &'static str,
 }

@@ -9,16 +9,16 @@ use tokio::time::sleep;
 
 use crate::key::Key;
 
-/// After how long it is reported first. Each of the next pauses is twice as long, up to a limit.
+/// The time before the first report. Each of the next pauses is twice as long, up to a limit.
 const FIRST: Duration = Duration::from_secs(5);
 
-/// Awaits an acquire. If there is a key, and a subscriber wants debug events, it reports the wait now and then.
+/// Awaits an acquire. If there is a key, and debug events are enabled, reports the wait from time to time.
 pub(crate) fn reported<'a, T: Send>(
     key: Option<&'a Key>,
     longest: Duration,
     mut acquire: Pin<&'a mut (impl Future<Output = T> + Send)>,
 ) -> impl Future<Output = T> + Send {
-    // On the heap, or all acquires would have room for it.
+    // Boxed, because otherwise each acquire would reserve space for this future.
     let mut reporting = key.filter(|_| tracing::enabled!(tracing::Level::DEBUG)).map(|key| {
         Box::pin(async move {
             let started = Instant::now();

@@ -1,4 +1,4 @@
-//! What an acquire asks for: one lock, several, one of several, or a session to hold some later.
+//! The request of an acquire: one lock, several, one of several, or a session to hold some later.
 
 use std::sync::Arc;
 
@@ -7,18 +7,18 @@ use crate::metrics::Labels;
 use crate::mode::Mode;
 use crate::options::LockOptions;
 
-/// Locks, in the order in which they are taken.
+/// The requested locks, in the order in which they are acquired.
 #[derive(Clone)]
 pub(crate) struct Request {
     locks: Locks,
     pub(crate) need: Need,
-    /// The crate made it for an acquire of the application, which is counted and reported instead.
+    /// Whether the crate made this request for an acquire of the application, which is counted and reported instead.
     pub(crate) internal: bool,
-    /// It waits in line with others of this process for the key.
+    /// Whether the call waits in line with others of this process for the key.
     pub(crate) in_line: bool,
 }
 
-/// Never empty, and no key twice.
+/// Invariant: not empty, and no key twice.
 #[derive(Clone)]
 enum Locks {
     /// The usual case: nothing to allocate.
@@ -32,7 +32,7 @@ pub(crate) enum Need {
     All,
     /// The first that is free.
     Any,
-    /// None yet: a session, on which they will be taken.
+    /// None yet: only a session, on which locks will be acquired later.
     Nothing,
 }
 
@@ -42,22 +42,22 @@ impl Request {
         Self { locks, need: Need::All, internal: false, in_line: false }
     }
 
-    /// The first of these keys that is free, exclusively. There must be one at least.
+    /// Requests the first of these keys that is free, exclusively. There must be at least one key.
     pub(crate) fn any(keys: Vec<Key>) -> Self {
         let locks = keys.into_iter().map(|key| (key, Mode::Exclusive));
         let locks = Locks::Many(locks.collect());
         Self { locks, need: Need::Any, internal: false, in_line: false }
     }
 
-    /// A session, opened for the sake of a key.
+    /// Requests a session without a lock. Errors name the key.
     pub(crate) fn session(key: &Key) -> Self {
         Self { need: Need::Nothing, ..Self::one(key, Mode::Shared).internal() }
     }
 
-    /// All of these locks, each key once. Sorted, so that all requests for the same keys take them in one
-    /// order. `None` if there are none.
+    /// Requests all of these locks, each key once. They are sorted, so that all requests for the same keys acquire them
+    /// in the same order. Returns `None` if there are none.
     pub(crate) fn all(mut locks: Vec<(Key, Mode)>) -> Option<Self> {
-        // The exclusive mode is the lesser of the two, so of equal keys it is the one that stays.
+        // The exclusive mode sorts first, so for equal keys it is the one that stays.
         locks.sort_by_key(|(key, mode)| (key.id(), *mode));
         locks.dedup_by_key(|(key, _)| key.id());
         (!locks.is_empty()).then(|| {
@@ -66,17 +66,18 @@ impl Request {
         })
     }
 
-    /// The same, made by the crate for an acquire of the application.
+    /// Marks the request as made by the crate for an acquire of the application.
     pub(crate) fn internal(self) -> Self {
         Self { internal: true, ..self }
     }
 
-    /// The same; while the key is busy, it waits in line with others of this process, and one of them on the server.
+    /// Makes the call wait in line with others of this process while the key is busy; only one of them waits on the
+    /// server.
     pub(crate) fn in_line(self) -> Self {
         Self { in_line: true, ..self }
     }
 
-    /// The key that it passes to the next in line, or has from the one before: if it is the exclusive one.
+    /// Returns the key whose lock calls in line pass on to each other, if this is an exclusive request in line.
     pub(crate) fn hand_over_key(&self) -> Option<KeyId> {
         (self.in_line && self.mode() == Mode::Exclusive).then(|| self.key().id())
     }
@@ -86,19 +87,19 @@ impl Request {
         Labels::new(!self.internal, options.label_by_key, self.key(), self.mode())
     }
 
-    /// The key that stands for all of them: errors name it.
+    /// Returns the first key, which errors name for the whole request.
     #[expect(clippy::indexing_slicing, reason = "never empty")]
     pub(crate) fn key(&self) -> &Key {
         &self.locks()[0].0
     }
 
-    /// The mode of that key.
+    /// Returns the mode of the first key.
     #[expect(clippy::indexing_slicing, reason = "never empty")]
     pub(crate) fn mode(&self) -> Mode {
         self.locks()[0].1
     }
 
-    /// The same for one of the locks.
+    /// Returns the request for only one of the locks.
     pub(crate) fn only(&self, id: KeyId) -> Option<Self> {
         let (key, mode) = self.locks().iter().find(|(key, _)| key.id() == id)?;
         Some(Self { internal: self.internal, ..Self::one(key, *mode) })
@@ -111,7 +112,7 @@ impl Request {
         }
     }
 
-    /// What the server is asked for.
+    /// Returns the locks that the server is asked for.
     pub(crate) fn ids(&self) -> impl Iterator<Item = (KeyId, Mode)> {
         let locks = if self.need == Need::Nothing { &[][..] } else { self.locks() };
         locks.iter().map(|(key, mode)| (key.id(), *mode))

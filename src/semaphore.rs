@@ -1,4 +1,4 @@
-//! A number of permits, shared by all processes.
+//! A counting semaphore, shared by all processes.
 
 pub(crate) mod layout;
 mod permit;
@@ -27,27 +27,27 @@ pub use permit::Permit;
 
 /// A counting semaphore: a fixed number of permits, shared by all processes.
 ///
-/// Each permit is an advisory lock of its own, so a permit goes back when its holder dies, as a lock
-/// does; and each has a number, its [`slot`](Permit::slot), so that a semaphore is also a pool of
-/// numbered things: ports, licences, workers.
+/// Each permit is an advisory lock of its own, so the server releases a permit when its holder dies, as for any
+/// lock. Each permit has a number, its [`slot`](Permit::slot), so a semaphore is also a pool of numbered
+/// resources: ports, licences, workers.
 ///
 /// Waiters are served in FIFO order: the tasks of a process queue locally, and the first of them waits in the server's
-/// queue, [as for a lock](crate::guide::guarantees#fairness). The first in that queue tries the permits every 20 ms; of
-/// more than 128, it tries 128 at a time, in turn. `try_acquire` does not overtake waiters, except in the
-/// moment between two of the same process.
+/// queue, [as for a lock](crate::guide::guarantees#fairness). The first waiter in the server's queue tries the permits
+/// every 20 ms; of more than 128 permits, it tries 128 at a time, in turn. `try_acquire` does not overtake waiters,
+/// except in the moment between two waiters of the same process.
 ///
 /// A clone is the same semaphore. A permit uses one connection of the pool, and all waiters of a process use one
-/// together. A pool that can't lend a connection for each permit is not an error, because other processes may hold
-/// the others; an [`Error::PoolTimedOut`] says so.
+/// together. A pool that has fewer connections than the semaphore has permits is not an error, because other processes
+/// may hold the other permits; an [`Error::PoolTimedOut`] mentions it.
 ///
 /// # Changing the size
 ///
-/// At most 1024 permits. Permits are numbered from 0, and a semaphore uses those below its size. So processes that give
-/// different sizes share the permits that they have in common, and there are never more permits in use than the largest
-/// size. To change the size, deploy the new one: while old and new processes run, the larger size applies, and then the
-/// new one. Meanwhile a process that is first in the queue waits for the permits of its own size only. A process that
-/// finds a permit beyond its own size in use logs a warning, once for each `Semaphore`; it looks when it acquires, at
-/// most every ten seconds.
+/// A semaphore has at most 1024 permits. Permits are numbered from 0, and a semaphore uses those below its size. So
+/// processes that give different sizes share the permits that they have in common, and there are never more permits in
+/// use than the largest size. To change the size, deploy the new one: while old and new processes run, the larger size
+/// applies, and after that the new one. Meanwhile, a process that is first in the queue waits only for the permits of
+/// its own size. A process that finds a permit beyond its own size in use logs a warning, once for each `Semaphore`; it
+/// checks this when it acquires, at most every ten seconds.
 ///
 /// # Examples
 ///
@@ -70,26 +70,27 @@ struct Inner {
     key: Key,
     permits: usize,
     layout: Layout,
-    /// All permits, and in parts, of which a waiter tries one at a time.
+    /// All permits. `windows` has the same permits in parts, of which a waiter tries one at a time.
     slots: Request,
     windows: Vec<Request>,
     owner: Owner,
     /// The waiters of this process. The first of them waits on the server.
     waiting: tokio::sync::Mutex<()>,
-    /// Ends the wait of all of them: the pool has no connection.
+    /// Ends the waits of all waiters of this process with this error, because the pool has no connection.
     exhausted: watch::Sender<Option<Error>>,
-    /// When to ask next whether a larger semaphore has this key. `None` once one was reported, or if there can be none,
-    /// or the role may not ask.
+    /// When to check next whether a larger semaphore has this key. `None` once one was reported, if there can be none,
+    /// or if the role may not list locks.
     census_due: Mutex<Option<Instant>>,
 }
 
-/// How often the first waiter looks for a free permit.
+/// How often the first waiter tries to acquire a permit.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How many permits it looks at: each is a lock that the server tries, and 1,024 of them take 2 ms.
+/// The number of permits that the first waiter tries at a time. Each is a lock that the server tries, and 1,024 of them
+/// take 2 ms.
 const WINDOW: usize = 128;
 
-/// How often it is asked whether a larger semaphore has the key: that goes through the server's lock table.
+/// How often a semaphore checks whether a larger one has the same key. The statement reads the server's lock table.
 const CENSUS_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Semaphore {
@@ -151,7 +152,7 @@ impl Semaphore {
         &self.inner.key
     }
 
-    /// Returns how many permits there are, held or not.
+    /// Returns the number of permits, held or not.
     ///
     /// # Examples
     ///
@@ -168,19 +169,20 @@ impl Semaphore {
         self.inner.permits
     }
 
-    /// Acquires a permit, and waits for as long as none is free.
+    /// Acquires a permit, waiting until one is available.
     ///
-    /// Three statements if one is free; every ten seconds one more, which asks for a larger semaphore of the key.
+    /// Sends three statements if one is free; every ten seconds one more, which checks for a larger semaphore of the
+    /// key.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: you lose your place in the queue, and leave nothing behind.
+    /// Cancel safe: the caller loses its place in the queue, and nothing is left behind.
     ///
     /// # Errors
     ///
-    /// As for [`Lock::acquire`](crate::Lock::acquire). If the connection of the waiter breaks, the wait goes on with
-    /// another, at the end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of the
-    /// process get the [`Error::PoolTimedOut`].
+    /// As for [`Lock::acquire`](crate::Lock::acquire). If the waiter's connection breaks, the wait continues on another
+    /// connection, at the end of the queue. If the pool has no connection within its `acquire_timeout`, all waiters of
+    /// the process get the [`Error::PoolTimedOut`].
     ///
     /// # Panics
     ///
@@ -200,7 +202,7 @@ impl Semaphore {
     /// ```
     pub async fn acquire(&self) -> Result<Permit> {
         loop {
-            // Without a deadline, it never ends in `None`.
+            // Without a deadline, the wait never returns `None`.
             let permit = self.wait(None).await?;
             if let Some(permit) = permit {
                 return Ok(permit);
@@ -208,7 +210,7 @@ impl Semaphore {
         }
     }
 
-    /// Acquires a permit if one is free, and no other task or process waits for it. `None` otherwise.
+    /// Acquires a permit if one is free, and no other task or process waits for one. Returns `None` otherwise.
     ///
     /// Sends three statements, or one if others wait; every ten seconds one more.
     ///
@@ -244,7 +246,7 @@ impl Semaphore {
         permit
     }
 
-    /// Acquires a permit, and waits for at most `timeout`. `None` if that passes.
+    /// Acquires a permit, waiting for at most `timeout`. Returns `None` after that.
     ///
     /// # Cancel safety
     ///
@@ -279,7 +281,9 @@ impl Semaphore {
         }
     }
 
-    /// The same, with a deadline instead of a timeout. If it has passed, this is a [`try_acquire`](Self::try_acquire).
+    /// Acquires a permit, waiting until `deadline`. Returns `None` after that.
+    ///
+    /// If the deadline has passed, this is a [`try_acquire`](Self::try_acquire).
     ///
     /// # Cancel safety
     ///
@@ -310,7 +314,7 @@ impl Semaphore {
 }
 
 impl Inner {
-    /// Acquires a permit, and waits until the deadline if there is one. `None` if that passes.
+    /// Acquires a permit, waiting until the deadline if there is one. Returns `None` after that.
     async fn acquire(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let mut waiting = Waiting::new(self.labels());
         let (_first, queued) = if let Ok(first) = self.waiting.try_lock() {
@@ -323,12 +327,12 @@ impl Inner {
             }
         };
         let late = queued && deadline.is_some_and(|deadline| time_until(deadline) < POLL_INTERVAL);
-        // Longer only if the server is silent.
+        // This limit is reached only if the server does not answer.
         let latest = deadline.and_then(|deadline| deadline.checked_add(GRACE));
         match until(latest).bound(self.wait(deadline, &mut waiting)).await {
             None => Ok(None),
-            // Its time has gone by in the queue: it has missed a permit, not a connection, which is still on
-            // its way back from who was first before.
+            // The caller spent its time in the queue, so it did not time out for lack of a connection: the one of the
+            // previous first waiter is just being returned.
             Some(Err(error)) if late && is_timeout(&error) => Ok(None),
             Some(found) => found.map_err(|error| self.fail(error, deadline)),
         }
@@ -338,7 +342,7 @@ impl Inner {
         Labels::new(true, self.owner.options.label_by_key, &self.key, Mode::Exclusive)
     }
 
-    /// Waits until all others of this process that came before have a permit, or none of them can get one.
+    /// Waits until the earlier waiters of this process are done. Returns an error if none of them can get a connection.
     async fn first(&self) -> Result<MutexGuard<'_, ()>> {
         let mut exhausted = self.exhausted.subscribe();
         let exhausted = async {
@@ -353,11 +357,11 @@ impl Inner {
         }
     }
 
-    /// Has all other waiters of this process fail too, if the pool has no connection: each of them would wait for
-    /// it as long again.
+    /// Makes all other waiters of this process fail too if the pool has no connection, because otherwise each of them
+    /// in turn would wait for one as long. Returns the error.
     fn fail(&self, error: Error, deadline: Option<Instant>) -> Error {
         let error = self.explain(error);
-        // Unless it was the caller's own time that was over.
+        // If only the caller's own time was over, the others don't fail.
         let is_late = deadline.is_some_and(|deadline| deadline <= Instant::now());
         if !is_timeout(&error) || is_late {
             return error;
@@ -378,7 +382,7 @@ impl Inner {
         error
     }
 
-    /// Takes a permit that is free, if there is no waiter.
+    /// Acquires a permit if one is free, and there is no waiter.
     async fn pass(&self, deadline: Option<Instant>) -> Result<Option<Permit>> {
         let request = Request::one(self.layout.queue(), Mode::Shared).internal();
         let mut owner = self.owner.another();
@@ -390,23 +394,23 @@ impl Inner {
         }
     }
 
-    /// Takes a permit, or waits for one. Called only by the first waiter of this process.
+    /// Acquires a permit, or waits for one. Called only by the first waiter of this process.
     async fn wait(
         &self,
         deadline: Option<Instant>,
         waiting: &mut Waiting,
     ) -> Result<Option<Permit>> {
         loop {
-            // Boxed, or the future of an acquire would be a large one.
+            // Boxed, because otherwise the future of an acquire would be large.
             match Box::pin(self.wait_on_one_session(deadline, waiting)).await {
-                // It held no permit, only a place in the queue.
+                // The session held no permit, only a place in the queue.
                 Err(Error::Disconnected { .. } | Error::Lost { .. }) => sleep(POLL_INTERVAL).await,
                 found => return found,
             }
         }
     }
 
-    /// Takes a permit, or waits in the server's queue, and then for a permit.
+    /// Acquires a permit, or waits in the server's queue, and then for a permit.
     async fn wait_on_one_session(
         &self,
         deadline: Option<Instant>,
@@ -423,7 +427,7 @@ impl Inner {
         let mut owner = self.owner.another();
         let first = if is_over() { None } else { owner.take(&request, until(deadline)).await? };
         let Some(first) = first else { return Ok(None) };
-        // At first, and at last, it looks at all of them.
+        // The first attempt and the last one try all permits.
         let mut windows = self.windows.iter().cycle();
         let mut window = Some(&self.slots);
         let found = loop {
@@ -440,13 +444,13 @@ impl Inner {
             }
             window = if is_over() { None } else { windows.next() };
         };
-        // Awaited, because the next one to try would otherwise find a waiter.
+        // Awaited, because otherwise the next `try_acquire` would still find a waiter.
         let released = first.release().await;
         let found = found?;
         released.map(|()| found)
     }
 
-    /// Takes one of these permits if one is free, on the session that may look.
+    /// Acquires one of these permits if one is free, on the session of the guard that allows it.
     async fn look(&self, may: &Guard, slots: &Request) -> Result<Option<Permit>> {
         let census_due = *self.census_due.lock().unwrap_or_else(PoisonError::into_inner);
         if census_due.is_some_and(|due| due <= Instant::now()) {
@@ -474,9 +478,9 @@ impl Inner {
                 );
                 None
             }
-            // If it was the session, the next statement fails.
+            // If the session has failed, so will the next statement.
             Err(error) if !matches!(error, Error::Database { .. }) => Some(Instant::now()),
-            // The role may not ask.
+            // The role may not list locks.
             Err(error) => {
                 tracing::debug!(
                     lock.key = %self.key.id(),

@@ -1,4 +1,4 @@
-//! How keys, locks and findings are written for other programs: the feature `serde`.
+//! Serializes keys, locks and findings for other programs: the feature `serde`.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -7,11 +7,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::key::{Key, KeyId};
 
 impl Serialize for Key {
-    /// Writes the text that [`FromStr`](std::str::FromStr) reads as this key: `42`, `1,2`, `nightly-report`, or `name:42`
-    /// for a name that looks like a number.
+    /// Writes the text that [`FromStr`](std::str::FromStr) reads as this key: `42`, `1,2`, `nightly-report`, or
+    /// `name:42` for a name that looks like a number.
     ///
-    /// A name that was hashed otherwise than by [`Key::from`], such as by [`interop`](crate::interop), can't be read
-    /// back. Of such a key the number is written.
+    /// A name that was not hashed by [`Key::from`], but for example by [`interop`](crate::interop), can't be read
+    /// back. For such a key, the number is written.
     ///
     /// # Examples
     ///
@@ -52,7 +52,7 @@ fn read(text: &str) -> Key {
     key
 }
 
-/// The text that is read as this key, with its name if it is read too.
+/// Returns the text that is read as this key; if possible, one from which the name is read too.
 fn text(key: &Key) -> String {
     if let Some(name) = key.name() {
         for text in [name.to_owned(), format!("name:{name}")] {
@@ -68,7 +68,7 @@ fn text(key: &Key) -> String {
     }
 }
 
-/// Writes a key without its name, and then the name: two fields of what has this key.
+/// Writes a key without its name, and then the name, as two fields of the struct that has this key.
 pub(crate) fn key_and_name<S: Serializer>(key: &Key, serializer: S) -> Result<S::Ok, S::Error> {
     #[derive(Serialize)]
     struct Fields<'k> {
@@ -84,7 +84,7 @@ pub(crate) fn seconds<S: Serializer>(time: &SystemTime, serializer: S) -> Result
     since_1970(time).serialize(serializer)
 }
 
-/// The same for a time that may not be known.
+/// Writes a time that may not be known, as [`seconds`] does.
 #[expect(clippy::ref_option, reason = "that is what serde passes")]
 pub(crate) fn maybe_seconds<S: Serializer>(
     time: &Option<SystemTime>,
@@ -93,7 +93,7 @@ pub(crate) fn maybe_seconds<S: Serializer>(
     time.as_ref().map(since_1970).serialize(serializer)
 }
 
-/// Writes a time that is known to the second.
+/// Writes a time that is known to the second, in whole seconds since 1970.
 #[expect(clippy::ref_option, reason = "that is what serde passes")]
 pub(crate) fn whole_seconds<S: Serializer>(
     time: &Option<SystemTime>,
@@ -136,7 +136,7 @@ mod tests {
             let read: Key = from_value(json!(text)).unwrap();
             assert_eq!((&read, read.name()), (&key, key.name()));
         }
-        // Its name is read as another key.
+        // The name alone would be read as another key.
         assert_eq!(to_value(interop::with_advisory_lock("job")).unwrap(), "2077810936,0");
         assert!(from_value::<Key>(json!(42)).is_err());
     }

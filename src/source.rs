@@ -7,7 +7,7 @@ use sqlx::PgPool;
 use crate::options::{ConfiguredPool, LockOptions};
 use crate::owner::Owner;
 
-/// Where a handle gets the session that holds its locks: the first argument of each constructor.
+/// A source of the sessions that hold a handle's locks: the first argument of each constructor.
 ///
 /// | source | what [`Lock`](crate::Lock) and [`MultiLock`](crate::MultiLock) hold their locks on |
 /// |---|---|
@@ -21,18 +21,18 @@ use crate::owner::Owner;
 ///
 /// # The session of a guard
 ///
-/// Acquires on handles of different sessions can deadlock without being detected, because the server does not
-/// know that the sessions belong to one program. On one session the server detects the deadlock within its
+/// Acquires on handles of different sessions can deadlock without being detected, because the server can't tell that
+/// the sessions belong to one program. On one session, the server detects the deadlock within its
 /// `deadlock_timeout`, and one side gets [`Error::Deadlock`](crate::Error::Deadlock). (To avoid deadlocks
 /// altogether, acquire locks in the same order everywhere, or several at once with
 /// [`MultiLock`](crate::MultiLock).)
 ///
 /// Locks are re-entrant within the session: two handles made from one guard don't exclude each other, so don't give
-/// that guard to two tasks. (Those made from a guard of a [`LockManager`](crate::LockManager) do, and so do clones, and
-/// [`run`](crate::Lock::run), which use sessions of their own.) The session ends with its last guard; after that, the
-/// handle opens a session of its own. While the handle waits for a busy lock, the session's connection is in use:
-/// borrowing it, and releases of other guards, wait for the end of the slice, at most 5 s (or `deadlock_timeout` plus a
-/// second, if that is longer). If the session is lost, all its guards are.
+/// that guard to two tasks. (Handles made from a guard of a [`LockManager`](crate::LockManager) exclude each other. So
+/// do clones and calls of [`run`](crate::Lock::run), which use sessions of their own.) The session ends with its last
+/// guard; after that, the handle opens a session of its own. While the handle waits for a busy lock, the session's
+/// connection is in use: calls that borrow it, and releases of other guards, wait for the end of the slice, at most 5 s
+/// (or `deadlock_timeout` plus a second, if that is longer). If the session is lost, all its guards are lost.
 ///
 /// # Examples
 ///
@@ -71,7 +71,7 @@ pub(crate) mod sealed {
 
     #[expect(unnameable_types, reason = "so nothing else can implement it")]
     pub trait Sealed {
-        /// An owner that holds nothing.
+        /// Returns an owner that holds nothing.
         fn owner(&self) -> Owner;
     }
 }

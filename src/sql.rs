@@ -1,4 +1,4 @@
-//! Every statement that is sent to the server; nothing else, but the files below, spells `pg_`.
+//! Every statement that is sent to the server. Only this file and the files below it spell `pg_`.
 //!
 //! Nearly all use the simple query protocol: one message, one answer, one round trip, and nothing is
 //! left behind on the application's connection. The values in them are integers, written by
@@ -6,10 +6,10 @@
 //! its awaited release are prepared once per connection, because the server would spend more time on
 //! planning them than on the lock.
 //!
-//! Functions, relations and operators are qualified with `pg_catalog`, and types are keywords of the
-//! grammar. An unqualified name can be resolved to an overload in any schema of the search path, which
-//! may belong to another role (CVE-2018-1058). So no statement contains `IN`, `CASE x WHEN`, `USING` or
-//! `IS DISTINCT FROM` either, which look up an operator by its name.
+//! Functions, relations and operators are qualified with `pg_catalog`, and types are keywords of the grammar. An
+//! unqualified name can be resolved to an overload in any schema of the search path, which may belong to another role
+//! (CVE-2018-1058). For the same reason, no statement contains `IN`, `CASE x WHEN`, `USING` or `IS DISTINCT FROM`,
+//! because these look up an operator by its name.
 //!
 //! Statements that contain several keys pass them as one array, so that the number of entries in
 //! `pg_stat_statements` does not depend on keys and timeouts.
@@ -47,7 +47,7 @@ async fn fetch(
     sqlx::raw_sql(AssertSqlSafe(statement.into())).fetch_one(conn).await
 }
 
-/// A prepared statement on a key, with its [`parameters`].
+/// Returns a prepared statement with a key bound to its [`parameters`].
 fn bind(statement: String, key: KeyId) -> Query<'static, Postgres, PgArguments> {
     let query = sqlx::query(AssertSqlSafe(statement));
     match key {
@@ -56,7 +56,7 @@ fn bind(statement: String, key: KeyId) -> Query<'static, Postgres, PgArguments> 
     }
 }
 
-/// A key as arguments of a function in a prepared statement.
+/// Returns the placeholders of a key, as arguments of a function in a prepared statement.
 fn parameters(key: KeyId) -> &'static str {
     match key {
         KeyId::BigInt(_) => "$1",
@@ -64,16 +64,16 @@ fn parameters(key: KeyId) -> &'static str {
     }
 }
 
-/// A key as arguments of a function.
+/// Returns a key as arguments of a function.
 fn args(key: KeyId) -> String {
     match key {
-        // Quoted: the smallest numbers have no literal of their own.
+        // Quoted, because the smallest numbers have no literal of their own.
         KeyId::BigInt(number) => format!("'{number}'::bigint"),
         KeyId::IntPair(first, second) => format!("'{first}'::integer, '{second}'::integer"),
     }
 }
 
-/// A key as one number; a pair as the halves of it.
+/// Packs a key into one number, of which the numbers of a pair are the halves.
 fn packed(key: KeyId) -> i64 {
     match key {
         KeyId::BigInt(number) => number,
@@ -90,7 +90,7 @@ macro_rules! pair {
 }
 use pair;
 
-/// Calls a function on the lock of a row of [`calls`].
+/// An expression that calls a function on the lock in a row of [`calls`].
 macro_rules! call {
     ($function:literal) => {
         concat!(
@@ -112,7 +112,7 @@ macro_rules! call {
 }
 use call;
 
-/// What a function for a mode has in its name.
+/// Returns the suffix that the name of a function has for a mode.
 fn suffix(mode: Mode) -> &'static str {
     match mode {
         Mode::Exclusive => "",
@@ -120,8 +120,7 @@ fn suffix(mode: Mode) -> &'static str {
     }
 }
 
-/// Locks as a table `calls (k, call, n)`, in their order. The number in `call` says which variant of a function it
-/// takes.
+/// Returns locks as a table `calls (k, call, n)`, in order. The number in `call` selects the variant of a function.
 fn calls(locks: &[(KeyId, Mode)]) -> String {
     let keys: Vec<_> = locks.iter().map(|(key, _)| packed(*key).to_string()).collect();
     let call = |&(key, mode): &(KeyId, Mode)| {
@@ -136,7 +135,7 @@ fn calls(locks: &[(KeyId, Mode)]) -> String {
     )
 }
 
-/// For a timeout of the server: at least 1, because 0 means none.
+/// Converts a duration for a timeout of the server: at least 1, because 0 means no timeout.
 fn milliseconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_millis()).unwrap_or(i32::MAX).max(1)
 }

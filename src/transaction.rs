@@ -42,7 +42,7 @@
 //!
 //! **Under `REPEATABLE READ` and `SERIALIZABLE` this does not hold.** There, all statements of a
 //! transaction see what was committed before its first statement began, and that may be the statement
-//! that waits for the lock. What the previous holder commits during the wait stays invisible until the
+//! that waits for the lock. Changes that the previous holder commits during the wait stay invisible until the
 //! end of the transaction: a read after the acquire may be stale, and an update of such a row fails with
 //! SQLSTATE 40001. Acquire in a `READ COMMITTED` transaction, or acquire a [`Lock`](crate::Lock) first
 //! and begin the transaction under its guard.
@@ -108,8 +108,8 @@
 //!   other locks.
 //! * [`Error::OutOfLocks`] if the server's lock table is full.
 //! * [`Error::Cancelled`] if the statement was cancelled.
-//! * [`Error::Disconnected`] if the connection broke, or if the server does not answer: half a second after the timeout of
-//!   the call; without a timeout, ten seconds after the statement, or after its slice.
+//! * [`Error::Disconnected`] if the connection broke, or if the server does not answer: half a second after the timeout
+//!   of the call; without a timeout, ten seconds after the statement, or after its slice.
 //! * [`Error::Database`] for all other errors, for example because the transaction had failed before.
 
 use std::hash::{BuildHasher, RandomState};
@@ -125,10 +125,10 @@ use crate::mode::Mode;
 use crate::session::{DEADLINE, within};
 use crate::sql::transaction::{self as statements, Tried};
 
-/// The longest that one statement waits, and holds its snapshot.
+/// The maximum time for which one statement waits, and holds its snapshot.
 const SLICE: Duration = Duration::from_mins(1);
 
-/// By how much a slice may be shorter, in milliseconds.
+/// The maximum time by which a slice is shortened at random, in milliseconds.
 const JITTER: u64 = 6000;
 
 /// How long a deadlock check may take after `deadlock_timeout`.
@@ -341,7 +341,7 @@ pub async fn try_acquire_shared_for(
 }
 
 async fn wait_for(tx: &mut Transaction<'_, Postgres>, key: &Key, mode: Mode) -> Result<()> {
-    // Without a deadline it never returns `false`.
+    // Without a deadline, `queue` never returns `false`.
     queue(tx, key, mode, None).await.map(drop)
 }
 
@@ -387,7 +387,7 @@ async fn queue(
     }
 }
 
-/// A slice that is shorter than `deadlock_timeout` would end before each deadlock check.
+/// Returns the length of a slice. One that is shorter than `deadlock_timeout` would end before each deadlock check.
 fn slice(deadlock_timeout: Duration, jitter: Duration) -> Duration {
     SLICE.saturating_sub(jitter).max(deadlock_timeout + DEADLOCK_CHECK)
 }
@@ -396,7 +396,7 @@ async fn try_now(tx: &mut Transaction<'_, Postgres>, key: &Key, mode: Mode) -> R
     Ok(try_once(tx, key, mode).await?.is_none())
 }
 
-/// Returns the server's `deadlock_timeout` if the lock is busy.
+/// Tries to acquire the lock. Returns the server's `deadlock_timeout` if the lock is busy.
 async fn try_once(
     tx: &mut Transaction<'_, Postgres>,
     key: &Key,

@@ -1,4 +1,4 @@
-//! How many connections it takes to hold, and to wait, counted at the server.
+//! Counts, at the server, the connections that holders and waiters need.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,13 +13,14 @@ use tokio::time::sleep;
 
 use crate::who::{Means, Who};
 
-/// By what the connections are known that count.
+/// The application name of the connections that are counted.
 const NAME: &str = "pglock bench";
 
 /// The key that all wait for.
 const BUSY: i64 = -1;
 
-/// The ways that can hold, shown in the picture and the table; a manager holds the same way, however it releases.
+/// The ways that can hold, for the picture and the table. There is one manager, because a manager holds in the same
+/// way, however it releases.
 pub(crate) const HOLDERS: [Who; 5] = [Who::Sqlx, Who::ByHand, Who::Lock, Who::Floor, Who::Manager];
 
 /// The ways that can wait.
@@ -41,7 +42,7 @@ pub(crate) async fn of_waiters(db: &TestDb, who: Who, tasks: u32) -> Result<u32,
     let mut holder = db.admin().await;
     query("SELECT pg_advisory_lock($1)").bind(BUSY).execute(&mut holder).await?;
     let mut scene = Scene::start(db, who, tasks, |_| BUSY).await?;
-    // The others of a manager, and of a pool, are in line behind it.
+    // A manager, and a pool, let one task wait at the server; the other tasks queue locally behind it.
     let is_one = who.is_manager() || who == Who::Lock;
     let queue = if is_one { 1 } else { i64::from(tasks) };
     while scene.started.load(Ordering::Relaxed) < tasks || queued(&mut holder).await? < queue {
@@ -53,7 +54,7 @@ pub(crate) async fn of_waiters(db: &TestDb, who: Who, tasks: u32) -> Result<u32,
     Ok(connections)
 }
 
-/// Tasks that acquire, and hold until the end.
+/// Tasks that acquire a lock, and hold it until the end.
 struct Scene {
     started: Arc<AtomicU32>,
     held: Arc<Semaphore>,
@@ -69,12 +70,12 @@ impl Scene {
         tasks: u32,
         key: fn(u32) -> i64,
     ) -> Result<Self, BoxDynError> {
-        // The last scene's are gone.
+        // Waits until the connections of the last scene are closed.
         let mut admin = db.admin().await;
         while count(&mut admin).await? > 0 {
             sleep(Duration::from_millis(10)).await;
         }
-        // Plain locks need one to spare, to be listened to.
+        // Plain locks need a spare connection, because the crate listens to their sessions.
         let connections = if who.is_manager() { 2 } else { tasks + 2 };
         let means = Means::new(who, db.options().application_name(NAME), connections)?;
         let mut scene = Self {
@@ -92,13 +93,13 @@ impl Scene {
                 started.fetch_add(1, Ordering::Relaxed);
                 task.hold(&held, &over).await
             });
-            // Not all at once, because the server limits how many connections wait to be accepted.
+            // Tasks do not start all at once, because the server limits how many connections wait to be accepted.
             sleep(Duration::from_millis(2)).await;
         }
         Ok(scene)
     }
 
-    /// Waits a little, and sees that no task has failed.
+    /// Waits a little, and returns an error if a task has failed.
     async fn rest(&mut self) -> Result<(), BoxDynError> {
         if let Some(ended) = self.tasks.try_join_next() {
             ended??;

@@ -1,4 +1,4 @@
-//! The least that batching costs: batches of calls on one connection, without guards, table or safety.
+//! The minimal cost of batching: batches of calls on one connection, without guards, table or safety.
 
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
@@ -38,12 +38,12 @@ impl Floor {
                 }
             }
         };
-        // Detach: it ends with the last sender.
+        // Detached, because the task ends with the last sender.
         drop(tokio::runtime::Handle::current().spawn(batches));
         Self(calls)
     }
 
-    /// Locks if it is free, or unlocks. Returns whether the server did.
+    /// Locks a key if it is free, or unlocks it. Returns whether the server has done so.
     pub(crate) async fn call(&self, key: i64, lock: bool) -> bool {
         let (tell, told) = oneshot::channel();
         drop(self.0.send((key, lock, tell)));

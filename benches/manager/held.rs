@@ -1,4 +1,4 @@
-//! What a lock that a manager holds costs in memory.
+//! Measures the memory that a lock takes while a manager holds it.
 
 use std::fs;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use pglock_testkit::{TestDb, eventually};
 use sqlx::error::BoxDynError;
 use tokio::task::JoinSet;
 
-/// What locks cost that are held at the same time.
+/// The cost of locks that are held at the same time.
 pub(crate) struct Held {
     pub(crate) bytes_each: f64,
     pub(crate) connections: usize,
@@ -24,7 +24,7 @@ pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
     for key in 0..locks {
         let mut lock = Lock::new(&manager, key);
         asking.spawn(async move { lock.acquire().await });
-        // Not all at once, or the tasks would be measured.
+        // Tasks do not run all at once, because otherwise their memory would be measured too.
         if asking.len() >= 1000 {
             while let Some(acquired) = asking.join_next().await {
                 guards.push(acquired??);
@@ -44,7 +44,7 @@ pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
     Ok(Held { bytes_each, connections })
 }
 
-/// The bytes of memory that this process has.
+/// Returns the resident memory of this process, in bytes.
 fn resident() -> Result<f64, BoxDynError> {
     let status = fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).ok_or("no VmRSS")?;

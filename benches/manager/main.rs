@@ -1,5 +1,5 @@
-//! Many tasks that lock: a manager beside a connection for each lock, and beside the least that batching
-//! costs. A full run also draws what it measured, as `benches/manager.svg`.
+//! Compares, for many tasks that lock, a manager with a connection for each lock, and with the minimal cost of
+//! batching. A full run also draws the results, as `benches/manager.svg`.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -46,7 +46,7 @@ async fn manager(time: Duration) -> Result<(), BoxDynError> {
     let db = TestDb::on(&server).await;
     support::print_title("manager: many tasks that lock", &db.pool(1).await).await?;
 
-    // First, while the process has no memory to spare that earlier parts have freed.
+    // This part is first, because later the process would have spare memory that earlier parts have freed.
     let held::Held { bytes_each, connections } = held::held(&db, held).await?;
     println!(
         "\n{held} locks held at once: {bytes_each:.0} bytes each, connections in use: {connections}"

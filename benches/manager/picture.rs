@@ -1,4 +1,4 @@
-//! What was measured, as a picture.
+//! Draws the results as a picture.
 
 use std::error::Error;
 
@@ -9,7 +9,7 @@ use crate::who::Who;
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/manager.svg");
 
-/// What one way to lock came to.
+/// The results of one way to lock.
 #[derive(Clone)]
 pub(crate) struct Line {
     pub(crate) who: Who,
@@ -45,7 +45,7 @@ impl Panel {
     }
 }
 
-/// Draws a large panel, and two small ones below. On white, so that it can be read on any page.
+/// Draws a large panel, and two small ones below. The background is white, so that the picture can be read on any page.
 pub(crate) fn draw(panels: &[Panel; 3]) -> Result<(), BoxDynError> {
     let [large, left, right] = panels;
     let whole = SVGBackend::new(FILE, (900, 800)).into_drawing_area();
@@ -68,7 +68,7 @@ fn panel<B: DrawingBackend<ErrorType: 'static>>(
     let x = points().map(|(x, _)| f64::from(*x)).fold(1.0, f64::max);
     let least = points().map(|(_, y)| *y).fold(f64::INFINITY, f64::min);
     let most = points().map(|(_, y)| *y).fold(1.0, f64::max);
-    // Room for the legend, below the lines.
+    // Leaves room for the legend, below the lines.
     let floor = least * if with_legend { 0.08 } else { 0.8 };
     let mut chart = ChartBuilder::on(area)
         .caption(panel.title, ("sans-serif", 22))
@@ -106,8 +106,8 @@ fn panel<B: DrawingBackend<ErrorType: 'static>>(
     Ok(())
 }
 
-/// The colours can be distinguished by colour-blind readers, and lines that cover each other by their
-/// widths.
+/// Returns the style of a line. Colour-blind readers can distinguish the colours, and lines that cover each other
+/// differ in their widths.
 fn style(who: Who) -> ShapeStyle {
     let (colour, width) = match who {
         Who::Sqlx => (RGBColor(230, 159, 0), 6),
@@ -120,7 +120,7 @@ fn style(who: Who) -> ShapeStyle {
     colour.filled().stroke_width(width)
 }
 
-/// A whole number, with its thousands apart.
+/// Formats a whole number with separators between the thousands.
 fn grouped(number: f64) -> String {
     let digits = format!("{number:.0}");
     let mut grouped = String::new();

@@ -1,4 +1,4 @@
-//! What was measured, as tables.
+//! Prints the results as tables.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -14,7 +14,7 @@ pub(crate) fn print_table(title: &str, lines: &[Line]) {
     }
 }
 
-/// The first line is 1.00.
+/// Prints a table of the ratios to the first line.
 pub(crate) fn print_ratios(title: &str, lines: &[Line]) {
     print_head(title, lines);
     for line in lines {
@@ -31,7 +31,7 @@ fn print_head(title: &str, lines: &[Line]) {
     println!();
 }
 
-/// What is aimed at, beside what was reached. A missed target is no failure: the machine may be busy.
+/// Prints the targets beside the results. A missed target is not a failure, because the machine may be busy.
 pub(crate) fn print_targets(many: u32, distinct: &[Line], one: &[Line], bytes_each: f64) {
     let of = |lines: &[Line], tasks, who| {
         let line = lines.iter().find(|line| line.who == who);

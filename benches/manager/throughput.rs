@@ -1,4 +1,4 @@
-//! How many cycles tasks do in a second.
+//! Measures how many cycles tasks complete per second.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,15 +12,15 @@ use tokio::time::sleep;
 use crate::picture::Line;
 use crate::who::{Means, Who};
 
-/// What the others have, where a manager has two.
+/// The number of connections of the other ways; a manager has two.
 const POOL: u32 = 10;
 
-/// Which keys the tasks lock.
+/// The keys that the tasks lock.
 #[derive(Clone, Copy, Eq, PartialEq)]
 pub(crate) enum Keys {
-    /// Each its own.
+    /// Each task locks a key of its own.
     Distinct,
-    /// All the same.
+    /// All tasks lock the same key.
     One,
 }
 
@@ -31,9 +31,8 @@ pub(crate) struct Turns {
     pub(crate) time: Duration,
 }
 
-/// Runs `tasks` tasks in each of these ways to lock, and adds to each line how many cycles they did in a
-/// second: the median of several turns. The ways take turns, so that whatever else the machine does meets
-/// them all.
+/// Runs `tasks` tasks in each of these ways to lock, and adds to each line how many cycles they completed per
+/// second, the median of several turns. The ways take turns, so that other load on the machine affects all of them.
 pub(crate) async fn compare(
     db: &TestDb,
     lines: &mut [Line],
@@ -54,7 +53,7 @@ pub(crate) async fn compare(
     Ok(())
 }
 
-/// Runs tasks for the given time, and returns how many cycles they did in a second.
+/// Runs tasks for the given time, and returns how many cycles they completed per second.
 async fn cycles(
     db: &TestDb,
     who: Who,
@@ -79,7 +78,7 @@ async fn cycles(
             Ok::<_, BoxDynError>(())
         });
     }
-    // Until all have connected.
+    // Waits until all have connected.
     sleep(time / 4).await;
     let (before, started) = (count.load(Ordering::Relaxed), Instant::now());
     sleep(time).await;

@@ -1,4 +1,4 @@
-//! Waiters of one key whose timeouts fire together.
+//! Measures waiters for one key whose timeouts fire together.
 
 use std::time::{Duration, Instant};
 
@@ -10,18 +10,18 @@ use tokio::time::sleep;
 
 const BUSY: i64 = -1;
 
-/// How late the last of them returns, and how long another key takes at most meanwhile.
+/// How late the last waiter returns, and how long acquiring another key takes at most meanwhile.
 pub(crate) struct Timeouts {
     pub(crate) latest: Duration,
     pub(crate) other_key: Duration,
 }
 
-/// Has `waiters` tasks wait for a key that another session holds, with the same deadline.
+/// Makes `waiters` tasks wait, with the same deadline, for a key that another session holds.
 pub(crate) async fn timeouts(db: &TestDb, waiters: u32) -> Result<Timeouts, BoxDynError> {
     let holder = db.pool(1).await;
     let _held = Lock::new(&holder, BUSY).acquire().await?;
     let manager = LockManager::new(&db.pool(3).await);
-    // Long enough for all of them to stand in the queue.
+    // Long enough for all of them to enter the queue.
     let time = Duration::from_secs(3) + waiters * Duration::from_micros(50);
     let deadline = Instant::now() + time;
 

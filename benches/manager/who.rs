@@ -25,7 +25,7 @@ pub(crate) enum Who {
 }
 
 impl Who {
-    /// The first one is the one that the others are compared with.
+    /// All ways to lock. The others are compared with the first one.
     pub(crate) const ALL: [Self; 6] =
         [Self::Sqlx, Self::ByHand, Self::Lock, Self::Floor, Self::ManagerAwaited, Self::Manager];
 
@@ -45,18 +45,18 @@ impl Who {
     }
 }
 
-/// What the tasks of one process have in common.
+/// The state that the tasks of one process share.
 pub(crate) struct Means {
     who: Who,
     pool: PgPool,
-    /// It leaves no connection to queries, of which there are none.
+    /// The pool, which reserves no connection for queries, because there are none.
     configured: ConfiguredPool,
     manager: LockManager,
     floor: Floor,
 }
 
 impl Means {
-    /// With at most `connections` connections, of which none is open yet.
+    /// Makes a pool of at most `connections` connections, of which none is open yet.
     pub(crate) fn new(
         who: Who,
         options: PgConnectOptions,
@@ -64,7 +64,7 @@ impl Means {
     ) -> pglock::Result<Self> {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
-            // As many may have to connect, one after the other.
+            // All of them may have to connect, one after the other.
             .acquire_timeout(Duration::from_mins(2))
             .connect_lazy_with(options);
         let floor = Floor::start(pool.clone());
@@ -94,12 +94,12 @@ impl Means {
     }
 }
 
-/// One that locks one key.
+/// A task that locks one key.
 pub(crate) enum Task {
-    /// By a handle of ours, whose releases are awaited.
+    /// Locks with a handle of pglock, and awaits the releases.
     Awaited(Lock),
     ByHand(PgPool, i64),
-    /// By a handle of ours, whose guards are dropped.
+    /// Locks with a handle of pglock, and drops the guards.
     Dropped(Lock),
     Floor(Floor, i64),
     Sqlx(PgPool, PgAdvisoryLock),
@@ -109,7 +109,7 @@ const LOCK: &str = "SELECT pg_advisory_lock($1)";
 const UNLOCK: &str = "SELECT pg_advisory_unlock($1)";
 
 impl Task {
-    /// Acquires and releases.
+    /// Acquires and releases the lock.
     pub(crate) async fn cycle(&mut self) -> Result<(), BoxDynError> {
         match self {
             Self::Awaited(lock) => lock.acquire().await?.release().await?,
@@ -131,7 +131,7 @@ impl Task {
         Ok(())
     }
 
-    /// Acquires, adds a permit to `held`, and holds until `over` is closed.
+    /// Acquires the lock, adds a permit to `held`, and holds the lock until `over` is closed.
     pub(crate) async fn hold(self, held: &Semaphore, over: &Semaphore) -> Result<(), BoxDynError> {
         let until_over = async {
             held.add_permits(1);

@@ -1,11 +1,10 @@
-//! A service of several processes: tasks that draw a key, work under its lock on the pool that the process has
-//! for everything, and draw the next one.
+//! Measures a service of several processes, whose tasks draw a key, work under its lock on the one pool of the process,
+//! and draw the next key.
 //!
-//! Without an argument, the services of [`SERVICES`], each in a closed loop, in which a task begins a cycle when it has
-//! ended the one before; and in open loops, in which cycles begin at random times, as often as [`LOADS`] says. Draws
-//! what it has measured, as `benches/service.svg`. With `matrix` in `PGLOCK_BENCH_SERVICE`, every
-//! combination of pools, processes, tasks and keys, with row locks and the manager alone, each for a shorter
-//! time.
+//! By default, the benchmark runs each of the [`SERVICES`] in a closed loop, in which a task begins a cycle when it
+//! has ended the previous one, and in open loops, in which cycles begin at random times, as often as [`LOADS`] says.
+//! It draws the results as `benches/service.svg`. With `matrix` in `PGLOCK_BENCH_SERVICE`, it runs every combination
+//! of pools, processes, tasks and keys, but only with row locks and the manager, and each for a shorter time.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -39,7 +38,7 @@ use picture::Row;
 use process::{Measured, Process, WARM_UP, cpu_of};
 use way::Way;
 
-/// Its value is `matrix`, or what a process of a service is to do.
+/// An environment variable whose value is `matrix`, or the parameters of a process of a service.
 const VARIABLE: &str = "PGLOCK_BENCH_SERVICE";
 
 /// A service that is measured.
@@ -47,7 +46,7 @@ const VARIABLE: &str = "PGLOCK_BENCH_SERVICE";
 struct Service {
     processes: u64,
     tasks: u64,
-    /// By Zipf's law: the n-th is drawn 1/n times as often as the first.
+    /// The number of keys. They are drawn by Zipf's law: the n-th is drawn 1/n times as often as the first.
     keys: u64,
     /// The connections of the pool of a process.
     pool: u32,
@@ -63,7 +62,7 @@ const SERVICES: [Service; 3] = [
     Service { round_trip: Duration::from_millis(1), ..SERVICE },
 ];
 
-/// How many cycles begin in an open loop: hundredths of those that row locks do in the closed one.
+/// How often cycles begin in the open loops, in percent of the rate of row locks in the closed loop.
 const LOADS: [u64; 2] = [60, 90];
 
 fn main() -> Result<(), BoxDynError> {
@@ -186,18 +185,18 @@ impl Run<'_> {
     }
 }
 
-/// The time of a processor that the server has taken.
+/// Returns the CPU time that the server has used.
 fn cpu_of_server(postmaster: u32) -> Result<Duration, BoxDynError> {
     let children = fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"))?;
     let mut all = cpu_of(postmaster)?;
     for child in children.split_whitespace() {
-        // It may have ended meanwhile; then it counts for the postmaster.
+        // The child may have ended meanwhile; then its time counts for the postmaster.
         all += cpu_of(child.parse()?).unwrap_or_default();
     }
     Ok(all)
 }
 
-/// The first one is the one that the others are compared with.
+/// Prints a table that compares the ways with the first one.
 fn print(row: &Row, all_time: Duration) {
     let Service { processes, tasks, keys, pool, round_trip } = row.service;
     let load = match row.load {

@@ -1,4 +1,4 @@
-//! What was measured, as a picture.
+//! Draws the results as a picture.
 
 use std::time::Duration;
 
@@ -14,17 +14,17 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/service.svg");
 
 const SIZE: (u32, u32) = (400, 300);
 
-/// A service under a load, and what each way to serialize work came to.
+/// A service under a load, and the results of each way to serialize work.
 pub(crate) struct Row {
     pub(crate) service: Service,
-    /// Zero in the closed loop.
+    /// The load in percent, or zero in the closed loop.
     pub(crate) load: u64,
     pub(crate) time: Duration,
     pub(crate) measured: Vec<(Way, Measured)>,
 }
 
 impl Row {
-    /// How many cycles ended in a second.
+    /// Returns how many cycles ended per second.
     pub(crate) fn rate(&self, measured: &Measured) -> f64 {
         measured.cycles() / self.time.as_secs_f64()
     }
@@ -51,8 +51,9 @@ impl Row {
     }
 }
 
-/// Draws the waits of each row from the median to the 99th percentile, with an unrelated query beside them, and below
-/// what was done in a second. On white, so that it can be read on any page.
+/// Draws the waits of each row from the median to the 99th percentile, and an unrelated query beside them. The labels
+/// below show the rates, relative to the first way. The background is white, so that the picture can be read on any
+/// page.
 pub(crate) fn draw(rows: &[Row]) -> Result<(), BoxDynError> {
     let columns = 1 + crate::LOADS.len();
     let height = u32::try_from(rows.len().div_ceil(columns))?;

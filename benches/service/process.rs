@@ -1,4 +1,4 @@
-//! One process of a service, and what is measured in it.
+//! One process of a service, and its measurements.
 
 use std::env;
 use std::fs;
@@ -21,7 +21,7 @@ use crate::way::{Means, Way};
 /// How long all processes run before the measurement begins.
 pub(crate) const WARM_UP: Duration = Duration::from_secs(1);
 
-/// How often a query is made that has nothing to do with locks.
+/// The interval of the queries that have nothing to do with locks.
 const QUERY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One process of a service.
@@ -32,29 +32,30 @@ pub(crate) struct Process {
     pub(crate) pool: u32,
     pub(crate) time: Duration,
     pub(crate) seed: u64,
-    /// How many cycles begin in a second, whether or not others have ended. Zero if each task begins one when it has
-    /// ended the one before.
+    /// How many cycles begin per second, whether or not others have ended. Zero if each task begins a cycle when it has
+    /// ended the previous one.
     pub(crate) arrivals: u64,
     pub(crate) url: String,
 }
 
-/// What was measured.
+/// The measurements of one process, or of several.
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
-    /// How long each cycle waited for its lock, until it had it, from the time at which it was to begin.
+    /// How long each cycle waited, from the time at which it was due to begin until it had acquired its lock.
     waits: Vec<Duration>,
-    /// How long the other queries took, in microseconds.
+    /// How long the other queries took.
     queries: Vec<Duration>,
     pub(crate) errors: u64,
-    /// The time of a processor that the processes took, and the server.
+    /// The CPU time that the processes have used.
     pub(crate) client_cpu: Duration,
+    /// The CPU time that the server has used.
     pub(crate) server_cpu: Duration,
-    /// How many connections the server had at most.
+    /// The largest number of connections that the server had.
     pub(crate) connections: i64,
 }
 
 impl Process {
-    /// Starts it, and returns what it has measured.
+    /// Runs the process, and returns its measurements.
     pub(crate) async fn start(self) -> Result<Measured, BoxDynError> {
         let Self { way, tasks, keys, pool, time, seed, arrivals, url } = self;
         let way = Way::ALL.iter().position(|known| *known == way).unwrap_or_default();
@@ -69,7 +70,7 @@ impl Process {
         Measured::parse(&String::from_utf8(output.stdout)?)
     }
 
-    /// The process that was told so.
+    /// Parses the parameters of a process.
     pub(crate) fn parse(told: &str) -> Result<Self, BoxDynError> {
         let fields: Vec<_> = told.split(' ').collect();
         let [way, tasks, keys, pool, time, seed, arrivals, url] = fields[..] else {
@@ -88,7 +89,7 @@ impl Process {
     }
 }
 
-/// Does what the process is there for, and prints what it has measured.
+/// Runs the tasks of the process, and prints their measurements.
 pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
     let Process { way, tasks, keys, pool, time, seed, arrivals, url } = process;
     let pool =
@@ -108,7 +109,7 @@ pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
             let mut dice = Dice::new(seed * 100_000 + task);
             running.spawn(async move {
                 let mut measured = Measured::default();
-                // A cycle that has not ended by then does not count.
+                // A cycle that has not ended by `end` does not count.
                 while let Ok(waited) =
                     timeout_at(end.into(), means.cycle(zipf.draw(&mut dice))).await
                 {
@@ -130,7 +131,8 @@ pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Begins cycles at random times, `rate` a second, as requests arrive. One that begins late has waited since.
+/// Begins cycles at random times, `rate` per second, as requests arrive. The wait of a cycle that begins late counts
+/// from the time at which it was due.
 async fn arrive(
     means: Means,
     zipf: Arc<Zipf>,
@@ -162,20 +164,20 @@ async fn arrive(
     measured
 }
 
-/// The time of a processor that a process has taken, and its children that have ended.
+/// Returns the CPU time that a process and its ended children have used.
 pub(crate) fn cpu_of(pid: u32) -> Result<Duration, BoxDynError> {
     /// How many clock ticks a second has for Linux's `/proc`, on every machine.
     const TICKS: u64 = 100;
 
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name of the program comes before, in parentheses, and may contain anything.
+    // The fields come after the name of the program, which is in parentheses and may contain anything.
     let (_, fields) = stat.rsplit_once(')').ok_or("no stat")?;
     let times = fields.split_whitespace().skip(11).take(4).map(str::parse::<u64>);
     let ticks: u64 = times.collect::<Result<Vec<_>, _>>()?.into_iter().sum();
     Ok(Duration::from_millis(ticks * (1000 / TICKS)))
 }
 
-/// Makes queries that have nothing to do with locks.
+/// Measures queries that have nothing to do with locks.
 async fn ask(pool: PgPool, begin: Instant, end: Instant) -> Measured {
     let mut measured = Measured::default();
     sleep_until(begin.into()).await;
@@ -222,12 +224,12 @@ impl Measured {
         self.waits.len() as f64
     }
 
-    /// In milliseconds.
+    /// Returns the quantile `q` of the waits, in milliseconds.
     pub(crate) fn wait(&self, q: f64) -> f64 {
         quantile(&self.waits, q) / 1000.0
     }
 
-    /// In milliseconds.
+    /// Returns the quantile `q` of the queries, in milliseconds.
     pub(crate) fn query(&self, q: f64) -> f64 {
         quantile(&self.queries, q) / 1000.0
     }
@@ -260,7 +262,7 @@ impl Measured {
 }
 
 impl Dice {
-    /// From zero to less than one.
+    /// Returns a random number from zero to less than one.
     fn share(&mut self) -> f64 {
         const STEPS: u64 = 1 << 32;
         #[expect(clippy::cast_precision_loss, reason = "both have 32 bits")]
@@ -269,9 +271,9 @@ impl Dice {
     }
 }
 
-/// Draws keys: the n-th as often as 1/n.
+/// Draws keys by Zipf's law: the n-th is drawn 1/n times as often as the first.
 struct Zipf {
-    /// How often any key up to this one is drawn.
+    /// For each key, how often it or a previous one is drawn.
     sums: Vec<f64>,
 }
 

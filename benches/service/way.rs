@@ -11,7 +11,7 @@ use sqlx::{PgConnection, PgPool, query};
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Way {
     Lock,
-    /// The work has the connection of the lock.
+    /// The work runs on the connection of the lock.
     LockConnection,
     Manager,
     RowLock,
@@ -20,7 +20,7 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// The first one is the one that the others are compared with.
+    /// All ways. The others are compared with the first one.
     pub(crate) const ALL: [Self; 6] = [
         Self::RowLock,
         Self::Transaction,
@@ -30,7 +30,7 @@ impl Way {
         Self::Manager,
     ];
 
-    /// For a picture.
+    /// Returns the name for a picture.
     pub(crate) fn short_name(self) -> &'static str {
         match self {
             Self::Lock => "Lock",
@@ -54,7 +54,7 @@ impl Way {
     }
 }
 
-/// What the tasks of a process have in common.
+/// The state that the tasks of a process share.
 #[derive(Clone)]
 pub(crate) struct Means {
     way: Way,
@@ -67,7 +67,7 @@ impl Means {
         Self { way, manager: LockManager::new(&pool), pool }
     }
 
-    /// Works under the lock of a key. Returns how long it took to get the lock.
+    /// Works under the lock of a key. Returns how long it took to acquire the lock.
     pub(crate) async fn cycle(&self, key: i64) -> Result<Duration, BoxDynError> {
         let started = Instant::now();
         let waited;
@@ -115,7 +115,7 @@ impl Means {
     }
 }
 
-/// What is done under the lock: two milliseconds of the server's time.
+/// Does the work under the lock, which takes the server two milliseconds.
 async fn work(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     query("SELECT pg_sleep(0.002)").execute(connection).await.map(drop)
 }

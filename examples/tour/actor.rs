@@ -1,4 +1,4 @@
-//! A process on stage, seen from the director's chair.
+//! The main process's handle of one of the other processes.
 
 use std::env;
 use std::fmt::Display;
@@ -14,26 +14,26 @@ use crate::Result;
 use crate::clock::now;
 use crate::timeline::{Looks, Span};
 
-/// How long an actor may take for a cue, before the tour gives up.
+/// How long an actor may take for a command before the tour fails.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A copy of this program, run as another process, that executes commands.
 ///
-/// It is killed when dropped. Should the director itself be killed, its standard input ends, and so
-/// does it.
+/// The process is killed when this handle is dropped. If the main process itself is killed, the standard input of the
+/// actor ends, and the actor exits.
 pub(crate) struct Actor {
     pub(crate) name: &'static str,
     pub(crate) pid: u32,
-    /// What it did in this scene, for the timeline.
+    /// The spans of this scene, for the timeline.
     pub(crate) spans: Vec<Span>,
-    /// What it was told last, and has not answered.
+    /// The last command that was sent.
     cue: String,
     process: Child,
     to: ChildStdin,
     from: Lines<BufReader<ChildStdout>>,
 }
 
-/// What an actor said of a cue it was given: from when to when, and how it ended.
+/// An actor's reply to a command: when the command began and ended, and its result.
 pub(crate) struct Reply {
     pub(crate) from: u64,
     pub(crate) to: u64,
@@ -45,7 +45,7 @@ impl Actor {
     pub(crate) async fn enter(name: &'static str, url: String) -> Result<Self> {
         let mut process = Command::new(env::current_exe()?)
             .arg("actor")
-            // Not an argument: those can be read by every user of the machine.
+            // The URL is not an argument, because every user of the machine can read arguments.
             .env("TOUR_DATABASE_URL", url)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -61,14 +61,14 @@ impl Actor {
         Ok(actor)
     }
 
-    /// Sends it a command, and does not wait until that is done.
+    /// Sends a command, and does not wait for the reply.
     pub(crate) async fn cue(&mut self, cue: &str) -> Result<()> {
         self.to.write_all(format!("{cue}\n").as_bytes()).await?;
         cue.clone_into(&mut self.cue);
         Ok(())
     }
 
-    /// Waits until it has done what it was told.
+    /// Waits for the reply to the last command.
     pub(crate) async fn reply(&mut self) -> Result<Reply> {
         let line = match timeout(TIMEOUT, self.from.next_line()).await {
             Ok(line) => line?.ok_or_else(|| self.complaint("fell off the stage"))?,
@@ -82,7 +82,7 @@ impl Actor {
         Ok(reply)
     }
 
-    /// Sends it a command, and waits until that is done.
+    /// Sends a command, and waits for the reply.
     pub(crate) async fn does(&mut self, cue: &str) -> Result<Reply> {
         self.cue(cue).await?;
         self.reply().await
@@ -99,7 +99,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Lets the process end, and sees that it does so in peace.
+    /// Closes the standard input of the process, and checks that the process exits successfully.
     pub(crate) async fn leave(self) -> Result<()> {
         let Self { name, mut process, to, .. } = self;
         drop(to);
@@ -108,7 +108,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Notes what the timeline will show.
+    /// Records the spans that the timeline will show.
     fn remember(&mut self, reply: &Reply) {
         let Reply { from, to, .. } = *reply;
         let mode = if self.cue.contains("shared") { Looks::Shares } else { Looks::Holds };
@@ -138,7 +138,7 @@ impl Actor {
 }
 
 impl Reply {
-    /// How long it took, in microseconds.
+    /// Returns how long the command took, in microseconds.
     pub(crate) fn took(&self) -> u64 {
         self.to.saturating_sub(self.from)
     }

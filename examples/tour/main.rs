@@ -1,8 +1,8 @@
-//! The whole library as a short play: four processes, one PostgreSQL, one lock.
+//! A tour of the whole library: four processes, one PostgreSQL, one lock.
 //!
-//! `cargo run --example tour` needs nothing set up. The processes are copies of this program, started
-//! by it; the commands that they get are what your services would do on their own. Everything the tour
-//! says is checked: if a claim does not hold, it says so and exits with 1.
+//! `cargo run --example tour` needs nothing set up. The program starts the processes as copies of itself, and sends
+//! them commands that stand for what your services would do on their own. The tour checks everything that it prints:
+//! if a claim does not hold, it reports that and exits with 1.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a tour talks")]
 
@@ -37,7 +37,7 @@ type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 
 /// How often each of the four adds 1 to the number.
 const TIMES: usize = 50;
-/// What the number is if no addition is lost.
+/// The final number if no addition is lost.
 const ALL: i32 = 200;
 
 #[tokio::main]
@@ -97,7 +97,7 @@ async fn tour() -> Result<()> {
     Ok(())
 }
 
-/// What the director needs besides the actors: a look into the database.
+/// The main process, which directs the actors and looks into the database.
 struct Stage {
     pool: PgPool,
 }
@@ -135,7 +135,7 @@ impl Stage {
         ensure!(turns.len() == TIMES * 4, "{} turns were taken, not {ALL}", turns.len());
         ensure!(number == ALL, "under the lock, {ALL} additions made {number}");
 
-        // The first turns are untypical, as are the last: take some from the middle.
+        // The first and the last turns are untypical, so some from the middle are shown.
         let some: Vec<&Span> = turns.iter().skip(80).take(24).collect();
         let window = some.first().zip(some.last()).map(|(first, last)| (first.from, last.to));
         timeline::draw(&seen(four), window);
@@ -145,7 +145,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Has all four add to the number, and returns what it is then.
+    /// Makes all four add to the number, and returns the final number.
     async fn count(&self, four: &mut [&mut Actor; 4], how: &str) -> Result<i32> {
         sqlx::query("UPDATE tally SET number = 0").execute(&self.pool).await?;
         for actor in four.iter_mut() {
@@ -276,7 +276,7 @@ impl Stage {
         let killed = now();
         dan.die().await?;
         let ada_in = ada.reply().await?;
-        // NOWAIT: were Dan's write still pending, its row would be locked.
+        // With NOWAIT, the query fails if Dan's write is still pending, because then the row is locked.
         let number: i32 = sqlx::query_scalar("SELECT number FROM tally FOR UPDATE NOWAIT")
             .fetch_one(&self.pool)
             .await?;
@@ -321,7 +321,7 @@ async fn pause(milliseconds: u64) {
     sleep(Duration::from_millis(milliseconds)).await;
 }
 
-/// Microseconds, for people.
+/// Formats a number of microseconds for people.
 fn took(micros: u64) -> String {
     match micros {
         0..1_000 => format!("{micros} µs"),

@@ -1,4 +1,4 @@
-//! What the other processes run: the part of the tour that uses `pglock`.
+//! The program of the other processes, which is the part of the tour that uses `pglock`.
 
 use std::env;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use tokio::time::sleep;
 use crate::Result;
 use crate::clock::now;
 
-/// A guard of either kind, in the order in which they were acquired.
+/// A guard of either kind.
 enum Guard {
     Exclusive(ExclusiveGuard),
     Shared(SharedGuard),
 }
 
-/// Does what standard input says, line by line, until it ends.
+/// Executes the commands on standard input, one per line, until it ends.
 pub(crate) async fn play() -> Result<()> {
     let url = env::var("TOUR_DATABASE_URL")?;
     let pool = PgPoolOptions::new().max_connections(2).connect(&url).await?;
@@ -84,7 +84,7 @@ pub(crate) async fn play() -> Result<()> {
                 let mut transaction = connection.begin().await?;
                 sqlx::query("UPDATE tally SET number = -1").execute(&mut *transaction).await?;
                 println!("{from} {} written", now());
-                // Never commits: here it is killed, or else told that the play is over.
+                // Never commits: the process is killed here, or otherwise its standard input ends.
                 cues.next_line().await?;
                 return Ok(());
             }
@@ -95,11 +95,11 @@ pub(crate) async fn play() -> Result<()> {
     Ok(())
 }
 
-/// Adds 1 to the number, as a program does that thinks it is alone.
+/// Adds 1 to the number, like a program that expects no other one to change it meanwhile.
 async fn add_one(connection: &mut PgConnection) -> Result<()> {
     let number: i32 =
         sqlx::query_scalar("SELECT number FROM tally").fetch_one(&mut *connection).await?;
-    // Think for a moment: where the others come in between.
+    // During this pause, the other processes can interfere.
     sleep(Duration::from_millis(1)).await;
     sqlx::query("UPDATE tally SET number = $1").bind(number + 1).execute(connection).await?;
     Ok(())

@@ -1,11 +1,11 @@
-//! Which process held the lock when, drawn in text: a row for each process, a column for each instant.
+//! Draws in text which process held the lock when: a row for each process, a column for each instant.
 
 use crate::actor::Actor;
 use crate::took;
 
 const COLUMNS: u64 = 64;
 
-/// What an actor did from one time to another, in microseconds.
+/// An activity of an actor, with its start and its end in microseconds.
 #[derive(Clone, Debug)]
 pub(crate) struct Span {
     pub(crate) from: u64,
@@ -13,7 +13,7 @@ pub(crate) struct Span {
     pub(crate) what: Looks,
 }
 
-/// How a span is drawn. Where two fall on one place, the later one here is seen.
+/// How a span is drawn. Where two spans fall on one place, the later variant is shown.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Looks {
     Works,
@@ -54,8 +54,8 @@ pub(crate) fn draw(actors: &[&Actor], window: Option<(u64, u64)>) {
                 let first = from + length * column / COLUMNS;
                 let last = from + length * (column + 1) / COLUMNS;
                 let middle = first.midpoint(last);
-                // What lasts is seen if it covers the middle, so that one column is one instant for
-                // all rows; what has no length is seen wherever it falls.
+                // A span with a length is shown if it covers the middle, so that one column is one instant for
+                // all rows. A span without a length is shown wherever it falls.
                 let looks = actor.spans.iter().filter(|span| {
                     let lasts = (span.from..span.to).contains(&middle);
                     let strikes = span.from == span.to

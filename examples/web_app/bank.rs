@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use crate::Result;
 
-/// How long the bank waits for customers that should come.
+/// How long the bank waits for the requests that the demo expects.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A bank that charges invoices at `/charge/{invoice}`, each once, however often it is asked.
@@ -28,21 +28,21 @@ pub(crate) struct Bank {
 
 type Books = Arc<watch::Sender<Book>>;
 
-/// What the bank knows.
+/// The records of the bank.
 #[derive(Default)]
 pub(crate) struct Book {
-    /// Whether customers must wait.
+    /// Whether requests must wait.
     busy: bool,
     accounts: HashMap<i64, Account>,
 }
 
-/// What the bank knows of one invoice.
+/// The bank's records of one invoice.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Account {
-    /// How many ask now to have it charged, and how many at most ever did at once.
+    /// How many requests to charge it are in flight, and the largest number of them at once.
     pub(crate) asking: usize,
     pub(crate) most_asking: usize,
-    /// How many were told that it is charged.
+    /// How many requests were answered that it is charged.
     pub(crate) answered: usize,
 }
 
@@ -99,7 +99,7 @@ async fn charge(State(books): State<Books>, Path(invoice): Path<i64>) -> &'stati
     "charged\n"
 }
 
-/// A client that asks. Leaves when dropped: also one that hangs up.
+/// A request that is in flight. Dropped when it ends, also because the client hangs up.
 struct Customer {
     books: Books,
     invoice: i64,

@@ -1,6 +1,6 @@
 //! Two servers, one database, and clients that get in each other's way.
 //!
-//! Nothing here depends on who is faster: the bank makes customers wait until the scene is set.
+//! The demo does not depend on which client is faster, because the bank makes requests wait until all are in place.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::http::{self, Answer};
 use crate::process::Process;
 use crate::server::CONNECTIONS;
 
-/// How long what must come to pass may take, on a machine that is busy.
+/// How long an expected event may take on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) async fn play() -> Result<()> {
@@ -50,13 +50,13 @@ pub(crate) async fn play() -> Result<()> {
 }
 
 struct Demo {
-    /// A look into the database.
+    /// The demo's own connections, for a look into the database.
     pool: PgPool,
     bank: Bank,
 }
 
 impl Demo {
-    /// Waits until one is elected, and returns it, then the other.
+    /// Waits until one server is elected. Returns the leader, then the other one.
     async fn one_leads(&self, one: Process, two: Process) -> Result<(Process, Process)> {
         title("One leads, and both name the same");
         let asked = Instant::now();
@@ -96,7 +96,7 @@ impl Demo {
         }
         self.bank.until_asking(1, &[1]).await?;
 
-        // The bank does not answer before these have theirs.
+        // The bank does not answer before these clients have their answers.
         for _ in 0..7 {
             let answer = next(&mut clients).await?;
             ensure!(answer.status == 409, "not 409: {} {}", answer.status, answer.body);
@@ -173,7 +173,7 @@ impl Demo {
         clients.spawn(pay(server.address, 21));
         self.bank.until_asking(1, &[21]).await?;
 
-        // It holds no other lock: it does not lead, and what it has answered is being released.
+        // The server holds no other lock: it does not lead, and the locks of the answered requests are being released.
         self.until_locks("it has released the invoices before", 2, 1).await?;
         let ended: Vec<bool> = sqlx::query_scalar(
             "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)
@@ -270,14 +270,14 @@ impl Demo {
         Ok(())
     }
 
-    /// Makes invoices that are not paid.
+    /// Inserts invoices that are not paid.
     async fn invoices(&self, ids: &[i64]) -> Result<()> {
         let insert = "INSERT INTO invoice SELECT unnest($1)";
         sqlx::query(insert).bind(ids).execute(&self.pool).await?;
         Ok(())
     }
 
-    /// Checks that the bank was asked once, that there was no other request meanwhile, and that we know of it.
+    /// Checks that the bank has charged the invoice once, and that no two requests for it were in flight at once.
     fn was_charged_once(&self, invoice: i64) -> Result<()> {
         let account = self.bank.account(invoice);
         ensure!(account.most_asking == 1, "{} asked for {invoice} at once", account.most_asking);
@@ -285,8 +285,8 @@ impl Demo {
         Ok(())
     }
 
-    /// Waits until the server shows these numbers of locks, held and waited for. The leader holds one, and the
-    /// other candidate waits for it.
+    /// Waits until the server shows these numbers of locks, held and waited for. They include the lock of the election,
+    /// which the leader holds and the other candidate waits for.
     async fn until_locks(&self, what: &str, held: usize, awaited: usize) -> Result<()> {
         let asked = Instant::now();
         let mut connection = self.pool.acquire().await?;
@@ -318,7 +318,7 @@ impl Demo {
         }
     }
 
-    /// Waits until the database has no session of a server any more. A leader's shows its term as well.
+    /// Waits until the database has no session of a server any more. The name of a leader's session ends with its term.
     async fn nothing_is_left_of(&self, name: &str) -> Result<()> {
         let asked = Instant::now();
         loop {
@@ -343,7 +343,7 @@ async fn pay(server: SocketAddr, invoice: i64) -> Result<Answer> {
     Ok(http::post(server, &format!("/invoices/{invoice}/pay")).await?)
 }
 
-/// The answer that comes next.
+/// Waits for the next answer.
 async fn next(clients: &mut JoinSet<Result<Answer>>) -> Result<Answer> {
     let answer = timeout(TIMEOUT, clients.join_next()).await.map_err(|_| "no answer comes")?;
     answer.ok_or("no client has asked")??

@@ -1,4 +1,4 @@
-//! As much of an HTTP client as this example needs: one request for each connection.
+//! The minimal HTTP client that this example needs, with one request for each connection.
 
 use std::io;
 use std::net::SocketAddr;

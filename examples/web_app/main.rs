@@ -1,10 +1,10 @@
 //! Take payments over HTTP, on several machines: each invoice one at a time, and one leader.
 //!
-//! `cargo run --example web_app` shows it: two servers, which are processes of their own, one database,
-//! and clients that get in each other's way. All that it says is checked: if a claim does not hold, it
-//! says so and exits with 1.
+//! `cargo run --example web_app` runs a demo: two servers, which are processes of their own, one database,
+//! and clients that get in each other's way. The demo checks everything that it prints: if a claim does not hold, it
+//! reports that and exits with 1.
 //!
-//! The server by itself, on a database of yours:
+//! To run the server by itself, on a database of yours:
 //!
 //! ```text
 //! DATABASE_URL=postgres://… cargo run --example web_app serve 127.0.0.1:8080

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 /// heartbeat's interval and its bound, for an alert before a session is lost.
 const SECONDS: [f64; 12] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 2.2, 3.0, 4.0, 10.0, 60.0, 600.0];
 
-/// How often the values of histograms are summed up. Until then, or until a scrape, the exporter keeps each of them.
+/// How often the exporter sums up the values of histograms. Until then, or until a scrape, it keeps each value.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Installs the recorder of the process, before its first lock, and answers `GET /metrics`. Needs a tokio runtime.

@@ -21,7 +21,7 @@ pub(crate) struct Process {
     pub(crate) name: &'static str,
     pub(crate) address: SocketAddr,
     child: Child,
-    /// Kept open, so that it can write there.
+    /// Kept open, so that the process can write to it.
     _output: Lines<BufReader<ChildStdout>>,
 }
 
@@ -46,12 +46,12 @@ impl Process {
         Ok(Self { name, address: address.parse()?, child, _output: output })
     }
 
-    /// Asks it to pay an invoice.
+    /// Sends a request to pay an invoice.
     pub(crate) async fn pay(&self, invoice: i64) -> Result<Answer> {
         Ok(http::post(self.address, &format!("/invoices/{invoice}/pay")).await?)
     }
 
-    /// Asks it who leads, and whether it does.
+    /// Asks the server for the name of the leader, and whether the server itself leads.
     pub(crate) async fn leader(&self) -> Result<(String, bool)> {
         let Answer { status, body, .. } = http::get(self.address, "/leader").await?;
         let leader = body.lines().find_map(|line| line.strip_prefix("leader: "));
@@ -60,7 +60,7 @@ impl Process {
         Ok((leader.to_owned(), body.contains("leads: true")))
     }
 
-    /// Makes sure that it is alive, and that its readiness probe is answered like this.
+    /// Checks that the server is alive, and that its readiness probe is answered with this status.
     pub(crate) async fn probes(&self, readyz: u16) -> Result<()> {
         let alive = http::get(self.address, "/livez").await?;
         ensure!(alive.status == 200, "{} is not alive: {}", self.name, alive.body);
@@ -70,7 +70,7 @@ impl Process {
         Ok(())
     }
 
-    /// Makes sure that it exports a metric with this value.
+    /// Checks that the server exports this line of a metric.
     #[cfg(feature = "metrics")]
     pub(crate) async fn exports(&self, metric: &str) -> Result<()> {
         let Answer { body, .. } = http::get(self.address, "/metrics").await?;
@@ -80,7 +80,7 @@ impl Process {
         Ok(())
     }
 
-    /// Sends it SIGTERM, as Kubernetes and systemd do.
+    /// Sends SIGTERM to the process, as Kubernetes and systemd do.
     pub(crate) async fn terminate(&self) -> Result<()> {
         let pid = self.child.id().ok_or("it has ended already")?.to_string();
         let killed = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status().await?;
@@ -88,7 +88,7 @@ impl Process {
         Ok(())
     }
 
-    /// Waits until it has ended, in peace.
+    /// Waits until the process has exited, and checks that it did so successfully.
     pub(crate) async fn ended(mut self) -> Result<()> {
         let status = timeout(TIMEOUT, self.child.wait()).await;
         let status = status.map_err(|_| format!("{} does not end", self.name))??;

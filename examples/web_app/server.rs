@@ -22,15 +22,16 @@ use crate::Result;
 use crate::bank::Bank;
 use crate::service::{self, POST, Service};
 
-/// One for the election, some for locks, and the others for queries. Payments that wait for the bank need none.
+/// The size of the pool: one connection is for the election, some are for locks, and the others for queries. Payments
+/// that wait for the bank need none.
 pub(crate) const CONNECTIONS: u32 = 6;
 
-/// For how many seconds requests are accepted after SIGTERM, and where another number comes from. Kubernetes removes a
-/// pod from its services while it sends the signal, and not before.
+/// For how many seconds the server accepts requests after SIGTERM, unless the variable sets another number. Kubernetes
+/// removes a pod from its services while it sends the signal, and not before.
 const DRAIN: &str = "5";
 pub(crate) const DRAIN_VARIABLE: &str = "DRAIN_SECONDS";
 
-/// Serves until SIGTERM or Ctrl-C. Then it ends what is in progress, and leaves nothing behind.
+/// Serves until SIGTERM or Ctrl-C. Then completes the requests that are in flight, and leaves nothing behind.
 pub(crate) async fn serve(address: &str) -> Result<()> {
     #[cfg(feature = "metrics")]
     let metrics = crate::metrics::router()?;
@@ -38,13 +39,13 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
     let options = PgConnectOptions::from_str(&env::var("DATABASE_URL")?)?.application_name(&name);
     let pool = PgPoolOptions::new()
         .max_connections(CONNECTIONS)
-        // A request that gets no connection in this time is answered 503.
+        // A request that gets no connection in this time is answered with 503.
         .acquire_timeout(Duration::from_secs(2))
         .connect_with(options)
         .await?;
     create_tables(&pool).await?;
 
-    // Without a bank, one that says yes to everything.
+    // Without `BANK`, the server opens a bank of its own that charges every invoice.
     let (bank, _own) = if let Ok(address) = env::var("BANK") {
         (address.parse()?, None)
     } else {
@@ -54,7 +55,7 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
     #[cfg(not(feature = "metrics"))]
     let election = Election::new(&pool, POST);
     #[cfg(feature = "metrics")]
-    // A key that deserves time series of its own: alerts tell elections apart by it.
+    // The key gets time series of its own, by which alerts distinguish elections.
     let election = Election::new(&LockOptions::new().label_metrics_by_key().on(&pool)?, POST);
     let mut election = election.candidate(&name);
     let status = election.status();
@@ -85,7 +86,7 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
             end.send_replace(true);
             io::Result::Ok(())
         },
-        // After a while, accepts no more clients; ends when all requests are answered.
+        // Accepts no more clients after the drain time, and ends when all requests are answered.
         async {
             let told = told(ending.clone());
             let drained = async move {
@@ -94,7 +95,7 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
             };
             axum::serve(listener, router).with_graceful_shutdown(drained).await
         },
-        // Resigns, so that another leads at once.
+        // Resigns when it is time to end, so that another candidate leads at once.
         async {
             let lead = |leadership| lead(name.clone(), leadership);
             let run = election.run(told(ending.clone()), lead);
@@ -102,18 +103,18 @@ pub(crate) async fn serve(address: &str) -> Result<()> {
         },
     )?;
 
-    // Waits for what clients have left behind who went away: it is being released.
+    // Waits until the locks of clients that have disconnected are released.
     pool.close().await;
     Ok(())
 }
 
-/// Ready when it is time to end.
+/// Waits until it is time to end.
 async fn told(mut ending: watch::Receiver<bool>) {
     // An error means that the sender was dropped, which means the same.
     drop(ending.wait_for(|ending| *ending).await);
 }
 
-/// Creates what is not there yet. All servers may start at once, hence the lock.
+/// Creates the tables that do not exist yet, under a lock, because all servers may start at once.
 async fn create_tables(pool: &PgPool) -> Result<()> {
     let guard = Lock::new(pool, "create-tables").acquire().await?;
     sqlx::raw_sql(
@@ -125,19 +126,19 @@ async fn create_tables(pool: &PgPool) -> Result<()> {
     Ok(guard.release().await?)
 }
 
-/// What only the leader does. Dropped when the post is lost, or when it is time to end.
+/// Does the work of the leader. The future is dropped when the leadership is lost, or when it is time to end.
 async fn lead(name: String, leadership: Arc<Leadership>) -> Result<()> {
     loop {
         sleep(Duration::from_millis(200)).await;
         if let Err(error) = remind(&name, &leadership).await {
-            // Ends the term. The next one, here or elsewhere, has a session that is new.
+            // Returning ends the term. The next term, here or elsewhere, has a new session.
             eprintln!("{name} can't send reminders: {error}");
             return Err(error);
         }
     }
 }
 
-/// Reminds of all invoices that are not paid, once of each.
+/// Sends a reminder for each invoice that is not paid, once.
 async fn remind(name: &str, leadership: &Leadership) -> Result<()> {
     let remind = "UPDATE invoice SET reminded_by = $1 WHERE NOT paid AND reminded_by IS NULL";
     sqlx::query(remind).bind(name).execute(&mut *leadership.connection().await?).await?;

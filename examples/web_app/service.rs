@@ -1,4 +1,4 @@
-//! What the service answers.
+//! The requests that the service answers.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,13 +16,13 @@ use tokio::sync::watch;
 
 use crate::http;
 
-/// How long a payment may wait for another of the same invoice: less than a client waits for us.
+/// How long a payment may wait for another payment of the same invoice: less than a client waits for the service.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a candidate may fail before this process is not ready.
 const OUTAGE: Duration = Duration::from_secs(30);
 
-/// What is elected: the one that sends reminders.
+/// The key of the election, whose leader sends reminders.
 pub(crate) const POST: &str = "reminders";
 
 #[derive(Clone)]
@@ -44,17 +44,17 @@ pub(crate) fn router(service: Service) -> Router {
         .with_state(service)
 }
 
-/// Pays an invoice, if it is not paid yet. 409 if another request is busy with it for too long.
+/// Pays an invoice, if it is not paid yet. Answers 409 if another request is busy with it for too long.
 ///
-/// If the client goes away, this future is dropped, wherever it is. That leaves nothing behind: neither
+/// If the client disconnects, this future is dropped, at any of its awaits. That leaves nothing behind: neither
 /// the lock nor a place in its queue.
 async fn pay(
     State(service): State<Service>,
     Path(invoice): Path<i64>,
 ) -> Result<(StatusCode, &'static str), Failure> {
-    // On the manager, so that a lock takes no connection: the queries under it have the pool.
+    // The lock is on the manager, so it takes no connection of its own, and leaves the pool to the queries under it.
     let lock = Lock::new(&service.manager, format!("invoice-{invoice}"));
-    // If the lock is lost, the payment is stopped there, before another request can begin one.
+    // If the lock is lost, the payment is stopped before another request can begin one.
     match lock.try_run_for(TIMEOUT, service.pay(invoice)).await? {
         Some(paid) => paid,
         None => Ok((StatusCode::CONFLICT, "another request is busy with this invoice\n")),
@@ -74,15 +74,15 @@ impl Service {
             Some(false) => {}
         }
 
-        // This is what needs the lock: it takes long, and no rollback undoes it. If we die behind it,
-        // the next request asks again; the bank charges an invoice once, however often it is asked.
+        // This step needs the lock, because it takes long, and no rollback undoes it. If the process dies after it,
+        // the next request repeats it; the bank charges an invoice once, however often it is asked.
         let charged = http::post(self.bank, &format!("/charge/{invoice}")).await?;
         if charged.status != 200 {
             return Ok((StatusCode::BAD_GATEWAY, "the bank refuses\n"));
         }
 
-        // If the lock was lost a moment ago, another request writes the same, which does no harm. Where it would, lock
-        // the pool instead, and write through the guard's own connection.
+        // If the lock was lost a moment ago, another request writes the same, which does no harm. Where that would do
+        // harm, make the lock on the pool instead, and write through the guard's own connection.
         sqlx::query("UPDATE invoice SET paid = true WHERE id = $1")
             .bind(invoice)
             .execute(&self.pool)
@@ -91,8 +91,8 @@ impl Service {
     }
 }
 
-/// Says who leads, as the database knows it, and whether this process does, as it knows itself. Between
-/// two leaders, one can be a moment ahead of the other.
+/// Answers which candidate leads according to the database, and whether this process leads according to its own state.
+/// During a change of the leader, one can be a moment ahead of the other.
 async fn leader(State(service): State<Service>) -> Result<String, Failure> {
     let leader = Election::new(&service.pool, POST).leader().await?;
     let leader = leader.map_or_else(|| "none".to_owned(), |leader| leader.name);
@@ -100,8 +100,8 @@ async fn leader(State(service): State<Service>) -> Result<String, Failure> {
     Ok(format!("leader: {leader}\n{name} leads: {}\n", status.is_leader()))
 }
 
-/// Whether requests should be sent here: not after SIGTERM, and not if the candidate has failed for long, because then
-/// requests will, too. One that waits is as ready as the leader.
+/// Answers whether requests should be sent to this process: not after SIGTERM, and not if its candidate has failed for
+/// long, because then requests will fail, too. A candidate that waits is as ready as the leader.
 async fn is_ready(State(service): State<Service>) -> (StatusCode, String) {
     let reason = if *service.ending.borrow() {
         "is shutting down".to_owned()
@@ -115,7 +115,7 @@ async fn is_ready(State(service): State<Service>) -> (StatusCode, String) {
     (StatusCode::SERVICE_UNAVAILABLE, reason + "\n")
 }
 
-/// Why there is no answer.
+/// Why a request failed.
 enum Failure {
     Bank(io::Error),
     Database(sqlx::Error),
@@ -123,15 +123,15 @@ enum Failure {
 }
 
 impl IntoResponse for Failure {
-    /// 503 where it is worth while to ask again, or to ask another server; else 500.
+    /// Answers 503 if a retry may succeed, here or at another server, and otherwise 500.
     fn into_response(self) -> Response {
         let passes = match &self {
-            // A closed pool does not open again, but this server is going, and there are others.
+            // A closed pool does not open again, but this server is shutting down, and others can answer.
             Self::Lock(error) => error.is_transient() || matches!(error, Error::PoolClosed { .. }),
             Self::Database(error) => matches!(error, sqlx::Error::Io(_)),
             Self::Bank(_) => true,
         };
-        // The client need not know why, but the operator does.
+        // The operator needs the reason, the client does not.
         eprintln!("log: {self}");
         if passes {
             let come_back = [(RETRY_AFTER, "1")];

@@ -1,4 +1,4 @@
-//! What is looked at, and what to change.
+//! The checks, each with its advice.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::sql::doctor::{self as statements, Circumstances};
 /// The oldest version that the tests run on.
 const OLDEST: u32 = 120_000;
 
-/// How few connections or locks are few.
+/// Fewer free connections than this are a warning. Fewer free locks are `Broken`.
 const FEW: i64 = 4;
 
 pub(super) fn primary(seen: &Circumstances) -> Finding {
@@ -43,7 +43,7 @@ pub(super) fn functions(seen: &Circumstances) -> Finding {
     }
 }
 
-/// `None` if the database is on one node, as far as can be told.
+/// Returns `None` if no extension was found that distributes the database over several nodes.
 pub(super) fn nodes(seen: &Circumstances) -> Option<Finding> {
     let Ok(Some(extensions)) = &seen.distributed else { return None };
     let finding = Finding::fine("nodes", format!("the database has the extension {extensions}"));
@@ -53,7 +53,8 @@ pub(super) fn nodes(seen: &Circumstances) -> Option<Finding> {
     ))
 }
 
-/// Without PL/pgSQL nothing catches the timeout of a slice, and the server logs it.
+/// Checks whether the role may use PL/pgSQL, without which nothing catches the timeout of a slice, and the server logs
+/// it.
 pub(super) fn plpgsql(seen: &Circumstances) -> Finding {
     let check = "plpgsql";
     match &seen.plpgsql {
@@ -72,13 +73,13 @@ pub(super) fn plpgsql(seen: &Circumstances) -> Finding {
     }
 }
 
-/// From PostgreSQL 19 on, the server logs waits by default.
+/// Checks whether the server logs waits, which it does by default from PostgreSQL 19 on.
 pub(super) fn logged_waits(seen: &Circumstances) -> Finding {
     let check = "log of waits";
     match (&seen.logs_waits, &seen.may_be_quiet) {
         (Ok(true), Err(_)) => {
             let finding = Finding::fine(check, "log_lock_waits is on, and the role may not set it");
-            // It does no harm.
+            // The log lines do no harm.
             finding.but(
                 Severity::Fine,
                 format!(
@@ -98,7 +99,7 @@ pub(super) fn logged_waits(seen: &Circumstances) -> Finding {
     }
 }
 
-/// Whether the role may list locks, its own included.
+/// Checks whether the role may list locks, its own included.
 pub(super) fn lock_list(seen: &Circumstances) -> Finding {
     let check = "list of locks";
     match &seen.locks {
@@ -115,7 +116,7 @@ pub(super) fn lock_list(seen: &Circumstances) -> Finding {
     }
 }
 
-/// Tries out whether a lock that one session holds is refused to another.
+/// Tests whether a lock that one session holds is refused to another.
 pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
     let check = "exclusion";
     let elsewhere = "use a PostgreSQL server for locks";
@@ -133,7 +134,7 @@ pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
             )
             .broken("connect to the server directly, or through a pooler in session mode"),
         },
-        // The server's answer, such as a function that it does not have.
+        // The server returned an error, for example because it lacks a function.
         Ok(Err(error)) if error.as_database_error().is_some() => {
             let refused = chain(&error);
             match engine(&seen.product) {
@@ -152,13 +153,13 @@ pub(super) async fn exclusion(pool: &PgPool, seen: &Circumstances) -> Finding {
 
 const CONNECT_TWICE: &str = "let the role open two connections more than the pool has";
 
-/// Takes a lock, and draws a token.
+/// Acquires a lock, and draws a token.
 pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
     const PATIENCE: Duration = Duration::from_secs(5);
 
     let guard = match lock.try_acquire_for(PATIENCE).await {
         Ok(Some(guard)) => guard,
-        // Another doctor is here; or it is a finding of its own.
+        // Another doctor holds the lock, or the error is a finding of another check.
         Ok(None)
         | Err(
             Error::NoExclusion { .. }
@@ -182,7 +183,7 @@ pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
     Ok(Some(token))
 }
 
-/// A server that is known to call itself so, and is no PostgreSQL.
+/// Returns the name of the engine, if the product name is that of a server that is not PostgreSQL.
 fn engine(product: &str) -> Option<&'static str> {
     let engines = [
         ("CockroachDB", "CockroachDB"),
@@ -193,10 +194,10 @@ fn engine(product: &str) -> Option<&'static str> {
     engines.into_iter().find(|(mark, _)| product.contains(mark)).map(|(_, name)| name)
 }
 
-/// Whether the end of a connection releases its locks. A pooler in session mode that does not reset the session keeps
-/// those of a client that dies.
+/// Tests whether the end of a connection releases its locks. A pooler in session mode that does not reset the session
+/// keeps the locks of a client that dies.
 ///
-/// `None` if the server admits no more connections, or the role may not list locks, which other checks report.
+/// Returns `None` if the server admits no more connections, or the role may not list locks, which other checks report.
 pub(super) async fn end_of_session(pool: &PgPool) -> Option<Finding> {
     let check = "end of a session";
     let options = pool.connect_options();
@@ -212,14 +213,14 @@ pub(super) async fn end_of_session(pool: &PgPool) -> Option<Finding> {
     })
 }
 
-/// When the server closes the session of a holder whose host vanishes, and whether that holder has detected the
-/// loss by then.
+/// Computes when the server closes the session of a holder whose host vanishes, and whether that holder has detected
+/// the loss by then.
 pub(super) fn dead_holder(
     seen: &Circumstances,
     options: &LockOptions,
     refused: Option<&sqlx::Error>,
 ) -> Finding {
-    // What the kernel usually has where the server says 0.
+    // The usual default of the kernel, if the server returns 0.
     let or = |name, default| match seen.setting(name) {
         0 => default,
         set => set,
@@ -231,7 +232,7 @@ pub(super) fn dead_holder(
     let interval = or("tcp_keepalives_interval", 75);
     let probes = interval * or("tcp_keepalives_count", 9);
     let user_timeout = seen.setting("tcp_user_timeout") / 1000;
-    // Where it is set, it counts instead of the probes.
+    // A timeout that is shorter than all probes together ends the connection before them.
     let silent = if user_timeout == 0 { probes } else { probes.min(user_timeout) };
     // An idle session is probed first. After that, the timeout counts instead of the number of probes.
     let ends = if user_timeout == 0 { idle + probes } else { user_timeout.max(idle + interval) };
@@ -302,7 +303,7 @@ pub(super) fn transactions(seen: &Circumstances) -> Finding {
 }
 
 pub(super) fn statements(seen: &Circumstances) -> Finding {
-    /// Less than this may strike on a busy server where nothing waits for a lock.
+    /// A timeout that is shorter than this may expire on a busy server, although no statement waits for a lock.
     const SHORT: i64 = 1000;
 
     let check = "statement_timeout";
@@ -384,7 +385,7 @@ pub(super) fn rights(seen: &Circumstances) -> Finding {
     let rights = match &seen.rights {
         Ok(rights) => *rights,
         Err(why) => {
-            // Locks don't depend on it.
+            // Locks don't depend on these rights.
             let advice = "check that the server is a PostgreSQL server";
             return Finding::unknown(check, why, advice).but(Severity::Fine, advice);
         }
@@ -437,7 +438,7 @@ mod tests {
         }
     }
 
-    /// A server on which no role may set them is rare, so none is started for it.
+    /// A server on which no role may set the keepalives is rare, so none is started for this test.
     #[test]
     fn a_server_that_gives_up_before_the_holder_breaks_locks() {
         let refused = sqlx::Error::RowNotFound;

@@ -24,13 +24,13 @@ use crate::session::{DEADLINE, within};
 use crate::sql;
 use crate::sql::election::Holder;
 
-/// How long after a look an observer looks again: after a change.
+/// The pause between two lookups of the leader, after a change.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// The same, when nothing has changed for long.
+/// The pause between two lookups when nothing has changed for long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Who leads, as the server shows it.
+/// The leader of an election, as the server shows it.
 ///
 /// # Examples
 ///
@@ -43,18 +43,19 @@ pub struct Leader {
     pub name: String,
     /// The term. `None` for a moment after the election, and if another program holds the lock.
     pub term: Option<u64>,
-    /// Since when it leads, to the second, by the leader's clock. `None` as for the term.
+    /// When the leader was elected, to the second, by its own clock. `None` whenever the term is.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::whole_seconds"))]
     pub since: Option<SystemTime>,
     /// The process id of the server's backend for the leader's session.
     pub backend_pid: i32,
-    /// The address of the leader. `None` over a unix socket, and where our role may not see it: that
-    /// takes the leader's own role, or `pg_read_all_stats`.
+    /// The address of the leader. `None` over a unix socket, and if the caller's role may not see it, which
+    /// requires the leader's own role, or `pg_read_all_stats`.
     pub client_addr: Option<String>,
 }
 
 impl Leader {
-    /// As it shows: the name, then term and time in a form that is short and can be read back, and the key.
+    /// Formats the `application_name` of a leader: the name, then term and time in a short form that can be parsed, and
+    /// the key.
     pub(super) fn show(name: &str, term: u64, since: SystemTime, key: &Key) -> String {
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let key = application_name::of_key(key);
@@ -63,10 +64,10 @@ impl Leader {
     }
 
     fn read(shown: &str) -> Option<(String, u64, SystemTime)> {
-        /// The digits of the Unix time until the year 2286. A key may contain a shorter number.
+        /// The number of digits of the Unix time until the year 2286. A key may contain a shorter number.
         const DIGITS: usize = 10;
 
-        // From the end: a name may look like this too.
+        // Searched from the end, because the name may contain the same form.
         shown.match_indices(' ').rev().find_map(|(at, _)| {
             let (name, rest) = (shown.get(..at)?, shown.get(at + 1..)?);
             let (word, _) = rest.split_once(' ').unwrap_or((rest, ""));
@@ -90,10 +91,10 @@ impl From<Holder> for Leader {
 
 /// Observes which candidate leads: made by [`Election::observe`].
 ///
-/// A [`Stream`] of the leaders: the present one first (`None` if there is none), then each change. It asks the
-/// server every half second after a change, and less often the longer nothing changes: after 5 s from a minute on. So a
-/// change is seen at most 5 s late, and a leader that came and went in between is not seen. The stream has no end, and
-/// goes on after an error. [`changed`](Self::changed) is the same without a stream.
+/// A [`Stream`] of the leaders: the present one first (`None` if there is none), then each change. It queries the
+/// server every half second after a change, and less often the longer nothing changes: every 5 s after a minute. So a
+/// change is seen at most 5 s late, and a leader whose term begins and ends between two queries is not seen. The stream
+/// has no end, and continues after an error. [`changed`](Self::changed) returns the same leaders without a stream.
 ///
 /// Nothing runs in the background: an observer that is not polled sends nothing.
 ///
@@ -103,9 +104,9 @@ impl From<Holder> for Leader {
 ///
 /// # Cancel safety
 ///
-/// The stream keeps a statement that is in flight, and its connection of the pool, until the next poll. If the
-/// task does something else meanwhile that needs a connection, prefer [`changed`](Self::changed): a future of it
-/// that is dropped keeps no connection.
+/// Between two polls, the stream keeps a statement that is in flight, and its pooled connection. If the
+/// task does something else meanwhile that needs a connection, prefer [`changed`](Self::changed): when its future
+/// is dropped, it keeps no connection.
 ///
 /// # Panics
 ///
@@ -140,16 +141,16 @@ impl From<Holder> for Leader {
 pub struct Observer {
     pool: PgPool,
     key: Key,
-    /// When to look next. `None` before the first look, which is due at once.
+    /// When the next lookup is due. `None` before the first lookup, which is due at once.
     due: Option<Instant>,
-    /// When a look has last seen something else than the one before, or failed.
+    /// When the result of a lookup last differed from that of the lookup before, or was an error.
     changed_at: Instant,
-    /// The look that was begun. The mutex is never locked: it lets threads share an observer.
+    /// The lookup in flight. The mutex is never locked: it makes the observer `Sync`.
     look: Mutex<Option<Look>>,
-    /// Whether anything was returned, and what last.
+    /// Whether anything was returned to the caller yet. `seen` is the leader that was returned last.
     told: bool,
     seen: Option<Leader>,
-    /// What the last look saw.
+    /// The leader that the last lookup found.
     glimpsed: Option<Leader>,
 }
 
@@ -169,8 +170,8 @@ impl Observer {
         }
     }
 
-    /// Returns the leader immediately the first time, and from then on when it has changed; `None` if no
-    /// candidate leads. The next item of the stream, without [`Stream`].
+    /// Returns the leader: immediately the first time, and from then on when it has changed. Returns `None` if no
+    /// candidate leads. Equivalent to the next item of the stream, without [`Stream`].
     ///
     /// # Cancel safety
     ///
@@ -178,7 +179,7 @@ impl Observer {
     ///
     /// # Errors
     ///
-    /// As for [`Election::leader`]. The next call goes on half a second later.
+    /// As for [`Election::leader`]. After an error, the next call queries the server half a second later.
     ///
     /// # Panics
     ///
@@ -188,7 +189,7 @@ impl Observer {
     ///
     /// As for [`Election::observe`].
     pub async fn changed(&mut self) -> Result<Option<Leader>> {
-        /// Abandons the look when the call is dropped.
+        /// Drops the lookup in flight when the call is dropped.
         struct Call<'a>(&'a mut Observer);
 
         impl Drop for Call<'_> {
@@ -209,7 +210,7 @@ impl Observer {
                     if let Some(due) = due {
                         tokio::select! {
                             () = sleep_until(due) => {}
-                            // A closed pool is reported at once, but not all the time.
+                            // The close of the pool is reported at once, and from then on after each pause.
                             () = pool.close_event(), if !pool.is_closed() => {}
                         }
                     }
@@ -224,7 +225,8 @@ impl Observer {
             }
             self.due = Some(now + pause(now - self.changed_at));
             let leader = looked?;
-            // For a moment after the election, its name does not show. Another program's never does.
+            // For a moment after an election, the server does not show the leader's name. A holder that is another
+            // program never shows one.
             let settled = leader.as_ref().is_none_or(|leader| leader.term.is_some())
                 || self.glimpsed == leader;
             self.glimpsed.clone_from(&leader);
@@ -251,7 +253,7 @@ pub(super) async fn leader(pool: &PgPool, key: &Key) -> Result<Option<Leader>> {
     Ok(holder.map(Leader::from))
 }
 
-/// How long after a look an observer looks again, by how long nothing has changed.
+/// Returns the pause before the next lookup, from the time for which nothing has changed.
 fn pause(unchanged: Duration) -> Duration {
     (unchanged / 10).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }

@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// A term that is shorter is followed by a pause.
+/// A term that is shorter than this is followed by a pause.
 const SHORT: Duration = Duration::from_secs(1);
 
 /// The shortest pause, and the longest. A term that fails is followed by a pause unless it lasted for longer
@@ -14,12 +14,12 @@ const LONGEST: Duration = Duration::from_mins(1);
 /// Pauses that grow from term to term, until a term is neither short nor a failure.
 #[derive(Default)]
 pub(super) struct Pauses {
-    /// The least that the last pause could be.
+    /// The last pause, without its jitter.
     last: Option<Duration>,
 }
 
 impl Pauses {
-    /// The pause after a term. It varies, so that candidates don't go on in step.
+    /// Returns the pause after a term. Pauses vary, so that candidates don't campaign in step.
     pub(super) fn after(&mut self, term: Duration, failed: bool) -> Option<Duration> {
         let limit = if failed { LONGEST } else { SHORT };
         if term >= limit {

@@ -1,4 +1,4 @@
-//! What a candidate does, for handlers, readiness probes and gauges.
+//! The state of a candidate, for handlers, readiness probes and gauges.
 
 use std::error::Error as _;
 use std::pin::pin;
@@ -12,7 +12,7 @@ use crate::key::Key;
 use crate::metrics;
 use crate::session::Session;
 
-/// Shows what a candidate does, anywhere and at any time. Cheap to clone.
+/// Shows the state of a candidate, anywhere and at any time. Cheap to clone.
 ///
 /// # Examples
 ///
@@ -20,11 +20,11 @@ use crate::session::Session;
 #[derive(Clone, Debug, Default)]
 pub struct LeaderStatus {
     shared: Arc<Shared>,
-    /// What [`changed`](Self::changed) has returned last.
+    /// The state that [`changed`](Self::changed) returned last.
     seen: LeaderState,
 }
 
-/// What a candidate does.
+/// The state of a candidate.
 ///
 /// # Examples
 ///
@@ -45,13 +45,13 @@ pub struct LeaderStatus {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum LeaderState {
-    /// [`Election::run`](crate::Election::run) can't elect this candidate, or its last term failed. It
-    /// retries.
+    /// The campaigns of [`Election::run`](crate::Election::run) fail, or the candidate's last term failed. The
+    /// candidate retries.
     #[non_exhaustive]
     Failing {
-        /// Why, most recently.
+        /// The most recent error.
         error: Error,
-        /// When the first failure was, of those without a success in between.
+        /// When the first of the consecutive failures was.
         since: Instant,
     },
     /// The candidate neither campaigns nor leads.
@@ -76,7 +76,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Inner {
     post: Option<Post>,
-    /// What the candidate does while it does not lead.
+    /// The state of the candidate while it does not lead.
     otherwise: LeaderState,
 }
 
@@ -118,7 +118,7 @@ impl LeaderStatus {
         self.inner().term()
     }
 
-    /// Returns what the candidate does. Sends nothing.
+    /// Returns the state of the candidate. Sends nothing.
     ///
     /// # Examples
     ///
@@ -170,7 +170,7 @@ impl LeaderStatus {
     pub async fn changed(&mut self) -> LeaderState {
         loop {
             let mut notified = pin!(self.shared.notify.notified());
-            // Before the look, so that a change between the look and the wait is not missed.
+            // Enabled before the state is read, so that a change between the read and the wait is not missed.
             notified.as_mut().enable();
             let state = self.state();
             if !state.is(&self.seen) {
@@ -188,19 +188,19 @@ impl LeaderStatus {
         }
     }
 
-    /// The candidate leads on this session.
+    /// Records that the candidate leads on this session.
     pub(super) fn leads(&self, session: Weak<Session>, key: Key, term: u64) {
         self.inner().post = Some(Post { session, key, term });
         self.shared.notify.notify_waiters();
     }
 
-    /// What the candidate does, while it does not lead.
+    /// Sets the state of the candidate while it does not lead.
     pub(super) fn set(&self, state: LeaderState) {
         self.inner().otherwise = state;
         self.look();
     }
 
-    /// The candidate fails, since the first failure of several.
+    /// Records that the candidate fails, since the first of consecutive failures.
     pub(super) fn fails(&self, error: Error) {
         let since = match &self.inner().otherwise {
             LeaderState::Failing { error: last, .. } if is_same(last, &error) => return,
@@ -216,7 +216,7 @@ impl LeaderStatus {
         matches!(self.inner().otherwise, LeaderState::Failing { .. })
     }
 
-    /// Has changes noticed of what the session says.
+    /// Updates the metric, and wakes the callers of [`changed`](Self::changed), which read the state anew.
     pub(super) fn look(&self) {
         metrics::update(|| self.inner().show());
         self.shared.notify.notify_waiters();
@@ -233,7 +233,7 @@ impl Inner {
         session.upgrade()?.guards(key).then_some(*term)
     }
 
-    /// Has the metric show that the candidate does not lead, if that is so.
+    /// Makes the metric show that the candidate does not lead, if it does not.
     fn show(&self) {
         if self.term().is_none()
             && let Some(session) = self.post.as_ref().and_then(|post| post.session.upgrade())
@@ -244,7 +244,7 @@ impl Inner {
 }
 
 impl LeaderState {
-    /// Whether it is the same one.
+    /// Whether two states are the same.
     fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Failing { error, since }, Self::Failing { error: last, since: first }) => {
@@ -257,13 +257,13 @@ impl LeaderState {
     }
 }
 
-/// Whether two errors say the same.
+/// Whether two errors have the same messages.
 fn is_same(one: &Error, other: &Error) -> bool {
     let text = |error: &Error| (error.to_string(), error.source().map(ToString::to_string));
     text(one) == text(other)
 }
 
-/// A candidate that campaigns. It is idle when this is dropped.
+/// A candidate that campaigns. Dropping this sets the candidate's state to idle.
 pub(super) struct Campaigning(pub(super) LeaderStatus);
 
 impl Drop for Campaigning {

@@ -10,9 +10,9 @@ use crate::request::Request;
 ///
 /// # Drop
 ///
-/// Starts the release and returns immediately; usually the unlock was sent by then. To wait for the
+/// Starts the release and returns immediately; usually the unlock has been sent by then. To wait for the
 /// server's answer, use [`release`](Self::release). A guard may be dropped anywhere: on a thread
-/// without a runtime, after its runtime was shut down, during a panic. The connection goes back to
+/// without a runtime, after its runtime was shut down, during a panic. The connection returns to
 /// the pool when the server has confirmed the unlock, and is closed otherwise.
 ///
 /// If the process dies, the server releases the lock as soon as it detects the closed connection.
@@ -44,8 +44,8 @@ impl ExclusiveGuard {
 
     /// Turns the exclusive lock into a shared one, without releasing it in between.
     ///
-    /// Waiters that want to share the lock are granted it then. If other guards of the same handle hold
-    /// it exclusively, it stays exclusive until the last of them is dropped. Sends one statement, or none.
+    /// Waiters for the shared lock are then granted it. If other guards of the same handle hold the lock
+    /// exclusively, it stays exclusive until the last of them is dropped. Sends one statement, or none.
     ///
     /// # Cancel safety
     ///
@@ -73,7 +73,7 @@ impl ExclusiveGuard {
     /// ```
     pub async fn downgrade(self) -> Result<SharedGuard> {
         let request = Request::one(self.guard.key(), Mode::Shared);
-        // What is held exclusively covers it, so this sends nothing, and is not refused.
+        // The exclusive lock covers the shared one, so this sends nothing, and is not refused.
         let shared = self.guard.and(&request).await?;
         self.guard.release().await?;
         shared.map(SharedGuard::new).ok_or_else(|| Error::lost(request.key(), Loss::NotHeld))

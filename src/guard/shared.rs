@@ -46,10 +46,10 @@ impl SharedGuard {
     /// Turns the shared lock into an exclusive one if no other session holds it, without releasing it
     /// in between. Otherwise returns the guard.
     ///
-    /// Before PostgreSQL 17, it is also refused while another session waits for the lock; from then on,
-    /// it goes ahead of those.
+    /// Before PostgreSQL 17, the upgrade is also refused while another session waits for the lock; from PostgreSQL 17
+    /// on, it overtakes such waiters.
     ///
-    /// It never waits for the lock, because two holders that wait for each other's share would
+    /// The upgrade never waits for the lock, because two holders that wait for each other's share would
     /// deadlock. Sends one statement.
     ///
     /// # Cancel safety
@@ -104,7 +104,7 @@ impl SharedGuard {
 
 is_guard!(SharedGuard);
 
-/// What came of [`SharedGuard::try_upgrade`].
+/// The result of [`SharedGuard::try_upgrade`].
 #[derive(Debug)]
 #[must_use = "if unused, the lock is released at once"]
 #[clippy::has_significant_drop]
@@ -112,6 +112,7 @@ is_guard!(SharedGuard);
 pub enum Upgrade {
     /// The lock is held exclusively.
     Upgraded(ExclusiveGuard),
-    /// Another session holds the lock too; this one still holds it shared.
+    /// The upgrade was refused: another session holds the lock too or, before PostgreSQL 17, waits for it. This guard
+    /// still holds it shared.
     Refused(SharedGuard),
 }

@@ -1,20 +1,21 @@
-//! Steps for many keys as one statement, and its answer as the answers to the steps: pure, no I/O.
+//! Converts steps for many keys to the calls of one statement, and its answer to the answers to the steps: pure, no
+//! I/O.
 
 use super::table::{Step, Taken};
 use crate::key::KeyId;
 use crate::mode::{Mode, Modes};
 use crate::sql::batch::Call;
 
-/// How many steps go into one statement: enough that its cost is spread, and few enough that the first
-/// does not wait long for the last.
+/// The maximum number of steps in one statement: enough to spread its cost, and few enough that the first step does not
+/// wait long for the last.
 pub(super) const LARGEST: usize = 1000;
 
-/// Leaves the other steps out: with the session on which they were to be taken, they are void.
+/// Removes all steps but [`Step::Lock`]: the others are void without the session on which they were to be taken.
 pub(super) fn keep_only_locks(steps: &mut Vec<(KeyId, Taken)>) {
     steps.retain(|(_, taken)| matches!(taken.step, Step::Lock(_)));
 }
 
-/// The calls that make the steps, in their order.
+/// Returns the calls that take the steps, in the order of the steps.
 pub(super) fn calls(steps: &[(KeyId, Taken)]) -> Vec<(KeyId, Call)> {
     let of_step = |(key, taken): &(KeyId, Taken)| {
         let key = *key;
@@ -23,11 +24,12 @@ pub(super) fn calls(steps: &[(KeyId, Taken)]) -> Vec<(KeyId, Call)> {
     steps.iter().flat_map(of_step).collect()
 }
 
-/// What the server did for a step: as asked, or not; `None` if it did not hold what it should have released.
+/// Whether the server did what a step asked for. `None` if the session did not hold the lock that it should have
+/// released.
 pub(super) type Answer = Option<bool>;
 
-/// Reads the answers to the calls: for each step, its key, its number, and what the server did. `None` if there are not
-/// as many.
+/// Converts the answers to the calls to the key, the number and the answer of each step. Returns `None` if the number
+/// of answers is not that of the calls.
 pub(super) fn read(
     steps: &[(KeyId, Taken)],
     answers: &[bool],
@@ -48,7 +50,7 @@ pub(super) fn read(
     rest.next().is_none().then_some(read)
 }
 
-/// The calls that make a step.
+/// Returns the calls that take a step.
 fn calls_of(taken: &Taken) -> [Option<Call>; 3] {
     let Modes { exclusive, shared } = taken.server;
     let unlock_exclusive = exclusive.then_some(Call::Unlock(Mode::Exclusive));

@@ -1,8 +1,8 @@
 //! The driver: the task that takes the steps of a manager's keys, on the session that they share.
 //!
-//! It lives while there is something to do or to hold, and a little longer. It opens the session
-//! for the first step that needs it, makes one statement of all steps that have come up since the
-//! last, and hands the answers to the table; while it does that, the server has the next statement.
+//! It runs while a key is held or has a step to be taken, and a little longer. It opens the session for the first step
+//! that needs it, and sends all steps that have come up since the last statement in one statement. It hands the answers
+//! to the table while the server executes the next statement.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -35,16 +35,17 @@ const QUIET: Duration = Duration::from_millis(20);
 /// answer only every 61 tasks, the driver would send 61 requests at a time, at the cost of one statement each
 /// time, and make the runtime busier.
 ///
-/// Not for fewer: that costs more than it gains.
+/// For fewer callers, this costs more than it gains.
 const CROWD: usize = 16;
 
-/// The number of answers that are handed to the table while its lock is held.
+/// The maximum number of answers that are handed to the table under one acquisition of its mutex.
 const AT_ONCE: usize = 64;
 
-/// How often an unused session checks whether the pool is exhausted, and then returns its connection.
+/// How often the driver checks whether the pool is exhausted while the session is unused. If it is, the session's
+/// connection returns to the pool.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// After this time without a key, the connection goes back to the pool.
+/// After this time without a key, the connection returns to the pool.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// Takes the steps until there is nothing left to do, or another driver has taken over.
@@ -72,11 +73,12 @@ pub(super) async fn run(manager: Arc<Manager>, number: u64) {
     }
 }
 
-/// Takes the steps.
+/// The state of the driver task.
 ///
 /// # Drop
 ///
-/// If it is still the driver, its runtime is shut down: loses the manager's sessions, and waiting acquires retry.
+/// If this still is the manager's driver, its runtime was shut down: all sessions of the manager are lost, and waiting
+/// acquires retry.
 struct Driver {
     manager: Arc<Manager>,
     number: u64,
@@ -86,11 +88,11 @@ struct Driver {
     under_way: Vec<(KeyId, Taken)>,
     /// The answers that the table has not received yet.
     answered: Option<Answered>,
-    /// Neither the shared session nor a wait session is open for the keys in the line.
+    /// Whether neither the shared session nor a wait session is open for the keys in the line.
     is_stuck: bool,
 }
 
-/// Where steps were taken, and for each its key, its number and the answer.
+/// The session on which steps were taken, and the key, the number and the answer of each step.
 type Answered = (Arc<Session>, Vec<(KeyId, u64, Answer)>);
 
 impl Driver {
@@ -101,7 +103,7 @@ impl Driver {
             }
             let tries_line = self.keeper.is_some() || std::mem::take(&mut self.is_stuck);
             let Some(batch) = self.manager.next_batch(self.number, tries_line) else {
-                // It may have taken a notification that was for the other one.
+                // This driver may have consumed a notification that was meant for its successor.
                 self.manager.work.notify_one();
                 return;
             };
@@ -138,7 +140,7 @@ impl Driver {
             let time = match quiet_since {
                 None => QUIET,
                 Some(_) if manager.needs_shared() => IDLE,
-                // The connection may be needed elsewhere.
+                // A query of the application may need the connection.
                 Some(_) => LOOK,
             };
             let retry = session.as_ref().and_then(|_| manager.state().table.next_retry());
@@ -164,7 +166,7 @@ impl Driver {
                         session.resume_polling();
                     }
                     let is_idle = quiet_since.is_some_and(|since: Instant| since.elapsed() >= IDLE);
-                    // A caller may wait for a connection.
+                    // A task may be waiting for a connection.
                     let is_exhausted = manager.pool.num_idle() == 0
                         && manager.pool.size() >= manager.pool.options().get_max_connections();
                     let is_wanted = is_exhausted && quiet_since.is_some();
@@ -177,11 +179,12 @@ impl Driver {
         }
     }
 
-    /// Returns the connection to the pool if nothing is held on it. Returns whether it did.
+    /// Releases the session's connection to the pool, unless the session is needed. Returns whether no session is open
+    /// any more.
     fn let_go(&mut self) -> bool {
         let needed = self.manager.needs_shared();
         if !needed {
-            // Detach: no task waits for it.
+            // Detach: no task waits for the release.
             drop(self.keeper.take());
             let mut state = self.manager.state();
             self.manager.staff_line(&mut state);
@@ -197,7 +200,7 @@ impl Driver {
         }
         let is_new = self.keeper.is_none();
         if is_new {
-            // What was held on the old session has been called off.
+            // The steps for locks that were held on the old session have been called off.
             keep_only_locks(&mut self.under_way);
             self.manager.set_opening(self.number, true);
             let opened = self.open().await;
@@ -228,7 +231,7 @@ impl Driver {
         };
         let called = {
             let mut calling = pin!(calling);
-            // Sends it.
+            // The first poll sends the statement.
             let called = poll_fn(|cx| Poll::Ready(calling.as_mut().poll(cx))).await;
             if !hand_over(&self.manager, &mut self.answered) {
                 return self.ask_again(&Loss::NotHeld);
@@ -246,8 +249,8 @@ impl Driver {
             Called::Failed(error, held) => self.sort_out(&session, error, &held),
             Called::Lost(loss) => {
                 end_with_the_runtime().await;
-                // As with a pool's idle connection that was dead: the caller of an acquire gets no error for it, but
-                // gets one if a session breaks that has just been opened.
+                // If a session that was open before turns out to be dead, an acquire gets no error, as with a dead idle
+                // connection of a pool. If a new session breaks, it gets one.
                 if !is_new && matches!(loss, Loss::Disconnected(_)) {
                     self.ask_again(&loss);
                 } else {
@@ -258,13 +261,13 @@ impl Driver {
         self.under_way.clear();
     }
 
-    /// Opens the session, because the first key needs it.
+    /// Opens the session for the first of the steps.
     async fn open(&mut self) -> Result<Option<Guard>, Error> {
         let Some((key, _)) = self.under_way.first() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::from_id(*key))).await
     }
 
-    /// The server failed the statement half-way: finds out for each step how far it came.
+    /// Handles a statement that failed half-way: determines for each step whether it was taken.
     fn sort_out(&self, session: &Arc<Session>, error: sqlx::Error, held: &Held) {
         let pid = session.backend_pid();
         let holds = |key, mode| held.contains(&(pid, key, mode));
@@ -288,8 +291,8 @@ impl Driver {
         }
     }
 
-    /// Fails the acquires that wait for the steps in flight, and for those that were added since; not those of callers that
-    /// acquire again because of this.
+    /// Fails the acquires that wait for the steps in flight, and for those that were added since. Acquires that callers
+    /// start because of this error are not failed.
     fn fail_all_steps(&mut self, error: &Error) {
         let batches = 1 + self.manager.state().to_do.len() / LARGEST;
         for _ in 0..batches {
@@ -299,8 +302,8 @@ impl Driver {
         self.fail(Some(error));
     }
 
-    /// Notifies the callers that wait for the locks in flight; without an error they retry. The other steps have been
-    /// called off with the session.
+    /// Notifies the callers that wait for the [`Step::Lock`]s in flight; without an error they retry. The other steps
+    /// were called off when the session was lost.
     fn fail(&mut self, error: Option<&Error>) {
         keep_only_locks(&mut self.under_way);
         for (key, taken) in std::mem::take(&mut self.under_way) {
@@ -308,13 +311,13 @@ impl Driver {
         }
     }
 
-    /// The session broke before the steps that were in flight, which are tried on another.
+    /// Handles a session that broke before the steps in flight were taken. They are retried on another session.
     fn ask_again(&mut self, loss: &Loss) {
         self.lose(loss);
         self.fail(None);
     }
 
-    /// The session broke under the steps that were in flight.
+    /// Handles a session that broke while the steps were in flight. Their callers get an error.
     fn broke(&mut self, loss: &Loss) {
         self.lose(loss);
         let error = Error::broken(&self.first_key(), loss);
@@ -335,11 +338,11 @@ impl Driver {
     }
 }
 
-/// Hands the answers to the table. Returns whether the session held all that it should have held.
+/// Hands the answers to the table. Returns whether the session held every lock that it should have released.
 fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
     let Some((session, answers)) = answered.take() else { return true };
     for answers in answers.chunks(AT_ONCE) {
-        // Locked once for all of these, because the notified callers will want it.
+        // Locks the mutex once for the whole chunk, because the notified callers will lock it too.
         manager.change(|state, now| {
             for (key, id, answer) in answers {
                 if let Some(yes) = *answer {
@@ -351,13 +354,13 @@ fn hand_over(manager: &Arc<Manager>, answered: &mut Option<Answered>) -> bool {
     answers.iter().all(|(.., answer)| answer.is_some())
 }
 
-/// A runtime that is shut down fails what is in flight on it, and then drops its tasks. The callers that wait
-/// for them retry elsewhere, and get no error for that.
+/// Ends the task here if its runtime is shutting down: such a runtime fails the I/O in flight, and then drops its tasks
+/// when they yield. Callers that wait for a dropped task retry on another runtime, and get no error.
 pub(super) async fn end_with_the_runtime() {
     yield_now().await;
 }
 
-/// Waits for the loss of a session, if there is one.
+/// Waits for the loss of a session. Never returns if there is no session.
 async fn lost(session: Option<&Arc<Session>>) -> Loss {
     match session {
         Some(session) => session.lost().await,
@@ -368,7 +371,8 @@ async fn lost(session: Option<&Arc<Session>>) -> Loss {
 impl Drop for Driver {
     fn drop(&mut self) {
         self.manager.clear(self.number, &Loss::RuntimeShutdown);
-        // Another may have replaced it, or is about to. The pool must not have a connection that holds locks.
+        // Another driver may have replaced this one, or is about to. The pool must not get a connection that holds
+        // locks.
         self.lose(&Loss::RuntimeShutdown);
     }
 }

@@ -1,4 +1,4 @@
-//! What handles ask of a manager: to acquire, and to release.
+//! The calls that handles and guards make to a manager: acquire and release.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +21,7 @@ use crate::session::policy::WaitPolicy;
 use crate::session::pool::timed_out;
 
 impl Manager {
-    /// Acquires. `None` if the time is over.
+    /// Acquires a lock. Returns `None` if it was busy, or not granted within the time that the policy allows.
     pub(crate) async fn acquire(
         self: &Arc<Self>,
         handle: &Arc<Holdings>,
@@ -53,7 +53,7 @@ impl Manager {
                 },
             };
             if let Some(loss) = session.loss() {
-                // The task that monitors it has not reported that yet.
+                // The manager was not notified of the loss yet.
                 self.lost_key(key.id(), &session, &loss);
                 continue;
             }
@@ -79,7 +79,7 @@ impl Manager {
             let waiting = metrics::Waiting::new(request.labels(&self.options));
             (tell, waiting)
         };
-        // First, because without a runtime this panics.
+        // Called first, because it panics without a runtime.
         let runtime = Handle::current();
         let mut state = self.state();
         if self.pool.is_closed() && !state.table.holds(key.id(), owner) {
@@ -110,7 +110,7 @@ impl Manager {
         }
     }
 
-    /// Releases a guard. Of a release that is not awaited, the result is not told.
+    /// Releases a guard. If the release is not awaited, its result is discarded.
     pub(crate) fn leave(
         self: &Arc<Self>,
         handle: &Holdings,
@@ -143,7 +143,7 @@ impl Manager {
         }
     }
 
-    /// Releases everything of a handle, however many guards are alive; they are notified.
+    /// Releases everything that a handle holds, even if guards are alive; they are notified.
     pub(crate) async fn release_all(self: &Arc<Self>, handle: &Holdings, key: &Key) -> Result<()> {
         let (tell, told) = oneshot::channel();
         let (left, elsewhere) = handle.close(|| {
@@ -173,7 +173,7 @@ enum Wish<'m> {
 ///
 /// # Drop
 ///
-/// Leaves the queue; a lock that was granted meanwhile is released.
+/// Removes the waiter from the queue, and releases the lock if it was granted meanwhile.
 struct Waiting<'m> {
     manager: &'m Arc<Manager>,
     owner: OwnerId,
@@ -181,14 +181,14 @@ struct Waiting<'m> {
     mode: Mode,
     id: i64,
     answer: oneshot::Receiver<Told>,
-    /// The driver is on another runtime.
+    /// Whether the driver runs on another runtime.
     elsewhere: bool,
     settled: bool,
     _queued: metrics::One,
 }
 
 impl Waiting<'_> {
-    /// `None` if the time is over.
+    /// Waits for the answer. Returns `None` if the policy's time is over.
     async fn answer(&mut self, policy: WaitPolicy) -> Option<Result<Told, RecvError>> {
         policy.bound(self.manager.unless_stalled(&mut self.answer, self.elsewhere)).await
     }
@@ -207,7 +207,7 @@ impl Drop for Waiting<'_> {
             return;
         }
         self.manager.change(|state, now| {
-            // Answers are sent with the state locked, so it still waits or has its answer.
+            // Answers are sent with the state locked, so the waiter is either still queued or has its answer.
             if !state.table.cancel(self.key, self.id, now)
                 && let Ok(Told::Granted(session)) = self.answer.try_recv()
             {
@@ -225,16 +225,16 @@ pub(crate) struct PendingRelease {
     session: Arc<Session>,
     key: Key,
     since: Instant,
-    /// From the driver, which may be on another runtime. `None` if the process keeps the key, or the release is not
-    /// awaited.
+    /// The driver's answer, and whether the driver runs on another runtime. `None` if the process keeps the key, or the
+    /// release is not awaited.
     answer: Result<Option<(oneshot::Receiver<Told>, bool)>, Loss>,
 }
 
 impl PendingRelease {
     /// Waits for the server's answer. Dropping this does not stop the release.
     ///
-    /// If the process keeps the key, for another guard or another handle, asks whether the session still lives:
-    /// one question for all that are released at once.
+    /// If the process keeps the key for another guard or another handle, asks the server whether the session is still
+    /// alive. One statement serves all guards that are released at once.
     pub(crate) async fn done(self) -> Result<()> {
         let Self { manager, session, key, since, answer } = self;
         let released = match answer {

@@ -1,18 +1,19 @@
 //! The holders and the waiters of a key in this process, and the next step on the server: pure, no I/O.
 //!
-//! The process holds a key at the server once, on one session, which is its *seat*, and passes it on
+//! The process holds a key on the server once, on one session, the *seat* of the key. It hands the key off
 //! among its owners, which queue here. A key's entry has one [`Step`] in flight at a time, and works
-//! towards what its owners need: the first waiter gets the key when the server's lock covers its mode
+//! towards what its owners need: the first waiter is granted the key when the server's lock covers its mode
 //! and no holder conflicts with it; when no owner needs the lock any more, it is released.
 //!
 //! So that other processes get their turn, the number of local hand-offs and the time for them are limited:
-//! see [`Bound`]. Then the lock is released, and the process queues behind the waiters on the server.
+//! see [`Bound`]. At the limit, the lock is released, and the process queues behind the waiters on the server.
 //!
-//! A key that another session holds stands in a *line* for a wait session, which waits in the server's queue
-//! for one key at a time. Meanwhile the shared session retries the key.
+//! A key that another session holds enters the *line*: the queue of keys that wait for a wait session. A wait session
+//! waits in the server's queue for one key at a time. Meanwhile the shared session retries the key.
 //!
-//! Every operation takes time that is at most logarithmic in the number of keys and waiters. An operation that
-//! notifies several waiters takes that time for each of them.
+//! An operation on one key takes time that is at most logarithmic in the number of keys and waiters. An operation that
+//! notifies several waiters takes that time for each of them. The loss of a session and the close of the pool, which
+//! concern many keys, go through all keys.
 
 mod entry;
 mod holders;
@@ -30,11 +31,11 @@ use crate::session::MOST_KEYS;
 use entry::{Entry, Turn, Waiter};
 use line::{LAST_RETRY, Line};
 
-/// Identifies an owner: each handle is one, by its address. Only an acquire whose future was forgotten leaves it to a
-/// later handle.
+/// Identifies an owner, by the address of its handle. A later handle can have the same identity only if the future of
+/// an acquire was forgotten.
 pub(super) type OwnerId = usize;
 
-/// The keys of a process: `S` is a session where they are held, `W` notifies a waiter of the result.
+/// The keys of a process. `S` is the session on which a key is held, `W` notifies a waiter of the result.
 pub(super) struct Table<S, W> {
     // Invariant: every entry has a holder, a waiter, a step, or something that the server has granted.
     // Boxed, because a map has room for a third more than it holds.
@@ -42,54 +43,54 @@ pub(super) struct Table<S, W> {
     common: Common<S, W>,
 }
 
-/// What the entries of a table have in common.
+/// The state that the entries of a table share.
 struct Common<S, W> {
     bound: Bound,
     line: Line,
-    /// What has followed from changes so far.
+    /// The effects of changes that the caller has not taken out yet.
     effects: VecDeque<Effect<S, W>>,
 }
 
-/// How often, and for how long, a lock is handed off inside the process before other processes get their turn.
+/// The limits on local hand-offs of a lock, in number and time. After that, other processes get their turn.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bound {
     pub(super) count: u32,
     pub(super) time: Duration,
 }
 
-/// What the server, or a session that waits there for us, is to do for a key.
+/// What a session of the manager does on the server for a key.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Step {
-    /// Take it if it is free.
+    /// Acquire the lock if it is free.
     Lock(Mode),
-    /// Wait for it, on a session of its own.
+    /// Wait for the lock, on a wait session.
     Wait(Mode),
-    /// Look whether another session waits for it.
+    /// Check whether another session waits for the lock.
     Look,
-    /// Take it exclusively in addition to the shared lock, if no other session shares it.
+    /// Acquire the exclusive lock in addition to the shared one, if no other session shares it.
     Upgrade,
-    /// Keep only the shared lock.
+    /// Release the exclusive lock, and keep the shared one.
     Downgrade,
-    /// Give it up, then take it if it is still free.
+    /// Release the lock, then acquire it if it is still free.
     Renew(Mode),
-    /// Give it up.
+    /// Release the lock.
     Unlock,
 }
 
-/// What follows from a change.
+/// A consequence of a change, which the caller of the table carries out.
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Effect<S, W> {
     /// The waiter holds the key, on this seat.
     Granted(W, S),
-    /// It is busy, and the request does not wait.
+    /// The key is busy, and the waiter's request does not wait.
     Refused(W),
-    /// It would wait for an owner that waits for it.
+    /// The waiter wants to upgrade a lock that another session shares, so waiting for it could deadlock.
     Deadlock(W),
-    /// The key was released: `true` if the server has answered, `false` if the key was handed off without asking it.
+    /// The key was released: `true` if the server has answered, `false` if the key was handed off without a round trip.
     Released(W, bool),
     /// There is a step to take on the shared session, with [`Table::take`].
     Start(KeyId),
-    /// There is one for the wait session that holds the key, with [`Table::take`].
+    /// There is a step for the wait session that holds the key, with [`Table::take`].
     StartApart(KeyId),
     /// A key has entered the line, see [`Table::take_wait`].
     Line,
@@ -112,18 +113,18 @@ pub(super) enum Want<S> {
 pub(super) enum Left {
     /// The lock is handed off, or other owners share it.
     Done,
-    /// The server is asked to release it. The owner that passed a farewell is notified of the result.
+    /// The server is asked to release the lock. The owner that passed a farewell is notified of the result.
     Told,
-    /// That grant ended with its session.
+    /// The guard's grant had already ended, with its session.
     Stale,
 }
 
-/// A step that is to be taken.
+/// A step that a session is to take.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Taken {
     pub(super) id: u64,
     pub(super) step: Step,
-    /// What the server has granted so far.
+    /// The modes that the server has granted so far.
     pub(super) server: Modes,
 }
 
@@ -133,7 +134,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         Self { keys: HashMap::new(), common }
     }
 
-    /// What has followed from changes, to be taken out by the caller.
+    /// The effects of changes, which the caller takes out.
     pub(super) fn effects(&mut self) -> &mut VecDeque<Effect<S, W>> {
         &mut self.common.effects
     }
@@ -146,7 +147,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         self.keys.get(&key).is_some_and(|entry| entry.holders.get(owner).is_some())
     }
 
-    /// Whether the server has not answered for a key yet, with anything.
+    /// Whether the server has not answered any step of a key yet.
     pub(super) fn is_unasked(&self, key: KeyId) -> bool {
         let asks = |turn: Turn| matches!(turn.step, Step::Lock(_));
         self.keys.get(&key).is_some_and(|entry| {
@@ -154,7 +155,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         })
     }
 
-    /// Since when the process has held a key on its seat.
+    /// When the server granted a key, if the process holds it.
     pub(super) fn held_since(&self, key: KeyId) -> Option<Instant> {
         let entry = self.keys.get(&key)?;
         entry.seat.is_some().then_some(entry.granted)
@@ -164,7 +165,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         self.keys.len()
     }
 
-    /// How many keys stand in the line.
+    /// The number of keys in the line.
     pub(super) fn line_len(&self) -> usize {
         self.common.line.turns.len()
     }
@@ -174,12 +175,12 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         self.common.line.turns.first().map(|(_, key)| *key)
     }
 
-    /// When a key in the line is to be tried again.
+    /// When the next retry of a key in the line is due.
     pub(super) fn next_retry(&self) -> Option<Instant> {
         self.common.line.retries.first().map(|(retry, _)| *retry)
     }
 
-    /// Has the keys tried again that are due.
+    /// Starts a retry of each key in the line that is due.
     pub(super) fn retry(&mut self, now: Instant) {
         while let Some(&(due, key)) = self.common.line.retries.first()
             && due <= now
@@ -200,7 +201,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         }
     }
 
-    /// An owner wants a key. If it has to wait, `tell` makes the value that notifies it.
+    /// Requests a key for an owner. If the owner has to wait, `tell` makes the value that notifies it.
     pub(super) fn want(
         &mut self,
         key: KeyId,
@@ -216,7 +217,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         let entry = slot.get_mut();
         let mine = entry.holders.get(owner);
         if let (Some(mine), Some(seat)) = (mine, &entry.seat) {
-            // Re-entrant: an exclusive guard covers all that the same owner wants.
+            // Re-entrant: an exclusive guard covers every request of the same owner.
             if mode == Mode::Shared || mine.is_exclusive() {
                 let seat = seat.clone();
                 entry.holders.count(owner, mode);
@@ -225,7 +226,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
             if !waits && entry.holders.len() > 1 {
                 return Want::Busy;
             }
-            // Two owners that share the lock would wait for each other for ever.
+            // Two owners that share the lock and upgrade it would wait for each other forever.
             let by_another = |first: &Waiter<W>| first.owner != owner && entry.upgrades(first);
             if entry.queue.front().is_some_and(by_another) {
                 return if waits { Want::Deadlock } else { Want::Busy };
@@ -249,7 +250,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         }
         let (tell, waiting) = tell();
         let mut waiter = Waiter { owner, mode, waits, tell, waiting };
-        // An owner that upgrades its lock waits for others only.
+        // An owner that upgrades its lock has to wait only for other holders.
         if entry.is_plainly_busy(mode) && (mine.is_none() || entry.holders.len() > 1) {
             waiter.waiting.start();
         }
@@ -258,7 +259,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         Want::Queued(id)
     }
 
-    /// A guard that was granted on this seat is released.
+    /// Releases a guard that was granted on this seat.
     pub(super) fn leave(
         &mut self,
         key: KeyId,
@@ -276,7 +277,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         left(entry, farewell)
     }
 
-    /// All guards of an owner are released.
+    /// Releases all guards of an owner.
     pub(super) fn close(
         &mut self,
         key: KeyId,
@@ -292,7 +293,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         left(entry, Some(farewell))
     }
 
-    /// A waiter stops waiting. Returns whether it still waited.
+    /// Removes a waiter from the queue. Returns whether it was still queued.
     pub(super) fn cancel(&mut self, key: KeyId, waiter: i64, now: Instant) -> bool {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
         let cancelled = slot.get_mut().queue.remove(waiter).is_some();
@@ -302,15 +303,15 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         cancelled
     }
 
-    /// The step to take for a key on the shared session, or on the wait session that holds the key, if there still is
-    /// one. From here on it is in flight.
+    /// Takes the step for a key on the shared session, or on the wait session that holds the key, if there still is
+    /// one. From here on, the step is in flight.
     pub(super) fn take(&mut self, key: KeyId, on_shared: bool) -> Option<Taken> {
         let entry = self.keys.get_mut(&key)?;
         if entry.is_for_shared()? == on_shared { entry.take() } else { None }
     }
 
-    /// The next key in the line, and how long to wait for it: the step is a [`Step::Wait`], which from
-    /// here on is in flight.
+    /// Takes the next key out of the line, and returns how long to wait for it. The key's step, a [`Step::Wait`], is in
+    /// flight from here on.
     pub(super) fn take_wait(&mut self, now: Instant) -> Option<(KeyId, Taken, Duration)> {
         while let Some((_, key)) = self.common.line.turns.pop_first() {
             let Some(entry) = self.keys.get_mut(&key) else { continue };
@@ -324,8 +325,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         None
     }
 
-    /// A step was taken, with this answer, which only [`Step::Unlock`] and [`Step::Downgrade`] do not
-    /// depend on.
+    /// Records the answer to a step in flight, and returns whether the step still counted. [`Step::Unlock`] and
+    /// [`Step::Downgrade`] do not depend on the answer.
     pub(super) fn taken(
         &mut self,
         key: KeyId,
@@ -358,7 +359,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
                 if entry.queue.front().is_some_and(|first| entry.upgrades(first))
                     && let Some(waiter) = entry.queue.pop_front()
                 {
-                    // Another session shares the lock that it wants exclusively.
+                    // Another session shares the lock that the waiter wants exclusively.
                     let turned_away = if waiter.waits { Effect::Deadlock } else { Effect::Refused };
                     self.common.effects.push_back(turned_away(waiter.tell));
                 }
@@ -381,7 +382,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         true
     }
 
-    /// A wait was over before the key was granted. Returns whether the key still waited.
+    /// Records that a wait ended before the key was granted. Returns whether the wait still counted.
     pub(super) fn not_granted(&mut self, key: KeyId, id: u64, now: Instant) -> bool {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return false };
         let entry = slot.get_mut();
@@ -394,7 +395,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         true
     }
 
-    /// A step failed. Returns the waiters for it: none if it was called off before.
+    /// Records that a step failed. Returns the waiters for the step, or none if it was called off before.
     pub(super) fn failed(&mut self, key: KeyId, id: u64) -> Vec<W> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();
@@ -411,8 +412,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         waiters
     }
 
-    /// A step failed half-way: this is what the server has granted. Returns the waiters for it, unless it was `done`,
-    /// or called off before.
+    /// Records what the server has granted after a statement failed half-way. Returns the waiters for the step, or none
+    /// if the step was `done`, or called off before.
     pub(super) fn failed_half_way(
         &mut self,
         key: KeyId,
@@ -435,7 +436,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
             entry.given_up(&mut self.common.effects);
         } else {
             if turn.step == Step::Downgrade && !server.exclusive {
-                // It was taken before the statement failed.
+                // The downgrade was taken before the statement failed.
                 entry.part(&mut self.common.effects, true);
             }
             if entry.seat.is_none() {
@@ -450,8 +451,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         waiters
     }
 
-    /// A session was lost, and with it all that was held there. Returns the owners to notify of a release of
-    /// its keys; the waiters for those keys ask again.
+    /// Handles the loss of a session, and of all keys that were held on it. Returns the owners to notify of a release
+    /// of these keys. For the waiters, the keys are acquired anew.
     pub(super) fn lost(&mut self, seat: &S, now: Instant) -> Vec<W> {
         let of_it = self.keys.iter().filter(|(_, entry)| entry.seat.as_ref() == Some(seat));
         let keys: Vec<KeyId> = of_it.map(|(key, _)| *key).collect();
@@ -462,7 +463,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         farewells
     }
 
-    /// Some of the keys that are held there.
+    /// Returns some of the keys that are held on a session, at most one more than [`MOST_KEYS`].
     pub(super) fn some_at(&self, seat: &S) -> Vec<KeyId> {
         let there = self.keys.iter().filter(|(_, entry)| entry.seat.as_ref() == Some(seat));
         let mut keys: Vec<_> = there.map(|(key, _)| *key).take(MOST_KEYS + 1).collect();
@@ -470,7 +471,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         keys
     }
 
-    /// One key was lost with its session, if it was held there. Returns the same as [`lost`](Self::lost).
+    /// Like [`lost`](Self::lost), for one key, if it was held on that session.
     pub(super) fn lost_key(&mut self, key: KeyId, seat: &S, now: Instant) -> Vec<W> {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Vec::new() };
         let entry = slot.get_mut();
@@ -486,7 +487,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         farewells
     }
 
-    /// Takes out all waiters.
+    /// Removes all waiters, and returns them.
     pub(super) fn dismiss_all(&mut self, now: Instant) -> Vec<W> {
         let awaited = self.keys.iter().filter(|(_, entry)| !entry.queue.is_empty());
         let keys: Vec<KeyId> = awaited.map(|(key, _)| *key).collect();
@@ -499,8 +500,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         waiters
     }
 
-    /// Forgets everything, because all sessions were lost. Returns the sessions, and the owners to notify of a
-    /// release; the waiters ask again.
+    /// Removes all keys, because all sessions were lost. Returns the sessions, and the owners to notify of a
+    /// release. The waiters are dropped, and retry.
     pub(super) fn clear(&mut self) -> (Vec<S>, Vec<W>) {
         self.common.line.turns.clear();
         self.common.line.retries.clear();
@@ -515,8 +516,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
 
 /// Admits the waiters that can be admitted, and finds the next step. Returns the entry, if it is still in use.
 ///
-/// Every change of an entry ends with this. It takes the place in the map, so that the key is hashed and looked
-/// up only once. (The hash is slow, because a key may be chosen by an attacker.)
+/// Every change of an entry ends with this call. It takes the slot of the map, so that the key is hashed and looked
+/// up only once. (The hash function is slow, because an attacker may choose the keys.)
 fn advance<'t, S: Clone + PartialEq, W>(
     mut slot: OccupiedEntry<'t, KeyId, Box<Entry<S, W>>>,
     common: &mut Common<S, W>,
@@ -531,7 +532,7 @@ fn advance<'t, S: Clone + PartialEq, W>(
     Some(slot.into_mut())
 }
 
-/// An owner has left. It is notified of the result, if the server is asked to release the lock.
+/// Registers the owner that has just left for a notification, if the server is asked to release the lock.
 fn left<S, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
     let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
     match (entry, farewell) {

@@ -1,7 +1,7 @@
-//! Threads that meet at a manager's state, in orders that a model checker chooses.
+//! Threads that use a manager's state concurrently, in interleavings that a model checker chooses.
 //!
-//! The state's lock is shuttle's, which lets another thread run whenever a thread takes or releases it. Every
-//! notification is sent under that lock, so these are all the points at which threads can meet. The manager, its
+//! The state's mutex is shuttle's, which may switch threads whenever a thread locks or unlocks it. Every
+//! notification is sent under that mutex, so threads can interact at no other point. The manager, its
 //! table, and the code that acquires and releases through them are the real ones. The parts that need a server
 //! are simulated: the driver, which takes the steps on the shared session, and the wait sessions, which wait for
 //! one key each. Whether another process holds a key is random.
@@ -39,19 +39,19 @@ const ROUNDS: usize = 3;
 #[test]
 fn no_caller_enters_beside_another_or_waits_forever() {
     // A runtime is required, but nothing runs on it. It is never dropped, because the drivers that are started
-    // there would be dropped with it, and the manager's lock does not work outside of shuttle.
+    // there would be dropped with it, and the manager's mutex does not work outside of shuttle.
     let runtime = ManuallyDrop::new(Builder::new_current_thread().enable_all().build().unwrap());
     let _entered = runtime.enter();
     let nowhere = PgConnectOptions::new_without_pgpass().socket("/nonexistent");
     let pool = PgPoolOptions::new().connect_lazy_with(nowhere);
     let mut config = Config::new();
-    // Shuttle's threads have little room, and these futures are not small.
+    // Shuttle's threads have small stacks, and these futures are large.
     config.stack_size = 1 << 20;
     Runner::new(RandomScheduler::new(amount(1_000, 3_000)), config).run(move || meet(&pool));
 }
 
-/// Three threads with two owners, and one thread that takes the steps. Shuttle detects a thread that waits for
-/// ever.
+/// Runs three threads with two owners, and one thread that takes the steps. Shuttle detects a thread that waits
+/// forever.
 fn meet(pool: &PgPool) {
     let manager = Arc::new(Manager::new(pool, LockOptions::new()));
     let over = Arc::new(AtomicBool::new(false));
@@ -74,7 +74,7 @@ fn meet(pool: &PgPool) {
     }
     over.store(true, Ordering::Relaxed);
     driver.join().unwrap();
-    // One may be between the loss of its session and the report of it.
+    // A wait session may be between the loss of its session and the report of that loss.
     while wait_session::RUNNING.load(Ordering::Relaxed) > 0 {
         thread::yield_now();
     }
@@ -94,9 +94,9 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
             continue;
         };
         if one_in(16) {
-            // Its runtime ends, or is stalled.
+            // The driver's runtime ends, or is stalled.
             manager.clear(number, &Loss::RuntimeShutdown);
-            // It may still run for a moment. The steps are another one's.
+            // The old driver may still run for a moment, but must not get any steps.
             assert!(manager.next_batch(number, true).is_none());
             session.give_up(&Loss::RuntimeShutdown);
             session = open(manager);
@@ -110,7 +110,7 @@ fn drive(manager: &Arc<Manager>, over: &AtomicBool) {
             continue;
         }
         if one_in(8) {
-            // The server may or may not have done what is in flight.
+            // The server may or may not have taken the steps in flight.
             session.give_up(&Loss::Unresponsive);
             manager.lost(&session, &Loss::Unresponsive);
             let error = Error::broken(&Key::from(0), &Loss::Unresponsive);
@@ -176,7 +176,7 @@ pub(super) mod wait_session {
         assert!(!slice.is_zero());
         thread::yield_now();
         if orders.is_closed() {
-            // No owner wants it any more.
+            // No owner wants the key any more.
             return;
         }
         if one_in(8) {
@@ -269,7 +269,7 @@ fn take_a_turn(owner: usize, manager: &Arc<Manager>, handle: &Arc<Holdings>, ins
     }
 }
 
-/// Returns no lock for a deadlock or a loss.
+/// Returns `None` for a deadlock or a loss, and panics on any other error.
 fn unless_it_passes(acquired: Result<Option<Guard>, Error>) -> Option<Guard> {
     match acquired {
         Ok(held) => held,
@@ -296,7 +296,7 @@ async fn given_up<T>(polls: usize, future: impl Future<Output = T>) -> Option<T>
     polled.await
 }
 
-/// The owners that hold each key. Its lock is an ordinary one, so threads do not switch there.
+/// The locks that are held, each with its owner. The mutex is std's, so shuttle does not switch threads there.
 #[derive(Default)]
 struct Inside(Mutex<Vec<Hold>>);
 

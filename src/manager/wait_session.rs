@@ -1,7 +1,7 @@
 //! A wait session: waits in the server's queue for keys that other sessions hold, one at a time.
 //!
 //! It takes the next key in the line, waits for it, holds it while the process hands it off, releases it, and
-//! takes the next one. It ends when there was nothing to wait for during [`IDLE`], and with its connection.
+//! takes the next one. It ends if there is no key to wait for during [`IDLE`], or if its connection breaks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,12 +23,12 @@ use crate::session::Session;
 use crate::session::shared::Called;
 use crate::sql::batch::Call;
 
-/// After this time without a key, the connection goes back to the pool.
+/// After this time without a key, the connection returns to the pool.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// Starts to wait for keys on behalf of a driver, until there are none.
+/// Starts a wait session for a driver. It waits for keys until there are none.
 pub(super) fn start(manager: &Arc<Manager>, runtime: &Handle, driver: u64) {
-    // Detach: it ends by itself.
+    // Detach: the task ends by itself.
     drop(runtime.spawn(run(Arc::clone(manager), driver)));
 }
 
@@ -53,9 +53,11 @@ async fn run(manager: Arc<Manager>, driver: u64) {
     waiter.manager.ends_apart(driver, failed);
 }
 
+/// The state of a wait session's task.
+///
 /// # Drop
 ///
-/// If it holds a key, that is lost; if it waits for one, the owners that want the key retry.
+/// A key that the session holds is lost. If the session waits for a key, the owners that want the key retry.
 struct WaitSession {
     manager: Arc<Manager>,
     driver: u64,
@@ -63,11 +65,11 @@ struct WaitSession {
     busy: Option<Busy>,
 }
 
-/// A key that it waits for, or holds.
+/// The key that a wait session waits for, or holds.
 struct Busy {
     key: KeyId,
     wait: u64,
-    /// Once it is granted.
+    /// The session that holds the key, once it is granted.
     session: Option<Arc<Session>>,
 }
 
@@ -113,7 +115,8 @@ impl WaitSession {
         let request = request(key, mode);
         let acquired = tokio::select! {
             biased;
-            // There are no orders before it holds the key, so the channel is closed: no owner wants the key any more.
+            // No orders are sent before the session holds the key, so the channel is closed: no owner wants the key any
+            // more.
             _ = orders.recv() => return,
             loss = keeper.lost() => Err(Error::broken(request.key(), &loss)),
             acquired = self.owner.try_acquire_for(&request, slice) => acquired,
@@ -121,7 +124,7 @@ impl WaitSession {
         let held = match acquired {
             Ok(Some(held)) => held,
             Ok(None) => {
-                // It stands in the line again.
+                // Puts the key back into the line.
                 manager.done_apart(key, taken.id, |state, now| {
                     state.table.not_granted(key, taken.id, now)
                 });
@@ -135,7 +138,7 @@ impl WaitSession {
         let session = Arc::clone(held.session());
         let mut holds = vec![held];
         if !manager.taken(key, taken.id, &session, true) {
-            // No owner wants it any more.
+            // No owner wants the key any more.
             return;
         }
         self.busy = Some(Busy { key, wait: taken.id, session: Some(Arc::clone(&session)) });
@@ -159,12 +162,12 @@ impl WaitSession {
         }
     }
 
-    /// It does not wait for the key any more. Returns the waiters, which retry if they are not notified.
+    /// Records that the session stopped waiting for the key. Returns the waiters, which retry if they are not notified.
     fn ends(&self, key: KeyId, wait: u64) -> Vec<Tell> {
         self.manager.done_apart(key, wait, |state, _| state.table.failed(key, wait))
     }
 
-    /// The session was lost, and the key with it.
+    /// Handles the loss of the session: a key that it held is lost; waiters for a key that was not granted yet retry.
     fn lose(&mut self, loss: &Loss) {
         let Some(Busy { key, wait, session }) = self.busy.take() else { return };
         let Some(session) = session else { return drop(self.ends(key, wait)) };
@@ -184,7 +187,7 @@ fn request(key: KeyId, mode: Mode) -> Request {
     Request::one(&Key::from_id(key), mode).internal()
 }
 
-/// Holds a key, and takes the steps for it. Returns the number of the step that is to release it.
+/// Holds a key, and takes the steps for it. Returns the number of the step that releases it, which is not taken here.
 async fn hold(
     manager: &Arc<Manager>,
     key: KeyId,
@@ -207,7 +210,7 @@ async fn hold(
     }
 }
 
-/// Takes any step but the last.
+/// Takes any step but [`Step::Unlock`].
 async fn take(
     key: KeyId,
     session: &Arc<Session>,
@@ -219,7 +222,7 @@ async fn take(
         Step::Downgrade => {
             let shared = held.and(&request(key, Mode::Shared)).await;
             let Ok(Some(shared)) = shared else {
-                // The server has refused, and the exclusive lock is held for longer than it need be.
+                // The server refused the shared lock, so the exclusive one is held for longer than necessary.
                 return session.loss().map_or(Ok(true), Err);
             };
             for before in std::mem::replace(holds, vec![shared]) {
@@ -238,7 +241,7 @@ async fn take(
         },
         Step::Look => match session.call(&[(key, Call::IsWaitedFor)]).await {
             Called::Answers(answers) => Ok(answers.contains(&true)),
-            // Then it is another session's turn.
+            // The server did not say, so assume that another session waits for the key.
             Called::Failed(..) => Ok(true),
             Called::Lost(loss) => Err(loss),
         },

@@ -1,4 +1,4 @@
-//! What stands in for the metrics without the feature `metrics`: nothing.
+//! Replaces the metrics if the feature `metrics` is off. The functions do nothing.
 
 #![expect(
     clippy::needless_pass_by_ref_mut,

@@ -1,7 +1,7 @@
 //! Records the metrics. `off.rs` has the same items, which do nothing.
 //!
-//! A value that is counted in a gauge keeps the handle by which it was added, so that it is taken out of the same one:
-//! on whatever thread it is dropped, and whatever recorder was installed meanwhile.
+//! A value that is counted in a gauge keeps the handle with which it was added, so that it is subtracted from the same
+//! gauge, on whatever thread it is dropped, and whatever recorder was installed meanwhile.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,8 +88,8 @@ pub fn describe() {
 }
 
 thread_local! {
-    // Registered once for each thread, because a recorder takes longer to look a metric up than to record it. Not
-    // once for all threads: a thread can have a recorder of its own.
+    // Registered once for each thread, because a recorder takes longer to look a metric up than to record it. They are
+    // not registered once for all threads, because a thread can have a recorder of its own.
     static METRICS: RefCell<Metrics> = RefCell::new(Metrics::register());
 }
 
@@ -137,7 +137,7 @@ impl Metrics {
     }
 }
 
-/// A metric whose label is the mode, and others.
+/// A metric with the label `mode`, and possibly others: one handle for each mode.
 struct ByMode<T> {
     exclusive: Metric<T>,
     shared: Metric<T>,
@@ -177,9 +177,9 @@ impl<T: Record> Metric<T> {
     }
 }
 
-/// What is recorded by.
+/// The handle of a metric, which records its values.
 trait Record: Clone {
-    /// Records nothing.
+    /// A handle that records nothing.
     const OFF: Self;
 
     fn register(recorder: &dyn Recorder, name: &Name) -> Self;
@@ -225,7 +225,7 @@ fn metric<T: Record>(choose: impl FnOnce(&Metrics) -> &Metric<T>, key: Option<&K
     if !is_recording() {
         return T::OFF;
     }
-    // A thread that ends may have none left.
+    // A thread that is ending may have dropped its metrics already.
     METRICS.try_with(|metrics| choose(&metrics.borrow()).of(key)).unwrap_or(T::OFF)
 }
 
@@ -243,12 +243,13 @@ fn with_key(name: &Name, key: &Key) -> Name {
 pub(crate) struct Labels {
     counted: bool,
     mode: Mode,
-    /// If the application wants it as a label. On the heap, or all acquires would have room for it.
+    /// `Some` if the application wants the key as a label. Boxed, because otherwise every acquire would reserve memory
+    /// for it.
     key: Option<Box<Key>>,
 }
 
 impl Labels {
-    /// `counted` if the application made the acquire.
+    /// `counted` is whether the application makes the acquire, and not the crate.
     pub(crate) fn new(counted: bool, label_by_key: bool, key: &Key, mode: Mode) -> Self {
         let key = label_by_key.then(|| Box::new(key.clone()));
         Self { counted: counted && is_recording(), mode, key }
@@ -268,12 +269,12 @@ impl Labels {
 ///
 /// # Drop
 ///
-/// Records how it ended: if that was not said, its future was dropped.
+/// Records the duration under the outcome of the call. If [`end`](Self::end) was not called, the call was cancelled.
 pub(crate) struct Acquire {
     labels: Labels,
-    /// If it is counted.
+    /// `Some` if the call is counted.
     started: Option<Instant>,
-    /// Where it is recorded: by its outcome, which is `cancelled` until it is known.
+    /// Selects the histogram of the outcome, which is `cancelled` until it is known.
     duration: fn(&Metrics) -> &ByMode<Histogram>,
 }
 
@@ -283,7 +284,7 @@ impl Acquire {
         Self { labels, started, duration: |metrics| &metrics.cancelled }
     }
 
-    /// `had_time` says whether the call could have waited.
+    /// Sets the outcome. `had_time` is whether the call could have waited.
     pub(crate) fn end<T, E>(mut self, acquired: &Result<Option<T>, E>, had_time: bool) {
         self.duration = match acquired {
             Ok(Some(_)) => |metrics| &metrics.acquired,
@@ -302,11 +303,11 @@ impl Drop for Acquire {
     }
 }
 
-/// One of what a gauge counts.
+/// One unit of a gauge.
 ///
 /// # Drop
 ///
-/// It counts no more.
+/// Decrements the gauge.
 pub(crate) struct One(Gauge);
 
 impl One {
@@ -322,11 +323,11 @@ impl Drop for One {
     }
 }
 
-/// Something that lasts, and is counted meanwhile.
+/// A wait or a hold, which is counted in a gauge while it lasts.
 ///
 /// # Drop
 ///
-/// Records how long it lasted.
+/// Records the duration.
 struct Lasting {
     since: Instant,
     duration: Histogram,
@@ -357,7 +358,7 @@ impl Drop for Lasting {
 ///
 /// # Drop
 ///
-/// It waits no longer.
+/// Ends the wait.
 #[derive(Default)]
 pub(crate) struct Waiting {
     labels: Option<Labels>,
@@ -369,7 +370,7 @@ impl Waiting {
         Self { labels: Some(labels), lasting: None }
     }
 
-    /// From now on it waits, if it did not before.
+    /// Begins the wait, unless it has begun already.
     pub(crate) fn start(&mut self) {
         if let Some(labels) = self.labels.take() {
             self.lasting = Lasting::start(&labels, |m| &m.waiting, |m| &m.wait);
@@ -390,28 +391,28 @@ impl Held {
     }
 }
 
-/// A connection that locks use.
+/// Counts a connection that locks use.
 pub(crate) fn connection() -> One {
     One::of(metric(|metrics| &metrics.connections, None))
 }
 
-/// A call that waits for a manager.
+/// Counts a call that waits for a manager.
 pub(crate) fn queued() -> One {
     One::of(metric(|metrics| &metrics.queue, None))
 }
 
-/// The part of a session in an election: whether its candidate leads.
+/// Counts the candidate of a session as a leader while it leads.
 #[derive(Default)]
 pub(crate) struct Leading(Mutex<Option<One>>);
 
 impl Leading {
-    /// The candidate was elected.
+    /// Records that the candidate was elected.
     pub(crate) fn start(&self, labels: &Labels) {
         labels.of_election::<Counter>(TERMS).increment(1);
         self.set(Some(One::of(labels.of_election(LEADER))));
     }
 
-    /// The candidate leads no longer, if it did.
+    /// Records that the candidate does not lead any more, if it did.
     pub(crate) fn end(&self) {
         self.set(None);
     }
@@ -421,20 +422,20 @@ impl Leading {
     }
 }
 
-/// There is a candidate: from now on it is shown whether it leads.
+/// Registers the metrics of an election with a candidate, which show from now on whether the candidate leads.
 pub(crate) fn candidate(labels: &Labels) {
     labels.of_election::<Counter>(TERMS).increment(0);
     labels.of_election::<Gauge>(LEADER).increment(0.0);
 }
 
-/// A session was lost that held this number of locks.
+/// Records the loss of a session that held this number of locks.
 pub(crate) fn lost(loss: &Loss, locks: usize) {
     let reason = match loss {
         Loss::Disconnected(_) => "disconnected",
         Loss::HeldTooLong => "held_too_long",
         Loss::NoExclusion => "no_exclusion",
         Loss::NotHeld => "not_held",
-        // The application wanted it.
+        // The application released the locks itself.
         Loss::Released => return,
         Loss::RuntimeShutdown => "runtime_shutdown",
         Loss::Unresponsive => "unresponsive",
@@ -442,26 +443,27 @@ pub(crate) fn lost(loss: &Loss, locks: usize) {
     losses(reason).increment(u64::try_from(locks).unwrap_or(u64::MAX));
 }
 
-/// An acquire was dropped, or has failed. `waits` if it was in the server's queue.
+/// Records an acquire that was dropped, or has failed. `waits` is whether it was in the server's queue.
 pub(crate) fn abandoned(waits: bool) {
     if waits {
         metric(|metrics| &metrics.abandoned, None).increment(1);
     }
 }
 
-/// A manager sends a statement with this number of steps.
+/// Records that a manager sends a statement with this number of steps.
 #[expect(clippy::cast_precision_loss, reason = "there are at most a thousand")]
 pub(crate) fn batch(steps: usize) {
     metric(|metrics| &metrics.batch, None).record(steps as f64);
 }
 
-/// A heartbeat was answered that was sent at `asked`, in a session that was last known to live at `last_answered`.
+/// Records the answer to a heartbeat that was sent at `asked`. The last answer of the session before it was at
+/// `last_answered`.
 pub(crate) fn heartbeat(asked: Instant, last_answered: impl FnOnce() -> Instant) {
     metric(|metrics| &metrics.heartbeat, None).record(asked.elapsed());
     metric(|metrics| &metrics.age, None).record(last_answered().elapsed());
 }
 
-/// Does what is done for the sake of a metric only.
+/// Runs an update that serves only the metrics.
 pub(crate) fn update(update: impl FnOnce()) {
     update();
 }

@@ -8,10 +8,10 @@ use std::ops::RangeInclusive;
 
 use crate::key::{Key, KeyId};
 
-/// As many as [`SLOT_BITS`] can count. Larger numbers are better kept in a table.
+/// The maximum number of permits: as many as [`SLOT_BITS`] bits can count. Larger numbers are better kept in a table.
 pub(crate) const MAX_PERMITS: usize = 1 << SLOT_BITS;
 
-/// How many bits of a permit's key are its number.
+/// The number of bits of a permit's key that contain the permit's number.
 const SLOT_BITS: u32 = 10;
 
 /// The keys of one semaphore.
@@ -25,7 +25,7 @@ pub(crate) struct Layout {
 impl Layout {
     pub(crate) fn of(semaphore: &Key) -> Self {
         let name = semaphore.name().map_or_else(|| semaphore.to_string(), str::to_owned);
-        // Of the key as the server knows it: the number 42 is not the name "42".
+        // Hashes the key as the server stores it, because the number 42 is not the name "42".
         let id = semaphore.id();
         let queue = Key::from(format!("{id}, queue of the semaphore"))
             .called(format!("{name}, queue of the semaphore"));
@@ -56,7 +56,7 @@ impl Layout {
         self.id(permits)..=self.id(MAX_PERMITS - 1)
     }
 
-    /// The key under its name, if it is one of the semaphore's.
+    /// Returns the key with its name, if it is one of the semaphore's keys.
     pub(crate) fn find(&self, key: &Key) -> Option<Key> {
         if key == &self.queue {
             return Some(self.queue.clone());
@@ -65,7 +65,7 @@ impl Layout {
     }
 
     fn id(&self, slot: usize) -> i64 {
-        // The lowest bits are free, so that nothing is carried.
+        // The lowest bits of the base are zero, so nothing is carried.
         self.base + i64::try_from(slot).unwrap_or_default()
     }
 }

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::guard::{Guard, is_guard};
 use crate::key::Key;
 
-/// A permit of a semaphore that is held. Dropping it gives it back.
+/// A permit of a semaphore that is held. Dropping it releases the permit.
 ///
 /// # Drop
 ///
@@ -70,7 +70,7 @@ impl Permit {
         self.slot
     }
 
-    /// Returns the permit (`pg_advisory_unlock`), and waits for the server's answer.
+    /// Releases the permit (`pg_advisory_unlock`), and waits for the server's answer.
     ///
     /// Cancel safe; see [`Guard::release`].
     ///

@@ -1,5 +1,5 @@
-//! Acquiring the lock of `pglock run`: within the user's limit, across restarts of the server, and with `-v` with a
-//! word about the sessions ahead.
+//! Acquires the lock of `pglock run`, within the user's limit and across restarts of the server. With `-v`, reports the
+//! sessions ahead.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -18,52 +18,52 @@ use crate::who;
 /// A lock that is held.
 pub(crate) struct Held {
     pub(crate) guard: Guard,
-    /// Greater than that of every previous holder.
+    /// The fencing token, which is greater than that of every previous holder.
     pub(crate) token: u64,
     /// The number of the permit.
     pub(crate) slot: Option<usize>,
 }
 
-/// What is to be acquired, and how long that may take.
+/// The lock to acquire, and how long that may take.
 #[derive(Debug)]
 pub(crate) struct Wanted {
     pub(crate) key: Target,
     pub(crate) shared: bool,
     pub(crate) permits: Option<usize>,
-    /// `None` if it is not limited. Zero if a lock that is not free is not waited for.
+    /// How long the wait may take. `None` for no limit, zero to fail at once if the lock is not free.
     pub(crate) limit: Option<Duration>,
     pub(crate) retry: bool,
-    /// When the time that is limited began.
+    /// When the limited time began.
     pub(crate) started: Instant,
 }
 
 /// How long to wait before the next attempt after a failure.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How much later than its limit an answer may come before the server counts as silent.
+/// How long after the limit an answer may arrive before the server counts as unresponsive.
 pub(crate) const SLACK: Duration = Duration::from_millis(300);
 
-/// After how long a wait is worth a line, and after how long another one.
+/// How long a wait lasts before its first report, and the interval of the further ones.
 const NARRATE_FIRST: Duration = Duration::from_millis(200);
 const NARRATE_AGAIN: Duration = Duration::from_mins(1);
 
 impl Wanted {
-    /// Returns the time that is left. `None` if it is not limited, or if nothing is waited for.
+    /// Returns the time that is left. `None` if there is no limit, or if the program does not wait for the lock.
     pub(crate) fn remaining(&self) -> Option<Duration> {
         let limit = self.limit.filter(|limit| !limit.is_zero())?;
         Some(limit.saturating_sub(self.started.elapsed()))
     }
 
-    /// Returns how long the connections may take to close after a wait that did not acquire it: within its limit,
-    /// but long enough to cancel what the server still does for it.
+    /// Returns how long the connections may take to close after a wait that did not acquire the lock: no longer than
+    /// the limit allows, but long enough to cancel the statement that the server still executes.
     pub(crate) fn closing_limit(&self) -> Duration {
         self.remaining().map_or(CLOSING, |left| left.clamp(SLACK, CLOSING))
     }
 
-    /// Acquires it once, and draws a token. `None` if it was not free in time.
+    /// Tries once to acquire the lock, and draws a fencing token. `None` if the lock was not free in time.
     async fn attempt(&self, pool: &PgPool) -> Result<Option<Held>> {
         let key = &self.key.key;
-        // A time that is too long to count is no limit.
+        // The longest duration, which no clock can count, stands for no limit.
         let limit = self.limit.map_or(Duration::MAX, |_| self.remaining().unwrap_or_default());
         let mut slot = None;
         let guard: Option<Guard> = if let Some(permits) = self.permits {
@@ -82,7 +82,7 @@ impl Wanted {
     }
 }
 
-/// Acquires the lock, and draws a token. `None` if it was not free in time.
+/// Acquires the lock, and draws a fencing token. `None` if the lock was not free in time.
 pub(crate) async fn acquire(pool: &PgPool, wanted: &Wanted) -> Result<Option<Held>, Failure> {
     tokio::select! {
         acquired = acquire_with_retries(pool, wanted) => acquired,
@@ -102,7 +102,7 @@ async fn acquire_with_retries(pool: &PgPool, wanted: &Wanted) -> Result<Option<H
             None => attempt.await,
         };
         let error = match acquired {
-            // A script that names a standby is more likely wrong than early for a promotion.
+            // Not retried: more likely, the script names the wrong server than one that is about to be promoted.
             Err(error @ Error::Standby { .. }) => return Err(error.into()),
             Err(error) if wanted.retry && error.is_transient() => error,
             acquired => return Ok(acquired?),
@@ -128,7 +128,7 @@ fn unanswered(wanted: &Wanted) -> Failure {
     Failure::Unanswered(wanted.key.to_string(), source)
 }
 
-/// Reports, if that is wanted, which sessions are ahead.
+/// Reports at intervals which sessions hold the lock, and how many wait for it, unless the info level is disabled.
 async fn narrate(pool: &PgPool, key: &Target) -> Infallible {
     if !tracing::enabled!(tracing::Level::INFO) {
         return pending().await;
@@ -164,7 +164,7 @@ fn describe(lock: &LockInfo) -> String {
     format!("session {} ({application}) of {user}{from}", session.backend_pid)
 }
 
-/// The time of day, in UTC.
+/// Formats the time of day, in UTC.
 pub(crate) fn clock(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
     format!("{:02}:{:02}:{:02} UTC", seconds / 3600, seconds / 60 % 60, seconds % 60)

@@ -56,7 +56,7 @@ The database is that of --url, DATABASE_URL, or the variables that psql reads
 (PGHOST, PGSERVICE, …). pglock --help lists them, the forms of a key, and the
 exit codes.";
 
-/// What [`crate::database`] does with each parameter of libpq.
+/// Describes, for `--help`, what [`crate::database`] does with each parameter of libpq.
 pub(crate) const PARAMETERS_HELP: &str = "\
   honoured, in a URL, in a service file, or as a variable:
     host PGHOST, hostaddr PGHOSTADDR, port PGPORT, dbname PGDATABASE, user

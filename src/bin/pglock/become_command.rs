@@ -1,5 +1,5 @@
-//! The last step before a command runs: the process that becomes it asks the kernel to be killed when its
-//! parent dies.
+//! The last step before a command runs: the process asks the kernel to kill it when its parent dies, and becomes the
+//! command.
 //!
 //! Only the process itself can ask for that, between fork and exec, where no safe Rust code may run. So this
 //! program is run once more, and replaces itself with the command, which keeps the setting.
@@ -24,9 +24,9 @@ pub(crate) struct BecomeArgs {
     command: Vec<OsString>,
 }
 
-/// Returns what the calling thread is to run, to run `command` as its child.
+/// Returns the process that the calling thread has to spawn to run `command` as its child.
 pub(crate) fn of(command: &[OsString]) -> Command {
-    // Still this program if another one was installed in its place.
+    // This path is still this program if another version was installed in its place.
     let mut this = Command::new("/proc/self/exe");
     this.arg0("pglock").arg("become").arg("--parent").arg(process::id().to_string());
     this.arg("--").args(command);
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &BecomeArgs) -> Exit {
     if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL) {
         say(format_args!("the command will continue if pglock is killed: {error}"));
     }
-    // It may have died before the setting was made.
+    // The parent may have died before the setting was made.
     if parent_id() != args.parent {
         return Exit::Code(126);
     }
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &BecomeArgs) -> Exit {
     cannot_run(program, &error)
 }
 
-/// Reports a command that can't be run. Returns the exit code of a shell for that.
+/// Reports a command that can't be run. Returns the exit code that a shell uses for that.
 pub(crate) fn cannot_run(program: &OsString, error: &io::Error) -> Exit {
     let is_missing = error.kind() == io::ErrorKind::NotFound;
     let program = Path::new(program);

@@ -26,7 +26,7 @@ use crate::signals::{Event, Received, Signals};
 /// How a command is run.
 #[derive(Debug, Default)]
 pub(crate) struct How {
-    /// The lock, for the list of processes.
+    /// The key of the lock, which the list of processes shows.
     pub(crate) key: String,
     pub(crate) env: Vec<(&'static str, String)>,
     /// Whether to wait for all that the command has started.
@@ -50,7 +50,7 @@ pub(crate) struct Child {
 struct Pipes {
     control: PipeWriter,
     report: PipeReader,
-    /// What was below this process before, and is not the command's.
+    /// The descendants that this process had before it started the command.
     others: HashSet<Pid>,
 }
 
@@ -58,7 +58,7 @@ struct Pipes {
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) exit: Exit,
-    /// The lock was lost before.
+    /// Whether the lock was lost before the command ended.
     pub(crate) lost: bool,
     /// The signals that this process received meanwhile.
     pub(crate) received: Vec<Received>,
@@ -68,8 +68,8 @@ pub(crate) struct Ended {
 const ROUND: Duration = Duration::from_millis(20);
 
 impl Child {
-    /// Starts a command in this process group, on this terminal, with this standard input. `Err` with the exit
-    /// code if it can't be run, which was reported.
+    /// Starts a command in this process group, on this terminal, with this standard input. If the command can't be run,
+    /// reports that, and returns the exit code as the inner `Err`.
     pub(crate) fn start(
         command: &[OsString],
         how: &How,
@@ -92,11 +92,10 @@ impl Child {
         })
     }
 
-    /// Waits until the command has ended, and passes signals on to it.
+    /// Waits until the command has ended, and forwards signals to it.
     ///
-    /// If the lock is lost, all that the command has started receives SIGTERM, and SIGKILL after the grace
-    /// period; then all of it has ended when this returns. After a SIGTERM to this process, the command has the
-    /// same time.
+    /// If the lock is lost, all that the command has started receives SIGTERM, and SIGKILL after the grace period, and
+    /// has ended when this method returns. A SIGTERM to this process starts the same grace period.
     pub(crate) async fn supervise(
         mut self,
         signals: &mut Signals,
@@ -155,7 +154,7 @@ impl Child {
             match guardian::read_report(&report) {
                 Some(exit) => ended.exit = exit,
                 None if matches!(ended.exit, Exit::Signal(_)) => kill_orphans(&pipes.others).await,
-                // It could not start the command, and has reported why.
+                // The guardian could not start the command, and has reported why.
                 None => {}
             }
         }
@@ -164,7 +163,7 @@ impl Child {
 
     fn forward(&mut self, received: Received) {
         match &mut self.guardian {
-            // The guardian is in the foreground process group, too.
+            // The guardian is in the foreground process group too, and has received the signal itself.
             Some(_) if received.from_terminal => {}
             Some(pipes) => pipes.send(u8::try_from(received.signal as i32).unwrap_or_default()),
             None => forward(self.pid, received, &mut self.sender),
@@ -177,14 +176,14 @@ impl Child {
         } else {
             self.sender.send(&[self.pid], signal);
         }
-        // A stopped process does nothing.
+        // A stopped process does nothing until it is continued.
         self.sender.send(&[self.pid], Signal::SIGCONT);
     }
 }
 
 impl Pipes {
     fn send(&mut self, byte: u8) {
-        // It has ended, and its end is about to be reported.
+        // If this fails, the guardian has ended, and its end is about to be reported.
         self.control.write_all(&[byte]).ok();
     }
 }
@@ -209,13 +208,13 @@ fn start_guardian(command: &[OsString], how: &How, signals: &Signals) -> io::Res
     Ok((pid, Pipes { control: to_guardian, report: from_guardian, others }))
 }
 
-/// Lets the next process that is started have a descriptor. Returns its number.
+/// Makes a descriptor inheritable by the next process that is started. Returns its number.
 fn inherit(pipe: &(impl AsFd + AsRawFd)) -> io::Result<String> {
     fcntl(pipe, FcntlArg::F_SETFD(FdFlag::empty()))?;
     Ok(pipe.as_raw_fd().to_string())
 }
 
-/// Kills what a guardian has left that was killed itself; this process has adopted it.
+/// Kills the processes that a killed guardian has left behind. This process has adopted them.
 async fn kill_orphans(others: &HashSet<Pid>) {
     say(format_args!("the process that guards the command was killed, so all of it is killed"));
     let mut sender = Sender::default();
@@ -230,7 +229,7 @@ async fn kill_orphans(others: &HashSet<Pid>) {
     }
 }
 
-/// Starts a script of the user, which runs beside this program. Returns its process, if it could be started.
+/// Starts a script of the user, which runs beside this program. Returns its process ID if it could be started.
 pub(crate) fn start_hook(
     script: &str,
     env: &[(&'static str, String)],
@@ -245,12 +244,13 @@ pub(crate) fn start_hook(
 }
 
 impl Ended {
-    /// Whether that was meant to be the end: it received a signal to stop, or died of one that was passed on.
+    /// Returns whether the end was intended: this process received a signal to stop, or the command died of a signal
+    /// that was forwarded to it.
     pub(crate) fn is_stopped(&self) -> bool {
         self.received.iter().any(|received| received.is_stop()) || self.by_what_it_received()
     }
 
-    /// Whether it died of a signal that was passed on to it.
+    /// Returns whether the command died of a signal that was forwarded to it.
     pub(crate) fn by_what_it_received(&self) -> bool {
         self.received.iter().any(|received| self.exit == received.signal.into())
     }

@@ -1,4 +1,4 @@
-//! `pglock completions` and `pglock man`: what a package installs beside the program.
+//! `pglock completions` and `pglock man`: print the files that a package installs beside the program.
 
 use clap::{Args, CommandFactory};
 use clap_complete::{Shell, generate};

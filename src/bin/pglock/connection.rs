@@ -1,4 +1,4 @@
-//! Connecting to the database, within a limit, and taking leave of it.
+//! Connects to the database within a limit, and disconnects from it.
 
 use std::io;
 use std::time::Duration;
@@ -11,10 +11,11 @@ use crate::database::Database;
 use crate::exit::Failure;
 use crate::signals::Signals;
 
-/// How long the end of a connection may take.
+/// How long a connection may take to close.
 pub(crate) const CLOSING: Duration = Duration::from_secs(10);
 
-/// For the lock, a waiter for a permit, the heartbeat, and the question which session is ahead.
+/// The size of the pool. Its connections are for the lock, a waiter for a permit, the heartbeat, and the query for the
+/// sessions ahead.
 const CONNECTIONS: u32 = 4;
 
 impl Database {
@@ -38,13 +39,13 @@ impl Database {
         connected.map_err(|error| Failure::Connect { error, server: self.server() })
     }
 
-    /// Returns a pool, after a first connection that checks whether the server can be reached, within the limit if
-    /// that is shorter than the connect timeout.
+    /// Opens a first connection to check that the server can be reached, and returns a pool. The check takes at most
+    /// `limit` or the connect timeout, whichever is shorter.
     pub(crate) async fn pool(&self, limit: Option<Duration>) -> Result<PgPool, Failure> {
         let limit = [limit, self.connect_timeout].into_iter().flatten().min();
-        // A pool would retry until its time is over, and then report only that.
+        // A pool would retry until its timeout, and then report only the timeout.
         let first = self.connect_within(limit).await?;
-        // Detach: if it does not close in order, it is closed by its drop.
+        // Ignores the timeout, because a connection that does not close in order is closed when it is dropped.
         drop(timeout(CLOSING, first.close()).await);
         let mut pool = PgPoolOptions::new().max_connections(CONNECTIONS);
         pool = pool.acquire_timeout(self.connect_timeout.unwrap_or(Duration::from_hours(24 * 365)));
@@ -59,7 +60,7 @@ impl Database {
         self.options.get_database().unwrap_or_default()
     }
 
-    /// The address of the server, for errors: without a password.
+    /// Describes the server for error messages, without the password.
     pub(crate) fn server(&self) -> String {
         let options = &self.options;
         let (host, port) = (options.get_host(), options.get_port());
@@ -78,8 +79,8 @@ async fn check_read_write(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// Waits within the limit until what was begun on the pool is done, and closes its connections in order. A signal
-/// ends the wait.
+/// Waits until all operations that are in flight on the pool have ended, and closes its connections in order. The limit
+/// or a signal ends the wait.
 pub(crate) async fn disconnect(pool: PgPool, signals: &mut Signals, limit: Duration) {
     tokio::select! {
         biased;
@@ -88,9 +89,10 @@ pub(crate) async fn disconnect(pool: PgPool, signals: &mut Signals, limit: Durat
     }
 }
 
-/// Waits until what was begun on the pool is done, and closes its connections in order.
+/// Waits, within the limit, until all operations that are in flight on the pool have ended, and closes its connections
+/// in order.
 pub(crate) async fn close_pool(pool: PgPool, limit: Duration) {
-    // A server that does not answer closes them, too.
+    // A server that does not answer in time closes the connections on its own.
     drop(timeout(limit, pool.close()).await);
 }
 
@@ -99,7 +101,7 @@ pub(crate) async fn close(conn: PgConnection) {
     drop(timeout(CLOSING, conn.close()).await);
 }
 
-/// The error of a server that did not answer within a limit.
+/// Returns the error for a server that did not answer within a limit.
 pub(crate) fn silent(limit: Duration) -> sqlx::Error {
     let reason = format!("the server did not answer within {:.1} s", limit.as_secs_f64());
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, reason))

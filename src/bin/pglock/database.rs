@@ -1,4 +1,4 @@
-//! The database that a command works with, as libpq would find it.
+//! Finds the database that a command works with, as libpq does.
 
 mod files;
 mod parameters;
@@ -48,13 +48,13 @@ DATABASE_URL.";
 #[derive(Clone, Debug)]
 pub(crate) struct Database {
     pub(super) options: PgConnectOptions,
-    /// `None` if it is not limited.
+    /// How long connecting may take. `None` for no limit.
     pub(super) connect_timeout: Option<Duration>,
-    /// Whether only a server that accepts writes will do.
+    /// Whether the server has to accept writes.
     pub(super) read_write: bool,
 }
 
-/// The value of a parameter, and where it is from, for errors.
+/// The value of a parameter, and its source for error messages.
 #[derive(Clone, Debug)]
 struct Value {
     text: String,
@@ -86,11 +86,12 @@ impl DatabaseArgs {
 /// How long the server may take to accept a connection by default.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Collects the parameters: those of the URL, then of the service, then of the environment.
+/// Collects the parameters. Those of the URL take precedence over those of the service, and these over those of the
+/// environment.
 fn settings(url: Option<String>) -> Result<Settings, Failure> {
     let mut settings = Settings::new();
     let url = match url {
-        // A variable that is not set.
+        // The argument was probably a shell variable that is not set.
         Some(url) if url.is_empty() => return Err(Failure::Usage("--url: it is empty".to_owned())),
         Some(url) => Some((url, "--url")),
         None => variable("DATABASE_URL")?.map(|url| (url, "DATABASE_URL")),
@@ -169,7 +170,7 @@ fn options(settings: &Settings, application: &str) -> Result<PgConnectOptions, F
     };
     let dbname = text("dbname").unwrap_or(&user);
     options = options.host(&host).port(port).username(&user).database(dbname);
-    // libpq looks for the name of the host, also where it connects to an address.
+    // Like libpq, looks up the password by the name of the host, even if `hostaddr` has the address.
     let login = Login { host: text("host").unwrap_or(&host), port, dbname, user: &user };
     let password = match text("password") {
         Some(password) => Some(password.to_owned()),
@@ -179,11 +180,11 @@ fn options(settings: &Settings, application: &str) -> Result<PgConnectOptions, F
     options = encryption(settings, options, &host)?;
     let name = text("application_name").or_else(|| text("fallback_application_name"));
     let name = name.unwrap_or(application);
-    // A slow server shows otherwise, and the statements are not the user's.
+    // Otherwise, sqlx logs the statements if the server is slow, and they are not the user's.
     Ok(options.application_name(name).disable_statement_logging())
 }
 
-/// Starts with the parameter `options`, which sqlx reads only from a URL and from the environment.
+/// Returns options with the parameter `options`, which sqlx reads only from a URL and from the environment.
 fn raw_options(settings: &Settings) -> Result<PgConnectOptions, Failure> {
     let Some(value) = settings.get("options").filter(|value| value.source != "PGOPTIONS") else {
         return Ok(PgConnectOptions::new_without_pgpass());
@@ -195,7 +196,7 @@ fn raw_options(settings: &Settings) -> Result<PgConnectOptions, Failure> {
         )));
     }
     let encoded = utf8_percent_encode(&value.text, NON_ALPHANUMERIC);
-    // With a password, so that no file is read for one. All parts are replaced.
+    // The URL has a password so that sqlx reads no password file. The caller replaces all parts of the URL.
     PgConnectOptions::from_str(&format!("postgres://x:x@localhost/x?options={encoded}"))
         .map_err(|error| Failure::Usage(format!("{}: options: {error}", value.source)))
 }
@@ -236,7 +237,7 @@ fn encryption(
     let mode = settings.get("sslmode");
     let source = mode.map_or("PGREQUIRESSL", |mode| &*mode.source);
     let refuse = |why: &str| Err(Failure::Usage(format!("{source}: {why}")));
-    // What libpq finds where nothing is said.
+    // Returns the value of the parameter, or otherwise the default file of libpq if it exists.
     let found = |keyword: &str, name: &str| {
         if let Some(value) = settings.get(keyword) {
             return Some(value.text.clone());

@@ -1,4 +1,4 @@
-//! The processes below a process, as /proc of Linux shows them.
+//! Finds the descendants of a process in Linux's /proc, and sends signals to them.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 
 use crate::exit::say;
 
-/// Returns the processes below a process: its children, theirs, and so on. None where there is no /proc.
+/// Returns all descendants of a process. Returns none if there is no /proc.
 pub(crate) fn of(root: Pid) -> Vec<Pid> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -29,12 +29,12 @@ pub(crate) fn of(root: Pid) -> Vec<Pid> {
     found.drain(..).skip(1).map(Pid::from_raw).collect()
 }
 
-/// Reads the parent's id: the second field after the name, which may contain brackets and spaces.
+/// Parses the process ID of the parent, the second field after the name. The name may contain brackets and spaces.
 fn parent(stat: &str) -> Option<i32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Sends signals to processes. What can't be sent is reported once per process.
+/// Sends signals to processes. Reports a failure once per process.
 #[derive(Debug, Default)]
 pub(crate) struct Sender {
     refused: HashSet<Pid>,
@@ -47,9 +47,9 @@ impl Sender {
         for &pid in pids {
             match kill(pid, signal) {
                 Ok(()) => accepted = true,
-                // It has ended.
+                // The process has ended.
                 Err(nix::Error::ESRCH) => {}
-                // It belongs to another user, such as a process that sudo(8) has started.
+                // The process belongs to another user, for example because sudo(8) has started it.
                 Err(error) => {
                     if self.refused.insert(pid) {
                         say(format_args!("cannot send {signal} to process {pid}: {error}"));

@@ -1,4 +1,4 @@
-//! `pglock doctor`: whether locks mean anything on a server.
+//! `pglock doctor`: checks whether locks exclude other sessions on a server.
 
 use clap::Args;
 use pglock::LockOptions;

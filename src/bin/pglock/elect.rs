@@ -1,4 +1,4 @@
-//! `pglock elect`: a command that runs on one machine, as long as that leads.
+//! `pglock elect`: runs a command on one machine at a time, while that machine leads.
 
 use std::ffi::OsString;
 use std::future::poll_fn;
@@ -125,7 +125,7 @@ pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit,
     if !args.observe && args.observing.is_given() {
         return Err(Failure::Usage("--json and --hook are for --observe".to_owned()));
     }
-    // First, because it removes a file that an earlier process has left.
+    // This is first, because it removes a file that an earlier process has left.
     let ready = (!args.observe).then(|| Readiness::new(args.ready_file.clone(), &args.key));
     let verb = if args.observe { "observe" } else { "elect" };
     let database = database.database(&application(verb, &args.key.text, args.command.first()))?;
@@ -146,7 +146,8 @@ pub(crate) async fn run(args: ElectArgs, database: DatabaseArgs) -> Result<Exit,
     ended
 }
 
-/// A candidate that a signal stops has done what it should; a list that a signal ends is cut off.
+/// Returns the exit code after a signal to stop: success for a candidate, which has done its job, but the signal for an
+/// observer, whose list is cut off.
 fn stopped(observes: bool, signal: Signal) -> Exit {
     if observes { signal.into() } else { Exit::FINE }
 }
@@ -158,16 +159,16 @@ async fn run_on(
     ready: Readiness,
 ) -> Result<Exit, Failure> {
     let name = args.name.clone().unwrap_or_else(host);
-    // The command has a grace period of its own.
+    // The election does not limit its grace period, because `supervise` ends the command after its own.
     let mut election = Election::new(pool, &args.key.key).candidate(name).grace(Duration::MAX);
     let status = election.status();
-    // How to exit, once that is known.
+    // The exit code of the program, once it is known.
     let exit = OnceLock::new();
     let stop = poll_fn(|cx| {
         if exit.get().is_some() {
             return Poll::Ready(());
         }
-        // A command that runs has them.
+        // While a command runs, its supervision holds the signals.
         signals.try_lock().map_or(Poll::Pending, |mut signals| signals.poll_stop(cx).map(|_| ()))
     });
     let failed = AtomicU8::new(0);
@@ -189,7 +190,7 @@ async fn run_on(
                     if !matches!(ended, Exit::Code(126 | 127)) {
                         failed.store(0, Ordering::Relaxed);
                     }
-                    // The pause before the next term grows.
+                    // An error makes the pause before the next term grow.
                     let failure = || Err(format!("the command ended with {ended}"));
                     return if ended.is_success() { Ok(()) } else { failure() };
                 }
@@ -212,7 +213,7 @@ async fn run_on(
     exit.into_inner().unwrap_or(Ok(Exit::FINE))
 }
 
-/// Reports why no campaign succeeds: once, and again when something else is wrong.
+/// Reports why no campaign succeeds, each time that the reason changes.
 async fn report(mut status: LeaderStatus) {
     loop {
         match status.changed().await {
@@ -221,13 +222,13 @@ async fn report(mut status: LeaderStatus) {
                 say(format_args!("retrying every second"));
             }
             LeaderState::Waiting => tracing::info!("waiting to be elected"),
-            // Its start and end are reported where the command is run.
+            // `lead` reports the start and the end of a term.
             LeaderState::Failing { .. } | LeaderState::Idle | LeaderState::Leading { .. } | _ => {}
         }
     }
 }
 
-/// What has ended with a command.
+/// What ends with a command: the whole program, or only the term.
 enum Ended {
     Program(Exit),
     Term(Exit),
@@ -242,7 +243,7 @@ async fn lead(
 ) -> Result<Ended, Failure> {
     let term = leadership.term();
     say(format_args!("elected, term {term}"));
-    // From now on, signals are for the command.
+    // A signal that has arrived until now can end the program; from now on, signals are for the command.
     while let Some(received) = signals.try_next() {
         if received.is_stop() || received.is_hang_up() {
             return Ok(Ended::Program(Exit::FINE));
@@ -256,7 +257,7 @@ async fn lead(
         grace: args.grace,
         remove: args.ready_file.clone(),
     };
-    // Before that, so that no command is ended because this fails.
+    // Called before the command starts, so that a failure here does not end a running command.
     ready.leads(term)?;
     let ended = match Child::start(&args.command, &how, signals)? {
         Ok(child) => {
@@ -270,7 +271,7 @@ async fn lead(
         Err(exit) => child::Ended { exit, lost: false, received: Vec::new() },
     };
     let lost = ended.lost || {
-        // It may have been lost without a notice.
+        // The leadership may have been lost without a notification.
         leadership.verify().await.inspect_err(|error| complain(error)).is_err()
     };
     say(format_args!("term {term} is over; the command ended with {}", ended.exit));

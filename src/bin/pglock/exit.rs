@@ -13,7 +13,7 @@ const UNAVAILABLE: u8 = 69;
 /// The operating system refuses something. `EX_OSERR`.
 const SYSTEM: u8 = 71;
 
-/// A lock would mean nothing there. `EX_CONFIG`.
+/// A lock would exclude nothing on the server. `EX_CONFIG`.
 const CONFIGURATION: u8 = 78;
 
 /// The lock was lost while the command ran.
@@ -23,31 +23,32 @@ pub(crate) const LOST: u8 = 125;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Exit {
     Code(u8),
-    /// As for a process that this signal has ended.
+    /// Exits like a process that this signal has ended.
     Signal(i32),
 }
 
 impl Exit {
     pub(crate) const FINE: Self = Self::Code(0);
 
-    /// The command line or the environment is wrong. As clap has it.
+    /// The command line or the environment is wrong. clap uses the same code.
     pub(crate) const USAGE: Self = Self::Code(2);
 
-    /// The command or the wait succeeded.
+    /// Returns whether the command or the wait succeeded.
     pub(crate) fn is_success(self) -> bool {
         self == Self::FINE
     }
 
     /// Ends the program.
     ///
-    /// With the number that a shell uses for its commands. Only SIGINT really ends it, because a shell that runs
-    /// a loop ends the loop only then. The first process of a container can't be ended by a signal.
+    /// For a signal, returns the exit code that a shell reports for its commands. Only SIGINT really ends the process,
+    /// because a shell that runs a loop ends the loop only then. The first process of a container can't be ended by a
+    /// signal.
     pub(crate) fn leave(self) -> ExitCode {
         match self {
             Self::Code(code) => ExitCode::from(code),
             Self::Signal(signal) => {
                 if signal == Signal::SIGINT as i32 && process::id() != 1 {
-                    // It does not return, and if it does, the number says the same.
+                    // This does not return. If it does, the exit code below has the same meaning.
                     drop(signal_hook::low_level::emulate_default_handler(signal));
                 }
                 ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX))
@@ -95,15 +96,15 @@ impl From<Failure> for Exit {
 /// Why the program did not do what it was asked for.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// No connection, and to which server.
+    /// The connection to this server failed.
     Connect {
         error: sqlx::Error,
         server: String,
     },
     Lock(pglock::Error),
-    /// What could not be done, and what the operating system returned.
+    /// The operation that failed, and the error of the operating system.
     System(&'static str, io::Error),
-    /// For which lock, and within which limit.
+    /// The server did not answer in time whether this lock is free. The error contains the limit.
     Unanswered(String, sqlx::Error),
     /// The command line or the environment is wrong.
     Usage(String),
@@ -145,7 +146,7 @@ impl From<pglock::Error> for Failure {
     }
 }
 
-/// Prints on standard output. Returns whether it is still read: `head` has seen enough sooner.
+/// Prints on standard output. Returns `false` if the reader has closed it, as `head` does.
 pub(crate) fn print(text: &[u8]) -> Result<bool, Failure> {
     match stdout().write_all(text).and_then(|()| stdout().flush()) {
         Ok(()) => Ok(true),
@@ -159,15 +160,15 @@ pub(crate) fn complain(error: &dyn Error) {
     say(format_args!("{}", chain(error)));
 }
 
-/// An error and its causes, in one line.
+/// Formats an error and its causes, in one line.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        // Otherwise with the line of the server's source code.
+        // Uses only the message, because sqlx's text of a database error has the line of the server's source code too.
         let database = error.downcast_ref().and_then(sqlx::Error::as_database_error);
         let reason = database.map_or_else(|| error.to_string(), |error| error.message().to_owned());
-        // Some errors of others repeat their cause.
+        // Some errors of other crates already contain their cause.
         if !line.ends_with(&reason) {
             line = format!("{line}: {reason}");
         }
@@ -176,8 +177,8 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     line
 }
 
-/// Prints a line on standard error. It is no failure if that is closed.
+/// Prints a line on standard error. Ignores a failure, because standard error may be closed.
 pub(crate) fn say(what: fmt::Arguments<'_>) {
-    // In one piece, so that the lines of several processes do not mix.
+    // Written in one piece, so that the lines of several processes do not mix.
     drop(stderr().write_all(format!("pglock: {what}\n").as_bytes()));
 }

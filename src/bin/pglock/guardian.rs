@@ -1,12 +1,12 @@
-//! The guardian: a process between `pglock` and the command, which ends all that the command has started.
+//! The guardian, a process that runs between `pglock` and the command, and ends all that the command has started.
 //!
 //! ```text
 //! pglock          holds the lock; if it is killed, the guardian reads the end of the control pipe
 //! └─ guardian     adopts orphans of the command, so all that the command starts stays below it
-//!    └─ command   is killed by the kernel if the guardian is
+//!    └─ command   is killed by the kernel if the guardian dies
 //! ```
 //!
-//! `pglock` adopts what the guardian leaves behind if that one is killed. See [`Child`](crate::child::Child).
+//! If the guardian is killed, `pglock` adopts the processes that it leaves behind. See [`Child`](crate::child::Child).
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -50,23 +50,25 @@ pub(crate) struct GuardianArgs {
     command: Vec<OsString>,
 }
 
-/// Sends SIGTERM to all that the command has started, and waits for all of it. Other bytes are signals.
+/// The control byte that makes the guardian send SIGTERM to all that the command has started, and wait for all of it.
+/// Bytes other than this and [`KILL`] are the numbers of signals to forward.
 pub(crate) const END: u8 = b'E';
 
-/// Kills all that the command has started, and waits for all of it.
+/// The control byte that makes the guardian kill all that the command has started, and wait for all of it.
 pub(crate) const KILL: u8 = b'K';
 
-/// How long to wait between two rounds of killing at first: a process may start another one meanwhile.
+/// The first pause between two rounds of killing. There are several, because a process may start another one meanwhile.
 const FIRST_ROUND: Duration = Duration::from_millis(20);
 
-/// And at last: a process of another user does not accept the signal.
+/// The longest pause between two rounds. Killing may take forever, because a process of another user does not accept
+/// the signal.
 const LAST_ROUND: Duration = Duration::from_secs(1);
 
 /// A guardian that runs its command.
 struct Guardian {
     command: Pid,
     signals: Signals,
-    /// The bytes from pglock; closed if that has died.
+    /// The bytes from pglock; the channel is closed if pglock has died.
     control: UnboundedReceiver<u8>,
     sender: Sender,
     jobs: Jobs,
@@ -80,13 +82,13 @@ pub(crate) async fn run(args: GuardianArgs) -> Result<Exit, Failure> {
 
         set_child_subreaper(true)
             .map_err(|error| Failure::System("cannot adopt orphans", error.into()))?;
-        // Not found by `pkill pglock`: it has to outlive pglock.
+        // Renamed so that `pkill pglock` does not find the guardian, which has to outlive pglock.
         set_name(c"lock-guardian").ok();
     }
     let signals = Signals::listen_with_job()?;
     let control = File::open(inherited(args.control)).map_err(no_pipe)?;
     let report = OpenOptions::new().write(true).open(inherited(args.report)).map_err(no_pipe)?;
-    // The command does not get them: those that were opened are closed by its exec.
+    // The command inherits no pipe: the original descriptors are closed here, the reopened ones by its exec.
     for descriptor in [args.control, args.report] {
         close(descriptor).map_err(|error| no_pipe(error.into()))?;
     }
@@ -105,7 +107,7 @@ pub(crate) async fn run(args: GuardianArgs) -> Result<Exit, Failure> {
     Ok(Exit::FINE)
 }
 
-/// Where a descriptor of this process can be opened again, as one that is owned.
+/// Returns the path by which a descriptor of this process can be reopened as an owned one.
 fn inherited(descriptor: i32) -> String {
     format!("/proc/self/fd/{descriptor}")
 }
@@ -124,7 +126,8 @@ fn listen(mut control: File) -> UnboundedReceiver<u8> {
 }
 
 impl Guardian {
-    /// Does what pglock asks for until all has ended. Returns `false` if pglock died before.
+    /// Executes the orders of pglock until the command has ended, or with `wait_for_all`, until all that it has started
+    /// has ended. Returns `false` if pglock died before.
     async fn serve(&mut self, mut wait_for_all: bool) -> bool {
         let mut has_ended = false;
         for received in self.signals.received_until_now().await {
@@ -139,7 +142,7 @@ impl Guardian {
                         wait_for_all = true;
                         let all = descendants::of(Pid::this());
                         self.sender.send(&all, Signal::SIGTERM);
-                        // A stopped process takes no other signal.
+                        // A stopped process does not handle SIGTERM until it is continued.
                         self.sender.send(&all, Signal::SIGCONT);
                     }
                     Some(KILL) => {
@@ -170,7 +173,7 @@ impl Guardian {
                             return true;
                         }
                     }
-                    // pglock sends its signals through the pipe.
+                    // Ignores a signal that is not from the terminal, because pglock forwards its own through the pipe.
                     Event::Ended(..) | Event::Received(_) | Event::Stopped(_) | Event::UntilNow => {}
                     Event::NoChildren => return true,
                 },
@@ -178,7 +181,8 @@ impl Guardian {
         }
     }
 
-    /// Kills all descendants, and waits until they have ended; forever, or until none accepts signals.
+    /// Kills all descendants, and waits until they have ended. With `may_leave`, also returns when none of them accepts
+    /// the signal.
     async fn kill_all(&mut self, may_leave: bool) {
         let mut interval = FIRST_ROUND;
         loop {
@@ -203,7 +207,7 @@ impl Guardian {
         }
     }
 
-    /// Passes a signal on to the command, or if that has ended, to all that it has left behind.
+    /// Forwards a signal to the command, or if the command has ended, to all processes that it has left behind.
     fn forward(&mut self, received: Received, has_ended: bool) {
         if !has_ended {
             return forward(self.command, received, &mut self.sender);
@@ -223,7 +227,7 @@ impl Guardian {
     }
 }
 
-/// Reads how the command has ended. `None` if the guardian died before.
+/// Parses the guardian's report of how the command has ended. `None` if the guardian died before that.
 pub(crate) fn read_report(report: &str) -> Option<Exit> {
     match report.trim_end().split_once(' ')? {
         ("code", code) => code.parse().ok().map(Exit::Code),
@@ -232,10 +236,10 @@ pub(crate) fn read_report(report: &str) -> Option<Exit> {
     }
 }
 
-/// Passes a signal on to a child, unless it has received it already.
+/// Forwards a signal to a child, unless the child has already received it.
 ///
-/// A key of the terminal sends its signal to the foreground process group. A child that has left that group, as
-/// timeout(1) and setsid(1) do, gets the signal with all of its own group.
+/// A key of the terminal sends its signal to the foreground process group. If the child leads a process group of its
+/// own, as timeout(1) and setsid(1) do, that whole group gets the signal.
 pub(crate) fn forward(child: Pid, received: Received, sender: &mut Sender) {
     use nix::unistd::{getpgid, getpgrp};
 

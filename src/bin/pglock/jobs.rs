@@ -1,5 +1,5 @@
-//! Job control of a terminal: the guardian stops and continues with `pglock`, and takes all below it along. While
-//! `pglock` is stopped, it can't notice a loss, so nothing may work under the lock.
+//! Job control of a terminal: the guardian stops and continues with `pglock`, and stops and continues its descendants.
+//! While `pglock` is stopped, it can't detect a loss, so no process may work under the lock.
 
 use std::fs::File;
 use std::io;
@@ -9,17 +9,17 @@ use nix::unistd::{Pid, getpgid, getpgrp, getppid, tcgetpgrp, tcsetpgrp};
 
 use crate::descendants::{self, Sender};
 
-/// What was stopped, and is to be continued.
+/// The processes that were stopped and have to be continued.
 #[derive(Debug, Default)]
 pub(crate) struct Jobs {
     stopped: Vec<Pid>,
-    /// The process group that had the terminal.
+    /// The process group that was in the foreground before the command stopped.
     foreground: Option<Pid>,
 }
 
 impl Jobs {
-    /// ^Z was pressed: it stops the foreground process group, and `pglock` is a part of that. Stops what has left the
-    /// group, as timeout(1) and setsid(1) do, and then this process.
+    /// Handles ^Z, which stops the foreground process group with `pglock` in it. Stops the descendants that have left
+    /// the group, as timeout(1) and setsid(1) do, and then this process.
     pub(crate) fn stop(&mut self, sender: &mut Sender) {
         let group = getpgrp();
         self.stopped = descendants::of(Pid::this());
@@ -28,8 +28,8 @@ impl Jobs {
         raise(Signal::SIGSTOP).ok();
     }
 
-    /// The command has been stopped. If it is a shell that had the terminal for itself, nothing else would stop
-    /// `pglock`, and no key would reach it.
+    /// Handles a stop of the command. If the command is a shell that had the terminal for itself, stops `pglock` and
+    /// this process, because nothing else would stop `pglock`, and no key would reach it.
     pub(crate) fn command_has_stopped(&mut self, command: Pid, sender: &mut Sender) {
         let group = getpgrp();
         if let Ok(terminal) = terminal()
@@ -44,7 +44,7 @@ impl Jobs {
         }
     }
 
-    /// The job continues, in the foreground or not.
+    /// Continues the job, in the foreground or in the background.
     pub(crate) fn resume(&self, sender: &mut Sender) {
         if let Some(group) = self.foreground
             && let Ok(terminal) = terminal()
@@ -56,18 +56,18 @@ impl Jobs {
     }
 }
 
-/// The terminal of this process, if it has one.
+/// Opens the terminal of this process, if it has one.
 fn terminal() -> io::Result<File> {
     File::open("/dev/tty")
 }
 
-/// Makes a process group the one that the terminal's keys reach. For a process in the background, this takes a blocked
-/// signal.
+/// Makes a process group the foreground group of the terminal. A process in the background has to block SIGTTOU for
+/// this.
 fn give(terminal: &File, group: Pid) {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTTOU);
     if signals.thread_block().is_ok() {
-        // The group may have gone.
+        // The group may have ended.
         tcsetpgrp(terminal, group).ok();
         signals.thread_unblock().ok();
     }

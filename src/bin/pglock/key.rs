@@ -1,4 +1,4 @@
-//! `pglock key`: the numbers that a name is locked by.
+//! `pglock key`: shows the numbers that various programs lock for a name.
 
 use clap::Args;
 

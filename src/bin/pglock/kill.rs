@@ -125,7 +125,8 @@ async fn kill(
     }
 }
 
-/// Finds the session that holds a lock. `Err` if there is not exactly one, which is reported.
+/// Finds the session that holds a lock. Unless exactly one session does, reports that and returns the exit code as the
+/// inner `Err`.
 async fn holder(
     target: &Target,
     database: &Database,
@@ -156,7 +157,7 @@ async fn locks_of(conn: &mut PgConnection, pid: i32) -> Result<Vec<LockInfo>, Fa
     Ok(locks)
 }
 
-/// Waits until the session holds nothing any more.
+/// Waits until the session no longer holds or waits for a lock.
 async fn wait(conn: &mut PgConnection, session: &Session) -> Result<Exit, Failure> {
     let started = Instant::now();
     let is_there = |lock: &LockInfo| {
@@ -172,7 +173,7 @@ async fn wait(conn: &mut PgConnection, session: &Session) -> Result<Exit, Failur
             return Ok(NOT_ENDED);
         }
         sleep(pause).await;
-        // Each look stops the server's lock table for a moment.
+        // Each query of `pg_locks` blocks the server's lock table for a moment.
         pause = Duration::from_secs(1).min(2 * pause);
     }
     say(format_args!("session {} is ended", session.backend_pid));

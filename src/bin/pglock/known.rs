@@ -1,4 +1,4 @@
-//! Keys that other tools lock, by the names of the tools.
+//! The keys that other tools are known to lock, and the names of these tools.
 
 use pglock::{Key, interop};
 use sqlx::postgres::PgAdvisoryLockKey;
@@ -10,10 +10,10 @@ const FIXED: [(i64, &str); 3] = [
     (interop::PRISMA_MIGRATE, "Prisma Migrate"),
 ];
 
-/// The letters of its name; Flyway adds the hash of its table, which is an `int`.
+/// The letters of Flyway's name as a number, to which Flyway adds the hash of its table, an `int`.
 const FLYWAY: i64 = i64::from_be_bytes(*b"\0\0Flyway");
 
-/// The tools that lock a number made from the name of the database, with their default settings.
+/// The keys that tools with default settings derive from the name of the database.
 #[derive(Debug)]
 pub(crate) struct Tools([Key; 3]);
 
@@ -26,7 +26,7 @@ impl Tools {
         ])
     }
 
-    /// Names the tool that locks a key, if it is known.
+    /// Returns the name of the tool that locks a key, if the key is known.
     pub(crate) fn name(&self, key: &Key) -> Option<&str> {
         let PgAdvisoryLockKey::BigInt(number) = PgAdvisoryLockKey::from(key) else { return None };
         if let Some((_, name)) = FIXED.iter().find(|(fixed, _)| *fixed == number) {

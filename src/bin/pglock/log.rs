@@ -1,4 +1,4 @@
-//! Warnings of the library and of sqlx, and with `-v` what the program does, on standard error.
+//! Logs to standard error: the warnings of the library and of sqlx, and with `-v` what the program does.
 
 use std::fmt;
 use std::io::stderr;
@@ -11,10 +11,11 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer as _, Registry, filter};
 
-/// Losses and failed terms, which the program reports itself.
+/// The targets of warnings that the program reports itself: losses and failed terms.
 const REPORTED: [&str; 2] = ["pglock::session", "pglock::election"];
 
-/// Prints events from now on: warnings, with one `-v` what the program does, with two all of the library.
+/// Starts printing events: warnings; with one `-v`, also what the program does; with two, also the debug events of the
+/// library.
 pub(crate) fn start(verbosity: u8) {
     let wanted = move |metadata: &Metadata<'_>| match verbosity {
         0 => *metadata.level() <= Level::WARN && !REPORTED.contains(&metadata.target()),
@@ -25,11 +26,11 @@ pub(crate) fn start(verbosity: u8) {
         }
     };
     let lines = Layer::default().event_format(Lines).with_ansi(false).with_writer(stderr);
-    // It is the only one.
+    // This can't fail, because the program sets no other subscriber.
     Registry::default().with(lines.with_filter(filter::filter_fn(wanted))).try_init().ok();
 }
 
-/// One line each, as the program prints its own.
+/// Formats each event as one line, like the messages that the program prints itself.
 struct Lines;
 
 impl<S, N> FormatEvent<S, N> for Lines

@@ -69,7 +69,7 @@ pub(crate) async fn run(args: LsArgs, database: DatabaseArgs) -> Result<Exit, Fa
     Ok(Exit::FINE)
 }
 
-/// Prints the list again and again, until it is not read any more.
+/// Prints the list at each interval until the reader of standard output closes it.
 async fn repeat(
     database: &Database,
     keys: &[Key],
@@ -92,7 +92,7 @@ async fn repeat(
     }
 }
 
-/// Returns the locks, under the names that are known.
+/// Returns all locks, with a name for each that matches one of `keys`.
 pub(crate) async fn locks(conn: &mut PgConnection, keys: &[Key]) -> Result<Vec<LockInfo>, Failure> {
     let mut locks = inspect::locks(conn).await?;
     inspect::name_keys(&mut locks, keys);

@@ -1,7 +1,7 @@
 //! The program `pglock`: locks for a shell.
 //!
-//! One file per command; what several commands need is in files of its own. All that it knows about PostgreSQL's
-//! locks, it knows from the library.
+//! Each command has a file of its own; code that several commands share is in separate files. The program accesses
+//! PostgreSQL's locks only through the library.
 
 mod args;
 mod run;
@@ -43,13 +43,14 @@ use exit::{Exit, Failure};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log::start(cli.verbose);
-    // On this thread, because a child that is killed with its parent is killed with the thread that made it.
+    // Uses a current-thread runtime, because the kernel kills a child with `PR_SET_PDEATHSIG` when the thread that
+    // created it exits.
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return Exit::from(Failure::System("cannot start", error)).leave(),
     };
     let ended = runtime.block_on(start(cli));
-    // Not waiting for a name server that does not answer.
+    // Does not wait for a name server that does not answer.
     runtime.shutdown_background();
     ended.unwrap_or_else(Exit::from).leave()
 }

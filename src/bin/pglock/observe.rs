@@ -1,4 +1,4 @@
-//! `pglock elect --observe`: each change of the leader.
+//! `pglock elect --observe`: prints each change of the leader.
 
 use std::time::SystemTime;
 
@@ -26,13 +26,14 @@ pub(crate) struct ObserveArgs {
 }
 
 impl ObserveArgs {
-    /// clap can't say that they need --observe, because that conflicts with a command.
+    /// Returns whether one of these arguments is given. clap can't require --observe for them, because --observe
+    /// conflicts with a command.
     pub(crate) fn is_given(&self) -> bool {
         self.json || self.hook.is_some()
     }
 }
 
-/// Prints each change until a signal ends it, or the output is not read any more.
+/// Prints each change until the program receives a signal, or the reader of standard output closes it.
 pub(crate) async fn run(
     pool: &PgPool,
     signals: &mut Signals,
@@ -73,7 +74,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Runs the hook. Returns how to exit, if a signal asks for that.
+/// Runs the hook. Returns the exit code if the program receives a signal meanwhile.
 async fn run_hook(
     script: &str,
     key: &Target,

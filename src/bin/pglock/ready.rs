@@ -1,4 +1,4 @@
-//! Shows that a candidate leads: to systemd, and by a file.
+//! Reports whether a candidate leads, to systemd and with a file.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use sd_notify::NotifyState;
 use crate::exit::{Failure, say};
 use crate::target::Target;
 
-/// The state of a candidate, for others.
+/// Publishes the state of a candidate.
 ///
 /// # Drop
 ///
@@ -20,7 +20,7 @@ pub(crate) struct Readiness {
 }
 
 impl Readiness {
-    /// Shows that the candidate waits. Removes a file that an earlier process has left.
+    /// Reports that the candidate waits, and removes a file that an earlier process has left.
     pub(crate) fn new(file: Option<PathBuf>, key: &Target) -> Self {
         let this = Self { file, key: key.text.clone() };
         this.waits();
@@ -54,7 +54,7 @@ impl Drop for Readiness {
 }
 
 fn notify(state: &[NotifyState<'_>]) {
-    // It does nothing without systemd.
+    // Without systemd, `sd_notify::notify` does nothing.
     if let Err(error) = sd_notify::notify(state) {
         say(format_args!("cannot notify systemd: {error}"));
     }

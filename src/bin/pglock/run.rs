@@ -1,4 +1,4 @@
-//! `pglock run`: a command that runs while a lock is held.
+//! `pglock run`: runs a command while it holds a lock.
 
 use std::ffi::OsString;
 use std::future::poll_fn;
@@ -155,7 +155,7 @@ pub(crate) async fn run(mut args: RunArgs, database: DatabaseArgs) -> Result<Exi
     ended
 }
 
-/// Waits for the lock. The inner `Err` is how to exit if it was not acquired.
+/// Waits for the lock. The inner `Err` is the exit code if the lock was not acquired.
 async fn wait(
     pool: &PgPool,
     signals: &mut Signals,
@@ -179,7 +179,7 @@ async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<E
     tracing::info!("acquired {}, token {token}", args.key);
     let mut env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", token.to_string())];
     env.extend(slot.map(|slot| ("PGLOCK_SLOT", slot.to_string())));
-    // From now on, signals are for the command.
+    // A signal that has arrived until now ends the program; from now on, signals are for the command.
     if let Some(received) = signals.try_next() {
         guard.release().await?;
         return Ok(received.signal.into());
@@ -203,15 +203,15 @@ async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<E
     if ended.lost {
         return Ok(Exit::Code(LOST));
     }
-    // Those until now were for the command.
+    // The signals until now were for the command.
     while signals.try_next().is_some() {}
     let mut releasing = pin!(guard.release());
-    // It may have been lost without a notice.
+    // The release also detects a loss that was not notified.
     let released = tokio::select! {
         biased;
         released = &mut releasing => released,
         received = poll_fn(|cx| signals.poll_stop(cx)) => {
-            // A server that does not answer is not waited for against the user's will.
+            // After a signal to stop, does not wait long for a server that does not answer.
             match timeout(SLACK, releasing).await {
                 Ok(released) => released,
                 Err(_) => return Ok(received.signal.into()),
@@ -243,7 +243,7 @@ impl RunArgs {
     }
 }
 
-/// Thirty years. The sum of a point in time and the longest duration overflows.
+/// The longest time that the command line accepts: thirty years. An `Instant` plus the longest `Duration` overflows.
 pub(crate) const LONGEST: Duration = Duration::from_secs(1_000_000_000);
 
 /// Reads a time in seconds from the command line.

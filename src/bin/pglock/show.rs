@@ -15,7 +15,7 @@ use crate::table;
 use crate::target::Target;
 use crate::tree::{self, Row};
 
-/// What `--json` prints, for the help of each command that has it.
+/// Describes the output of `--json`, for the help of each command that has it.
 pub(crate) const JSON: &str = "\
 With --json the output is an array of locks; later versions may add to it, and
 take nothing away:
@@ -51,7 +51,7 @@ pub(crate) struct Names {
 }
 
 impl Names {
-    /// Returns the keys that are made from these names, by any of the known schemes.
+    /// Returns the keys that the known schemes derive from these names.
     pub(crate) fn keys(&self) -> Result<Vec<Key>, Failure> {
         let text = match &self.file {
             Some(file) => fs::read_to_string(file).map_err(|error| {
@@ -66,7 +66,7 @@ impl Names {
     }
 }
 
-/// The ways to make a key of a name, and the names of these.
+/// Returns the keys that the known schemes derive from a name, each with the name of its scheme.
 pub(crate) fn schemes(name: &str) -> [(&'static str, Key); 12] {
     [
         ("pglock, sqlx", Key::from(name)),
@@ -84,7 +84,7 @@ pub(crate) fn schemes(name: &str) -> [(&'static str, Key); 12] {
     ]
 }
 
-/// A key as it is written on the command line, without its name.
+/// Formats a key as it is written on the command line, without its name.
 pub(crate) fn written(key: &Key) -> String {
     match PgAdvisoryLockKey::from(key) {
         PgAdvisoryLockKey::BigInt(number) => number.to_string(),
@@ -93,7 +93,7 @@ pub(crate) fn written(key: &Key) -> String {
     }
 }
 
-/// Where `pg_locks` shows a key: classid, objid, objsubid.
+/// Returns the numbers that `pg_locks` shows for a key: classid, objid, objsubid.
 pub(crate) fn place(key: &Key) -> Option<[u64; 3]> {
     match PgAdvisoryLockKey::from(key) {
         PgAdvisoryLockKey::BigInt(number) => {
@@ -111,7 +111,7 @@ pub(crate) fn place(key: &Key) -> Option<[u64; 3]> {
 pub(crate) const HEADLINE: [&str; 8] =
     ["KEY", "MODE", "PID", "USER", "APPLICATION", "CLIENT", "STATE", "SESSION"];
 
-/// The locks as a table, in which waiters are below those that they wait for.
+/// Formats the locks as a table, in which each waiter is below the session that it waits for.
 pub(crate) fn table(locks: &[LockInfo], database: &str, width: Option<usize>) -> String {
     let tools = Tools::of(database);
     let rows: Vec<_> = tree::tree(locks).iter().map(|row| cells(row, &tools)).collect();
@@ -121,7 +121,7 @@ pub(crate) fn table(locks: &[LockInfo], database: &str, width: Option<usize>) ->
 /// Warns if the role may see the locks, but not all of their sessions.
 pub(crate) fn warn_of_hidden(locks: &[LockInfo]) {
     let mut sessions = locks.iter().filter_map(|lock| lock.session.as_ref());
-    // Its own session, and those of its role, are always visible.
+    // A role always sees its own sessions, this one included.
     if sessions.any(|session| session.started_at.is_none()) {
         say(format_args!(
             "this role may not see all of the sessions of other roles (shown as ?); grant it pg_read_all_stats"
@@ -134,10 +134,11 @@ fn name<'k>(key: &'k Key, tools: &'k Tools) -> Option<&'k str> {
     key.name().or_else(|| tools.name(key))
 }
 
-/// When an idle holder counts as silent. One that uses pglock sends a heartbeat every 2 s by default.
+/// How long a holder has to be idle to count as silent. A holder that uses pglock sends a heartbeat every 2 s by
+/// default.
 const SILENT: Duration = Duration::from_mins(1);
 
-/// The state of a holder's session, and how long it lasts.
+/// Describes the state of a holder's session, and how long the session has been in it.
 fn describe(state: &str, lasts: Option<Duration>) -> String {
     match lasts {
         Some(lasts) if state == "idle" && lasts >= SILENT => format!("silent {}", age(lasts)),
@@ -146,7 +147,7 @@ fn describe(state: &str, lasts: Option<Duration>) -> String {
     }
 }
 
-/// Whether the command line takes this text for a name, and this one.
+/// Returns whether the command line would parse this text as this very name.
 fn is_read_as_it_is(name: &str) -> bool {
     name.parse::<Target>().is_ok_and(|target| target.key.name() == Some(name))
 }
@@ -195,7 +196,7 @@ pub(crate) fn cells(row: &Row<'_>, tools: &Tools) -> [String; 8] {
     ]
 }
 
-/// An empty cell would not be seen as one.
+/// Replaces an empty text with a dash, because an empty cell is not recognizable as one.
 fn or_dash(text: String) -> String {
     if text.is_empty() { "-".to_owned() } else { text }
 }
@@ -203,13 +204,13 @@ fn or_dash(text: String) -> String {
 fn client(session: &Session) -> String {
     match &session.client_addr {
         Some(address) => address.clone(),
-        // A role that may see when it was started may see the address, too.
+        // A role that sees when the session was started would also see its address.
         None if session.started_at.is_some() => "local".to_owned(),
         None => "?".to_owned(),
     }
 }
 
-/// A time in the largest of its units.
+/// Formats a duration in the largest unit that fits.
 fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     match seconds {
@@ -220,7 +221,7 @@ fn age(age: Duration) -> String {
     }
 }
 
-/// The locks as [`JSON`] says.
+/// Returns the locks in the format that [`JSON`] describes.
 pub(crate) fn json(locks: &[LockInfo], database: &str) -> Value {
     let tools = Tools::of(database);
     let as_json = |lock: &LockInfo| {

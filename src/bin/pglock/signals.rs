@@ -28,10 +28,10 @@ const HEARD: [Signal; 6] = [
     Signal::SIGUSR2,
 ];
 
-/// Those of a job that is stopped and continued from a terminal.
+/// The signals that stop and continue a job from a terminal.
 const JOB: [Signal; 2] = [Signal::SIGTSTP, Signal::SIGCONT];
 
-/// What happens to a process that runs a command.
+/// An event in a process that runs a command.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
     /// A child process has ended, and was reaped.
@@ -40,7 +40,7 @@ pub(crate) enum Event {
     Stopped(Pid),
     /// This process has no children any more.
     NoChildren,
-    /// All that was received before [`Signals::received_until_now`] was called has been reported.
+    /// All signals that arrived before [`Signals::received_until_now`] was called have been reported.
     UntilNow,
     Received(Received),
 }
@@ -49,31 +49,31 @@ pub(crate) enum Event {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Received {
     pub(crate) signal: Signal,
-    /// The kernel sent it for the terminal, to the whole foreground process group.
+    /// Whether the kernel sent it for the terminal, to the whole foreground process group.
     pub(crate) from_terminal: bool,
 }
 
 impl Received {
-    /// Whether it asks a process to end.
+    /// Returns whether the signal asks a process to end.
     pub(crate) fn is_stop(self) -> bool {
         matches!(self.signal, Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM)
     }
 
-    /// Whether it ends a process that has no configuration to read again.
+    /// Returns whether the signal is SIGHUP, which ends a process that has no configuration to reload.
     pub(crate) fn is_hang_up(self) -> bool {
         self.signal == Signal::SIGHUP
     }
 }
 
-/// The events of this process, from now on.
+/// Receives the signals of this process, and reaps its children.
 ///
-/// A signal that was ignored when the program started stays ignored, here and by the command: nohup(1), and
-/// shells that start a background job, rely on it. All children are reaped, also those that this process has
-/// adopted.
+/// A signal that was ignored when the program started stays ignored, by this process and by the command, because
+/// nohup(1), and shells that start a background job, rely on it. Children that this process has adopted are reaped,
+/// too.
 #[derive(Debug)]
 pub(crate) struct Signals {
     events: UnboundedReceiver<Event>,
-    /// Events that were put off.
+    /// Events that `received_until_now` has read, but not returned.
     kept: VecDeque<Event>,
     reaping: Arc<Mutex<()>>,
     asked: Arc<AtomicBool>,
@@ -84,7 +84,7 @@ impl Signals {
         Self::listen_to(&HEARD)
     }
 
-    /// The same, and those of a job: the caller stops itself.
+    /// Listens to the signals of a job, too. The caller has to stop itself when it receives SIGTSTP.
     pub(crate) fn listen_with_job() -> Result<Self, Failure> {
         Self::listen_to(&[&HEARD[..], &JOB[..]].concat())
     }
@@ -106,7 +106,8 @@ impl Signals {
                 if signal == Signal::SIGCHLD {
                     let _reaping = lock.lock().unwrap_or_else(PoisonError::into_inner);
                     reap(&sender);
-                    // Comes last of the signals of a round, because they come in the order of their numbers.
+                    // Pending signals with lower numbers were sent before, because the iterator yields signals in the
+                    // order of their numbers.
                     if question.swap(false, Ordering::Relaxed) {
                         sender.send(Event::UntilNow).ok();
                     }
@@ -121,8 +122,8 @@ impl Signals {
         Ok(Self { events, kept: VecDeque::new(), reaping, asked })
     }
 
-    /// Returns the signals that this process has received since the last event, and before a process that it has just
-    /// started was there: a key of the terminal did not reach that one.
+    /// Returns the signals that have arrived since the last event. The caller has just started a child process, which a
+    /// key of the terminal could not reach before that.
     pub(crate) async fn received_until_now(&mut self) -> Vec<Received> {
         self.asked.store(true, Ordering::Relaxed);
         let mut received = Vec::new();
@@ -138,8 +139,8 @@ impl Signals {
         }
     }
 
-    /// Starts a process. Until that has succeeded or failed, nothing is reaped: the standard library waits for a
-    /// process that could not be started.
+    /// Starts a process. Reaping pauses until the start has succeeded or failed, because the standard library itself
+    /// waits for a process that could not be started.
     pub(crate) fn spawn(&self, command: &mut std::process::Command) -> io::Result<Pid> {
         let _reaping = self.reaping.lock().unwrap_or_else(PoisonError::into_inner);
         let child = command.spawn()?;
@@ -175,7 +176,7 @@ impl Signals {
         }
     }
 
-    /// Waits for a signal that ends a program that runs no command.
+    /// Polls for a signal that ends the program while it runs no command.
     pub(crate) fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
         loop {
             match self.events.poll_recv(cx) {
@@ -211,7 +212,7 @@ fn reap(sender: &UnboundedSender<Event>) {
     }
 }
 
-/// Returns the signals that are ignored, a bit each, as Linux shows them. None where it does not.
+/// Returns the mask of ignored signals, one bit per signal, as Linux shows it. Returns 0 on other systems.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -4,13 +4,13 @@ use std::io::{IsTerminal, stdout};
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-/// What stands between two columns.
+/// The space between two columns.
 const GAP: &str = "  ";
 
-/// No column is made narrower for want of room than this.
+/// The width below which no column is narrowed to fit the terminal.
 const NARROWEST: usize = 6;
 
-/// How wide a line may be. `None` if the output is not a terminal: programs want all of it.
+/// Returns the maximum width of a line. `None` if the output is not a terminal, because programs read whole lines.
 pub(crate) fn width() -> Option<usize> {
     if !stdout().is_terminal() {
         return None;
@@ -19,9 +19,9 @@ pub(crate) fn width() -> Option<usize> {
     Some(usize::from(width.0)).filter(|&width| width > 0)
 }
 
-/// Lays out rows below a headline. A line ends without spaces, and with a line feed.
+/// Lays out rows below a headline. Each line ends with a line feed, and has no trailing spaces.
 ///
-/// Where the room does not suffice, the widest columns are made narrower, and then the line is cut.
+/// If the rows are wider than `width`, narrows the widest columns first, and then truncates the lines.
 pub(crate) fn lay_out<const N: usize>(
     headline: [&str; N],
     rows: &[[String; N]],
@@ -49,7 +49,7 @@ pub(crate) fn lay_out<const N: usize>(
     text
 }
 
-/// Takes from the widest until they fit.
+/// Narrows the widest columns until all fit, but none below [`NARROWEST`].
 fn fit(widths: &mut [usize], room: usize) {
     while widths.iter().sum::<usize>() > room
         && let Some(widest) = widths.iter_mut().max().filter(|widest| **widest > NARROWEST)
@@ -58,7 +58,7 @@ fn fit(widths: &mut [usize], room: usize) {
     }
 }
 
-/// Without what would move the cursor, or worse.
+/// Replaces control characters, which could move the cursor or worse, with `?`.
 fn printable(cell: &str) -> String {
     cell.chars().map(|c| if c.width().is_none() { '?' } else { c }).collect()
 }

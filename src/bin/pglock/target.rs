@@ -1,4 +1,4 @@
-//! What is locked, as it is written on the command line, and how the session is named that locks it.
+//! Keys as they are written on the command line, and the application name of the session that locks them.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -14,14 +14,15 @@ use crate::show;
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
     pub(crate) key: Key,
-    /// As it was written.
+    /// The argument as the user wrote it.
     pub(crate) text: String,
 }
 
 impl FromStr for Target {
     type Err = &'static str;
 
-    /// Refuses what is probably a mistake: a variable that is not set, and a number that is too large.
+    /// Rejects arguments that are probably mistakes: an empty one, as from a shell variable that is not set, and a
+    /// number that is too large.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if matches!(text, "" | "name:") {
             return Err("a key can't be empty");
@@ -37,7 +38,7 @@ impl FromStr for Target {
 }
 
 impl fmt::Display for Target {
-    /// The key as it was written, and the number that it is, if that looks different.
+    /// Writes the key as the user wrote it, followed by its number if that looks different.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let number = show::written(&self.key);
         if number == self.text {
@@ -48,13 +49,13 @@ impl fmt::Display for Target {
     }
 }
 
-/// Names a session after what it is for: `pglock run nightly-report report.sh@db-1`.
+/// Returns the application name of a session, which shows what it is for: `pglock run nightly-report report.sh@db-1`.
 pub(crate) fn application(verb: &str, key: &str, command: Option<&OsString>) -> String {
-    /// The server shows 63 bytes.
+    /// The maximum lengths of the key, the command and the host: the server shows 63 bytes of the name.
     const LENGTHS: [usize; 3] = [22, 10, 14];
 
     let cut = |text: &str, length| -> String {
-        // The server shows others as several bytes each.
+        // The server shows any other character as several bytes.
         let printable = |c| if matches!(c, ' '..='~') { c } else { '?' };
         text.chars().map(printable).take(length).collect()
     };
@@ -78,7 +79,7 @@ fn is_integer(text: &str) -> bool {
     !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit())
 }
 
-/// Reads a key as the library does, and a pair with a slash too.
+/// Parses a key as the library does, and also accepts a slash between the numbers of a pair.
 fn key(text: &str) -> Key {
     if let Some((first, second)) = text.split_once('/')
         && let (Ok(first), Ok(second)) = (first.parse::<i32>(), second.parse::<i32>())

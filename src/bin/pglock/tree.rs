@@ -1,4 +1,4 @@
-//! Which session waits for which, as a tree.
+//! Arranges holders and waiters as a tree.
 
 use std::collections::HashMap;
 
@@ -12,9 +12,9 @@ pub(crate) struct Row<'l> {
     pub(crate) branches: String,
 }
 
-/// Puts each waiter below the first holder that it waits for; below a waiter if it waits for no holder.
+/// Puts each waiter below the first holder that it waits for, or below another waiter if it waits for no holder.
 ///
-/// The locks are ordered by key, and the holders of each come first, as the library returns them.
+/// Expects the locks in the order in which the library returns them: by key, and the holders of each key first.
 pub(crate) fn tree(locks: &[LockInfo]) -> Vec<Row<'_>> {
     let mut roots = Vec::new();
     let mut children = vec![Vec::new(); locks.len()];
@@ -25,7 +25,7 @@ pub(crate) fn tree(locks: &[LockInfo]) -> Vec<Row<'_>> {
             places.clear();
             group = Some(&lock.key);
         }
-        // What is below a row ahead of it can't be above itself; holders come first.
+        // A parent is always an earlier row, so there are no cycles. The first one is a holder if there is any.
         let parent = lock.blocked_by.iter().filter_map(|pid| places.get(pid)).min();
         match parent.and_then(|&parent: &usize| children.get_mut(parent)) {
             Some(siblings) => siblings.push(place),

@@ -1,4 +1,4 @@
-//! `pglock ls --watch` in a terminal: a list that fills the screen, and leaves it as it was.
+//! `pglock ls --watch` in a terminal: shows the list on the whole screen, and restores the screen at the end.
 
 use std::io::{self, Write, stdout};
 use std::thread;
@@ -42,7 +42,7 @@ pub(crate) async fn run(
     let mut view = View { database: database.name().to_owned(), ..View::default() };
     let mut pause = Duration::ZERO;
     loop {
-        // What fails is tried again, and the keys work meanwhile.
+        // A refresh that fails is retried, and keys are handled meanwhile.
         let wait = pause;
         let refresh = async {
             sleep(wait).await;
@@ -72,7 +72,7 @@ fn no_screen(error: io::Error) -> Failure {
     Failure::System("cannot use the terminal", error)
 }
 
-/// Asks on the connection, or on a new one if that has failed.
+/// Fetches the locks on the connection, or on a new one if the last fetch has failed.
 async fn fetch(
     database: &Database,
     keys: &[Key],
@@ -91,7 +91,7 @@ async fn fetch(
 ///
 /// # Drop
 ///
-/// Leaves it.
+/// Restores the normal screen.
 struct Screen;
 
 impl Screen {
@@ -123,7 +123,7 @@ fn read_input() -> UnboundedReceiver<Event> {
     input
 }
 
-/// In which order the locks are shown.
+/// The order in which the locks are shown.
 #[derive(Clone, Copy, Debug, Default)]
 enum Order {
     #[default]
@@ -132,7 +132,7 @@ enum Order {
     OldestSession,
 }
 
-/// What is shown.
+/// The content of the screen.
 #[derive(Debug, Default)]
 struct View {
     database: String,
@@ -140,7 +140,7 @@ struct View {
     /// How many rows are above the screen.
     offset: usize,
     locks: Vec<LockInfo>,
-    /// When the locks were as they are shown.
+    /// When the locks were fetched.
     time: Option<SystemTime>,
     failure: Option<String>,
 }
@@ -155,7 +155,7 @@ impl View {
         }
     }
 
-    /// Does what a key asks for, and draws. Returns how to exit, if it asks for that.
+    /// Handles a key or a resize, and draws the screen. Returns the exit code if the key quits the program.
     #[expect(clippy::wildcard_enum_match_arm, reason = "other keys do nothing")]
     fn react(&mut self, event: &Event, screen: &mut Option<Screen>) -> io::Result<Option<Exit>> {
         if let Event::Key(KeyEvent { code, modifiers, kind: KeyEventKind::Press, .. }) = *event {
@@ -242,7 +242,7 @@ impl View {
             let last = (self.offset + room).min(rows);
             status = format!("{status}  rows {} to {last}", self.offset + 1);
         }
-        // First, because the end is cut off where the screen is narrow.
+        // The keys come first, because a narrow screen cuts off the end.
         format!("q quits, s sorts | {status}")
     }
 }

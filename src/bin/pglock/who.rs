@@ -1,4 +1,4 @@
-//! `pglock who`: which sessions hold one lock.
+//! `pglock who`: shows which sessions hold a lock, and which wait for it.
 
 use clap::Args;
 use pglock::Key;
@@ -56,11 +56,11 @@ pub(crate) async fn run(args: WhoArgs, database: DatabaseArgs) -> Result<Exit, F
 pub(crate) async fn locks_of(db: impl PgExecutor<'_>, key: &Key) -> pglock::Result<Vec<LockInfo>> {
     let mut locks = inspect::locks(db).await?;
     for lock in &mut locks {
-        // A session may show the name of another key.
+        // Drops the name that a session shows, because it may be the name of another key.
         lock.key = PgAdvisoryLockKey::from(&lock.key).into();
     }
     inspect::name_keys(&mut locks, [key]);
-    // What has a name now is of the key, or of its semaphore.
+    // Only this key, and the keys of its semaphore's permits, have a name now.
     locks.retain(|lock| lock.key == *key || lock.key.name().is_some());
     Ok(locks)
 }

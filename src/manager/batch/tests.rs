@@ -1,4 +1,4 @@
-//! Batches against a server that is played: one session, and what others do to its keys.
+//! Batches against a simulated server with one session, whose keys other sessions may hold or wait for.
 
 use proptest::prelude::*;
 
@@ -9,16 +9,16 @@ const EXCLUSIVE: Modes = Modes { exclusive: true, shared: false };
 const SHARED: Modes = Modes { exclusive: false, shared: true };
 const BOTH: Modes = Modes { exclusive: true, shared: true };
 
-/// A key at the server.
+/// A key on the simulated server.
 #[derive(Clone, Debug)]
 struct Played {
     step: Step,
-    /// What the session has been granted.
+    /// The modes that the session has been granted.
     mine: Modes,
-    /// Others hold it, so that nothing is granted that they exclude.
+    /// Whether other sessions hold the key, so that the server refuses it.
     busy: bool,
     waited_for: bool,
-    /// Answers that it did not hold what it is asked to release.
+    /// Whether the server answers that the session did not hold the lock that it releases.
     lies: bool,
 }
 
@@ -50,7 +50,7 @@ impl Played {
         }
     }
 
-    /// What it must say, and hold, after its step.
+    /// The answer to the step, and the modes that the session must hold after it.
     fn expected(&self, before: Modes) -> (Option<bool>, Option<Modes>) {
         let free = !self.busy;
         let granted = |modes: Modes| if free { modes } else { NOTHING };
@@ -103,7 +103,7 @@ fn batch(keys: &[Played]) -> Vec<(KeyId, Taken)> {
 }
 
 proptest! {
-    /// Each step leaves its key as it should, and its answer says so.
+    /// Each step leaves its key in the expected modes, and has the expected answer.
     #[test]
     fn do_what_the_steps_say(mut keys in prop::collection::vec(played(), 0..20)) {
         let batch = batch(&keys);
@@ -125,7 +125,7 @@ proptest! {
             }
         }
 
-        // As many answers as calls, or they are none.
+        // Too many or too few answers are rejected.
         answers.push(true);
         prop_assert_eq!(read(&batch, &answers), None);
         answers.pop();
@@ -134,7 +134,7 @@ proptest! {
         }
     }
 
-    /// What was to be taken on a session that is gone is not taken on the next one.
+    /// Steps that were to be taken on a lost session are not taken on the next one, unless they need no session.
     #[test]
     fn keep_what_needs_no_session(keys in prop::collection::vec(played(), 0..20)) {
         let mut kept = batch(&keys);

@@ -16,7 +16,7 @@ pub(super) struct Entry<S, W> {
     pub(super) server: Modes,
     /// `Some` while the server has granted something.
     pub(super) seat: Option<S>,
-    /// Whether that is a session of its own, which has waited for the key. Means nothing without a seat.
+    /// Whether the seat is a wait session, which has waited for the key. Has no meaning without a seat.
     pub(super) apart: bool,
     pub(super) turn: Option<Turn>,
     /// When the server granted the lock.
@@ -28,7 +28,7 @@ pub(super) struct Entry<S, W> {
     /// it, even if that session stops waiting.
     pub(super) closing: bool,
     pub(super) queue: Queue<W>,
-    /// Another session holds it. Boxed, because usually none does.
+    /// `Some` if another session holds the key. Boxed, because usually none does.
     pub(super) stand: Option<Box<Stand>>,
     /// The owners to notify when the key has been released.
     pub(super) farewells: Vec<W>,
@@ -47,7 +47,7 @@ pub(super) struct Waiter<W> {
 pub(super) struct Turn {
     pub(super) id: u64,
     pub(super) step: Step,
-    /// Before that it can still be called off.
+    /// Whether the step is in flight. Until then, it can still be called off.
     pub(super) taken: bool,
 }
 
@@ -96,7 +96,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
             self.stand = None;
             return;
         };
-        // Taking a key that was found busy a moment ago means waiting for it.
+        // For a key that was found busy, `Wait` stands in for `Lock`.
         let same = |turn: &Turn| {
             turn.step == step || matches!((turn.step, step), (Step::Wait(_), Step::Lock(_)))
         };
@@ -109,7 +109,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
         common.effects.push_back(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
     }
 
-    /// The lock was busy: requests that do not wait are refused, the others stand in the line.
+    /// Handles a refusal by the server: refuses the requests that do not wait. If others wait, the key enters the line.
     pub(super) fn refused(&mut self, key: KeyId, common: &mut Common<S, W>, now: Instant) {
         self.dismiss(&mut common.effects);
         let Some(first) = self.queue.front() else {
@@ -150,12 +150,12 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
         self.apart && self.seat.is_some()
     }
 
-    /// No step is in flight that cannot be called off.
+    /// Whether no step is in flight, so that the next step can be replaced.
     pub(super) fn may_change(&self) -> bool {
         self.turn.is_none_or(|turn| !turn.taken)
     }
 
-    /// Another owner holds the key, or will get it first, so there is no use in asking the server.
+    /// Whether another owner holds the key, or will be granted it first, so that asking the server is of no use.
     pub(super) fn is_plainly_busy(&self, mode: Mode) -> bool {
         let waits = self.stand.is_some();
         match mode {
@@ -234,7 +234,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
         match first {
             None => held.then_some(Step::Unlock),
             Some(first) if !held => Some(Step::Lock(first.mode)),
-            // A lock on a wait session can only be released with that session.
+            // The lock of a wait session is released, and not renewed: the shared session then tries the key.
             Some(_) if self.is_apart() => Some(Step::Unlock),
             Some(first) => Some(Step::Renew(first.mode)),
         }
@@ -260,7 +260,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
         self.part(effects, true);
     }
 
-    /// The owner that left need not wait any longer: the server has answered, or the key was handed off.
+    /// Notifies the owners that wait for their release: the server has answered, or the key was handed off.
     pub(super) fn part(&mut self, effects: &mut VecDeque<Effect<S, W>>, answered: bool) {
         let told = |tell| Effect::Released(tell, answered);
         effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));

@@ -1,4 +1,4 @@
-//! The owners that hold a key: usually one, which then needs no memory of its own.
+//! The owners that hold a key: usually one, which then needs no allocation.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ pub(super) enum Holders {
 #[derive(Debug)]
 pub(super) struct Many {
     holders: BTreeMap<OwnerId, Holder>,
-    /// How many of them have an exclusive guard.
+    /// The number of owners that have an exclusive guard.
     exclusive: usize,
 }
 
@@ -63,7 +63,7 @@ impl Holders {
         self.set(owner, holder);
     }
 
-    /// Counts one guard less. Returns whether the owner had such a guard.
+    /// Subtracts one guard of an owner. Returns whether the owner had such a guard.
     pub(super) fn uncount(&mut self, owner: OwnerId, mode: Mode) -> bool {
         let Some(mut holder) = self.get(owner) else { return false };
         let Some(left) = holder.of(mode).checked_sub(1) else { return false };
@@ -90,7 +90,7 @@ impl Holders {
         }
     }
 
-    /// Forgets all guards of an owner. Returns whether the owner had any.
+    /// Removes all guards of an owner. Returns whether the owner had any.
     pub(super) fn remove(&mut self, owner: OwnerId) -> bool {
         if self.get(owner).is_none() {
             return false;

@@ -1,4 +1,4 @@
-//! The keys that wait for a wait session.
+//! The line: the keys that wait for a wait session.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -7,23 +7,23 @@ use std::time::{Duration, Instant};
 use super::Step;
 use crate::key::KeyId;
 
-/// How soon a key in the line is tried again at first, and how soon at last: the pause doubles.
+/// The first pause before a key in the line is retried, and the longest. The pause doubles each time.
 const FIRST_RETRY: Duration = Duration::from_millis(5);
 pub(super) const LAST_RETRY: Duration = Duration::from_secs(1);
 
-/// How long a wait session waits for a key the first time, and at most.
+/// How long a wait session waits for a key in its first turn, and in its longest.
 const FIRST_SLICE: Duration = Duration::from_millis(250);
 pub(super) const LAST_SLICE: Duration = Duration::from_mins(1);
 
-/// While other keys wait for their turn, a wait session waits for this part of the time that a key has waited.
+/// While other keys are in the line, a turn lasts for the time that its key has waited, divided by this.
 const SHARE: u32 = 8;
 
 /// The keys that wait for a wait session: those whose turn is a [`Step::Wait`] that is not taken yet.
 #[derive(Debug, Default)]
 pub(super) struct Line {
-    /// When it is the turn of each.
+    /// When the turn of each key begins.
     pub(super) turns: BTreeSet<(Instant, KeyId)>,
-    /// When each is to be tried again.
+    /// When each key is to be retried.
     pub(super) retries: BTreeSet<(Instant, KeyId)>,
     /// The last number given to a waiter or a step.
     pub(super) numbers: u64,
@@ -46,12 +46,12 @@ impl Line {
     }
 }
 
-/// What is known of a key that another session holds.
+/// The wait for a key that another session holds: its start, its next turn, and its next retry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stand {
-    /// When it was found busy.
+    /// When the key was found busy.
     since: Instant,
-    /// From when on a wait session is to wait for it: the key with the earliest is next.
+    /// When the key's next turn begins. The key with the earliest turn is the next one in the line.
     turn: Instant,
     pub(super) retry: Instant,
     pub(super) pause: Duration,
@@ -62,10 +62,11 @@ impl Stand {
         Self { since: now, turn: now, retry: now, pause: FIRST_RETRY }
     }
 
-    /// Its turn has come. Returns how long a wait session waits for it, if there are this many others.
+    /// Begins the key's turn, and returns how long a wait session waits for the key while `others` other keys are in
+    /// the line.
     ///
-    /// That grows with the time that the key has waited, or the server's queue might be too long for ever. Until its
-    /// next turn, each of the others may have as much time.
+    /// That time grows with the time that the key has waited, because otherwise the server's queue might take longer
+    /// than every turn. Before the key's next turn, each of the other keys may use as much time.
     pub(super) fn turn(&mut self, now: Instant, others: usize) -> Duration {
         let waited = now.saturating_duration_since(self.since);
         let slice = if others == 0 { waited } else { waited / SHARE };

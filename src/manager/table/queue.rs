@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::entry::Waiter;
 use crate::mode::Mode;
 
-/// Waiters of one key. Every operation takes logarithmic time.
+/// The waiters of one key. Adding and removing a waiter takes logarithmic time.
 ///
-/// Each has a place: those that go before all others have negative ones.
+/// Each waiter has a place. Waiters that were queued before all others have negative places.
 pub(super) struct Queue<W> {
-    /// Usually the only one, which then needs no memory of its own.
+    /// Usually the only waiter, which then needs no allocation.
     first: Option<(i64, Waiter<W>)>,
     others: Option<Box<Others<W>>>,
     exclusive: usize,
@@ -17,7 +17,7 @@ pub(super) struct Queue<W> {
 
 struct Others<W> {
     waiters: BTreeMap<i64, Waiter<W>>,
-    /// The places of those that do not wait for a busy lock.
+    /// The places of the waiters that do not wait for a busy lock.
     trying: BTreeSet<i64>,
 }
 
@@ -66,7 +66,7 @@ impl<W> Queue<W> {
         self.exclusive > 0
     }
 
-    /// Adds a waiter, at the back or before all others. `number` grows from call to call. Returns its place.
+    /// Adds a waiter at the back, or before all others. Returns its place. `number` must grow from call to call.
     pub(super) fn push(&mut self, number: u64, waiter: Waiter<W>, before_all: bool) -> i64 {
         let number = i64::try_from(number).unwrap_or(i64::MAX);
         let place = if before_all { -number } else { number };
@@ -105,7 +105,7 @@ impl<W> Queue<W> {
         Some(waiter)
     }
 
-    /// Takes out a waiter that does not wait for a busy lock.
+    /// Removes a waiter that does not wait for a busy lock, and returns it.
     pub(super) fn pop_trying(&mut self) -> Option<Waiter<W>> {
         if !self.front()?.waits {
             return self.pop_front();
@@ -114,7 +114,7 @@ impl<W> Queue<W> {
         self.remove(place)
     }
 
-    /// Notifies all waiters that the lock was found busy.
+    /// Starts to measure the waits of all waiters, because the lock was found busy.
     pub(super) fn all_wait(&mut self) {
         let others = self.others.as_mut().map(|others| others.waiters.values_mut());
         let first = self.first.as_mut().map(|(_, waiter)| waiter);

@@ -1,4 +1,4 @@
-//! The table against a simulated server: through random histories, and step by step.
+//! Tests the table against a simulated server: in random histories, and step by step.
 
 mod model;
 mod turns;
@@ -31,7 +31,7 @@ proptest! {
     }
 }
 
-/// A key that is handed off goes back to the server after the maximum number of owners.
+/// A key that was handed off the maximum number of times is renewed, so that other processes get their turn.
 #[test]
 fn others_get_their_turn() {
     let mut world = World::new();
@@ -52,12 +52,12 @@ fn others_get_their_turn() {
 const KEY: KeyId = KeyId::BigInt(1);
 const SHARED_SESSION: Session = Session(0);
 
-/// The step that is to be taken for [`KEY`].
+/// Takes the step for [`KEY`].
 fn take(world: &mut World) -> Taken {
     world.table.take(KEY, true).unwrap()
 }
 
-/// What has followed from changes.
+/// Takes out the effects of changes.
 fn effects(world: &mut World) -> Vec<Effect<Session, u64>> {
     std::mem::take(world.table.effects()).into()
 }
@@ -88,7 +88,7 @@ fn an_upgrade_is_tried_by_who_is_alone() {
     }
 }
 
-/// A request that does not wait is refused at once where there is no use in asking the server, and only there.
+/// A request that does not wait is refused at once if asking the server is of no use, and only then.
 #[test]
 fn who_only_tries_hears_at_once_of_who_is_before_him() {
     use Mode::{Exclusive, Shared};
@@ -214,7 +214,7 @@ fn what_the_server_has_granted_is_believed() {
     }
 }
 
-/// An owner that awaits a downgrade hears of it, although the statement that it was in has failed.
+/// An owner that awaits a downgrade is notified of it, although the statement that contained it has failed.
 #[test]
 fn a_downgrade_that_was_taken_is_told_after_a_failure() {
     let mut world = World::new();
@@ -234,7 +234,8 @@ fn a_downgrade_that_was_taken_is_told_after_a_failure() {
     assert_eq!(effects(&mut world), [Effect::Released(7, true)]);
 }
 
-/// Only two owners that share a lock and both want it exclusively would wait for each other for ever.
+/// An upgrade overtakes an owner that holds nothing. A second upgrade is a deadlock, because each would wait for the
+/// other forever.
 #[test]
 fn an_upgrade_goes_before_who_holds_nothing() {
     let mut world = World::new();
@@ -263,8 +264,8 @@ fn a_step_follows_what_is_needed() {
     assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
 }
 
-/// While another owner shares a lock, there is nothing to ask the server for an exclusive waiter; nor for a
-/// shared waiter, once another process was seen waiting.
+/// While another owner shares a lock, the server is not asked on behalf of an exclusive waiter, nor on behalf of a
+/// shared waiter once another process was seen waiting.
 #[test]
 fn nothing_is_asked_that_must_be_waited_for() {
     let mut world = shared_by(1);
@@ -295,7 +296,7 @@ fn who_only_tries_is_refused_when_the_server_says_so() {
     assert_eq!(steps, [Step::Wait(Mode::Shared)]);
 }
 
-/// A session that was opened to wait for one key ends with it.
+/// The lock of a wait session is released, and not renewed, when it is another process's turn.
 #[test]
 fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     let mut world = World::new();
@@ -306,7 +307,7 @@ fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     world.act(Act::Answer);
     assert!(world.guards.iter().all(|guard| !guard.seat.is_shared()));
     world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, waits: true });
-    // It is another process's turn.
+    // After this, it is another process's turn.
     world.act(Act::Later);
     world.act(Act::Leave { which: 0 });
     let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();

@@ -1,4 +1,4 @@
-//! The account that the server runs as: ours, or for root an unprivileged one.
+//! The account that the server runs as: that of the test process, or an unprivileged one if that is root.
 
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
@@ -15,7 +15,7 @@ const STAND_INS: [&str; 3] = ["postgres", "nobody", "daemon"];
 pub(crate) struct Account {
     uid: u32,
     gid: u32,
-    /// Whether this is another account than ours.
+    /// Whether this is another account than that of the test process.
     other: bool,
 }
 
@@ -41,8 +41,7 @@ impl Account {
         self.uid
     }
 
-    /// A command run by this account, undisturbed by the caller's directory, locale and `PG*`
-    /// variables.
+    /// Returns a command that runs as this account, without the directory, locale and `PG*` variables of the caller.
     pub(crate) fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
         command.current_dir("/").env("LC_ALL", "C").env("TZ", "UTC").stdin(Stdio::null());
@@ -63,7 +62,7 @@ impl Account {
     }
 }
 
-/// Runs `command` to its end; a failure says what ran and what it printed.
+/// Runs `command` to its end, and returns its output. An error contains the name of the program and what it printed.
 pub(crate) fn run(command: &mut Command) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|error| format!("{name} does not run: {error}"))?;

@@ -1,8 +1,8 @@
-//! How much the tests do that take long.
+//! The amount of work of long tests.
 
 use std::env;
 
-/// The variable with which they do all that they can.
+/// The variable that makes long tests do the full amount.
 const FULL: &str = "PGLOCK_TEST_FULL";
 
 /// Returns `usual`, or `full` if `PGLOCK_TEST_FULL` is set, as CI does.

@@ -1,5 +1,5 @@
-//! PostgreSQL from Debian's or Ubuntu's own packages, for machines that have neither a server nor `npm`: fetched and
-//! unpacked into a cache, not installed, so that no right is needed.
+//! Fetches PostgreSQL from Debian's or Ubuntu's own packages, for machines that have neither a server nor `npm`. The
+//! packages are unpacked into a cache, not installed, so no privileges are needed.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,20 +13,20 @@ use crate::account::run;
 /// The package that depends on the server of the release.
 const PACKAGE: &str = "postgresql";
 
-/// Where packages are unpacked, in the cache.
+/// The directory in the cache in which packages are unpacked.
 const DIR: &str = "apt";
 
-/// The directory of the programs, if they are here already.
+/// Returns the directory of the programs, if the cache has them already.
 pub(crate) fn cached(cache: &Path) -> Option<PathBuf> {
     let bin = cache.join(DIR).join("bin");
     bin.is_dir().then_some(bin)
 }
 
-/// Fetches the server and what it needs that the machine lacks, as `apt-get` verifies it.
+/// Fetches the server, and the dependencies that the machine lacks. `apt-get` verifies the packages.
 pub(crate) fn fetch(apt: &Path, path: &OsStr, cache: &Path) -> Result<PathBuf, String> {
     let failed = |error: Error| format!("cannot use {}: {error}", cache.display());
     fs::create_dir_all(cache).map_err(failed)?;
-    // One at a time: who comes second finds the work done.
+    // One process fetches at a time: the next one finds the work done.
     let lock = File::create(cache.join("lock")).map_err(failed)?;
     lock.lock().map_err(failed)?;
     if let Some(bin) = cached(cache) {
@@ -61,9 +61,9 @@ fn unpack(apt: &Path, path: &OsStr, work: &Path) -> Result<(), String> {
         let mut apt_get = Command::new(apt);
         apt_get.arg("-qq").args(["-o", &set("Dir::State::Lists", &work.join("lists"))]);
         apt_get.args(["-o", &set("Dir::Cache", work)]);
-        // As root, it would fetch as the user `_apt`, which can't write there.
+        // As root, `apt-get` would fetch as the user `_apt`, which can't write to the cache.
         apt_get.args(["-o", "APT::Sandbox::User="]);
-        // The database of the packages is only read.
+        // No lock is needed, because the database of the packages is only read.
         apt_get.args(["-o", "Debug::NoLocking=1"]);
         run(apt_get.args(arguments).env("PATH", path).env("DEBIAN_FRONTEND", "noninteractive"))
     };
@@ -78,7 +78,7 @@ fn unpack(apt: &Path, path: &OsStr, work: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Makes a directory of programs that find the libraries that came with them.
+/// Makes a directory of wrapper scripts, which let the programs find the libraries that were unpacked with them.
 fn wrap(files: &Path) -> Result<(), Error> {
     let servers = fs::read_dir(files.join("usr/lib/postgresql"))?;
     let Some(server) = servers.flatten().next() else { return Ok(()) };

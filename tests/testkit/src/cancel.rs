@@ -1,4 +1,4 @@
-//! Time under control: cancel at a chosen point, wait for what must come.
+//! Cancels a future at a chosen point, and waits for conditions.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -10,8 +10,8 @@ use tokio::time::{sleep, timeout};
 /// Polls `future` at most `polls` times, then drops it: cancellation at a chosen point, without
 /// sleeps.
 ///
-/// Returns its output if it completed within that many polls. Once it was pending for the last
-/// time allowed, `None` comes at once, from that same poll.
+/// Returns the output if the future completes within that many polls. If it is still pending after the last of them,
+/// returns `None` at once, from that same poll.
 pub async fn cancel_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
     let mut future = pin!(future);
     let mut left = polls;
@@ -29,7 +29,7 @@ pub async fn cancel_after<F: Future>(polls: usize, future: F) -> Option<F::Outpu
     .await
 }
 
-/// Waits until `condition` is true, looking every 5 ms; panics after `limit`, naming `what`.
+/// Waits until `condition` is true, which is checked every 5 ms. Panics after `limit`, with `what` in the message.
 pub async fn eventually<Fut: Future<Output = bool>>(
     what: &str,
     limit: Duration,

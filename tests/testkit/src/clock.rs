@@ -1,4 +1,4 @@
-//! Clocks: the one that all processes share, and one that is wrong.
+//! Clocks: the monotonic one that all processes share, and a wall clock that can be set.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,11 +10,10 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::skip::skip;
 
-/// Where Debian and others keep libfaketime.
+/// The directories in which Debian and others keep libfaketime.
 const LIBRARIES: [&str; 3] = ["/usr/lib", "/usr/lib64", "/usr/local/lib"];
 
-/// The time since some moment, by a clock that all processes of this machine share, and that can't be
-/// set.
+/// Returns the time of the monotonic clock, which all processes of this machine share, and which can't be set.
 pub fn monotonic() -> Duration {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("this machine has a clock");
     Duration::from(now)
@@ -22,12 +21,12 @@ pub fn monotonic() -> Duration {
 
 /// A wall clock that can be set, for a process that is started with it.
 ///
-/// Timers and the monotonic clock stay as they are, as when an administrator sets the clock. It is
-/// made of libfaketime.
+/// Timers and the monotonic clock are not affected, as when an administrator sets the clock. The clock uses
+/// libfaketime.
 ///
 /// # Drop
 ///
-/// Sets the clock right.
+/// Sets the clock to the right time.
 #[derive(Debug)]
 pub struct WallClock {
     library: PathBuf,
@@ -35,7 +34,7 @@ pub struct WallClock {
 }
 
 impl WallClock {
-    /// Makes a clock that goes right. `None`, and the test is skipped, if there is no libfaketime.
+    /// Makes a clock that shows the right time. Returns `None` and skips the test if there is no libfaketime.
     pub fn new() -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -48,14 +47,14 @@ impl WallClock {
         Some(clock)
     }
 
-    /// The environment of a process that is to go by this clock.
+    /// Returns the environment variables of a process that uses this clock.
     pub fn env(&self) -> [(&str, &str); 4] {
         let [library, file] =
             [&self.library, &self.file].map(|path| path.to_str().expect("the path is UTF-8"));
         [
             ("LD_PRELOAD", library),
             ("FAKETIME_TIMESTAMP_FILE", file),
-            // It is looked at each time.
+            // Makes libfaketime read the file each time.
             ("FAKETIME_NO_CACHE", "1"),
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
         ]
@@ -63,7 +62,7 @@ impl WallClock {
 
     /// Sets the clock off by a number of seconds, forward or backward.
     pub fn set(&self, seconds: i64) {
-        // In one step, because a process may be reading it.
+        // The file is replaced in one step, because a process may be reading it.
         let new = self.file.with_extension("new");
         fs::write(&new, format!("{seconds:+}\n")).expect("a file can be written");
         fs::rename(&new, &self.file).expect("a file can be renamed");
@@ -76,7 +75,7 @@ impl Drop for WallClock {
     }
 }
 
-/// The library for programs with threads, in one of the usual places or a directory below.
+/// Finds the library for programs with threads, in one of the usual places or a directory below.
 fn find_library() -> Option<PathBuf> {
     let places = LIBRARIES.into_iter().map(PathBuf::from);
     let below = places.clone().flat_map(|place| {

@@ -1,4 +1,4 @@
-//! A program that is no PostgreSQL server, such as a pooler: started by us and gone with us.
+//! A program other than a PostgreSQL server, such as a pooler, which ends with the test process.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -19,8 +19,8 @@ use crate::watchdog::Watchdog;
 ///
 /// # Drop
 ///
-/// Stops it and removes its directory. The same happens, by way of a watchdog, when this process ends
-/// in any other manner, SIGKILL included.
+/// Stops the program and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
+/// does the same.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     name: &'static str,
@@ -43,18 +43,18 @@ impl Daemon {
         &self.dir
     }
 
-    /// The file that the program is to write its process id to.
+    /// Returns the file that the program has to write its process ID to.
     pub(crate) fn pid_file(&self) -> PathBuf {
         self.dir.join(pid_file(self.name))
     }
 
-    /// The process id of the program. Panics if it does not run.
+    /// Returns the process ID of the program. Panics if the program does not run.
     #[cfg(test)]
     pub(crate) fn pid(&self) -> u32 {
         self.process.as_ref().expect("the program runs").id()
     }
 
-    /// All that it has logged so far.
+    /// Returns all that the program has logged so far.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.join("log")).expect("the log is readable")
     }
@@ -66,29 +66,29 @@ impl Daemon {
         Ok(path)
     }
 
-    /// A command that is run by the account. One of its arguments must be a file in the directory: by that the
-    /// watchdog knows the process.
+    /// Returns a command that runs as the account. One of its arguments must be a file in the directory, by which the
+    /// watchdog identifies the process.
     pub(crate) fn command(&self, program: &Path) -> Command {
         self.account.command(program)
     }
 
-    /// Runs a command until it takes clients on `socket`, a file in the directory.
+    /// Starts a command, and waits until it accepts clients on `socket`, a file in the directory.
     pub(crate) fn run(&mut self, mut command: Command, socket: &str) -> Result<(), String> {
         let name = self.name;
         let log = File::options().create(true).append(true).open(self.dir.join("log"));
         let log = log.map_err(|error| format!("cannot write the log: {error}"))?;
         let output = log.try_clone().map_err(|error| format!("cannot write the log: {error}"))?;
-        // In a process group of its own: Ctrl-C is not for it.
+        // In a process group of its own, so that Ctrl-C does not reach it.
         command.stdout(output).stderr(log).process_group(0);
 
         self.watchdog.tell("starting")?;
         let process = command.spawn();
         let process = process.map_err(|error| format!("{name} does not run: {error}"))?;
         let process = self.process.insert(process);
-        // By this file the watchdog knows it.
+        // The watchdog identifies the process by this file.
         let pid_file = self.dir.join(pid_file(name));
         let pid = process.id().to_string();
-        // pgpool-II writes a NUL after it.
+        // pgpool-II writes a NUL after its process ID.
         let is_end = |c: char| c.is_whitespace() || c == '\0';
         let is_known =
             || fs::read_to_string(&pid_file).is_ok_and(|is| is.trim_end_matches(is_end) == pid);
@@ -118,7 +118,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.watchdog.release();
         if let Some(mut process) = self.process.take() {
-            // Gone already, unless the watchdog was killed.
+            // The process has ended already, unless the watchdog was killed.
             drop(process.kill());
             drop(process.wait());
         }

@@ -50,7 +50,7 @@ fn make_dir_in(
         }
         match Watchdog::over(&dir, pid_file, signal) {
             Ok(watchdog) => break (dir, watchdog),
-            // Left by another process with our number, perhaps in another container.
+            // Another process with the same process ID has left the directory, perhaps in another container.
             Err(_) if dir.exists() => {}
             Err(error) => return Err(error),
         }
@@ -76,7 +76,7 @@ pub(crate) struct Template<'a> {
 }
 
 impl<'a> Template<'a> {
-    /// The template in `base`, where the servers' directories are.
+    /// Returns the template in `base`, where the servers' directories are.
     pub(crate) fn of(installation: &'a Installation, account: &'a Account, base: &Path) -> Self {
         let Installation { bin, version, major } = installation;
         let hash = Sha256::digest(format!("{version} {}", bin.display()));
@@ -85,7 +85,7 @@ impl<'a> Template<'a> {
         Self { installation, account, path: base.join(name) }
     }
 
-    /// Makes a cluster in `data` by copying; false if there is nothing fit to copy.
+    /// Copies the template to `data`. Returns `false` if the template is not sound, or can't be copied.
     pub(crate) fn copy_to(&self, data: &Path) -> bool {
         if !self.is_sound() {
             return false;
@@ -101,14 +101,14 @@ impl<'a> Template<'a> {
     pub(crate) fn initdb(&self, data: &Path) -> Result<(), String> {
         let mut initdb = self.account.command(self.installation.bin.join("initdb"));
         initdb.args(["--no-sync", "--username=postgres", "--auth=trust"]);
-        // Small segments: there is less to copy.
+        // With small segments, there is less to copy.
         initdb.args(["--encoding=UTF8", "--locale=C", "--wal-segsize=1", "-D"]).arg(data);
         run(&mut initdb)?;
 
         if !self.is_sound() {
             self.remove();
-            // Beside the data, where the watchdog cleans up, and then at once under its name. Only
-            // the speed of the next start depends on it.
+            // The copy is made beside the data, where the watchdog cleans up, and then moved to its place in one step.
+            // Only the speed of the next start depends on it.
             let copy = data.with_file_name("template");
             if self.copy(data, &copy).is_err() || fs::rename(&copy, &self.path).is_err() {
                 drop(fs::remove_dir_all(&copy));
@@ -117,7 +117,7 @@ impl<'a> Template<'a> {
         Ok(())
     }
 
-    /// Forgets a template that no server starts from.
+    /// Removes a template that no server starts from.
     pub(crate) fn remove(&self) {
         drop(fs::remove_dir_all(&self.path));
     }
@@ -126,7 +126,8 @@ impl<'a> Template<'a> {
         run(self.account.command("cp").arg("-a").arg(from).arg(to))
     }
 
-    /// Temporary directories are shared and tidied: trust only what is ours, private and whole.
+    /// Returns whether the template is the account's own, private and whole. Temporary directories are shared, and
+    /// programs clean them up.
     fn is_sound(&self) -> bool {
         let Ok(found) = fs::symlink_metadata(&self.path) else { return false };
         let version = fs::read_to_string(self.path.join("PG_VERSION")).unwrap_or_default();
@@ -178,7 +179,7 @@ mod tests {
         fs::set_permissions(&template.path, Permissions::from_mode(0o700)).unwrap();
         assert!(template.is_sound());
 
-        // What a cleaner of temporary files may do.
+        // A cleaner of temporary files may do this.
         fs::remove_file(template.path.join("global/pg_control")).unwrap();
         assert!(!template.is_sound());
         fs::remove_dir_all(&fresh).unwrap();

@@ -22,9 +22,9 @@ use crate::server::Server;
 /// How long the server may take to drop a database, at the end of a test.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A pool on a database of its own, on a server found or started. For examples and doctests.
+/// Returns a pool on a database of its own, for examples and doctests. Finds or starts a server for it.
 ///
-/// The database lives as long as the pool. Panics with the whole story when there is no server.
+/// The database lives as long as the pool. Panics with all the reasons if there is no server.
 ///
 /// # Examples
 ///
@@ -40,7 +40,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub async fn pool() -> PgPool {
     let db = TestDb::new().await;
     let options = db.options();
-    // The pool keeps what its callback keeps: the database.
+    // The callback of the pool keeps the database.
     let pool = PgPoolOptions::new().max_connections(10).after_connect(move |_, _| {
         let _: &TestDb = &db;
         Box::pin(async { Ok(()) })
@@ -50,15 +50,15 @@ pub async fn pool() -> PgPool {
 
 /// A database of its own for one test.
 ///
-/// It is made on the server of `DATABASE_URL`, or else on [`Server::shared`]. In an
-/// [`Environment`] other than the plain one it is always made on a server of our own, and
+/// It is made on the server of `DATABASE_URL`, or otherwise on [`Server::shared`]. In an
+/// [`Environment`] other than the plain one, it is always made on a server of the testkit, and
 /// [`options`](Self::options), [`url`](Self::url) and [`pool`](Self::pool) are those of the
 /// environment.
 ///
 /// # Drop
 ///
-/// With `DATABASE_URL`, drops the database, even if clients are still connected. On a server of our own
-/// nothing needs to be done: it goes away whole.
+/// With `DATABASE_URL`, drops the database, even if clients are still connected. On a server of the testkit,
+/// nothing needs to be done, because the whole server is removed.
 #[derive(Debug)]
 #[must_use = "with `DATABASE_URL` the database is dropped with this"]
 pub struct TestDb {
@@ -67,17 +67,17 @@ pub struct TestDb {
     options: PgConnectOptions,
     admin: PgConnectOptions,
     environment: &'static Environment,
-    /// Where the server's socket is, which a PgBouncer uses.
+    /// The directory and the port of the server's socket, which a PgBouncer uses.
     socket: Option<(PathBuf, u16)>,
-    /// What `options` go through.
+    /// The proxy that `options` connect through.
     _proxy: Option<Proxy>,
     bouncer: OnceLock<PgBouncer>,
-    /// Where to connect to drop the database, if that is for us to do.
+    /// How to connect to drop the database, if the testkit has to drop it.
     drop_from: Option<PgConnectOptions>,
 }
 
 impl TestDb {
-    /// Makes a database on the server of `DATABASE_URL`, or else on [`Server::shared`].
+    /// Makes a database on the server of `DATABASE_URL`, or otherwise on [`Server::shared`].
     pub async fn new() -> Self {
         let url = env::var("DATABASE_URL").ok().filter(|url| !url.is_empty());
         // An environment creates roles, which outlive a database.
@@ -100,14 +100,14 @@ impl TestDb {
         }
     }
 
-    /// Makes a database, and a pool of it for this number of locks.
+    /// Makes a database, and a pool on it for this number of locks.
     pub async fn with_pool(locks: u32) -> (Self, PgPool) {
         let db = Self::new().await;
         let pool = db.pool(locks).await;
         (db, pool)
     }
 
-    /// The same, and the connection of a superuser, to look at the locks with.
+    /// Makes a database, a pool on it for this number of locks, and a superuser's connection to look at the locks with.
     pub async fn scene(locks: u32) -> (Self, PgPool, PgConnection) {
         let (db, pool) = Self::with_pool(locks).await;
         let admin = db.admin().await;
@@ -160,16 +160,16 @@ impl TestDb {
         }
     }
 
-    /// How to connect to the database.
+    /// Returns the options to connect to the database.
     pub fn options(&self) -> PgConnectOptions {
         match self.environment.route {
             Route::Direct | Route::Slow(_) => self.options.clone(),
-            // For a pool that the test makes, however large.
+            // The PgBouncer is large enough for any pool that the test makes.
             Route::PgBouncer => self.through(self.bouncer.get_or_init(|| self.start_bouncer(50))),
         }
     }
 
-    /// The same as a URL, for other programs.
+    /// Returns [`options`](Self::options) as a URL, for other programs.
     pub fn url(&self) -> String {
         match self.environment.route {
             Route::Direct | Route::Slow(_) => self.url.clone(),
@@ -182,8 +182,8 @@ impl TestDb {
         &self.name
     }
 
-    /// A pool on the database that has room for `locks` locks at once. A third of its connections, rounded
-    /// up, is left to queries, unless it has only one.
+    /// Returns a pool on the database that has room for `locks` locks at once. A third of its connections, rounded
+    /// up, is left to queries, unless the pool has only one.
     pub async fn pool(&self, locks: u32) -> PgPool {
         let others = if locks > 1 { locks.div_ceil(2) } else { 0 };
         let max_connections = (locks + others).min(self.environment.max_connections);
@@ -192,7 +192,7 @@ impl TestDb {
         if self.environment.route == Route::PgBouncer {
             let bouncer = self.start_bouncer(max_connections);
             options = self.through(&bouncer);
-            // The pool keeps what its callback keeps, and its PgBouncer ends with it.
+            // The callback of the pool keeps the PgBouncer, which ends with the pool.
             pool = pool.after_connect(move |_, _| {
                 let _: &PgBouncer = &bouncer;
                 Box::pin(async { Ok(()) })
@@ -210,7 +210,7 @@ impl TestDb {
         self.environment.pool_options()
     }
 
-    /// A connection to the database, outside any pool: a superuser's, straight to the server.
+    /// Opens a superuser's connection to the database, outside any pool and directly to the server.
     pub async fn admin(&self) -> PgConnection {
         self.admin.connect().await.expect("the test's database can be reached")
     }
@@ -229,7 +229,7 @@ impl TestDb {
     }
 }
 
-/// A pool, all of whose connections were opened on this runtime.
+/// Returns a pool whose connections were all opened on this runtime.
 async fn connect_all(pool: PgPoolOptions, options: PgConnectOptions) -> PgPool {
     let connections = pool.get_max_connections();
     let pool = pool.connect_with(options).await.expect("the test's database can be reached");
@@ -247,7 +247,7 @@ impl Drop for TestDb {
     fn drop(&mut self) {
         let Some(server) = self.drop_from.take() else { return };
         let name = self.name.clone();
-        // A thread with a runtime of its own, as ours may be about to end.
+        // A thread with a runtime of its own, because the current runtime may be about to end.
         let dropping = thread::spawn(move || {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let dropped = async { timeout(TIMEOUT, drop_database(&server, &name)).await };
@@ -266,7 +266,7 @@ async fn create(server: &PgConnectOptions, template: &str) -> String {
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("pglock_test_{}_{number}", process::id());
-        // Nothing is connected to the template, which would be in the way.
+        // No session is connected to the template, which would make the statement fail.
         // Files are copied faster than pages are written and logged, which is the default since PostgreSQL 15.
         let strategy =
             if conn.server_version_num() >= Some(150_000) { "STRATEGY file_copy" } else { "" };
@@ -276,7 +276,7 @@ async fn create(server: &PgConnectOptions, template: &str) -> String {
                 conn.close().await.expect("the server says goodbye");
                 return name;
             }
-            // Another run's, whose process has our number on another machine.
+            // The database is another run's, whose process has the same process ID on another machine.
             Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P04") => {}
             Err(error) => panic!("cannot make the test's database: {error}"),
         }
@@ -299,7 +299,7 @@ async fn drop_database(server: &PgConnectOptions, name: &str) -> Result<(), sqlx
     conn.close().await
 }
 
-/// `url`, to another database of the same server.
+/// Returns `url` with another database of the same server.
 fn with_database(url: &str, name: &str) -> String {
     let (scheme, rest) = url.split_once("://").unwrap_or(("postgres", url));
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -330,8 +330,8 @@ mod tests {
     use super::*;
     use crate::environment::ENVIRONMENTS;
 
-    /// What each environment that the server can see answers after two prepared queries: a text
-    /// that begins like this, or an error with these words.
+    /// The environments that the server can see, each with a statement that follows two prepared queries, and a part
+    /// of its answer or of its error.
     const SEEN: [(&str, &str, &str); 15] = [
         ("set_role", "SELECT session_user || ' ' || current_user", "pglock_app pglock_owner"),
         ("set_role_hook", "SELECT session_user || ' ' || current_user", "pglock_app pglock_owner"),
@@ -377,7 +377,7 @@ mod tests {
         let two = db.pool(2).await;
         assert_eq!(two.options().get_max_connections(), 3.min(row.max_connections), "{name}");
         assert_eq!(two.options().get_test_before_acquire(), row.test_before_acquire, "{name}");
-        // Both statements on one connection, which is released in between.
+        // All statements are on one connection, which is released before the last one.
         let pool = db.pool(1).await;
         let mut conn = pool.acquire().await.unwrap();
         for _ in 0..2 {

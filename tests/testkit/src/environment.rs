@@ -36,16 +36,16 @@ pub(crate) enum Route {
     PgBouncer,
 }
 
-/// One environment: what differs from [`PLAIN`], and the tests that don't apply.
+/// An environment: its differences from [`PLAIN`], and the tests that don't apply in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Environment {
     /// The name, as in `PGLOCK_TEST_ENVIRONMENT`.
     pub name: &'static str,
     /// The role that the connections log in as. A superuser creates it, unless it is `postgres`.
     pub(crate) login: &'static str,
-    /// Settings of that role: the first major version that has it, the name, and the value as SQL.
+    /// Settings of that role: for each, the first major version that has it, the name, and the value as SQL.
     pub(crate) settings: &'static [(u32, &'static str, &'static str)],
-    /// What a superuser runs in each database before it is used.
+    /// The statements that a superuser executes in each database before it is used.
     pub(crate) database: &'static [&'static str],
     /// The encoding of the database. The default is UTF-8, or what the server has.
     pub(crate) encoding: Option<&'static str>,
@@ -60,13 +60,13 @@ pub struct Environment {
     pub(crate) after_release: Option<&'static str>,
     /// Whether the connections of a pool are opened on a runtime that is not the test's.
     pub(crate) other_runtime: bool,
-    /// By how much time limits grow: an acquire over a slow link takes several round trips.
+    /// The factor by which time limits grow, because an acquire over a slow link takes several round trips.
     pub(crate) slack: u32,
-    /// By how much tests that repeat something shrink, so that all environments take minutes.
+    /// The factor by which tests repeat something less often, so that all environments take only minutes.
     pub(crate) fewer: usize,
     /// How many tests run at a time. Over a slow link most of them only wait.
     pub threads: usize,
-    /// The tests of semaphores, elections and several locks that run in it: parts of their paths.
+    /// The tests of semaphores, elections and several locks that run in it, as parts of their paths.
     pub types: &'static [&'static str],
     /// Tests that don't apply: a part of the test's path, and the reason.
     pub except: &'static [(&'static str, &'static str)],
@@ -99,7 +99,7 @@ const TYPES: &[&str] = &["election::", "multi::", "semaphore::"];
 /// Why the tests of a schema with its own `set_config` don't apply where the role has a search path.
 const OWN_SEARCH_PATH: &str = "the test sets the search path of the database; the role's own wins";
 
-/// What does not apply in the environments with hostile overloads.
+/// The tests that do not apply in the environments with hostile overloads.
 const HOSTILE: &[(&str, &str)] = &[
     ("interop::a_name_is_the_same_lock_in_sqlx", "sqlx's own lock calls unqualified functions"),
     ("loss::a_server_that_refuses_a_setting", OWN_SEARCH_PATH),
@@ -108,7 +108,7 @@ const HOSTILE: &[(&str, &str)] = &[
     ("multi::more_than_the_lock_table_takes", ROLE_NEEDS_LOCKS),
 ];
 
-/// What does not apply to a role without attributes, of the tests of [`TYPES`].
+/// The tests of [`TYPES`] that do not apply to a role without attributes.
 const AS_A_ROLE: &[(&str, &str)] = &[
     ("election::a_leader_is_seen_with_its_address", OWN_ROLES),
     ("multi::more_than_the_lock_table_takes", ROLE_NEEDS_LOCKS),
@@ -119,7 +119,7 @@ const ROLE_NEEDS_LOCKS: &str = "the lock table is too small for what the test as
 /// Why a test of short waits does not apply to a slow link.
 const LESS_THAN_A_ROUND_TRIP: &str = "the test waits for less than a round trip of the link";
 
-/// What an encoding can't influence. The rest acquires, waits, releases and fails, with keys and messages.
+/// The tests that an encoding can't influence. The other tests acquire, wait, release and fail, with keys and messages.
 const ENCODING: &[(&str, &str)] = &[
     ("cancel::", TEXTS_ALONE),
     ("drop::", TEXTS_ALONE),
@@ -348,7 +348,7 @@ impl Environment {
         Self::current_or(&PLAIN)
     }
 
-    /// The same for a process that runs in `default` if the variable is not set. Must be called before
+    /// Like [`current`](Self::current), but returns `default` if the variable is not set. Must be called before
     /// anything else that depends on the environment.
     pub fn current_or(default: &'static Self) -> &'static Self {
         static CURRENT: OnceLock<&Environment> = OnceLock::new();
@@ -373,34 +373,35 @@ impl Environment {
         ENVIRONMENTS.iter().find(|known| known.name == name)
     }
 
-    /// Whether this is the environment without peculiarities.
+    /// Returns whether this is the plain environment.
     pub fn is_plain(&self) -> bool {
         self.name == PLAIN.name
     }
 
-    /// Whether a pool can have `count` connections here.
+    /// Returns whether a pool can have `count` connections in this environment.
     pub fn has_connections(&self, count: u32) -> bool {
         count <= self.max_connections
     }
 
-    /// Returns a time limit that is right here: `limit` itself in the plain environment, and longer
+    /// Returns a time limit for this environment: `limit` itself in the plain environment, and a longer one
     /// where the environment makes each statement slower.
     pub fn limit(&self, limit: Duration) -> Duration {
         limit * self.slack
     }
 
-    /// Returns how often a test repeats what it repeats `count` times in the plain environment:
+    /// Returns how often a test repeats something in this environment that it repeats `count` times in the plain one:
     /// at least twice, or once if `count` is one.
     pub fn rounds(&self, count: usize) -> usize {
         (count / self.fewer).max(count.min(2))
     }
 
-    /// Whether this machine has what the environment is made of. The test is skipped, at least in part, if not.
+    /// Returns whether this machine has the programs that the environment needs. If not, the test is skipped, at least
+    /// in part.
     pub fn is_available(&self) -> bool {
         self.route != Route::PgBouncer || PgBouncer::find().is_some()
     }
 
-    /// Adds what a server needs to be used in this environment.
+    /// Adds the options that a server needs to be used in this environment.
     pub(crate) fn server_options(&self, options: ServerOptions) -> ServerOptions {
         if self.is_plain() {
             return options;
@@ -410,7 +411,7 @@ impl Environment {
         if matches!(self.route, Route::Slow(_)) { options.tcp() } else { options }
     }
 
-    /// Applies what the environment says about each connection.
+    /// Applies the environment's options for each connection.
     pub(crate) fn connect(&self, options: PgConnectOptions) -> PgConnectOptions {
         let options = options.username(self.login);
         match self.statement_cache {
@@ -435,8 +436,8 @@ impl Environment {
         options
     }
 
-    /// Prepares a server: creates the roles, and a database that those of the tests are copies of.
-    /// Returns the name of that database.
+    /// Prepares a server: creates the roles, and a template, of which the databases of the tests are copies.
+    /// Returns the name of the template.
     pub(crate) async fn prepare(
         &self,
         server: PgConnectOptions,

@@ -1,4 +1,4 @@
-//! Where a PostgreSQL server is found on this machine.
+//! Finds a PostgreSQL server on this machine.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -12,7 +12,8 @@ use crate::{apt, npm};
 /// The oldest version that `pglock` supports.
 const OLDEST: u32 = 12;
 
-/// Where packages put their binaries: a directory, and the start of the versions' names in it.
+/// The places where packages put their binaries: a directory, the start of the versions' names in it, and the directory
+/// of the binaries in a version.
 const WELL_KNOWN: [(&str, &str, &str); 6] = [
     ("usr/lib/postgresql", "", "bin"),
     ("usr", "pgsql-", "bin"),
@@ -54,14 +55,14 @@ impl Installation {
 #[derive(Clone, Debug)]
 pub(crate) struct Search {
     pub(crate) account: Account,
-    /// Whether `DATABASE_URL` is set: only for the record, a server is wanted all the same.
+    /// Whether `DATABASE_URL` is set. This is only for the report, because the search ignores that server.
     pub(crate) has_url: bool,
     pub(crate) bin: Option<OsString>,
     pub(crate) version: Option<OsString>,
     pub(crate) path: OsString,
-    /// Under which the well-known places are; `/` unless in a test.
+    /// The directory under which the well-known places are: `/`, except in a test.
     pub(crate) root: PathBuf,
-    /// Where fetched packages are kept.
+    /// The directory of fetched packages.
     pub(crate) cache: PathBuf,
 }
 
@@ -79,8 +80,8 @@ impl Search {
         }
     }
 
-    /// The first place that has a server. What a variable asks for is not replaced by something
-    /// else: if it does not do, the search is over.
+    /// Returns the first server that is found. If a variable names a server that can't be used, the search fails
+    /// instead of continuing elsewhere.
     pub(crate) fn run(&self) -> Result<Installation, NotFound> {
         let mut refused = NotFound { places: Vec::new() };
         let url = if self.has_url { "set, but a server of our own is wanted" } else { "not set" };
@@ -140,7 +141,7 @@ impl Search {
         Installation::check(Path::new(bin.trim()), &self.account)
     }
 
-    /// The newest that works, of all the well-known places.
+    /// Returns the newest server that works, of all the well-known places.
     fn well_known(&self, refused: &mut NotFound) -> Option<Installation> {
         let mut newest: Option<Installation> = None;
         for (dir, prefix, bin) in WELL_KNOWN {
@@ -196,7 +197,7 @@ impl Search {
     }
 }
 
-/// There is no server here. Says where it was looked for, and what to do.
+/// The error if there is no server. It names the places that were searched, and what to do.
 #[derive(Clone, Debug)]
 pub(crate) struct NotFound {
     places: Vec<(String, String)>,
@@ -240,7 +241,7 @@ mod tests {
 
     use super::*;
 
-    /// A machine made of directories and shell scripts. Nothing of the real one is seen, but for
+    /// A machine made of directories and shell scripts. A search sees nothing of the real machine, except for
     /// `/bin/sh`.
     struct Machine {
         root: PathBuf,
@@ -264,7 +265,7 @@ mod tests {
             machine
         }
 
-        /// Readable by every account, because the server may run under another one.
+        /// Makes a directory that every account can read, because the server may run under another one.
         fn dir(&self, path: &str) -> PathBuf {
             let dir = self.root.join(path);
             fs::create_dir_all(&dir).unwrap();
@@ -274,8 +275,8 @@ mod tests {
             dir
         }
 
-        /// Written by another process: a program that is open for writing anywhere does not run
-        /// (`ETXTBSY`), and what this process has open is for a moment open in each child that
+        /// Makes a script. Another process writes it, because a program that any process has open for writing does
+        /// not run (`ETXTBSY`), and a file that this process has open is for a moment open in each child that
         /// another test starts meanwhile.
         fn script(&self, path: &str, text: &str) {
             let (dir, name) = path.rsplit_once('/').unwrap();

@@ -1,8 +1,8 @@
-//! Functions of the server that do something else: found by name, or in place of the original.
+//! Makes the server call other functions than its own: overloads in another schema, or replacements.
 
 use sqlx::{AssertSqlSafe, PgConnection};
 
-/// What a function or operator of a [hostile schema](hostile_schema) raises, and the server logs.
+/// The message that a function or operator of a [hostile schema](hostile_schema) raises, and that the server logs.
 pub const HIJACKED: &str = "hijacked";
 
 /// Makes a schema with exact overloads of the functions and operators of `pg_catalog`, each of which

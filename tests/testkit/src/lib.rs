@@ -6,9 +6,10 @@
 //! is promoted, or a [`PgBouncer`], a [`Pgpool`] or a [`PinningPooler`] in front. [`Pglite`] is a
 //! server of another kind.
 //!
-//! With `DATABASE_URL` set, databases are made there, and dropped at the end. Otherwise one server is started for the
-//! process, from the binaries found on this machine, or fetched with `npm` or `apt-get` into a cache, without installing
-//! them. It goes away with the process, even if that is killed. As root it runs under an unprivileged account.
+//! If `DATABASE_URL` is set, databases are made on that server, and dropped at the end. Otherwise one server is started
+//! for the process, from binaries that are found on this machine, or fetched with `npm` or `apt-get` into a cache,
+//! without installing them. The server ends with the process, even if the process is killed. As root, the server runs
+//! under an unprivileged account.
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -17,7 +18,7 @@
 //! | `PGLOCK_PG_VERSION` | start this major version (12 to 18), fetched with `npm` |
 //! | `PGLOCK_TEST_REQUIRE_ALL` | a test that is skipped, because the machine lacks something, fails |
 //! | `PGLOCK_TEST_FULL` | tests that take long do all that they can, as in CI |
-//! | `PGLOCK_TEST_ENVIRONMENT` | run in this row of [`ENVIRONMENTS`], on a server of our own |
+//! | `PGLOCK_TEST_ENVIRONMENT` | run in this row of [`ENVIRONMENTS`], on a server of the testkit |
 
 #![expect(
     clippy::expect_used,

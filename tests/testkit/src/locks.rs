@@ -1,4 +1,4 @@
-//! What PostgreSQL says about advisory locks, for assertions.
+//! The advisory locks that PostgreSQL shows, for assertions.
 
 use sqlx::PgConnection;
 use sqlx::Row;
@@ -7,7 +7,7 @@ use sqlx::Row;
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[expect(clippy::exhaustive_structs, reason = "tests compare whole rows")]
 pub struct AdvisoryLock {
-    /// The server process of the session.
+    /// The pid of the session's backend.
     pub pid: i32,
     /// The first `int` of a pair, or the upper half of a `bigint`.
     pub classid: i64,
@@ -21,11 +21,12 @@ pub struct AdvisoryLock {
     pub granted: bool,
 }
 
-/// The advisory locks of the database that `conn` is connected to, ordered by key.
+/// Returns the advisory locks of the database that `conn` is connected to, ordered by key.
 ///
-/// Without those of a proof that locks exclude other sessions, which runs beside the first acquires of a
-/// process: over a slow link it takes seconds. Its connections send nothing else that locks. Its unlock is like
-/// others, so it only counts while it runs.
+/// Leaves out the locks of the proof of exclusion, which runs beside the first acquires of a process, and takes
+/// seconds over a slow link. A lock is known as the proof's by the last statement of its session, because the
+/// connections of the proof send no other statement that locks. The unlock of the proof is like any other, so
+/// this statement counts only while it runs.
 pub async fn advisory_locks(conn: &mut PgConnection) -> Vec<AdvisoryLock> {
     let rows = sqlx::query(
         "SELECT coalesce(pid, 0), classid::int8, objid::int8, objsubid, mode, granted

@@ -1,4 +1,4 @@
-//! A far side: a network of its own for processes, whose link can be cut.
+//! A network of its own for processes, the far side, whose link can be cut.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
@@ -11,25 +11,25 @@ use crate::account::run;
 use crate::process::is_gone;
 use crate::skip::{program, skip};
 
-/// What the names of our networks begin with. The id of the process that made it follows.
+/// The prefix of the names of networks. The ID of the process that made the network follows.
 const PREFIX: &str = "pglk";
 
-/// What Debian has the programs in.
+/// The packages of Debian that have the programs.
 const PACKAGES: &str = "iproute2 nftables";
 
-/// The addresses are four at a time of this block, which is private.
+/// The block of private addresses, of which each network takes four.
 const BLOCK: [u8; 2] = [10, 213];
 
-/// A network of its own, the far side, with one link to us.
+/// A network of its own, the far side, with one link to the network of this process.
 ///
 /// A [`Role`](crate::Role) that is started under [`far_side`](Self::far_side) reaches a server that
 /// listens on [`address`](Self::address), until the link is cut. Then packets vanish, and neither side is
-/// notified. Only Linux has this, and only root may do it.
+/// notified. Only Linux supports this, and only root may do it.
 ///
 /// # Drop
 ///
-/// Takes the network and its link away. What a killed process has left of its networks, the next
-/// one that makes some takes away.
+/// Removes the network and its link. If a killed process has left networks behind, the next process that makes a
+/// network removes them.
 ///
 /// # Examples
 ///
@@ -47,25 +47,25 @@ const BLOCK: [u8; 2] = [10, 213];
 #[derive(Debug)]
 pub struct Network {
     nft: PathBuf,
-    /// Of the namespace, and of our end of the link.
+    /// The name of the namespace, and of the near end of the link.
     name: String,
     address: String,
 }
 
-/// Which packets a cut link loses.
+/// The packets that a cut link loses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[expect(clippy::exhaustive_enums, reason = "a link has exactly two directions")]
 pub enum Direction {
-    /// All.
+    /// All packets.
     Both,
-    /// Those that come from the far side to us.
+    /// The packets that come from the far side.
     FromFarSide,
-    /// Those that go from us to the far side.
+    /// The packets that go to the far side.
     ToFarSide,
 }
 
 impl Network {
-    /// Makes a network. `None`, and the test is skipped, if that is not possible here.
+    /// Makes a network. Returns `None` and skips the test if that is not possible on this machine.
     pub fn new() -> Option<Self> {
         if !geteuid().is_root() {
             return skip("only root can make a network", "run the tests as root");
@@ -75,7 +75,7 @@ impl Network {
         remove_leftovers();
         match Self::make(nft) {
             Ok(network) => Some(network),
-            // In a container, root may usually not.
+            // In a container, root usually may not do this.
             Err(reason) => skip(&reason, "run the tests where root can make a network"),
         }
     }
@@ -87,7 +87,7 @@ impl Network {
         let name = format!("{PREFIX}{}-{number}", process::id());
         let (near, far) = free_addresses(number)?;
         ip(&["netns", "add", &name])?;
-        // From here on, its drop cleans up.
+        // From here on, dropping the network cleans up.
         let network = Self { nft, name, address: near.to_string() };
         let name = &network.name;
         ip(&["link", "add", name, "type", "veth", "peer", "name", "near", "netns", name])?;
@@ -96,7 +96,7 @@ impl Network {
         ip(&["-netns", name, "addr", "add", &format!("{far}/30"), "dev", "near"])?;
         ip(&["-netns", name, "link", "set", "near", "up"])?;
         ip(&["-netns", name, "link", "set", "lo", "up"])?;
-        // Below IP, so that no sender is notified that its packet was dropped.
+        // Packets are dropped below IP, so that their sender is not notified.
         network.nft(
             "add table netdev cut; \
              add chain netdev cut to { type filter hook ingress device near priority 0; }; \
@@ -105,12 +105,12 @@ impl Network {
         Ok(network)
     }
 
-    /// Our address, as the far side sees it.
+    /// Returns the address of this process's end of the link, as the far side sees it.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// The command under which a program runs on the far side.
+    /// Returns the command under which a program runs on the far side.
     pub fn far_side(&self) -> [&str; 4] {
         ["ip", "netns", "exec", &self.name]
     }
@@ -129,7 +129,7 @@ impl Network {
         self.nft(&rules.join("; ")).expect("the link can be cut");
     }
 
-    /// Drops all packets of one connection from now on: that whose port on the far side this is.
+    /// Drops, from now on, all packets of the connection that has this port on the far side.
     pub fn cut_connection(&self, port: u16) {
         self.nft(&format!(
             "add rule netdev cut to tcp dport {port} drop; \
@@ -160,13 +160,13 @@ fn ip(words: &[&str]) -> Result<String, String> {
 }
 
 fn remove(name: &str) {
-    // A process on the far side would keep the link alive with the namespace. Best effort: it may
-    // never have been made.
+    // The link is deleted explicitly, because a process on the far side would keep it alive with the namespace. Errors
+    // are ignored, because the link may never have been made.
     drop(ip(&["link", "del", name]));
     drop(ip(&["netns", "del", name]));
 }
 
-/// Removes the networks of processes that are gone.
+/// Removes the networks of processes that have ended.
 fn remove_leftovers() {
     let list = ip(&["netns", "list"]).unwrap_or_default();
     for name in list.lines().filter_map(|line| line.split_whitespace().next()) {
@@ -177,16 +177,16 @@ fn remove_leftovers() {
     }
 }
 
-/// Two addresses that are unused on this machine: ours, and the far side's.
+/// Returns two addresses that are unused on this machine: the near side's, and the far side's.
 fn free_addresses(number: u32) -> Result<(Ipv4Addr, Ipv4Addr), String> {
-    // Starts at a place of our own, so that processes seldom collide.
+    // Each process starts at a place of its own, so that processes seldom collide.
     let start = process::id().wrapping_mul(101).wrapping_add(number);
     for step in 0..100_u32 {
         let index = start.wrapping_add(step.wrapping_mul(37)) % (1 << 14);
         let [.., high, low] = (index * 4).to_be_bytes();
         let [first, second] = BLOCK;
         let [near, far] = [1, 2].map(|host| Ipv4Addr::new(first, second, high, low + host));
-        // Only an address of ours can be bound to.
+        // Only an address that this machine has can be bound to.
         if TcpListener::bind((near, 0)).is_err() {
             return Ok((near, far));
         }

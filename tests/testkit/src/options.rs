@@ -1,4 +1,4 @@
-//! How a server is to be started.
+//! The options with which a server is started.
 
 use std::fmt::Write;
 use std::net::TcpListener;
@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::server::Server;
 
-/// For speed, as nothing here needs to survive a power cut.
+/// The default settings. They are fast, because no data need to survive a power cut.
 const SETTINGS: [(&str, &str); 12] = [
-    // Before PostgreSQL 13 only at the start: some tests replace a function of the server.
+    // For tests that replace a function of the server. Before PostgreSQL 13, it can be set only at the start.
     ("allow_system_table_mods", "on"),
     ("fsync", "off"),
     ("synchronous_commit", "off"),
@@ -21,11 +21,11 @@ const SETTINGS: [(&str, &str); 12] = [
     ("shared_buffers", "16MB"),
     ("max_connections", "500"),
     ("logging_collector", "off"),
-    // In the data directory, so that nothing is left of a server that is killed.
+    // Shared memory is in the data directory, so that nothing is left of a server that is killed.
     ("dynamic_shared_memory_type", "mmap"),
 ];
 
-/// How a server is to be started. Made by [`Server::options`].
+/// The options with which a server is started. Made by [`Server::options`].
 #[derive(Clone, Debug, Default)]
 #[must_use = "nothing runs until `start`"]
 pub struct ServerOptions {
@@ -59,14 +59,14 @@ impl ServerOptions {
         self
     }
 
-    /// Adds a line to `pg_hba.conf`; the first call replaces the default, which trusts everyone.
-    /// What no line decides is still trusted on the unix socket, for [`Server::connect_options`].
+    /// Adds a line to `pg_hba.conf`. The first call replaces the default, which trusts all clients. On the unix
+    /// socket, clients that no line matches are still trusted, for [`Server::connect_options`].
     pub fn hba(mut self, line: &str) -> Self {
         self.hba.push(line.to_owned());
         self
     }
 
-    /// Starts the server. Panics, saying why, if that fails.
+    /// Starts the server. Panics with the reason if that fails.
     pub fn start(self) -> Server {
         match Server::launch(&self) {
             Ok(server) => server,
@@ -74,9 +74,9 @@ impl ServerOptions {
         }
     }
 
-    /// Starts the server as a primary, and a hot standby that follows it: first one, then the other.
+    /// Starts the server as a primary, and then a hot standby that follows it. Returns them in this order.
     ///
-    /// Panics, saying why, if that fails.
+    /// Panics with the reason if that fails.
     pub fn start_with_standby(self) -> (Server, Server) {
         let options = self.setting("wal_level", "replica").setting("max_wal_senders", "2");
         let primary = options.clone().start();
@@ -91,8 +91,8 @@ impl ServerOptions {
 
         // Without TCP the port is only a part of the socket's name.
         let Some(address) = &self.listen else { return Ok(5432) };
-        // Below the range of outgoing connections, one of which could take the port during a
-        // restart. Starts at a place of our own, so that processes seldom meet.
+        // The port is below the range of outgoing connections, one of which could take it during a
+        // restart. Each process starts at a place of its own, so that processes seldom collide.
         for _ in 0..1000 {
             let step = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_mul(37);
             let port = 10_240 + process::id().wrapping_mul(101).wrapping_add(step) % 22_000;
@@ -104,7 +104,7 @@ impl ServerOptions {
         Err(format!("no free port on {address}"))
     }
 
-    /// What is added to `postgresql.conf`. The last of two lines for one parameter counts.
+    /// Returns the lines to add to `postgresql.conf`. The last of two lines for one parameter counts.
     pub(crate) fn postgresql_conf(&self, socket_dir: &str, port: u16) -> String {
         let port = port.to_string();
         let listen = self.listen.as_deref().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! A PgBouncer in front of a server, started by us and gone with us.
+//! A PgBouncer in front of a server, which ends with the test process.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -10,18 +10,18 @@ use crate::daemon::Daemon;
 use crate::server::Server;
 use crate::skip::program;
 
-/// A part of the socket's name, in a directory of its own.
+/// The port, which is only a part of the name of the socket. The socket is in a directory of its own.
 const PORT: u16 = 6432;
 
-/// A PgBouncer in front of a server, started by us and gone with us.
+/// A PgBouncer in front of a server, which ends with the test process.
 ///
-/// Each has an address of its own, which was not used before. It is reached through a unix socket,
-/// and lets every client in to every database as `postgres`.
+/// Each has an address of its own, which was not used before. It listens on a unix socket,
+/// and admits every client to every database as `postgres`.
 ///
 /// # Drop
 ///
-/// Stops it and removes its directory. The same happens, by way of a watchdog, when this process ends
-/// in any other manner, SIGKILL included.
+/// Stops the PgBouncer and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
+/// does the same.
 #[derive(Debug)]
 pub struct PgBouncer {
     program: PathBuf,
@@ -31,8 +31,8 @@ pub struct PgBouncer {
 impl PgBouncer {
     /// Starts a PgBouncer in front of `server`, with these settings of `pgbouncer.ini`.
     ///
-    /// `None`, and the test is skipped, if there is no PgBouncer on this machine. Panics, saying why, if
-    /// it does not start.
+    /// Returns `None` and skips the test if there is no PgBouncer on this machine. Panics with the reason if the
+    /// PgBouncer does not start.
     ///
     /// # Examples
     ///
@@ -48,12 +48,12 @@ impl PgBouncer {
         Self::in_front_of(server.socket_dir(), server.port(), settings)
     }
 
-    /// Returns the program. `None`, and the test is skipped, if there is none on this machine.
+    /// Returns the path of the program. Returns `None` and skips the test if there is none on this machine.
     pub fn find() -> Option<PathBuf> {
         program("pgbouncer", "pgbouncer")
     }
 
-    /// Starts a PgBouncer in front of the server whose socket is there.
+    /// Starts a PgBouncer in front of the server whose socket is in the directory `server`.
     pub(crate) fn in_front_of(server: &Path, port: u16, settings: &[(&str, &str)]) -> Option<Self> {
         match Self::launch(Self::find()?, server, port, settings) {
             Ok(pooler) => Some(pooler),
@@ -61,7 +61,7 @@ impl PgBouncer {
         }
     }
 
-    /// How to connect to the server's database `postgres`, through the PgBouncer.
+    /// Returns the options to connect to the server's database `postgres`, through the PgBouncer.
     pub fn connect_options(&self) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
             .socket(self.daemon.dir())
@@ -70,12 +70,12 @@ impl PgBouncer {
             .database("postgres")
     }
 
-    /// All that it has logged so far.
+    /// Returns all that the PgBouncer has logged so far.
     pub fn log(&self) -> String {
         self.daemon.log()
     }
 
-    /// Kills it, and starts it again in the same place.
+    /// Kills the PgBouncer, and starts it again at the same address.
     pub fn restart(&mut self) {
         self.daemon.stop(Signal::SIGKILL);
         if let Err(reason) = self.run() {
@@ -89,7 +89,7 @@ impl PgBouncer {
         port: u16,
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
-        // It has nothing to tidy, and ignores SIGQUIT if the process that started us does.
+        // A PgBouncer has nothing to clean up, and ignores SIGQUIT if the parent of the test process does.
         let daemon = Daemon::place("pgbouncer", "KILL")?;
         daemon.write("pgbouncer.ini", &ini(server, port, &daemon, settings))?;
         let mut pooler = Self { program, daemon };
@@ -97,7 +97,7 @@ impl PgBouncer {
         Ok(pooler)
     }
 
-    /// Runs it until it takes clients.
+    /// Starts the program, and waits until it accepts clients.
     fn run(&mut self) -> Result<(), String> {
         let mut command = self.daemon.command(&self.program);
         command.arg(self.daemon.dir().join("pgbouncer.ini"));
@@ -105,7 +105,7 @@ impl PgBouncer {
     }
 }
 
-/// The content of `pgbouncer.ini`. The last of two lines for one setting counts.
+/// Returns the content of `pgbouncer.ini`. The last of two lines for one setting counts.
 fn ini(server: &Path, port: u16, daemon: &Daemon, settings: &[(&str, &str)]) -> String {
     let host = server.display();
     let port_of_ours = PORT.to_string();
@@ -117,7 +117,7 @@ fn ini(server: &Path, port: u16, daemon: &Daemon, settings: &[(&str, &str)]) -> 
         ("unix_socket_dir", &dir),
         ("pidfile", &pidfile),
         ("auth_type", "any"),
-        // sqlx sends it, and PgBouncer refuses what it does not know.
+        // sqlx sends this parameter, and PgBouncer refuses parameters that it does not know.
         ("ignore_startup_parameters", "extra_float_digits"),
     ];
     let mut ini =

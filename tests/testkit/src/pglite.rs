@@ -1,4 +1,4 @@
-//! A PGlite that takes clients: one session for all of them. Started by us and gone with us.
+//! A PGlite that accepts clients, with one session for all of them. It ends with the test process.
 
 use std::env;
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use crate::daemon::Daemon;
 use crate::npm::cache_dir;
 use crate::skip::{program, skip};
 
-/// A part of the socket's name, in a directory of its own.
+/// The port, which is only a part of the name of the socket. The socket is in a directory of its own.
 const PORT: u16 = 5432;
 
 /// The packages, each with its version and its SHA-512.
@@ -23,24 +23,24 @@ const PACKAGES: [(&str, &str); 2] = [
     ("package-lock.json", include_str!("pglite/package-lock.json")),
 ];
 
-/// A PGlite that takes clients: one session for all of them. Started by us and gone with us.
+/// A PGlite that accepts clients, with one session for all of them. It ends with the test process.
 ///
 /// It comes from npm, and is kept where the packages of PostgreSQL are.
 ///
 /// # Drop
 ///
-/// Stops it and removes its directory. The same happens, by way of a watchdog, when this process ends
-/// in any other manner, SIGKILL included.
+/// Stops the PGlite and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
+/// does the same.
 #[derive(Debug)]
 pub struct Pglite {
     daemon: Daemon,
 }
 
 impl Pglite {
-    /// Starts one that takes this number of clients at a time.
+    /// Starts a PGlite that accepts this number of clients at a time.
     ///
-    /// `None`, and the test is skipped, if there is no Node.js or npm on this machine, or no network to fetch PGlite
-    /// with. Panics, saying why, if it does not start.
+    /// Returns `None` and skips the test if there is no Node.js or npm on this machine, or no network to fetch PGlite
+    /// with. Panics with the reason if the PGlite does not start.
     ///
     /// # Examples
     ///
@@ -66,7 +66,7 @@ impl Pglite {
         }
     }
 
-    /// How to connect to its database.
+    /// Returns the options to connect to the database.
     pub fn connect_options(&self) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
             .socket(self.daemon.dir())
@@ -79,7 +79,7 @@ impl Pglite {
     fn launch(node: &Path, modules: &Path, clients: usize) -> Result<Self, String> {
         let mut daemon = Daemon::place("pglite", "KILL")?;
         let script = daemon.write("serve.mjs", include_str!("pglite/serve.mjs"))?;
-        // Where the script looks for it.
+        // The script looks for PGlite in this directory.
         let linked = symlink(modules, daemon.dir().join("node_modules"));
         linked.map_err(|error| format!("cannot link {}: {error}", modules.display()))?;
         let socket = format!(".s.PGSQL.{PORT}");
@@ -91,13 +91,13 @@ impl Pglite {
     }
 }
 
-/// Returns the directory with the packages, which are fetched with `npm` if they are not here.
+/// Returns the directory with the packages, which are fetched with `npm` if the cache does not have them.
 fn fetch(npm: &Path) -> Result<PathBuf, String> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty());
     let cache = cache_dir(set("XDG_CACHE_HOME"), set("HOME"));
     let failed = |error: Error| format!("cannot use {}: {error}", cache.display());
     fs::create_dir_all(&cache).map_err(failed)?;
-    // One at a time: the second finds the work done.
+    // One process fetches at a time: the next one finds the work done.
     let lock = File::create(cache.join("pglite.lock")).map_err(failed)?;
     lock.lock().map_err(failed)?;
     let place = cache.join("pglite");

@@ -1,4 +1,4 @@
-//! A pgpool-II in front of a primary and its hot standby, started by us and gone with us.
+//! A pgpool-II in front of a primary and its hot standby, which ends with the test process.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -9,21 +9,21 @@ use crate::daemon::Daemon;
 use crate::server::Server;
 use crate::skip::program;
 
-/// A part of the socket's name, in a directory of its own.
+/// The port, which is only a part of the name of the socket. The socket is in a directory of its own.
 const PORT: u16 = 9999;
 
 const CONF: &str = "pgpool.conf";
 
-/// A pgpool-II in front of a primary and its hot standby, started by us and gone with us.
+/// A pgpool-II in front of a primary and its hot standby, which ends with the test process.
 ///
-/// It is reached through a unix socket, and lets every client in to every database as the servers do. With its usual
-/// settings, load balancing on among them, it sends to the standby what it takes for a query: the primary has no
-/// weight.
+/// It listens on a unix socket, and admits every client to every database, as the servers do. With its usual settings,
+/// which include load balancing, it sends statements that it takes for queries to the standby, because the primary has
+/// no weight.
 ///
 /// # Drop
 ///
-/// Stops it and removes its directory. The same happens, by way of a watchdog, when this process ends
-/// in any other manner, SIGKILL included.
+/// Stops the pgpool-II and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
+/// does the same.
 #[derive(Debug)]
 pub struct Pgpool {
     daemon: Daemon,
@@ -32,8 +32,8 @@ pub struct Pgpool {
 impl Pgpool {
     /// Starts a pgpool-II in front of two servers, with these settings of `pgpool.conf`.
     ///
-    /// `None`, and the test is skipped, if there is no pgpool-II on this machine. Panics, saying why, if
-    /// it does not start.
+    /// Returns `None` and skips the test if there is no pgpool-II on this machine. Panics with the reason if the
+    /// pgpool-II does not start.
     ///
     /// # Examples
     ///
@@ -52,12 +52,12 @@ impl Pgpool {
         }
     }
 
-    /// Returns the program. `None`, and the test is skipped, if there is none on this machine.
+    /// Returns the path of the program. Returns `None` and skips the test if there is none on this machine.
     pub fn find() -> Option<PathBuf> {
         program("pgpool", "pgpool2")
     }
 
-    /// How to connect to the database `postgres`, through the pgpool-II.
+    /// Returns the options to connect to the database `postgres`, through the pgpool-II.
     pub fn connect_options(&self) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
             .socket(self.daemon.dir())
@@ -66,7 +66,7 @@ impl Pgpool {
             .database("postgres")
     }
 
-    /// All that it has logged so far: among the rest, to which node each statement went.
+    /// Returns all that the pgpool-II has logged so far, which includes the node that each statement went to.
     pub fn log(&self) -> String {
         self.daemon.log()
     }
@@ -76,10 +76,10 @@ impl Pgpool {
         servers: [&Server; 2],
         settings: &[(&str, &str)],
     ) -> Result<Self, String> {
-        // It ends its children, and gives back its shared memory.
+        // After this signal, pgpool-II ends its children, and frees its shared memory.
         let mut daemon = Daemon::place("pgpool", "QUIT")?;
         let conf = daemon.write(CONF, &conf(&daemon, servers, settings))?;
-        // Files that are not there, in which it would look for passwords.
+        // pgpool-II would look for passwords in these files, which do not exist.
         let (pcp, hba) = (daemon.dir().join("pcp.conf"), daemon.dir().join("pool_hba.conf"));
         let mut command = daemon.command(program);
         command.arg("-n").arg("-f").arg(conf).arg("-F").arg(pcp).arg("-a").arg(hba);
@@ -88,7 +88,7 @@ impl Pgpool {
     }
 }
 
-/// The content of `pgpool.conf`. The last of two lines for one setting counts.
+/// Returns the content of `pgpool.conf`. The last of two lines for one setting counts.
 fn conf(daemon: &Daemon, servers: [&Server; 2], settings: &[(&str, &str)]) -> String {
     let (dir, pid_file) = (daemon.dir().display().to_string(), daemon.pid_file());
     let (pid_file, port) = (pid_file.display().to_string(), PORT.to_string());
@@ -97,7 +97,7 @@ fn conf(daemon: &Daemon, servers: [&Server; 2], settings: &[(&str, &str)]) -> St
         ("listen_addresses", ""),
         ("pcp_listen_addresses", ""),
         ("unix_socket_directories", &dir),
-        // The same before pgpool-II 4.4.
+        // The name of that setting before pgpool-II 4.4.
         ("socket_dir", &dir),
         ("pcp_socket_dir", &dir),
         ("port", &port),
@@ -106,7 +106,7 @@ fn conf(daemon: &Daemon, servers: [&Server; 2], settings: &[(&str, &str)]) -> St
         ("work_dir", &dir),
         ("num_init_children", "24"),
         ("sr_check_user", "postgres"),
-        // It reserves the memory, although its cache is off.
+        // pgpool-II reserves this memory, although its cache is off.
         ("memqcache_total_size", "1MB"),
         ("log_per_node_statement", "on"),
         ("backend_weight0", "0"),

@@ -17,16 +17,16 @@ use crate::server::Server;
 
 /// A pooler that multiplexes transactions, and pins a client that changes the state of its session.
 ///
-/// Each transaction gets a server connection that no other client uses, and the connection is free again after it. A
-/// pinned client keeps its server connection, which is closed if the client disconnects then.
+/// Each transaction gets a server connection that no other client uses, and the connection is free again after the
+/// transaction. A pinned client keeps its server connection, which is closed when the pinned client disconnects.
 ///
 /// # Drop
 ///
-/// Closes all connections that go through it.
+/// Closes all connections that go through the pooler.
 #[derive(Debug)]
 pub struct PinningPooler {
     address: SocketAddr,
-    // Dropped, it ends them.
+    // Dropping the set ends the tasks.
     _tasks: JoinSet<()>,
 }
 
@@ -34,16 +34,16 @@ pub struct PinningPooler {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Pinning {
-    /// The name of a lock function, `SET`, `set_config` or a named prepared statement, until it disconnects. As RDS
-    /// Proxy.
+    /// As in RDS Proxy, the name of a lock function, `SET`, `set_config` or a named prepared statement pins the client,
+    /// until it disconnects.
     UntilDisconnected,
-    /// A call of a lock function in a simple query, outside of `DO` blocks, until the same keys are unlocked, whether
-    /// or not a lock was granted. As PgDog 0.1.56. Prepared statements and `SET` pin nothing.
+    /// As in PgDog 0.1.56, a call of a lock function in a simple query, outside of `DO` blocks, pins the client until
+    /// the same keys are unlocked, whether or not a lock was granted. Prepared statements and `SET` do not pin it.
     UntilUnlocked,
 }
 
 impl PinningPooler {
-    /// Starts one with room for this number of server connections.
+    /// Starts a pooler with room for this number of server connections.
     pub async fn start(server: &Server, connections: usize, pinning: Pinning) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");
@@ -65,7 +65,7 @@ impl PinningPooler {
         Self { address, _tasks: tasks }
     }
 
-    /// How to connect to the server's database `postgres`, through the pooler.
+    /// Returns the options to connect to the server's database `postgres`, through the pooler.
     pub fn connect_options(&self) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
             .host(&self.address.ip().to_string())
@@ -104,7 +104,7 @@ struct Assigned {
     room: OwnedSemaphorePermit,
     /// Whether the client keeps it.
     pinned: bool,
-    /// How often the server is yet to say that it is ready.
+    /// How many `ReadyForQuery` messages the server has yet to send.
     owed: usize,
 }
 
@@ -126,7 +126,7 @@ impl Backends {
 
     fn give_back(&self, assigned: Assigned) {
         self.idle().push(assigned.backend);
-        // Only now, so that the next client finds it.
+        // The room is given back last, so that the next client finds the idle connection.
         drop(assigned.room);
     }
 
@@ -154,7 +154,7 @@ impl Backend {
 }
 
 impl Assigned {
-    /// Passes on a message of the client.
+    /// Forwards a message of the client.
     async fn send(&mut self, message: &[u8], state: &mut State) -> io::Result<()> {
         self.owed += usize::from(matches!(message.first(), Some(b'Q' | b'S')));
         state.note(message);
@@ -222,7 +222,7 @@ fn is_goodbye(message: &[u8]) -> bool {
     message.first() == Some(&b'X')
 }
 
-/// The state of a client's session, as far as the pooler knows of it.
+/// The state of a client's session, as far as the pooler tracks it.
 #[derive(Debug)]
 struct State {
     pinning: Pinning,
@@ -243,9 +243,9 @@ impl State {
         }
     }
 
-    /// Learns from a message of the client.
+    /// Updates the state from a message of the client.
     fn note(&mut self, message: &[u8]) {
-        // After the type and the length.
+        // The text comes after the type and the length.
         let text = String::from_utf8_lossy(message.get(5..).unwrap_or_default());
         match message.first() {
             Some(b'Q') => {
@@ -260,7 +260,7 @@ impl State {
         }
     }
 
-    /// Learns from the calls of lock functions in a statement.
+    /// Updates the state from the calls of lock functions in a statement.
     fn note_calls(&mut self, statement: &str) {
         // Every other part is the body of a `DO` block.
         for part in statement.split("$$").step_by(2) {
@@ -278,7 +278,7 @@ impl State {
     }
 }
 
-/// Whether a statement changes the state of its session, by the words in it.
+/// Returns whether a statement changes the state of its session, by the words in it.
 fn changes_state(statement: &str) -> bool {
     let mut words = statement.split(|c: char| !c.is_alphanumeric() && c != '_');
     words.any(|word| {
@@ -290,7 +290,7 @@ fn changes_state(statement: &str) -> bool {
     })
 }
 
-/// A stream as messages of the protocol.
+/// Reads a stream as messages of the protocol.
 #[derive(Debug)]
 struct Messages<R> {
     stream: R,
@@ -305,7 +305,7 @@ impl<R: AsyncRead + Unpin> Messages<R> {
     /// Returns the next message. Cancel safe.
     async fn next(&mut self) -> io::Result<Vec<u8>> {
         loop {
-            // A type of one byte, then the length of the rest.
+            // A message begins with a type of one byte, and the length of the rest.
             let whole = self.buffer.get(1..5).map(|head| 1 + length(head));
             if let Some(whole) = whole.filter(|whole| *whole <= self.buffer.len()) {
                 return Ok(self.buffer.drain(..whole).collect());
@@ -317,7 +317,7 @@ impl<R: AsyncRead + Unpin> Messages<R> {
     }
 }
 
-/// The length at the start of a message, which counts itself.
+/// Parses the length at the start of a message, which includes its own four bytes.
 fn length(head: &[u8]) -> usize {
     let bytes = head.first_chunk().copied().unwrap_or_default();
     u32::from_be_bytes(bytes).try_into().unwrap_or_default()

@@ -1,4 +1,4 @@
-//! Processes by parent: PostgreSQL's backends lead process groups of their own.
+//! Finds processes by their parent, because PostgreSQL's backends lead process groups of their own.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 pub(crate) struct Process {
     pub(crate) pid: u32,
     parent: u32,
-    /// As `ps` prints it: `T` is stopped, `Z` has ended and its parent has not waited for it yet.
+    /// The state as `ps` prints it: `T` is stopped, and `Z` has ended, but its parent has not waited for it yet.
     state: char,
 }
 
@@ -22,7 +22,7 @@ impl Process {
         all().into_iter().find(|process| process.pid == pid)
     }
 
-    /// From `/proc/<pid>/stat`: `pid (name, which may hold spaces) state parent …`
+    /// Parses `/proc/<pid>/stat`: `pid (name, which may hold spaces) state parent …`
     fn from_stat(stat: &str) -> Option<Self> {
         let pid = stat.split_once(' ')?.0.parse().ok()?;
         let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
@@ -30,7 +30,7 @@ impl Process {
         Some(Self { pid, parent: fields.next()?.parse().ok()?, state })
     }
 
-    /// From a line of `ps -o pid=,ppid=,state=`.
+    /// Parses a line of `ps -o pid=,ppid=,state=`.
     fn from_ps(line: &str) -> Option<Self> {
         let mut fields = line.split_whitespace();
         let pid = fields.next()?.parse().ok()?;
@@ -47,19 +47,19 @@ pub(crate) fn signal(pid: u32, signal: Signal) -> io::Result<()> {
     Ok(kill(Pid::from_raw(pid.cast_signed()), signal)?)
 }
 
-/// Stops `pid` and waits until it stands still.
+/// Stops `pid`, and waits until it is stopped.
 pub(crate) fn stop(pid: u32) {
     if signal(pid, Signal::SIGSTOP).is_ok() {
         wait_until("a process stands still", || stands_still(pid));
     }
 }
 
-/// Whether `pid` is stopped, or gone.
+/// Returns whether `pid` is stopped, or has ended.
 pub(crate) fn stands_still(pid: u32) -> bool {
     Process::find(pid).is_none_or(|process| matches!(process.state, 'T' | 't' | 'Z'))
 }
 
-/// Whether `pid` is gone, or only its exit code is left.
+/// Returns whether `pid` has ended, even if its parent has not waited for it yet.
 pub(crate) fn is_gone(pid: u32) -> bool {
     Process::find(pid).is_none_or(|process| process.state == 'Z')
 }

@@ -1,4 +1,4 @@
-//! A link that is slow, stands still, or breaks: a proxy in front of a server.
+//! A proxy in front of a server, by which the link is slow, frozen or broken.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,23 +11,23 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// A link that is slow, stands still, or breaks: a proxy in front of a server.
+/// A proxy in front of a server, by which the link is slow, frozen or broken.
 ///
 /// # Drop
 ///
-/// Closes all connections that go through it.
+/// Closes all connections that go through the proxy.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
     link: watch::Sender<Link>,
-    // Dropped, it ends them.
+    // Dropping the set ends the tasks.
     _tasks: JoinSet<()>,
 }
 
-/// What the link is like just now.
+/// The current state of the link.
 #[derive(Clone, Copy, Debug)]
 struct Link {
-    /// Where new connections lead.
+    /// The port that new connections go to.
     port: u16,
     delay: Duration,
     frozen: bool,
@@ -35,7 +35,7 @@ struct Link {
 }
 
 impl Proxy {
-    /// Listens on a free port of 127.0.0.1, and passes on to `port` there without delay.
+    /// Listens on a free port of 127.0.0.1, and forwards connections to `port` there, without delay.
     pub async fn to(port: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port is free");
         let address = listener.local_addr().expect("a listener has an address");
@@ -54,27 +54,27 @@ impl Proxy {
         Self { address, link, _tasks: tasks }
     }
 
-    /// Where the proxy listens.
+    /// Returns the address that the proxy listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Leads new connections to another port, as a name does that moves. The others stay where they are.
+    /// Forwards new connections to another port, like a host name that moves. The others stay where they are.
     pub fn move_to(&self, port: u16) {
         self.link.send_modify(|link| link.port = port);
     }
 
-    /// Makes everything that is sent from now on arrive so much later.
+    /// Makes everything that is sent from now on arrive later by this delay.
     pub fn delay(&self, delay: Duration) {
         self.link.send_modify(|link| link.delay = delay);
     }
 
-    /// Lets nothing arrive any more, until [`thaw`](Self::thaw). The connections stay open.
+    /// Holds up everything that is sent, until [`thaw`](Self::thaw). The connections stay open.
     pub fn freeze(&self) {
         self.link.send_modify(|link| link.frozen = true);
     }
 
-    /// Lets what was held up arrive.
+    /// Delivers everything that was held up.
     pub fn thaw(&self) {
         self.link.send_modify(|link| link.frozen = false);
     }
@@ -85,7 +85,7 @@ impl Proxy {
     }
 }
 
-/// Passes on between a client and the server until one of them closes, or the link breaks.
+/// Forwards data between a client and the server until one of them closes the connection, or the link breaks.
 async fn pass(mut client: TcpStream, mut link: watch::Receiver<Link>) -> io::Result<()> {
     let Link { port, resets, .. } = *link.borrow();
     let mut server = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
@@ -103,7 +103,7 @@ async fn pass(mut client: TcpStream, mut link: watch::Receiver<Link>) -> io::Res
     server.set_zero_linger()
 }
 
-/// Passes on in one direction, each piece in its own time.
+/// Forwards data in one direction, each piece when it is due.
 async fn pump(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,

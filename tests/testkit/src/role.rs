@@ -1,4 +1,4 @@
-//! A process of its own, that plays one ignored test of the program that starts it.
+//! A process of its own that runs one ignored test of the program that starts it.
 
 use std::env;
 use std::fmt::Display;
@@ -19,10 +19,10 @@ use crate::cancel::eventually;
 /// How long a role may take to answer before a test fails.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// What stands before the words of a role, so that they are not taken for the test runner's.
+/// The mark before the answers of a role, which distinguishes them from the output of the test runner.
 const MARK: &str = "» ";
 
-/// A process of its own, that plays one ignored test of the program that starts it.
+/// A process of its own that runs one ignored test of the program that starts it.
 ///
 /// The role reads commands on its standard input, a line each, and answers on its standard output. Its
 /// standard error is inherited.
@@ -59,13 +59,13 @@ pub struct Role {
 }
 
 impl Role {
-    /// Runs the ignored test `name`, its whole path, with these environment variables.
+    /// Runs the ignored test `name`, which is its whole path, with these environment variables.
     pub fn start(name: &str, env: &[(&str, &str)]) -> Self {
         Self::start_under(&[], name, env)
     }
 
-    /// Runs it under another command, such as `["ip", "netns", "exec", "there"]`, which must replace
-    /// itself by what it runs.
+    /// Runs the test under another command, such as `["ip", "netns", "exec", "there"]`, which must replace
+    /// itself with the program that it runs.
     pub fn start_under(command: &[&str], name: &str, env: &[(&str, &str)]) -> Self {
         let program = env::current_exe().expect("this program knows where it is");
         let mut words = command.iter().map(AsRef::as_ref).chain([program.as_os_str()]);
@@ -83,20 +83,20 @@ impl Role {
         Self { name: name.to_owned(), process, input, output: BufReader::new(output).lines() }
     }
 
-    /// Tells the role what to do next. Panics if the process has ended.
+    /// Sends a command to the role. Panics if the process has ended.
     pub async fn tell(&mut self, cue: &str) {
         let told = self.input.write_all(format!("{cue}\n").as_bytes()).await;
         assert!(told.is_ok(), "{} ended before it was told {cue:?}", self.name);
     }
 
-    /// What the role says next. Panics if its process ends instead, or says nothing for a minute.
+    /// Waits for the next answer of the role. Panics if its process ends instead, or does not answer for a minute.
     pub async fn answer(&mut self) -> String {
         let next = timeout(TIMEOUT, self.next());
         let Ok(next) = next.await else { panic!("{} says nothing", self.name) };
         next.unwrap_or_else(|| panic!("{} ended instead of an answer", self.name))
     }
 
-    /// What the role says next, without a limit. `None` at the end of its process.
+    /// Waits for the next answer of the role, without a limit. `None` at the end of its process.
     pub async fn next(&mut self) -> Option<String> {
         loop {
             let line = self.output.next_line().await.expect("a pipe is readable")?;
@@ -106,39 +106,39 @@ impl Role {
         }
     }
 
-    /// Tells, and waits for the answer.
+    /// Sends a command to the role, and waits for the answer.
     pub async fn ask(&mut self, cue: &str) -> String {
         self.tell(cue).await;
         self.answer().await
     }
 
-    /// Lets the process stand still.
+    /// Pauses the process.
     pub fn pause(&self) {
         crate::process::stop(self.pid());
     }
 
-    /// Waits until the process stands still by itself: see [`stand_still`].
+    /// Waits until the process has paused itself: see [`stand_still`].
     pub async fn stands_still(&self) {
         let still = || async { crate::process::stands_still(self.pid()) };
         eventually("the role stands still", TIMEOUT, still).await;
     }
 
-    /// Lets it go on.
+    /// Resumes the process.
     pub fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Kills the process, and waits until it is gone.
+    /// Kills the process, and waits until it has ended.
     pub async fn kill(&mut self) {
         self.process.kill().await.expect("a child can be killed");
     }
 
-    /// Whether the process has ended.
+    /// Returns whether the process has ended.
     pub fn has_ended(&mut self) -> bool {
         self.process.try_wait().expect("a child can be waited for").is_some()
     }
 
-    /// The id of the process. Panics if it was killed.
+    /// Returns the ID of the process. Panics if it was killed.
     pub fn pid(&self) -> u32 {
         self.process.id().expect("the role is being played")
     }
@@ -148,22 +148,22 @@ impl Role {
     }
 }
 
-/// Answers, from inside a role.
+/// Sends an answer from inside a role.
 #[expect(clippy::print_stdout, reason = "that is where it is heard")]
 pub fn say(words: impl Display) {
-    // Whatever the test runner has left without an end of line.
+    // Begins a new line, because the test runner may have left one without an end.
     println!("\n{MARK}{words}");
     // A parent that has stopped listening ends the role anyway.
     drop(stdout().flush());
 }
 
-/// The commands for the role, inside it: see [`cues`].
+/// The commands for a role, inside its process: see [`cues`].
 #[derive(Debug)]
 pub struct Cues(UnboundedReceiver<io::Result<String>>);
 
-/// The commands for the role, inside it. Ends when standard input is closed.
+/// Returns the commands for a role, inside its process. They end when standard input is closed.
 ///
-/// Read on a thread of its own: tokio's runtime, at its end, would wait for its own reader of standard
+/// A thread of its own reads them, because tokio's runtime, at its end, would wait for its own reader of standard
 /// input, and a role that panics would not end.
 pub fn cues() -> Cues {
     let (tell, told) = unbounded_channel();
@@ -178,7 +178,7 @@ pub fn cues() -> Cues {
 }
 
 impl Cues {
-    /// The next cue. `None` when standard input is closed.
+    /// Waits for the next command. `None` when standard input is closed.
     ///
     /// # Errors
     ///
@@ -188,8 +188,8 @@ impl Cues {
     }
 }
 
-/// Lets this process stand still, from inside a role, until [`Role::resume`] lets it go on. What
-/// comes next is the first thing that it does then.
+/// Pauses this process, from inside a role, until [`Role::resume`] resumes it. Then the process continues with the code
+/// after this call.
 pub fn stand_still() {
     raise(Signal::SIGSTOP).expect("a process may stop itself");
 }

@@ -1,4 +1,4 @@
-//! One PostgreSQL server, started by us and gone with us.
+//! One PostgreSQL server, which ends with the test process.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -20,27 +20,27 @@ use crate::options::ServerOptions;
 use crate::process;
 use crate::watchdog::Watchdog;
 
-/// How a server is asked to stop.
+/// The mode in which a server shuts down.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[expect(clippy::exhaustive_enums, reason = "PostgreSQL has exactly three ways to shut down")]
 pub enum Shutdown {
     /// Disconnects all clients and shuts down in order (SIGINT).
     Fast,
-    /// Drops everything at once, as before a crash recovery (SIGQUIT).
+    /// Ends everything at once, so that the next start begins with a crash recovery (SIGQUIT).
     Immediate,
-    /// Waits until the last client has gone (SIGTERM).
+    /// Waits until the last client has disconnected (SIGTERM).
     Smart,
 }
 
-/// One PostgreSQL server, started by us and gone with us.
+/// One PostgreSQL server, which ends with the test process.
 ///
-/// It lives in a directory of its own, reached through a unix socket there. The superuser is
+/// It lives in a directory of its own, and listens on a unix socket there. The superuser is
 /// `postgres`, without a password.
 ///
 /// # Drop
 ///
-/// Stops the server at once and removes its directory. The same happens, by way of a watchdog,
-/// when this process ends in any other manner, SIGKILL included.
+/// Stops the server at once and removes its directory. If this process ends in any other way, SIGKILL included, a
+/// watchdog does the same.
 #[derive(Debug)]
 pub struct Server {
     installation: Installation,
@@ -51,11 +51,11 @@ pub struct Server {
     listen: Option<String>,
     env: Vec<(String, String)>,
     running: Mutex<Running>,
-    /// The database that those of the tests are copies of, once it is there.
+    /// The database of which those of the tests are copies, once it has been made.
     template: OnceCell<Result<String, String>>,
 }
 
-/// What changes while a server is stopped and started.
+/// The state that changes when a server is stopped and started.
 #[derive(Debug)]
 struct Running {
     postmaster: Option<Child>,
@@ -63,7 +63,7 @@ struct Running {
 }
 
 impl Server {
-    /// The server of this process, started by the first call.
+    /// Returns the server of this process, which the first call starts.
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Result<Server, String>> = OnceLock::new();
 
@@ -78,17 +78,17 @@ impl Server {
         Self::options().start()
     }
 
-    /// Starts a server that is not as usual.
+    /// Returns the options to start a server that is not as usual.
     pub fn options() -> ServerOptions {
         Environment::current().server_options(ServerOptions::default())
     }
 
-    /// How to connect to the database `postgres`, through the unix socket.
+    /// Returns the options to connect to the database `postgres`, through the unix socket.
     pub fn connect_options(&self) -> PgConnectOptions {
         self.any_options().socket(self.socket_dir())
     }
 
-    /// How to connect to the database `postgres` over TCP. Panics if the server does not listen.
+    /// Returns the options to connect to the database `postgres` over TCP. Panics if the server does not listen on TCP.
     pub fn tcp_options(&self) -> PgConnectOptions {
         let listen = self.listen.as_deref().expect("the server was started without `.tcp()`");
         let host = match listen {
@@ -98,7 +98,7 @@ impl Server {
         self.any_options().host(host)
     }
 
-    /// The name of the database to copy for a test, prepared by the first call.
+    /// Returns the name of the database to copy for a test, which the first call prepares.
     pub(crate) async fn template(&self, environment: &Environment) -> &str {
         if environment.is_plain() {
             return "template0";
@@ -114,7 +114,7 @@ impl Server {
     }
 
     fn any_options(&self) -> PgConnectOptions {
-        // Everything is set, whatever `PGHOST` and its like say.
+        // Everything is set here, so `PGHOST` and similar variables have no effect.
         PgConnectOptions::new_without_pgpass()
             .host("localhost")
             .port(self.port)
@@ -124,7 +124,7 @@ impl Server {
             .ssl_mode(PgSslMode::Disable)
     }
 
-    /// The port, also without TCP: there it is a part of the socket's name.
+    /// Returns the port. Without TCP, it is only a part of the socket's name.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -149,14 +149,15 @@ impl Server {
         self.installation.major
     }
 
-    /// The process that all others of this server are children of. Panics if it is not running.
+    /// Returns the pid of the postmaster, the parent of all other processes of this server. Panics if it is not
+    /// running.
     pub fn postmaster_pid(&self) -> u32 {
         self.running().pid()
     }
 
-    /// Shuts down, and waits until the server is gone.
+    /// Shuts down the server, and waits until it has ended.
     ///
-    /// Panics after a minute: a smart shutdown never ends while a client stays.
+    /// Panics after a minute, because a smart shutdown never ends while a client stays connected.
     pub fn stop(&self, how: Shutdown) {
         let signal = match how {
             Shutdown::Fast => Signal::SIGINT,
@@ -168,11 +169,11 @@ impl Server {
         process::wait_until("the server has shut down", || running.has_ended());
     }
 
-    /// Crashes: kills the postmaster and all its children, and waits until they are gone.
+    /// Crashes the server: kills the postmaster and all its children, and waits until they have ended.
     pub fn kill(&self) {
         let mut running = self.running();
         let pid = running.pid();
-        // Standing still it has no further children.
+        // While the postmaster is stopped, it starts no further children.
         process::stop(pid);
         let children = process::children(pid);
         for pid in children.iter().chain([&pid]) {
@@ -184,7 +185,7 @@ impl Server {
         });
     }
 
-    /// Starts again, in the same place; stops first (fast) if running. Waits until ready.
+    /// Starts the server again, in the same place, after a fast shutdown if it is running. Waits until it is ready.
     pub fn restart(&self) {
         if self.running().postmaster.is_some() {
             self.stop(Shutdown::Fast);
@@ -203,8 +204,8 @@ impl Server {
         }
     }
 
-    /// Starts again, as a hot standby of `primary`, from a copy of what that has; that stands still meanwhile. This
-    /// one must be stopped, and its own data is lost.
+    /// Starts the server again, as a hot standby of `primary`, from a copy of the primary's data. The primary is shut
+    /// down during the copy. This server must be stopped, and its own data is lost.
     pub fn demote(&self, primary: &Self) {
         let demoted = self.follow(primary);
         if let Err(reason) = demoted {
@@ -212,7 +213,7 @@ impl Server {
         }
     }
 
-    /// Lets the postmaster and all its children stand still, as a machine that hangs.
+    /// Pauses the postmaster and all its children, as on a machine that hangs.
     pub fn pause(&self) {
         let pid = self.running().pid();
         process::stop(pid);
@@ -221,26 +222,26 @@ impl Server {
         }
     }
 
-    /// Lets them go on.
+    /// Resumes the postmaster and all its children.
     pub fn resume(&self) {
         let pid = self.running().pid();
         for pid in process::children(pid).into_iter().chain([pid]) {
-            // A child that was killed meanwhile need not go on.
+            // A child that was killed meanwhile need not be resumed.
             drop(process::signal(pid, Signal::SIGCONT));
         }
     }
 
-    /// All that the server has logged so far.
+    /// Returns all that the server has logged so far.
     pub fn log(&self) -> String {
         self.log_since(0)
     }
 
-    /// How long the log is: a mark for [`log_since`](Self::log_since).
+    /// Returns the length of the log, a mark for [`log_since`](Self::log_since).
     pub fn log_len(&self) -> usize {
         self.read_log().len()
     }
 
-    /// What the server has logged since `mark`.
+    /// Returns all that the server has logged since `mark`.
     pub fn log_since(&self, mark: usize) -> String {
         let log = self.read_log();
         String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned()
@@ -257,7 +258,7 @@ impl Server {
             server.port = options.port()?;
             tries -= 1;
             match server.set_up(options) {
-                // Another process was quicker to take the port.
+                // Another process has taken the port first.
                 Err(reason) if tries > 0 && reason.contains("Address already in use") => {
                     drop(fs::remove_dir_all(&server.data));
                     drop(fs::remove_file(server.dir.join("log")));
@@ -267,7 +268,7 @@ impl Server {
         }
     }
 
-    /// Starts a hot standby, from a copy of what this server has; stands still meanwhile.
+    /// Starts a hot standby, from a copy of this server's data. This server is shut down during the copy.
     pub(crate) fn launch_standby(&self, options: &ServerOptions) -> Result<Self, String> {
         let mut standby = Self::place(options)?;
         standby.port = options.port()?;
@@ -287,14 +288,14 @@ impl Server {
         self.run_as_standby()
     }
 
-    /// Copies what `primary` has, which stands still meanwhile.
+    /// Copies the data of `primary`, which is shut down during the copy.
     fn copy(&self, primary: &Self) -> Result<(), String> {
         primary.stop(Shutdown::Fast);
         run(self.account.command("cp").arg("-a").arg(&primary.data).arg(&self.data))?;
         primary.run()
     }
 
-    /// The settings with which another server follows this one.
+    /// Returns the settings with which another server follows this one.
     fn conninfo(&self) -> String {
         format!(
             "primary_conninfo = 'host={} port={} user=postgres'\n\
@@ -310,7 +311,7 @@ impl Server {
         self.run()
     }
 
-    /// A server's place, with nothing in it yet.
+    /// Makes the directory of a server, with no cluster in it yet.
     fn place(options: &ServerOptions) -> Result<Self, String> {
         let account = Account::for_server()?;
         let installation = Search::from_env(account).run().map_err(|error| error.to_string())?;
@@ -336,7 +337,7 @@ impl Server {
             if self.configure(options, "").and_then(|()| self.run()).is_ok() {
                 return Ok(());
             }
-            // Was it the template? Then a fresh cluster starts.
+            // The template may be the reason. Then a fresh cluster starts.
             template.remove();
             drop(fs::remove_dir_all(&self.data));
         }
@@ -355,13 +356,13 @@ impl Server {
         write_settings(&self.account, &self.data.join("pg_hba.conf"), &options.pg_hba_conf())
     }
 
-    /// Runs the server until it is ready for clients.
+    /// Starts the server, and waits until it is ready for clients.
     fn run(&self) -> Result<(), String> {
         let log = File::options().create(true).append(true).open(self.dir.join("log"));
         let log = log.map_err(|error| format!("cannot write the log: {error}"))?;
         let errors = log.try_clone().map_err(|error| format!("cannot write the log: {error}"))?;
         let mut postgres = self.account.command(self.bin_dir().join("postgres"));
-        // In a process group of its own: Ctrl-C is not for it.
+        // In a process group of its own, so that Ctrl-C does not reach it.
         postgres.arg("-D").arg(&self.data).stdout(log).stderr(errors).process_group(0);
         postgres.envs(self.env.iter().map(|(name, value)| (name, value)));
 
@@ -383,11 +384,11 @@ impl Server {
         running.watchdog.tell("started")
     }
 
-    /// Whether the postmaster `pid` says in its file, on line 8, that it is ready.
+    /// Returns whether line 8 of `postmaster.pid` says that the postmaster `pid` is ready.
     fn is_ready(&self, pid: u32) -> bool {
         let file = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
         let mut lines = file.lines();
-        // After a crash, the file of the one before is still there.
+        // After a crash, the file of the previous postmaster is still there.
         lines.next() == Some(&pid.to_string()) && lines.nth(6).map(str::trim) == Some("ready")
     }
 
@@ -401,7 +402,7 @@ impl Drop for Server {
         let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
         running.watchdog.release();
         if let Some(mut postmaster) = running.postmaster.take() {
-            // Gone already, unless the watchdog was killed.
+            // The postmaster has ended already, unless the watchdog was killed.
             drop(postmaster.kill());
             drop(postmaster.wait());
         }
@@ -414,7 +415,7 @@ impl Running {
         self.postmaster.as_ref().expect("the server is running").id()
     }
 
-    /// Whether the postmaster is gone; asks for its exit code if so.
+    /// Returns whether the postmaster has ended, and reaps it if so.
     fn has_ended(&mut self) -> bool {
         let Some(postmaster) = &mut self.postmaster else { return true };
         let ended = postmaster.try_wait().expect("a child can be waited for").is_some();

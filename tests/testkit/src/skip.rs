@@ -1,7 +1,7 @@
-//! Tests that need what a machine may lack. They are skipped, and the run ends with a list of them.
+//! Skips tests that need something that the machine lacks, and lists them at the end of the run.
 //!
-//! The test runner knows no test that is skipped while it runs: it passes. So each skip is written to a
-//! file of the run, which the last test program prints, `tests/zz_skipped.rs`.
+//! The test runner can't skip a test that is running already, so the test passes. Each skip is written to a
+//! file of the run, which the last test program, `tests/zz_skipped.rs`, prints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -12,14 +12,14 @@ use std::{env, thread};
 
 use nix::unistd::getppid;
 
-/// The variable with which a skip is a failure.
+/// The variable that makes a skip a failure.
 const REQUIRE_ALL: &str = "PGLOCK_TEST_REQUIRE_ALL";
 
-/// Where the distributions put programs, if that is not on `PATH`.
+/// The directories in which distributions put programs, in case they are not on `PATH`.
 const PLACES: [&str; 5] =
     ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"];
 
-/// Finds a program. Skips the test if the machine lacks it; `package` is what Debian has it in.
+/// Finds a program. Skips the test if the machine lacks it. `package` is the package of Debian that has it.
 ///
 /// # Examples
 ///
@@ -36,7 +36,7 @@ pub fn program(name: &str, package: &str) -> Option<PathBuf> {
     })
 }
 
-/// Skips the test: returns `None`, with which the test returns, and lists it at the end of the run under
+/// Skips the test: returns `None`, upon which the test has to return, and lists the test at the end of the run under
 /// `remedy`, which says what would make it run.
 ///
 /// Panics instead if `PGLOCK_TEST_REQUIRE_ALL` is set.
@@ -44,13 +44,13 @@ pub fn skip<T>(reason: &str, remedy: &str) -> Option<T> {
     let all_is_required = env::var_os(REQUIRE_ALL).is_some_and(|value| !value.is_empty());
     assert!(!all_is_required, "{reason}; {remedy}, or unset {REQUIRE_ALL}");
     let test = current_test();
-    // Past the test runner, which keeps what a test prints if it passes.
+    // Written past the test runner, which hides the output of a test that passes.
     drop(writeln!(io::stderr(), "skipped {test}: {reason} ({remedy})"));
     Run::of(getppid().as_raw()).add(&test, reason, remedy);
     None
 }
 
-/// Prints which tests of this run were skipped, and what would make them run; if any were.
+/// Prints which tests of this run were skipped, if any, and what would make them run.
 pub fn print_skipped() {
     let list = Run::of(getppid().as_raw()).take();
     if !list.is_empty() {
@@ -58,24 +58,25 @@ pub fn print_skipped() {
     }
 }
 
-/// The name of the test, as the test runner has it, after that of its program.
+/// Returns the name of the test program, and that of the test, as the test runner has it.
 fn current_test() -> String {
     let program = env::current_exe().unwrap_or_default();
     let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // Without the hash that cargo adds.
+    // Removes the hash that cargo adds.
     let program = program.rsplit_once('-').map_or(&*program, |(name, _)| name);
     format!("{program}: {}", thread::current().name().unwrap_or("a thread"))
 }
 
-/// A run of the tests: the test programs that one process has started, which is cargo.
+/// A run of the tests: all test programs that one process of cargo has started.
 struct Run {
-    /// A line for each skip: the remedy, the reason and the test, with tabs in between.
+    /// A file with a line for each skip: the remedy, the reason and the test, with tabs in between.
     file: PathBuf,
 }
 
 impl Run {
     fn of(cargo: i32) -> Self {
-        // The number alone may be another process's soon: in each new container it is the same.
+        // The start time is in the name too, because process IDs are reused: in each new container, cargo's is the
+        // same.
         let stat = fs::read_to_string(format!("/proc/{cargo}/stat")).unwrap_or_default();
         let started = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19));
         let started = started.unwrap_or("0");
@@ -85,11 +86,11 @@ impl Run {
     fn add(&self, test: &str, reason: &str, remedy: &str) {
         let file = File::options().create(true).append(true).open(&self.file);
         let line = format!("{remedy}\t{}\t{test}\n", reason.replace(['\n', '\t'], " "));
-        // If that fails, the line has been printed.
+        // A failure is ignored, because the skip has been printed.
         drop(file.and_then(|mut file| file.write_all(line.as_bytes())));
     }
 
-    /// Returns the list, and forgets it. Empty if nothing was skipped.
+    /// Returns the list, and removes the file. The list is empty if no test was skipped.
     fn take(&self) -> String {
         let lines = fs::read_to_string(&self.file).unwrap_or_default();
         drop(fs::remove_file(&self.file));
@@ -134,7 +135,7 @@ mod tests {
         unreachable!();
     }
 
-    /// Runs the test that is skipped. This process is its cargo.
+    /// Runs the test that is skipped, with this process in the place of cargo.
     fn run(all_is_required: &str) -> Output {
         let mut runner = Command::new(env::current_exe().unwrap());
         runner.args([NEEDY, "--exact", "--ignored"]).env(REQUIRE_ALL, all_is_required);

@@ -1,4 +1,4 @@
-//! The watchdog: a shell that outlives us, to take the server down however we end.
+//! The watchdog, a shell that outlives the test process, to end the server however the test process ends.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -7,13 +7,13 @@ use std::process::{Child, Command, Stdio};
 
 #[derive(Debug)]
 pub(crate) struct Watchdog {
-    /// Its standard input is a pipe closed on exec: our end, and no child's, keeps it open.
+    /// Its standard input is a pipe that is closed on exec, so only this process, and no child of it, keeps it open.
     shell: Child,
 }
 
 impl Watchdog {
-    /// Makes `dir`, so that it is gone however early we end, and watches over it and the server in it, which writes
-    /// its pid to `pid_file` there and is ended by `signal`.
+    /// Starts a watchdog that makes `dir`, so that the directory is removed however early this process ends. It also
+    /// watches over the server in the directory, which writes its pid to `pid_file` there, and is ended by `signal`.
     pub(crate) fn over(dir: &Path, pid_file: &str, signal: &str) -> Result<Self, String> {
         let mut shell = Command::new("/bin/sh")
             .args(["-c", include_str!("watchdog.sh"), "pglock-watchdog"])
@@ -23,7 +23,7 @@ impl Watchdog {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            // In a process group of its own: Ctrl-C is not for it.
+            // In a process group of its own, so that Ctrl-C does not reach it.
             .process_group(0)
             .spawn()
             .map_err(|error| format!("/bin/sh does not run: {error}"))?;
@@ -36,13 +36,13 @@ impl Watchdog {
         Err(format!("cannot make {}: {} ({heard:?})", dir.display(), said.trim_end()))
     }
 
-    /// Tells the watchdog what a stop would find: `starting`, or `started`.
+    /// Sends the state of the server to the watchdog: `starting`, or `started`.
     pub(crate) fn tell(&mut self, state: &str) -> Result<(), String> {
         let pipe = self.shell.stdin.as_mut().expect("the pipe stays open until the end");
         writeln!(pipe, "{state}").map_err(|error| format!("the watchdog is gone: {error}"))
     }
 
-    /// Does now what would happen at our end, and waits for it.
+    /// Makes the watchdog stop the server and remove the directory now, and waits for it.
     pub(crate) fn release(&mut self) {
         drop(self.shell.stdin.take());
         drop(self.shell.wait());

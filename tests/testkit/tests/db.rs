@@ -1,4 +1,4 @@
-//! Every test has a database of its own, and says by a URL where it is.
+//! Every test has a database of its own, to which a URL leads.
 
 #![expect(
     clippy::print_stdout,
@@ -48,7 +48,7 @@ async fn a_url_leads_to_the_database() {
     let mut conn = PgConnectOptions::from_str(&db.url()).unwrap().connect().await.unwrap();
     assert_eq!(current_database(&mut conn).await, db.name());
 
-    // psql too, where it runs: npm's packages have none, and a library of it may be missing.
+    // psql connects too, where it runs: npm's packages have no psql, and one of its libraries may be missing.
     let runs = |psql: &PathBuf| {
         let version = Command::new(psql).arg("--version").output();
         version.is_ok_and(|version| version.status.success())
@@ -95,7 +95,7 @@ async fn only_the_locks_of_the_database_are_listed() {
 async fn the_lock_of_a_proof_is_not_listed() {
     let db = TestDb::new().await;
     let (mut conn, mut admin) = (db.admin().await, db.admin().await);
-    // The unlock leaves one of two.
+    // The unlock leaves one of the two locks.
     for (function, listed) in
         [("pg_try_advisory_lock", 0), ("pg_advisory_lock", 1), ("pg_advisory_unlock", 1)]
     {
@@ -139,7 +139,7 @@ async fn with_a_database_url_databases_are_made_there_and_dropped() {
     let server = Server::start();
     let url = TestDb::on(&server).await.url();
     let before = test_databases(&server).await;
-    // Where a server of the client's own would be.
+    // A server of the client's own would be in this directory.
     let tmp = PathBuf::from(format!("{}/client", server.socket_dir().display()));
     fs::create_dir(&tmp).unwrap();
 

@@ -71,7 +71,7 @@ impl Owner {
         Pid::from_raw(self.process.id().cast_signed())
     }
 
-    /// Waits until the situation has come about; returns the child that the owner made.
+    /// Waits until the owner is in its situation. Returns the child that the owner has started.
     fn ready(&mut self) -> Pid {
         for line in BufReader::new(self.process.stdout.take().unwrap()).lines() {
             if let Some(pid) = line.unwrap().strip_prefix("child ") {
@@ -81,7 +81,7 @@ impl Owner {
         panic!("the owner ended early");
     }
 
-    /// Waits until the owner's directory is gone, and every process that works in it.
+    /// Waits until the owner's directory is removed, and every process that works in it has ended.
     fn leaves_nothing(mut self) {
         let prefix = format!("pglock-{}-", self.pid());
         drop(self.process.wait());
@@ -100,7 +100,7 @@ impl Owner {
     }
 }
 
-/// The command lines that mention `dir`.
+/// Returns the command lines of processes that mention `dir`.
 fn processes_in(dir: &Path) -> Vec<String> {
     let lines: Vec<_> = if let Ok(processes) = fs::read_dir("/proc") {
         let files = processes.filter_map(|entry| fs::read(entry.ok()?.path().join("cmdline")).ok());
@@ -149,7 +149,7 @@ fn an_owner_that_is_asked_to_end_leaves_nothing() {
     for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
         let mut owner = Owner::start(env::temp_dir(), "running");
         owner.ready();
-        // To the whole process group, as a terminal does it.
+        // Sent to the whole process group, as a terminal does.
         killpg(owner.pid(), signal).unwrap();
         owner.leaves_nothing();
     }
@@ -157,10 +157,10 @@ fn an_owner_that_is_asked_to_end_leaves_nothing() {
 
 #[test]
 fn an_owner_that_is_killed_while_starting_leaves_nothing() {
-    // Without a template at first, so that `initdb` is hit as well.
+    // There is no template at first, so that `initdb` is killed as well.
     let tmp = PathBuf::from(format!("/tmp/pglock-owner-{}", process::id()));
     fs::create_dir(&tmp).unwrap();
-    // As /tmp is.
+    // The mode is that of /tmp.
     fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).unwrap();
     for delay in (0..800).step_by(amount(100, 50)) {
         let owner = Owner::start(tmp.clone(), "running");

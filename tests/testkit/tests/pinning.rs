@@ -23,7 +23,7 @@ async fn clients_share_a_server_connection() {
     let pid = after(&mut one, "SELECT 1").await;
     for _ in 0..3 {
         assert_eq!(after(&mut one, "SELECT 1").await, pid);
-        // Unnamed, so nothing is left on the server connection.
+        // The statement is unnamed, so it leaves nothing on the server connection.
         let unnamed = sqlx::query("SELECT pg_backend_pid()").persistent(false);
         assert_eq!(unnamed.fetch_one(&mut two).await.unwrap().get::<i32, _>(0), pid);
     }
@@ -61,7 +61,7 @@ async fn what_a_pinned_client_held_is_free_when_it_disconnects() {
     let pooler = PinningPooler::start(&server, 1, Pinning::UntilDisconnected).await;
     for _ in 0..3 {
         let mut conn = pooler.connect_options().connect().await.unwrap();
-        // A named statement, which waits while the server ends the session of the client before.
+        // A named statement, which waits while the server ends the session of the previous client.
         let lock = sqlx::query("SELECT pg_advisory_lock(1)").execute(&mut conn);
         timeout(Duration::from_secs(20), lock).await.unwrap().unwrap();
         conn.close().await.unwrap();
@@ -81,7 +81,7 @@ async fn a_client_is_pinned_until_it_unlocks() {
         let freed = after(&mut one, &format!("SELECT {unlock}")).await;
         assert_eq!(after(&mut two, "SELECT 1").await, freed, "{function}");
     }
-    // Not seen in a block.
+    // The pooler does not see a call in a `DO` block.
     let pid = after(&mut one, "DO $$ BEGIN PERFORM pg_advisory_lock(2); END $$").await;
     assert_eq!(after(&mut two, "SELECT pg_advisory_unlock(2)").await, pid);
 }

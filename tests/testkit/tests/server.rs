@@ -56,7 +56,7 @@ async fn nothing_is_left_of_a_dropped_server() {
     let preparations: [fn(&Server); 4] =
         [|_| (), Server::pause, Server::kill, |server| server.stop(Shutdown::Fast)];
     for prepare in preparations {
-        // Sooner than a watchdog or a postmaster kills what does not end. A slow machine may take longer, but not
+        // The server ends sooner than a watchdog or a postmaster would kill it. A slow machine may take longer, but not
         // each time.
         let is_quick = (0..5).any(|_| {
             let server = Server::start();
@@ -98,7 +98,7 @@ async fn over_tcp_a_password_can_be_required() {
             .unwrap();
     assert_eq!(name, "minimal");
 
-    // The same port again.
+    // The server has the same port after a restart.
     server.restart();
     options.connect().await.unwrap();
 }

@@ -20,7 +20,7 @@ async fn a_standby_follows_and_is_promoted() {
     .await;
 
     standby.promote();
-    // The same session may write now, and the primary does not receive that.
+    // The same session may write now, and the primary does not receive the change.
     session.execute("DROP TABLE t").await.unwrap();
     writer.execute("SELECT FROM t").await.unwrap();
 }

@@ -2,8 +2,8 @@
 //!
 //! Every worker of actix-web is a runtime of its own, and in a graceful stop, a worker without requests ends first. The
 //! connections that were opened on it end too, with their locks. So the locks of one `LockManager` that all workers share,
-//! and the work under them, run on the runtime of `main`. A busy invoice is 409, and an error that may pass is 503, as in
-//! the cookbook.
+//! and the work under them, run on the runtime of `main`. A busy invoice is answered with 409, and a transient error
+//! with 503, as in the cookbook.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -25,13 +25,13 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-/// What the workers share.
+/// The state that the workers share.
 struct Shared {
     manager: LockManager,
     runtime: Handle,
 }
 
-/// The payments that run at this moment, all of the same invoice.
+/// The number of payments that are running, all of the same invoice.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
 
 #[tokio::main]
@@ -79,7 +79,7 @@ async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
 
 async fn pay(shared: Data<Shared>, invoice: Path<i64>) -> HttpResponse {
     let lock = Lock::new(&shared.manager, format!("invoice-{invoice}"));
-    // If the client goes away, the task goes on, and the payment is not left half done.
+    // If the client disconnects, the task continues, so the payment is not left half done.
     let payment = async move { lock.try_run_for(Duration::from_secs(2), charge()).await };
     match shared.runtime.spawn(payment).await {
         Ok(Ok(Some(()))) => HttpResponse::Ok().body("paid\n"),

@@ -20,14 +20,14 @@ use tokio::time::sleep;
 const CUSTOMERS: i32 = 3;
 const JOBS: i32 = 24;
 
-/// What the jobs of a worker need.
+/// The state that the jobs of a worker use.
 #[derive(Clone)]
 struct Instance {
     pool: PgPool,
     manager: LockManager,
 }
 
-/// The jobs that are done, by which the workers end.
+/// The number of jobs that are done. The workers end when all of them are.
 static DONE: AtomicU32 = AtomicU32::new(0);
 
 #[tokio::main]
@@ -42,8 +42,8 @@ async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     .execute(&pool)
     .await?;
 
-    // In memory, a queue for each worker. Jobs of every customer are in both, as one queue in a database would
-    // distribute them.
+    // Each worker has a queue in memory. Both queues have jobs of every customer, as if one queue in a database had
+    // distributed them.
     let mut queues = [MemoryStorage::new(), MemoryStorage::new()];
     for queue in &mut queues {
         for job in 0..JOBS / 2 {
@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     Ok(())
 }
 
-/// Runs the jobs of a queue, until those of both are done.
+/// Runs the jobs of a queue, until the jobs of both queues are done.
 async fn work(name: &str, queue: MemoryStorage<i32>, pool: PgPool) -> Result<(), WorkerError> {
     let instance = Instance { manager: LockManager::new(&pool), pool };
     let worker = WorkerBuilder::new(name).backend(queue).data(instance).build(bill);
@@ -75,7 +75,7 @@ async fn work(name: &str, queue: MemoryStorage<i32>, pool: PgPool) -> Result<(),
     worker.run_until(all_done).await
 }
 
-/// A job: reads, computes for a while, and writes. Two at once for one customer would lose an update.
+/// Runs a job, which reads, computes for a while, and writes. Two jobs at once for one customer would lose an update.
 async fn bill(customer: i32, instance: Data<Instance>) -> Result<(), BoxDynError> {
     let Instance { pool, manager } = &*instance;
     let guard = Lock::new(manager, format!("customer-{customer}")).acquire().await?;

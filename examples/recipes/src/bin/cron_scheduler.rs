@@ -1,8 +1,8 @@
 //! Run a job of tokio-cron-scheduler on one of two instances.
 //!
-//! The schedule goes off on every instance. The lock has one run at a time, but when the job is short, an instance that
-//! comes a moment later acquires the lock too. So the tick is recorded, on the session that holds the lock. A tick that
-//! comes while the job runs is left out; the example `cron` makes up for it.
+//! The schedule fires on every instance. The lock allows one run at a time, but if the job is short, an instance that
+//! wakes a moment later acquires the lock too. So the job records the tick, on the session that holds the lock. A tick
+//! that comes while the job runs is skipped; the example `cron` catches up on it.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -73,10 +73,10 @@ async fn start(pool: PgPool) -> Result<JobScheduler> {
     Ok(scheduler)
 }
 
-/// The job, on the instance that acquires the lock first.
+/// Runs the job, if this instance is the first to acquire the lock.
 async fn clean_up(pool: &PgPool) -> Result<()> {
     WAKES.fetch_add(1, Ordering::Relaxed);
-    // By this instance's own clock, which the scheduler reads as well.
+    // The tick is by this instance's own clock, which the scheduler reads as well.
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let tick = i64::try_from(now.as_secs() / PERIOD.as_secs())?;
 

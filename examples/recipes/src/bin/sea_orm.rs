@@ -1,4 +1,4 @@
-//! Pay an invoice once with SeaORM, from whose own pool the lock is made.
+//! Pay an invoice once with SeaORM, under a lock on SeaORM's own pool.
 //!
 //! SeaORM 2 is built on sqlx 0.9, as pglock is, so `get_postgres_connection_pool` returns a pool that a lock can use. A
 //! held lock uses one connection of it, and a third of the pool is left to the work. SeaORM 1 is built on sqlx 0.8: open
@@ -84,7 +84,7 @@ async fn pay(orm: DatabaseConnection, id: i64) -> Result<bool> {
     Ok(written.rows_affected == 1)
 }
 
-/// The part that needs the lock: a call of another system, which no rollback undoes.
+/// The part that needs the lock: a call to another system, which no rollback undoes.
 async fn charge() {
     sleep(Duration::from_millis(50)).await;
 }

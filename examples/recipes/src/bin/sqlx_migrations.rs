@@ -3,7 +3,7 @@
 //! `Migrator::run` takes an advisory lock by itself, so two instances never migrate at the same time. Where that is
 //! all you need, use it as it is. A lock of pglock around it adds:
 //!
-//! * a limit for the wait: sqlx's waits without end;
+//! * a timeout for the wait: sqlx waits without one;
 //! * a release after a migration that fails: sqlx's lock stays on the pooled connection, and blocks every other instance;
 //! * other work in the same lock, such as data to fill in (see the example `migration_lock`).
 //!
@@ -47,10 +47,10 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// Applies what has not been applied.
+/// Applies the migrations that have not been applied.
 async fn migrate(pool: PgPool) -> Result<()> {
     let mut migrator = migrations().await?;
-    // The lock is held here, and a second one on the same key would wait for it.
+    // This function holds the lock, and the migrator's own lock on the same key would wait for it.
     migrator.set_locking(false);
 
     let database: String = sqlx::query_scalar("SELECT current_database()").fetch_one(&pool).await?;
@@ -58,9 +58,9 @@ async fn migrate(pool: PgPool) -> Result<()> {
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(30)).await? else {
         return Err("another instance has been migrating for 30 s; start again later".into());
     };
-    // On the session that holds the lock: if it ends, no migration goes on without the lock.
+    // The migrations run on the session that holds the lock: if the session ends, none continues without the lock.
     let mut connection = guard.connection().await?;
-    // What `run` does, whose future can't be spawned if it has a connection of ours.
+    // `run` does the same, but its future can't be spawned if it has the connection of a guard.
     migrator.run_direct(None, &mut *connection, false).await?;
     drop(connection);
     Ok(guard.release().await?)

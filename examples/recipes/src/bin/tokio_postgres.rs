@@ -1,4 +1,4 @@
-//! Serialise work per account with tokio-postgres, and have the server refuse the write of a holder that was cut off.
+//! Serialise work per account with tokio-postgres, and make the server refuse the write of a holder that lost its lock.
 //!
 //! The connections of tokio-postgres are not those of sqlx, so locks have a small sqlx pool of their own: a
 //! `LockManager` holds any number of locks on one connection of it, and waits on the others.
@@ -32,7 +32,7 @@ async fn main() -> Result<()> {
         )
         .await?;
 
-    // Two instances, of which each has its own locks.
+    // Two instances, each with a lock manager of its own.
     let instances = [locks(&db.url())?, locks(&db.url())?];
     let deposits = (0..50).zip(instances.iter().cycle());
     let deposits: JoinSet<_> = deposits
@@ -63,7 +63,7 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// Locks on a pool that nothing else uses, so none of its connections need to be left to queries.
+/// Makes a lock manager on a pool that nothing else uses, so no connection has to be reserved for queries.
 fn locks(url: &str) -> Result<LockManager> {
     let pool = PgPoolOptions::new().max_connections(3).connect_lazy(url)?;
     Ok(LockManager::new(&LockOptions::new().reserve_connections(0).on(&pool)?))

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::parameters::Parameter;
 use crate::exit::{Failure, say};
 
-/// Where Debian and the defaults of PostgreSQL keep the service file of a machine.
+/// The directories in which Debian, and PostgreSQL by default, keep the service file of a machine.
 const SYSTEM: [&str; 2] = ["/etc/postgresql-common", "/usr/local/pgsql/etc"];
 
 /// Parameters, in the order of the file.
@@ -17,7 +17,7 @@ pub(super) type Parameters = Vec<(&'static str, String)>;
 
 /// Returns the parameters of a service, and the file that they are from.
 ///
-/// A service of the user's own file takes precedence over that of the machine.
+/// A service in the user's own file takes precedence over one in the file of the machine.
 pub(super) fn service(name: &str, file: Option<&str>) -> Result<(PathBuf, Parameters), Failure> {
     let named = file.map(PathBuf::from);
     let user = named.clone().or_else(|| home().map(|home| home.join(".pg_service.conf")));
@@ -67,7 +67,7 @@ fn section(text: &str, name: &str, path: &Path) -> Result<Option<Parameters>, Fa
             continue;
         }
         let Some((keyword, value)) = line.split_once('=') else {
-            // It may have a password.
+            // The error does not quote the line, because it may contain a password.
             let place = format!("line {number}");
             return Err(wrong(&place, "not a line like host=db.example.com"));
         };
@@ -79,7 +79,7 @@ fn section(text: &str, name: &str, path: &Path) -> Result<Option<Parameters>, Fa
             Some(keyword) if parameters.iter().all(|(before, _)| *before != keyword) => {
                 parameters.push((keyword, value.to_owned()));
             }
-            // As for libpq, the first one counts.
+            // Like libpq, uses the first value of a parameter.
             Some(_) => {}
             None => return Err(wrong(keyword, "an unknown parameter")),
         }
@@ -87,7 +87,7 @@ fn section(text: &str, name: &str, path: &Path) -> Result<Option<Parameters>, Fa
     Ok(Some(parameters))
 }
 
-/// Who logs in where, to find the password.
+/// The fields by which the password file is searched.
 pub(super) struct Login<'l> {
     pub(super) host: &'l str,
     pub(super) port: u16,
@@ -97,7 +97,7 @@ pub(super) struct Login<'l> {
 
 /// Returns the password of a login from the password file.
 ///
-/// A file that other users may read is ignored, with a warning, as libpq does it.
+/// Like libpq, ignores a file that other users have access to, and prints a warning.
 pub(super) fn password(file: Option<&str>, login: &Login<'_>) -> Option<String> {
     let path = match file {
         Some(file) => PathBuf::from(file),
@@ -138,7 +138,7 @@ fn find(text: &str, login: &Login<'_>) -> Option<String> {
     })
 }
 
-/// Splits a line at its colons. Each field as it is written, and without the backslashes of its escapes.
+/// Splits a line at its colons. Returns each field as it is written, and without the backslashes of its escapes.
 fn fields(line: &str) -> Vec<(String, String)> {
     let mut fields = vec![(String::new(), String::new())];
     let mut chars = line.chars();

@@ -12,13 +12,13 @@ pub(super) struct Parameter {
     use_: Use,
 }
 
-/// What is done with the value of a parameter.
+/// How the program treats the value of a parameter.
 #[derive(Debug)]
 enum Use {
     Honoured,
-    /// It has no effect on a lock, or on the security of the connection.
+    /// Ignores the value, because it affects neither a lock nor the security of the connection.
     NoEffect,
-    /// Only these values, in any case, are what this program does anyway.
+    /// Accepts only these values, in upper or lower case, because they are what the program does anyway.
     Only(&'static [&'static str]),
 }
 
@@ -28,7 +28,7 @@ const fn parameter(keyword: &'static str, env: &'static str, use_: Use) -> Param
     Parameter { keyword, env: if env.is_empty() { None } else { Some(env) }, use_ }
 }
 
-/// All of PostgreSQL 18, and those of a URL of sqlx.
+/// All parameters of PostgreSQL 18, and those of a URL of sqlx.
 pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("application_name", "PGAPPNAME", Honoured),
     parameter("connect_timeout", "PGCONNECT_TIMEOUT", Honoured),
@@ -91,13 +91,13 @@ pub(super) const PARAMETERS: [Parameter; 58] = [
     parameter("tcp_user_timeout", "", NoEffect),
     parameter("timezone", "PGTZ", NoEffect),
     parameter("tty", "", NoEffect),
-    // Of sqlx.
+    // This is a parameter of sqlx.
     parameter("statement-cache-capacity", "", NoEffect),
 ];
 
 impl Parameter {
     pub(super) fn find(keyword: &str) -> Option<&'static Self> {
-        // What a URL of sqlx may call them.
+        // The aliases that sqlx accepts in a URL.
         let keyword = match keyword {
             "ssl-ca" | "ssl-root-cert" => "sslrootcert",
             "ssl-cert" => "sslcert",
@@ -108,7 +108,7 @@ impl Parameter {
         PARAMETERS.iter().find(|parameter| parameter.keyword == keyword)
     }
 
-    /// Refuses a value that this program does not act on.
+    /// Rejects a value that the program does not support.
     pub(super) fn check(&self, value: &Value) -> Result<(), Failure> {
         let Only(accepted) = self.use_ else { return Ok(()) };
         if value.text.is_empty() || accepted.contains(&&*value.text.to_ascii_lowercase()) {

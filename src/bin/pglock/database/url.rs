@@ -1,4 +1,4 @@
-//! The URL of a database: its parts as connection parameters.
+//! Splits the URL of a database into connection parameters.
 
 use percent_encoding::percent_decode_str;
 
@@ -7,7 +7,7 @@ use crate::exit::Failure;
 
 /// Splits `postgres://user:password@host:port/database?parameter=value` into parameters, as libpq does.
 pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String)>, Failure> {
-    // Not with the URL: it may contain a password.
+    // The message does not contain the URL, because the URL may contain a password.
     let wrong = |what: String| Failure::Usage(format!("{source}: {what}"));
     let Some((scheme, rest)) = url.split_once("://") else {
         return Err(wrong(
@@ -59,7 +59,7 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
             return Err(wrong(hide(query, format!("the parameter {pair:?} has no value"))));
         };
         let (name, mut value) = (decode("parameter", name)?, decode(name, value)?);
-        // As sqlx has it: options[name]=value.
+        // sqlx has this syntax: options[name]=value.
         let option = name.strip_prefix("options[").and_then(|name| name.strip_suffix(']'));
         let name = if let Some(option) = option {
             let escaped = value.replace('\\', "\\\\").replace(' ', "\\ ");
@@ -68,7 +68,7 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
         } else {
             &*name
         };
-        // As JDBC and libpq have it.
+        // JDBC and libpq accept ssl=true.
         let (name, value) = if (name, &*value) == ("ssl", "true") {
             ("sslmode", "require".to_owned())
         } else {
@@ -88,10 +88,10 @@ pub(super) fn parse(url: &str, source: &str) -> Result<Vec<(&'static str, String
     Ok(parameters)
 }
 
-/// What is said of a URL whose password ends too early.
+/// The error for a URL in which a character that is not percent-encoded ends the password too early.
 const ENCODE: &str = "percent-encode / ? @ in a password, and @ in the name of a database";
 
-/// What is said of a part of the query, unless it is a part of a password.
+/// Returns the error for a part of the query, or [`ENCODE`] if the part may belong to a password.
 fn hide(query: &str, what: String) -> String {
     if query.contains('@') { ENCODE.to_owned() } else { what }
 }

@@ -10,7 +10,7 @@ use crate::key::KeyId;
 use crate::metrics::Waiting;
 use crate::mode::Mode;
 
-/// The shared session is 0, the others are wait sessions, opened for each key.
+/// Numbers below 1000 are the shared sessions, one after another. The others are wait sessions, one for each key.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(super) struct Session(pub(super) u32);
 
@@ -47,11 +47,11 @@ pub(super) enum Act {
     },
     /// The shared session breaks.
     Break,
-    /// From now on, whether each step is in flight as soon as it comes up.
+    /// Sets whether each step is sent as soon as it comes up.
     Hurry(bool),
     /// A wait session stops the oldest wait.
     SliceOver,
-    /// The keys in the line that are due are tried again.
+    /// The keys in the line that are due are retried.
     Retry,
     Later,
 }
@@ -84,17 +84,17 @@ pub(super) struct Guard {
     pub(super) seat: Session,
 }
 
-/// Everything around the table.
+/// A table, with its simulated server and callers.
 pub(super) struct World {
     pub(super) table: Table<Session, u64>,
     pub(super) now: Instant,
-    /// The shared session of now.
+    /// The number of the current shared session.
     session: u32,
     pub(super) guards: Vec<Guard>,
-    /// The waiters: what each wants, and the number that the table gave it.
+    /// The waiters: the guard that each wants, and the number that the table gave it.
     pub(super) waiting: HashMap<u64, (Guard, i64)>,
     wishes: u64,
-    /// What each session has been granted.
+    /// The modes that each session has been granted.
     server: HashMap<(KeyId, Session), Modes>,
     others: HashMap<KeyId, Mode>,
     to_do: VecDeque<(KeyId, bool)>,
@@ -233,7 +233,7 @@ impl World {
         !of_others && !of_ours
     }
 
-    /// What the server does for the oldest step that it can do.
+    /// Simulates the server's answer to the oldest step that need not wait.
     fn answer(&mut self) {
         for _ in 0..self.under_way.len() {
             let Some((key, taken, session)) = self.under_way.pop_front() else { return };
@@ -282,7 +282,7 @@ impl World {
                 self.server.insert((key, session), held);
             }
             if !self.table.taken(key, taken.id, (&session, yes), self.now) {
-                // It was called off: the session must not keep it.
+                // The step was called off: the session must not keep the key.
                 assert!(matches!(taken.step, Step::Wait(_)), "{taken:?}");
                 self.server.remove(&(key, session));
             }
@@ -339,7 +339,7 @@ impl World {
         }
     }
 
-    /// What must always hold.
+    /// Checks the invariants.
     fn check(&self) {
         for (key, taken, _) in &self.under_way {
             let wanted = self.waiting.values().any(|(wish, _)| wish.key == *key);
@@ -378,7 +378,7 @@ impl World {
         }
     }
 
-    /// What the table says when it is asked.
+    /// Checks the answers of the table's query methods.
     fn check_what_it_says(&self) {
         for key in (0..3).map(KeyId::BigInt) {
             for owner in 0..5 {
@@ -390,14 +390,14 @@ impl World {
             let is_asked = |(asked, taken, _): &(KeyId, Taken, Session)| {
                 *asked == key && matches!(taken.step, Step::Lock(_))
             };
-            // One that was refused before is tried again.
+            // A key that was refused before is being retried.
             let was_asked = self.table.keys.get(&key).is_some_and(|entry| entry.stand.is_some());
             let is_unasked = !is_held && !was_asked && self.under_way.iter().any(is_asked);
             assert_eq!(self.table.is_unasked(key), is_unasked, "{key:?}");
         }
     }
 
-    /// The line is what the entries say.
+    /// Checks that the line contains the keys whose entries wait for a wait session.
     fn check_line(&self) {
         let awaited: HashSet<KeyId> = self
             .table

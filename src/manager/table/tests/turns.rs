@@ -10,14 +10,14 @@ use crate::key::KeyId;
 use crate::metrics::Waiting;
 use crate::mode::Mode;
 
-/// Refuses a key that is wanted, so that it stands in the line.
+/// Requests a key, which the server refuses, so that it enters the line.
 fn refuse(table: &mut Table<Session, u64>, key: KeyId, now: Instant) {
     table.want(key, 0, (Mode::Exclusive, true), || (99, Waiting::default()), now);
     let lock = table.take(key, true).unwrap();
     table.taken(key, lock.id, (&SHARED_SESSION, false), now);
 }
 
-/// Has one wait session wait in vain. Returns the key, and how long it waited.
+/// Lets one wait session wait in vain. Returns the key, and how long the session waited for it.
 fn turn(table: &mut Table<Session, u64>, now: &mut Instant) -> (KeyId, Duration) {
     let (key, wait, slice) = table.take_wait(*now).unwrap();
     *now += slice;
@@ -25,7 +25,7 @@ fn turn(table: &mut Table<Session, u64>, now: &mut Instant) -> (KeyId, Duration)
     (key, slice)
 }
 
-/// However long the server's queue for a key is, once it is waited for as long.
+/// However long the server's queue for a key takes, one of the key's turns lasts as long.
 #[test]
 fn a_key_that_waits_for_longer_gets_longer_turns() {
     for keys in [1, 2, 10] {
@@ -45,7 +45,7 @@ fn a_key_that_waits_for_longer_gets_longer_turns() {
     }
 }
 
-/// A key that is soon granted does not wait for the turns of all those that are held for hours elsewhere.
+/// A key that the server grants soon does not wait for the turns of all keys that other sessions hold for hours.
 #[test]
 fn a_new_key_has_its_first_turns_soon() {
     let World { mut table, mut now, .. } = World::new();
