@@ -57,11 +57,12 @@ pub(crate) const END: u8 = b'E';
 /// The control byte that makes the guardian kill all that the command has started, and wait for all of it.
 pub(crate) const KILL: u8 = b'K';
 
-/// The first pause between two rounds of killing. There are several, because a process may start another one meanwhile.
+/// The first pause between two rounds of killing. One round may not be enough, because a process may start another one
+/// meanwhile.
 const FIRST_ROUND: Duration = Duration::from_millis(20);
 
-/// The longest pause between two rounds. Killing may take forever, because a process of another user does not accept
-/// the signal.
+/// The longest pause between two rounds. The pause grows because a process of another user does not accept the signal,
+/// so there may be rounds until it ends on its own.
 const LAST_ROUND: Duration = Duration::from_secs(1);
 
 /// A guardian that runs its command.
@@ -132,6 +133,9 @@ impl Guardian {
         let mut has_ended = false;
         for received in self.signals.received_until_now().await {
             self.forward(Received { from_terminal: false, ..received }, has_ended);
+            if received.signal == Signal::SIGTSTP {
+                self.jobs.stop(&mut self.sender);
+            }
         }
         loop {
             tokio::select! {
@@ -238,8 +242,8 @@ pub(crate) fn read_report(report: &str) -> Option<Exit> {
 
 /// Forwards a signal to a child, unless the child has already received it.
 ///
-/// A key of the terminal sends its signal to the foreground process group. If the child leads a process group of its
-/// own, as timeout(1) and setsid(1) do, that whole group gets the signal.
+/// A key of the terminal sends its signal to the foreground process group. A child that has left that group gets the
+/// signal from here: with its whole group if it leads one, as under timeout(1) and setsid(1), otherwise alone.
 pub(crate) fn forward(child: Pid, received: Received, sender: &mut Sender) {
     use nix::unistd::{getpgid, getpgrp};
 

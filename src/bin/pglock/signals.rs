@@ -101,31 +101,34 @@ impl Signals {
         let asked = Arc::new(AtomicBool::new(false));
         let question = Arc::clone(&asked);
         thread::spawn(move || {
-            for origin in signals.forever() {
-                let Ok(signal) = Signal::try_from(origin.signal) else { continue };
-                if signal == Signal::SIGCHLD {
-                    let _reaping = lock.lock().unwrap_or_else(PoisonError::into_inner);
-                    reap(&sender);
-                    // Pending signals with lower numbers were sent before, because the iterator yields signals in the
-                    // order of their numbers.
-                    if question.swap(false, Ordering::Relaxed) {
-                        sender.send(Event::UntilNow).ok();
+            loop {
+                let round = signals.wait();
+                // Every signal that arrived before the question is in this round or was in an earlier one.
+                let is_asked = question.swap(false, Ordering::Acquire);
+                for origin in round {
+                    let Ok(signal) = Signal::try_from(origin.signal) else { continue };
+                    if signal == Signal::SIGCHLD {
+                        let _reaping = lock.lock().unwrap_or_else(PoisonError::into_inner);
+                        reap(&sender);
+                        continue;
                     }
-                    continue;
+                    let from_terminal = matches!(origin.cause, Cause::Kernel);
+                    if sender.send(Event::Received(Received { signal, from_terminal })).is_err() {
+                        return;
+                    }
                 }
-                let from_terminal = matches!(origin.cause, Cause::Kernel);
-                if sender.send(Event::Received(Received { signal, from_terminal })).is_err() {
-                    return;
+                if is_asked {
+                    sender.send(Event::UntilNow).ok();
                 }
             }
         });
         Ok(Self { events, kept: VecDeque::new(), reaping, asked })
     }
 
-    /// Returns the signals that have arrived since the last event. The caller has just started a child process, which a
-    /// key of the terminal could not reach before that.
+    /// Returns the signals that have arrived since the last event, to be forwarded to a child process that was just
+    /// started: a key of the terminal that was pressed before the start did not reach it.
     pub(crate) async fn received_until_now(&mut self) -> Vec<Received> {
-        self.asked.store(true, Ordering::Relaxed);
+        self.asked.store(true, Ordering::Release);
         let mut received = Vec::new();
         if raise(Signal::SIGCHLD).is_err() {
             return received;
@@ -212,9 +215,29 @@ fn reap(sender: &UnboundedSender<Event>) {
     }
 }
 
-/// Returns the mask of ignored signals, one bit per signal, as Linux shows it. Returns 0 on other systems.
+/// Returns the mask of ignored signals, one bit per signal, as Linux shows it. Returns 0 if there is no /proc.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_signal_that_arrives_while_children_are_reaped_is_not_missed() {
+        let mut signals = Signals::listen().unwrap();
+        let reaping = Arc::clone(&signals.reaping);
+        let paused = reaping.lock().unwrap();
+        raise(Signal::SIGCHLD).unwrap();
+        // Usually enough for the thread to wait for the mutex. If it comes later, the test is only weaker.
+        thread::sleep(Duration::from_millis(100));
+        raise(Signal::SIGUSR1).unwrap();
+        let (received, ()) = tokio::join!(signals.received_until_now(), async { drop(paused) });
+        assert!(received.iter().any(|received| received.signal == Signal::SIGUSR1), "{received:?}");
+    }
 }
