@@ -28,7 +28,7 @@ fn main() -> Result<(), BoxDynError> {
 async fn free(time: Duration) -> Result<(), BoxDynError> {
     let db = Arc::new(TestDb::new().await);
     let contests = compete(&db, time / 2).await?;
-    // On a runtime with one thread, only the server's answer wakes a waiting task.
+    // On a current-thread runtime of its own, the thread is woken only by the answer that its task waits for.
     let alone = {
         let db = Arc::clone(&db);
         let runtime = Builder::new_current_thread().enable_all().build()?;

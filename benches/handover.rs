@@ -6,8 +6,8 @@
 //! time from just before the release in one process until the acquire has returned in the other, by
 //! the clock that both have in common. Meanwhile this process sleeps.
 //!
-//! One way is SQL by hand that waits as pglock does, in a statement that ends its own wait. Its difference to plain SQL
-//! by hand is the cost of that statement; the rest is the cost of pglock.
+//! One way is SQL by hand that waits as pglock does, in a statement that ends its own wait. Its difference from plain
+//! SQL by hand is the cost of that statement; the rest is the cost of pglock.
 
 #![expect(clippy::print_stdout, reason = "the parties answer there")]
 
@@ -137,7 +137,7 @@ impl Contestant for Pair {
     }
 }
 
-/// A handle of one of the two processes. The process ends when the handle is dropped, or with its standard input.
+/// A handle to one of the two processes. The process ends when the handle is dropped, or with its standard input.
 struct Party {
     _process: Child,
     input: ChildStdin,

@@ -42,10 +42,10 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Acquires a lock that it already holds once more, and releases it.
+/// Acquires once more a lock that is already held, and releases it.
 enum Stack {
     ByHand(PgConnection),
-    /// A mutex, which is free, because it is not re-entrant, and has no server.
+    /// A mutex that is not held, because it is not re-entrant. It involves no server.
     Mutex(Mutex<()>),
     Pglock(Box<Lock>),
 }

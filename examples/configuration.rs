@@ -57,7 +57,7 @@ async fn serve(machine: u32, pool: PgPool) -> Result<u32> {
     Ok(3)
 }
 
-/// Changes both settings. Times out rather than delay new requests for long.
+/// Changes both settings. Times out rather than delaying new requests for long.
 async fn change(pool: &PgPool, workers: i32) -> Result<()> {
     let mut lock = Lock::new(pool, "app-config");
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(5)).await? else {

@@ -31,7 +31,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("the report is made");
     assert!(view("ada", &office).await?);
 
-    // While a viewer looks at the report, the machine that makes it can't start either: it retries later.
+    // While a viewer looks at the report, the machine that makes it can't start either, and has to retry later.
     let mut lock = Lock::new(&home, "report:sales");
     let looking = lock.acquire_shared().await?;
     assert!(start(&machine).await?.is_none());

@@ -85,7 +85,7 @@ async fn serve(version: &str, pool: PgPool, mut told: watch::Receiver<bool>) -> 
     let mut election = Election::new(&pool, "outbox").candidate(version);
     let leadership = tokio::select! {
         elected = election.campaign() => elected?,
-        // The instance is shut down before it was elected, so it just leaves the queue.
+        // The instance was shut down before it was elected, so it just leaves the queue.
         _ = told.wait_for(|shut_down| *shut_down) => return Ok(()),
     };
     println!("{version} leads, term {}", leadership.term());

@@ -127,8 +127,8 @@ impl Guard {
     ///
     /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was held until now. Sends
     /// one statement if this was the last guard of its handle, or the last exclusive one, otherwise none. If the lock
-    /// is [passed on](crate::guide::guarantees#fairness) to another task of the process, the statement asks whether the
-    /// session is alive; dropping the guard sends none then.
+    /// is [handed off](crate::guide::guarantees#fairness) to another task of the process, the statement asks whether
+    /// the session is alive; dropping the guard sends none then.
     ///
     /// # Cancel safety
     ///
@@ -163,10 +163,10 @@ impl Guard {
     /// Sends nothing. `false` means that no loss was detected; it is as recent as the session's last answer. A silent
     /// session is lost when the heartbeat's interval and timeout
     /// ([`LockOptions::heartbeat_interval`](crate::LockOptions::heartbeat_interval)) have passed since the last
-    /// answered statement was sent: over a direct TCP connection, [before](crate::guide::guarantees#loss) the server grants the lock to another session. A closed connection is
-    /// detected within 50 ms if it is idle and the lock has been held for more than two seconds, otherwise at the next
-    /// heartbeat. After a system suspend, `is_lost` returns `false` until the first heartbeat, because the monotonic
-    /// clock does not advance during suspend.
+    /// answered statement was sent: over a direct TCP connection, [before](crate::guide::guarantees#loss) the server
+    /// grants the lock to another session. A closed connection is detected within 50 ms if it is idle and the lock has
+    /// been held for more than two seconds, otherwise at the next heartbeat. After a system suspend, `is_lost` returns
+    /// `false` until the first heartbeat, because the monotonic clock does not advance during suspend.
     ///
     /// # Examples
     ///

@@ -53,8 +53,8 @@
 //! which; and the user and the `application_name` of each session. The other fields of a session, from its address to
 //! its times, are visible to its own role, to members of that role, of `pg_read_all_stats` or of `pg_monitor`, and to
 //! superusers. They are `None` for other roles. On a hardened server, a role that is denied the views `pg_locks`
-//! and `pg_stat_activity` still needs the functions behind them, `pg_lock_status` and `pg_stat_get_activity`: a call that
-//! is refused one of them returns [`Error::Inspect`], which names the function to grant.
+//! and `pg_stat_activity` still needs the functions behind them, `pg_lock_status` and `pg_stat_get_activity`: a call
+//! that is refused one of them returns [`Error::Inspect`], which names the function to grant.
 //!
 //! [`terminate`] requires the session's own role, or a member of that role or of `pg_signal_backend`; only a
 //! superuser can end a superuser's session. It also requires the right to see when the session was started,

@@ -56,8 +56,8 @@
 //! a cost](transaction#cancel-safety).) A background task cancels the wait through another connection
 //! (`pg_cancel_backend`), reads the outstanding answer, releases a lock that was granted meanwhile, and returns the
 //! connection to the pool. If any of that fails, the connection is closed, and the server releases its locks. A guard
-//! may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. The manager's task
-//! releases the guards of a [`LockManager`] while its runtime runs; otherwise the end of the connection does.
+//! may be dropped on a thread without a runtime, after its runtime was shut down, or during a panic. The locks of a
+//! [`LockManager`] are released by the manager's task while its runtime runs, otherwise by the end of the connection.
 //!
 //! # Loss
 //!
@@ -65,7 +65,8 @@
 //! its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all other
 //! methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. If the server has
 //! not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, the guards are lost
-//! too; [`Loss`] lists all causes. An error that the server returns is no loss. Over TCP, the server ends the session
+//! too; [`Loss`] lists all causes. An error in answer to a statement is no loss, unless the error ends the
+//! session. Over TCP, the server ends the session
 //! of a [silent client](LockOptions::keepalives_interval) only later, so a holder that is cut off reports the loss
 //! before another session is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times, and the
 //! exceptions.

@@ -143,7 +143,7 @@ impl Lock {
     ///
     /// Cancel safe: the caller loses its place in the queue, and nothing is left behind. If the future is
     /// dropped while it waits, a background task cancels the wait (`pg_cancel_backend`, through an
-    /// idle connection of the pool, otherwise a new one beside it), releases a lock that was granted
+    /// idle connection of the pool, otherwise a new one outside it), releases a lock that was granted
     /// meanwhile, and returns the connection to the pool. The server logs the cancelled statement.
     /// To limit a wait, [`try_acquire_for`](Self::try_acquire_for) is cheaper, and nothing is logged.
     ///

@@ -60,7 +60,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// all other locks on the same keys.
 ///
 /// * Concurrent requests of many tasks are sent in one statement.
-/// * Tasks of one process that request the same key queue in the process, in FIFO order, and hand it off without
+/// * Tasks of one process that request the same key wait in line in the process, in FIFO order, and hand it off without
 ///   a round trip: at most 100 times, and for 10 ms at most. Then the process queues for the key on the server again,
 ///   so that other processes get their turn.
 /// * The shared session never waits. For a key that another session holds, the manager waits on another connection,

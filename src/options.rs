@@ -136,7 +136,7 @@ impl LockOptions {
     ///
     /// A background task sends the heartbeats. If the runtime makes no progress for the sum of interval and timeout,
     /// because it is blocked or not driven, its guards are lost, because the server may have ended the sessions
-    /// meanwhile. An error that the server returns is a sign of life, too.
+    /// meanwhile. An error in answer to a heartbeat is a sign of life, too, unless it ends the session.
     ///
     /// A lock that is released before the first interval is over costs no heartbeat.
     ///
@@ -187,9 +187,9 @@ impl LockOptions {
     /// connection, where an application can't notice them. The timeout is set while the session waits for a
     /// lock or has held one for longer than a heartbeat's interval; so is `client_connection_check_interval`
     /// (PostgreSQL 14 and later), to one second, also while the connection is borrowed, but not during a wait that the
-    /// server would log. Both are reset when the session is released; the timeout also while the connection is borrowed, because it would end the
-    /// connection of a client that pauses while it reads. Over a unix socket, these settings have no effect, and none
-    /// is needed.
+    /// server would log. Both are reset when the session is released; the timeout also while the connection is
+    /// borrowed, because it would end the connection of a client that pauses while it reads. Over a unix socket, these
+    /// settings have no effect, and none is needed.
     ///
     /// # Examples
     ///

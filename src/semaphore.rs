@@ -28,10 +28,10 @@ pub use permit::Permit;
 /// A counting semaphore: a fixed number of permits, shared by all processes.
 ///
 /// Each permit is an advisory lock of its own, so the server releases a permit when its holder dies, as for any
-/// lock. Each permit has a number, its [`slot`](Permit::slot), so a semaphore is also a pool of numbered
+/// lock. Each permit has an index, its [`slot`](Permit::slot), so a semaphore is also a pool of numbered
 /// resources: ports, licences, workers.
 ///
-/// Waiters are served in FIFO order: the tasks of a process queue locally, and the first of them waits in the server's
+/// Waiters are served in FIFO order: the tasks of a process wait in line, and the first of them waits in the server's
 /// queue, [as for a lock](crate::guide::guarantees#fairness). The first waiter in the server's queue tries the permits
 /// every 20 ms; of more than 128 permits, it tries 128 at a time, in turn. `try_acquire` does not overtake waiters,
 /// except in the moment between two waiters of the same process.

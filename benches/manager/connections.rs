@@ -19,8 +19,8 @@ const NAME: &str = "pglock bench";
 /// The key that all wait for.
 const BUSY: i64 = -1;
 
-/// The ways that can hold, for the picture and the table. There is one manager, because a manager holds in the same
-/// way, however it releases.
+/// The ways that can hold, for the picture and the table. Only one way with a manager is listed, because both hold in
+/// the same way.
 pub(crate) const HOLDERS: [Who; 5] = [Who::Sqlx, Who::ByHand, Who::Lock, Who::Floor, Who::Manager];
 
 /// The ways that can wait.
@@ -42,7 +42,7 @@ pub(crate) async fn of_waiters(db: &TestDb, who: Who, tasks: u32) -> Result<u32,
     let mut holder = db.admin().await;
     query("SELECT pg_advisory_lock($1)").bind(BUSY).execute(&mut holder).await?;
     let mut scene = Scene::start(db, who, tasks, |_| BUSY).await?;
-    // A manager, and a pool, let one task wait at the server; the other tasks queue locally behind it.
+    // With a manager, or a `Lock` on a pool, one task waits at the server; the others wait in line behind it.
     let is_one = who.is_manager() || who == Who::Lock;
     let queue = if is_one { 1 } else { i64::from(tasks) };
     while scene.started.load(Ordering::Relaxed) < tasks || queued(&mut holder).await? < queue {

@@ -1,5 +1,5 @@
-//! Compares, for many tasks that lock, a manager with a connection for each lock, and with the minimal cost of
-//! batching. A full run also draws the results, as `benches/manager.svg`.
+//! Compares ways to lock from many tasks: a manager, a connection for each lock, and the minimum that batching costs.
+//! A full run also draws the results, as `benches/manager.svg`.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 

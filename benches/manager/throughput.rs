@@ -78,7 +78,7 @@ async fn cycles(
             Ok::<_, BoxDynError>(())
         });
     }
-    // Waits until all have connected.
+    // Gives all tasks time to connect.
     sleep(time / 4).await;
     let (before, started) = (count.load(Ordering::Relaxed), Instant::now());
     sleep(time).await;

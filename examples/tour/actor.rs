@@ -1,4 +1,4 @@
-//! The main process's handle of one of the other processes.
+//! The main process's handle to one of the other processes.
 
 use std::env;
 use std::fmt::Display;

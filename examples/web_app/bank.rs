@@ -99,7 +99,7 @@ async fn charge(State(books): State<Books>, Path(invoice): Path<i64>) -> &'stati
     "charged\n"
 }
 
-/// A request that is in flight. Dropped when it ends, also because the client hangs up.
+/// A request that is in flight. Dropped when the request ends, or when the client hangs up.
 struct Customer {
     books: Books,
     invoice: i64,

@@ -173,7 +173,8 @@ impl Demo {
         clients.spawn(pay(server.address, 21));
         self.bank.until_asking(1, &[21]).await?;
 
-        // The server holds no other lock: it does not lead, and the locks of the answered requests are being released.
+        // Once the locks of the answered requests are released, the server holds no other lock, because it does not
+        // lead.
         self.until_locks("it has released the invoices before", 2, 1).await?;
         let ended: Vec<bool> = sqlx::query_scalar(
             "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid)
@@ -318,7 +319,8 @@ impl Demo {
         }
     }
 
-    /// Waits until the database has no session of a server any more. The name of a leader's session ends with its term.
+    /// Waits until the database has no session of a server any more. The name of a leader's session has its term and
+    /// key after the server's name, so only the start is compared.
     async fn nothing_is_left_of(&self, name: &str) -> Result<()> {
         let asked = Instant::now();
         loop {

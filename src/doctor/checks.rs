@@ -155,9 +155,9 @@ const CONNECT_TWICE: &str = "let the role open two connections more than the poo
 
 /// Acquires a lock, and draws a token.
 pub(super) async fn token(mut lock: Lock) -> Result<Option<Finding>> {
-    const PATIENCE: Duration = Duration::from_secs(5);
+    const LIMIT: Duration = Duration::from_secs(5);
 
-    let guard = match lock.try_acquire_for(PATIENCE).await {
+    let guard = match lock.try_acquire_for(LIMIT).await {
         Ok(Some(guard)) => guard,
         // Another doctor holds the lock, or the error is a finding of another check.
         Ok(None)

@@ -52,7 +52,7 @@ impl Permit {
         &self.key
     }
 
-    /// Returns the number of the permit, from 0, which no other holder has.
+    /// Returns the index of the permit, from 0, which no other holder has.
     ///
     /// # Examples
     ///

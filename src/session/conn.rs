@@ -43,8 +43,8 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Records that the caller makes the settings of a longer hold. Returns false if they are made already, or the server
-    /// rejects them; then the caller makes none.
+    /// Records that the caller makes the settings of a longer hold. Returns false if they are made already, or the
+    /// server rejects them; then the caller makes none.
     pub(super) fn make_for_hold(&mut self) -> bool {
         if self.rejected || self.made_for == Use::Hold {
             return false;

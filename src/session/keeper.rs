@@ -391,9 +391,9 @@ async fn beat(mut slot: ConnGuard, question: Question, monitor: SharedMonitor) {
 /// Connects the monitor, and makes the keeper poll the idle connection of a session.
 async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
     let options = session.connect_options();
-    let patience = session.heartbeat.timeout / 4;
+    let threshold = session.heartbeat.timeout / 4;
     let mut connection = monitor.lock().await;
-    let connected = connection.connect(&options, patience).await;
+    let connected = connection.connect(&options, threshold).await;
     let is_rejected = session.server.refuses_settings();
     let keepalives = (!is_rejected).then(|| session.options().keepalives);
     connection.keep_alive(keepalives, session.heartbeat.answer_limit()).await;
@@ -412,7 +412,7 @@ async fn listen(session: Arc<Session>, monitor: SharedMonitor) {
 async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedMonitor) {
     let Some((first, _)) = sessions.first() else { return };
     let (options, limit) = (first.connect_options(), first.heartbeat.answer_limit());
-    let patience = first.heartbeat.timeout / 4;
+    let threshold = first.heartbeat.timeout / 4;
     let asked = Instant::now();
     let before: Vec<_> = sessions
         .iter()
@@ -425,7 +425,7 @@ async fn ask_elsewhere(sessions: Vec<(Arc<Session>, Question)>, monitor: SharedM
     let pids: Vec<_> = holders.map(|((session, _), _)| session.backend_pid()).collect();
     let answer = async {
         let mut monitor = monitor.lock().await;
-        monitor.connect(&options, patience).await?;
+        monitor.connect(&options, threshold).await?;
         monitor.holdings(&pids, limit).await
     };
     let answer = answer.await;

@@ -38,13 +38,12 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    /// Connects the monitor, if it is not connected. If that takes longer than `patience`, or than half a second, another login
-    /// finds out
-    /// whether the server rejects it, and why.
+    /// Connects the monitor, if it is not connected. If that takes longer than `threshold`, or than half a second,
+    /// another login finds out whether the server rejects it, and why.
     pub(super) async fn connect(
         &mut self,
         options: &PgConnectOptions,
-        patience: Duration,
+        threshold: Duration,
     ) -> Result<(), sqlx::Error> {
         if self.failed.is_some_and(|at| at.elapsed() < PAUSE) {
             return Err(sqlx::Error::PoolTimedOut);
@@ -61,7 +60,7 @@ impl Monitor {
                 .connect_lazy_with(options.clone());
             let mut listener = tokio::select! {
                 listener = PgListener::connect_with(&pool) => Box::new(listener?),
-                error = why_rejected(options, patience) => return Err(error),
+                error = why_rejected(options, threshold) => return Err(error),
             };
             listener.eager_reconnect(false);
             self.listener = Some(listener);
@@ -137,8 +136,8 @@ impl Monitor {
 
 /// Returns why the server rejects a login, and never completes if it does not. A pool retries for a long time, and does
 /// not return the reason.
-async fn why_rejected(options: &PgConnectOptions, patience: Duration) -> sqlx::Error {
-    sleep(patience.min(Duration::from_millis(500))).await;
+async fn why_rejected(options: &PgConnectOptions, threshold: Duration) -> sqlx::Error {
+    sleep(threshold.min(Duration::from_millis(500))).await;
     match PgConnection::connect_with(options).await {
         Ok(conn) => drop(conn.close().await),
         Err(error) if is_answer(&error) => return error,

@@ -366,8 +366,8 @@ impl Pending {
 }
 
 impl Session {
-    /// Tries locks without the settings that the server may have rejected. If they are required, returns that error, and
-    /// sets `settings_rejected`.
+    /// Tries locks without the settings that the server may have rejected. If they are required, returns that error,
+    /// and sets `settings_rejected`.
     async fn try_without_settings(
         &self,
         pg: &mut PgConnection,

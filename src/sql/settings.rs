@@ -88,8 +88,9 @@ pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error>
     fetch(conn, format!("SELECT {}", put_back_all())).await.map(drop)
 }
 
-/// Prepares the session for statements of the application: restores `tcp_user_timeout`, which would end the connection of
-/// a slow reader. With `checks`, the server also checks during a long statement whether this client is still connected.
+/// Prepares the session for statements of the application: restores `tcp_user_timeout`, which would end the connection
+/// of a slow reader. With `checks`, the server also checks during a long statement whether this client is still
+/// connected.
 pub(crate) async fn lend(conn: &mut PgConnection, checks: bool) -> Result<(), sqlx::Error> {
     let mut columns = put_back_one(USER_TIMEOUT);
     // New in PostgreSQL 14.

@@ -7,11 +7,11 @@
 //! register's row locked. So these rows are numbered in the order in which the register saw them, whatever session
 //! they came through.
 //!
-//! A hold of a manager writes nothing through the lock's session. All its rows are fenced: the register refuses
+//! A hold of a manager writes nothing through the lock's session. All its writes are fenced: the register refuses
 //! even its begin if the next hold has begun. That alone proves nothing about the lock, because the register keeps
 //! the order; but a holder that was refused was not alone, so its release must not succeed.
 //!
-//! So the rules prove that between the begin of a hold that was released in order, and the last row that it wrote, no
+//! So the rules prove that between the begin of a hold that was released in order, and its last write, no
 //! other hold of the key began, of whichever kind. They do not detect an overlap in which neither hold writes
 //! any more, or one that is reported as a loss.
 

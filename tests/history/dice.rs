@@ -8,7 +8,8 @@ pub(crate) struct Dice {
 
 impl Dice {
     pub(crate) fn new(seed: u64) -> Self {
-        // The state is odd, so that not even the seed 0 makes it zero. The factor makes neighbouring seeds soon differ.
+        // The state is odd, so that it is not zero, even for the seed 0. The factor makes the choices of neighbouring
+        // seeds differ soon.
         Self { state: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1 }
     }
 

@@ -1,4 +1,4 @@
-//! What the types promise to the compiler: a guard can go wherever its holder goes.
+//! The auto traits and lifetimes of the types: a guard can be moved wherever its holder is moved.
 
 use std::error;
 use std::panic::{RefUnwindSafe, UnwindSafe};
@@ -60,7 +60,7 @@ fn only_a_lent_connection_borrows() {
     is_static::<Observer>();
 }
 
-/// Plain values stay usable after a caught panic. What holds a connection promises nothing.
+/// Plain values stay usable after a caught panic. Types that hold a connection promise nothing.
 #[test]
 fn values_are_unwind_safe() {
     is_unwind_safe::<Key>();
@@ -107,7 +107,7 @@ fn every_future_may_be_sent_to_another_thread(
     ));
 }
 
-/// The same for several locks, and for permits.
+/// Every future of several locks, and of permits, can be sent to another thread. Compiling is the test.
 #[expect(dead_code, reason = "the futures are made, and not run")]
 fn the_futures_of_what_is_built_on_locks_may_be_sent_too(
     locks: &mut MultiLock,
@@ -128,7 +128,8 @@ fn the_futures_of_what_is_built_on_locks_may_be_sent_too(
     is_future_of::<pglock::Result<Upgrade>>(shared.try_upgrade());
 }
 
-/// Of those of an election, `run` is what its arguments are. Compiling is the test.
+/// Every future of an election can be sent to another thread; that of `run`, if its arguments can. Compiling is the
+/// test.
 #[expect(dead_code, reason = "the futures are made, and not run")]
 fn every_future_of_an_election_may_be_sent_to_another_thread<
     L: Future<Output = Result<(), Box<dyn error::Error + Send + Sync>>> + Send,
@@ -155,8 +156,8 @@ fn every_future_of_an_election_may_be_sent_to_another_thread<
     is_future_of::<pglock::Result<()>>(leadership.resign());
 }
 
-/// A task is as large as its future, and thousands of tasks may wait: what an acquire on a session of its
-/// own needs is not part of it.
+/// A task is as large as its future, and thousands of tasks may wait. So the state of an acquire on a session of its
+/// own is not part of the future.
 #[tokio::test]
 async fn an_acquire_that_waits_is_small() {
     let pool = sqlx::PgPool::connect_lazy("postgres://localhost/nowhere").unwrap();

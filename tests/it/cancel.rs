@@ -1,4 +1,4 @@
-//! A future dropped at any await leaves nothing behind: what needs a session of its own.
+//! A future dropped at any await leaves nothing behind: tests that need a session of their own.
 
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,9 @@ pub(crate) const POLLS: usize = 60;
 enum State {
     /// The pool has no connection.
     Cold,
-    /// All are idle, and fresh.
+    /// All connections are idle, and fresh.
     Warm,
-    /// All are idle, and something was prepared on each, so that the first acquire takes two statements.
+    /// All connections are idle, and a statement was prepared on each, so that the first acquire takes two statements.
     Used,
 }
 
@@ -38,8 +38,8 @@ async fn prepare(pool: &PgPool, state: State) {
     }
 }
 
-/// Runs `call` on a fresh pool and drops it after every number of polls until it completes, with a pool
-/// in each [`State`]; after each nothing may be left but what `held` says others hold.
+/// Runs `call` on a fresh pool and drops it after every number of polls until it completes, with a pool in each
+/// [`State`]. After each run, only the `held` locks of others may be left.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
 pub(crate) async fn dropped_at_every_poll_on(
     held: usize,
@@ -49,7 +49,7 @@ pub(crate) async fn dropped_at_every_poll_on(
     dropped_at(1, async || sweep(held, db, &call).await).await;
 }
 
-/// Returns at how many points it was dropped.
+/// Returns the number of points at which the call was dropped.
 async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
     let mut admin = db.admin().await;
     let mut dropped = 0;
@@ -63,7 +63,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&PgPool)) -> usize {
 
             locks_are(&mut admin, held, SOON * 4).await;
             borrow_all(&pool).await;
-            // It has completed, or was dropped in its wait.
+            // The call has completed, or was dropped while it waited.
             if !matches!(outcome, Some(None)) {
                 break;
             }
@@ -147,7 +147,7 @@ async fn acquiring_another_lock_on_the_session_that_is_busy() {
     another_lock_on_the_session_dropped(1, &db).await;
 }
 
-/// A semaphore of one permit, and of several: the server is asked in different ways.
+/// Drops the calls of a semaphore of one permit, or of several, which send different statements.
 async fn permits_dropped(held: usize, permits: usize, db: &TestDb) {
     let limit = Duration::from_millis(30);
     let semaphore = |pool: &PgPool| Semaphore::new(pool, "printers", permits).unwrap();
@@ -193,7 +193,7 @@ async fn acquiring_when_none_is_free(permits: usize) {
     permits_dropped(permits, permits, &db).await;
 }
 
-/// A waiter in the process, behind another waiter that goes on.
+/// The dropped call waits in the process, behind another waiter that continues.
 #[tokio::test]
 async fn waiting_for_a_permit_behind_others() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;
@@ -237,7 +237,7 @@ async fn borrowing_and_using_the_connection() {
     .await;
 }
 
-/// A wait for more than the handle holds already must not cost it what it holds.
+/// A wait for an upgrade must not release the lock that the handle already holds.
 #[tokio::test]
 async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     let db = TestDb::new().await;
@@ -251,7 +251,7 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     for polls in 1.. {
         let outcome = unless_it_waits(2, &db, cancel_after(polls, Box::pin(lock.acquire()))).await;
         locks_are(&mut admin, 2, SOON * 4).await;
-        // The session still answers, and holds what it held.
+        // The session still answers, and holds the lock that it held.
         let mut conn = mine.connection().await.unwrap();
         let pid: i32 =
             sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *conn).await.unwrap();
@@ -268,8 +268,9 @@ async fn an_upgrade_that_is_dropped_keeps_the_shared_guard() {
     borrow_all(&pool).await;
 }
 
-/// A slice lasts a minute, so this should begin early in a run. Then a wait renews its snapshot, so vacuum can go on,
-/// and is granted all the same; and a dropped wait frees its connection, though the holder still holds.
+/// A slice lasts a minute, so this test should begin early in a run. After a slice, a wait renews its snapshot, so that
+/// vacuum can continue, and is still granted; a dropped wait frees its connection, though the holder still holds the
+/// lock.
 #[tokio::test]
 async fn a_wait_of_a_transaction_leaves_the_queue_after_its_slice() {
     const SLICE: Duration = Duration::from_secs(62);
@@ -302,7 +303,7 @@ async fn a_wait_of_a_transaction_leaves_the_queue_after_its_slice() {
             let first: u32 = ask(&mut admin, &xmin).await.parse().unwrap();
             let started = Instant::now();
             loop {
-                // A transaction that writes, so that the next snapshot differs.
+                // This transaction writes, so that the next snapshot differs.
                 execute(&mut watcher, "CREATE TABLE t (); DROP TABLE t").await;
                 let now = ask(&mut admin, &format!("coalesce(({xmin})::text, '')")).await;
                 if now.parse::<u32>().is_ok_and(|now| now > first) {

@@ -1,4 +1,4 @@
-//! A connection that was borrowed from a guard is tidied, and the lock stays.
+//! A connection that was borrowed from a guard is tidied, and the lock is kept.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
     assert_eq!(borrow_all(&pool).await, [pid]);
 }
 
-/// Whichever connection it has asked on.
+/// This is the case on whichever connection the examination has used.
 #[tokio::test]
 async fn an_examination_leaves_no_setting_on_a_connection_of_the_pool() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -49,10 +49,11 @@ async fn an_examination_leaves_no_setting_on_a_connection_of_the_pool() {
     assert_eq!(settings().await, before);
 }
 
-/// Leaves the borrowed connection in the middle of something; then everything must still be right.
+/// Leaves the borrowed connection in the middle of an operation, and checks that the lock and the connection are still
+/// usable.
 async fn lock_survives(leave: impl AsyncFnOnce(&mut PgConnection)) {
     let (_db, pool, mut admin) = TestDb::scene(1).await;
-    // No heartbeat comes along and tidies.
+    // With these options, no heartbeat tidies the connection during the test.
     let minute = Duration::from_mins(1);
     let options = LockOptions::new().heartbeat_interval(minute).heartbeat_timeout(minute);
     let options =
@@ -64,11 +65,11 @@ async fn lock_survives(leave: impl AsyncFnOnce(&mut PgConnection)) {
     leave(&mut conn).await;
     drop(conn);
 
-    // Nothing stays open while the guard lives on: no transaction, no query.
+    // Neither a transaction nor a query stays open while the guard is alive.
     backend_is(&mut admin, pid, "idle", SOON * 3).await;
     assert_eq!(advisory_locks(&mut admin).await.len(), 1, "the lock is still held");
 
-    // The connection is good for more, and what was left open is gone.
+    // The connection can be used again, and the operation that was left open has ended.
     let mut conn = guard.connection().await.unwrap();
     sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
     drop(conn);
@@ -187,7 +188,7 @@ async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
         let mut conn = pool.acquire().await.unwrap();
         drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
         drop(conn);
-        // At once, because the acquire itself ends a transaction that is older than two milliseconds.
+        // The test acquires at once, because the acquire itself ends a transaction that is older than two milliseconds.
         let idle = async {
             while pool.num_idle() == 0 {
                 tokio::task::yield_now().await;
@@ -195,7 +196,7 @@ async fn a_transaction_left_open_in_the_pool_is_ended_and_harms_nothing() {
         };
         tokio::time::timeout(SOON * 4, idle).await.unwrap();
 
-        // However young the transaction is, what is written through the guard is not part of it.
+        // However young the transaction is, writes through the guard are not part of it.
         let guard = Lock::new(&pool, 1).acquire().await.unwrap();
         let mut conn = guard.connection().await.unwrap();
         let write = "CREATE TABLE IF NOT EXISTS t (x int); INSERT INTO t VALUES (1)";

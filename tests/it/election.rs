@@ -1,4 +1,4 @@
-//! One of many candidates leads, and every process can see which.
+//! One of many candidates leads, and every process can see which one it is.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -22,12 +22,12 @@ fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")
 }
 
-/// The same, for a leader whose session is monitored soon.
+/// Like `election`, but the session of the leader is monitored soon.
 fn monitored_election(pool: &PgPool) -> Election {
     Election::new(&quick_heartbeat().on(pool).unwrap(), "billing").candidate("node-7")
 }
 
-/// How many sessions show the name of a leader.
+/// Counts the sessions that show the name of a leader.
 async fn names_shown(admin: &mut PgConnection) -> i64 {
     let count = "SELECT count(*) FROM pg_stat_activity \
          WHERE datname = current_database() AND application_name ~ ' [0-9]+@[0-9]{10} billing$'";
@@ -83,7 +83,7 @@ async fn who_leads_already_campaigns_for_the_same_term() {
     let status = election.status();
     let first = election.campaign().await.unwrap();
     let leader = election.leader().await.unwrap();
-    // Until the time of election would be another one.
+    // The test sleeps until a new election would show another time of election.
     sleep(Duration::from_millis(1100)).await;
 
     let second = election.campaign().await.unwrap();
@@ -92,7 +92,7 @@ async fn who_leads_already_campaigns_for_the_same_term() {
     assert_eq!(election.leader().await.unwrap(), leader);
     locks_are(&mut admin, 1, SOON * 4).await;
 
-    // The term ends with the last of them.
+    // The term ends when the last of its leaderships is dropped.
     drop(first);
     second.resign().await.unwrap();
     assert_eq!(status.term(), Some(third.term()));
@@ -119,7 +119,7 @@ async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
     let leadership = election.campaign().await.unwrap();
     assert!(status.clone().is_leader());
     let mut resigning = Box::pin(leadership.resign());
-    // Usually, the server has still to answer.
+    // Usually, the server has not answered yet.
     let resigned = cancel_after(1, &mut resigning).await;
     assert!(!status.is_leader());
     assert_eq!(status.term(), None);
@@ -127,7 +127,7 @@ async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
         resigning.await.unwrap();
     }
 
-    // Nor does it need its election.
+    // A leadership does not need its `Election`, either.
     let leadership = election.campaign().await.unwrap();
     drop(election);
     assert!(status.is_leader());
@@ -165,18 +165,18 @@ async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
     again.resign().await.unwrap();
 }
 
-/// The heartbeat's bound has passed, and no task has checked the session, because none could run.
+/// The heartbeat's bound passes without a check of the session, because no task can run.
 #[tokio::test]
 async fn a_status_says_no_by_the_clock_alone() {
     let (_db, pool) = TestDb::with_pool(2).await;
     let mut election = monitored_election(&pool);
     let status = election.status();
     let leadership = election.campaign().await.unwrap();
-    // Longer than a leader is trusted without an answer, so there was one.
+    // This is longer than a leader is trusted without an answer, so the server has answered.
     let long = Duration::from_millis(3_400);
     sleep(long).await;
     assert!(status.is_leader());
-    // The only thread of the runtime.
+    // This blocks the only thread of the runtime.
     std::thread::sleep(long);
     assert!(!status.is_leader());
     drop(leadership);
@@ -201,7 +201,7 @@ async fn everybody_can_see_who_leads() {
 
     leadership.resign().await.unwrap();
     assert_eq!(election.leader().await.unwrap(), None);
-    // Without a name of its own, a candidate has that of its process.
+    // A candidate without a name of its own has the name of its process.
     let mut nameless = Election::new(&pool, "billing");
     let _leadership = nameless.campaign().await.unwrap();
     let leader = nameless.leader().await.unwrap().unwrap();
@@ -232,7 +232,7 @@ async fn a_leader_is_seen_with_its_address_by_who_may_see_it() {
     let leadership = election(&over_tcp).campaign().await.unwrap();
     let mut leader = seen_by(&over_socket).await;
     assert_eq!(leader.client_addr.take().as_deref(), Some("127.0.0.1"));
-    // All but the address.
+    // The leader's data agree in all but the address.
     assert_eq!(seen_by(&nosy).await, leader);
     leadership.resign().await.unwrap();
 
@@ -281,7 +281,7 @@ async fn another_programs_lock_is_a_leader_without_a_term() {
     assert_eq!(leader.name, "their program");
     assert_eq!((leader.term, leader.since), (None, None));
     assert_eq!(leader.backend_pid, guard.backend_pid());
-    // Before its second look, an observer can't know that no term will follow.
+    // Before its second query, an observer can't know that no term will follow.
     let told = timeout(SOON * 10, election.observe().changed()).await.unwrap();
     assert_eq!(told.unwrap(), Some(leader));
 }
@@ -301,7 +301,7 @@ async fn an_observer_tells_each_change_once() {
     let leadership = ada.campaign().await.unwrap();
     let first = Some(("ada".to_owned(), Some(leadership.term())));
     assert_eq!(next().await, first);
-    // Nothing to tell. A call that is dropped takes nothing along, either.
+    // The observer has no change to report. A dropped call does not lose a change, either.
     timeout(Duration::from_millis(1200), next()).await.unwrap_err();
     leadership.resign().await.unwrap();
     assert_eq!(next().await, None);
@@ -310,7 +310,7 @@ async fn an_observer_tells_each_change_once() {
     let second = Some(("ada".to_owned(), Some(leadership.term())));
     assert_ne!(first, second);
     assert_eq!(next().await, second);
-    // The same leader, but another term; the observer has not looked in between.
+    // The same leader has another term; the observer has not queried the server in between.
     leadership.resign().await.unwrap();
     let leadership = ada.campaign().await.unwrap();
     assert_eq!(next().await, Some(("ada".to_owned(), Some(leadership.term()))));
@@ -320,7 +320,7 @@ async fn an_observer_tells_each_change_once() {
     drop(leadership);
 }
 
-/// With the combinators of another crate. It has no end.
+/// An observer works with the combinators of another crate. The stream has no end.
 #[tokio::test]
 async fn an_observer_is_a_stream() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -331,12 +331,12 @@ async fn an_observer_is_a_stream() {
     let leadership = ada.campaign().await.unwrap();
     assert_eq!(next().await.as_deref(), Some("ada"));
     leadership.resign().await.unwrap();
-    // An item that was waited for in vain is not lost.
+    // A timeout while waiting for an item does not lose the item.
     timeout(Duration::ZERO, next()).await.unwrap_err();
     assert_eq!(next().await, None);
 }
 
-/// It is dropped at each of its polls: the whole observer, or the call.
+/// The test drops the whole observer, or only the call, after each number of polls.
 #[tokio::test]
 async fn an_observer_that_is_dropped_leaves_the_pool_its_connection() {
     let (db, pool) = TestDb::with_pool(1).await;
@@ -345,7 +345,7 @@ async fn an_observer_that_is_dropped_leaves_the_pool_its_connection() {
         for polls in 1..POLLS {
             let mut observer = election(&pool).observe();
             drop(cancel_after(polls, observer.changed()).await);
-            // While the observer lives.
+            // The pool has all its connections while the observer is alive.
             borrow_all(&pool).await;
             drop(cancel_after(polls, observer.next()).await);
             drop(observer);
@@ -361,7 +361,7 @@ async fn an_observer_that_is_dropped_leaves_the_pool_its_connection() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// An observer that reports each error and goes on asks no more often than without errors.
+/// An observer that reports each error and continues queries the server no more often than without errors.
 #[tokio::test]
 async fn an_observer_pauses_after_an_error() {
     let pool = TestDb::new().await.pool(1).await;
@@ -387,7 +387,7 @@ async fn an_observer_goes_on_after_an_error() {
     server.restart();
     let elected = async {
         loop {
-            // To open a connection may take longer than the pool's timeout.
+            // Opening a connection may take longer than the pool's timeout.
             if let Ok(leadership) = election.campaign().await {
                 break leadership;
             }
@@ -395,7 +395,7 @@ async fn an_observer_goes_on_after_an_error() {
     };
     let _leadership = timeout(SOON * 20, elected).await.unwrap();
     let told = loop {
-        // The pool may still hold connections from before.
+        // The pool may still hold connections from before the restart.
         if let Ok(told) = timeout(SOON * 10, observer.changed()).await.unwrap() {
             break told;
         }
@@ -403,7 +403,7 @@ async fn an_observer_goes_on_after_an_error() {
     assert_eq!(told.unwrap().name, "node-7");
 }
 
-/// A lock on the leader's session would show its own name otherwise.
+/// Otherwise a lock on the leader's session would show its own name.
 #[tokio::test]
 async fn a_lock_of_the_leader_leaves_its_name_shown() {
     let (_db, pool, _) = TestDb::scene(2).await;
@@ -415,7 +415,7 @@ async fn a_lock_of_the_leader_leaves_its_name_shown() {
     assert_eq!((&*leader.name, leader.term), ("node-7", Some(leadership.term())));
 }
 
-/// Every way to end a term, each on a pool whose application has a name, or none.
+/// Tests every way to end a term, on a pool whose application has a name, and on one whose application has none.
 #[tokio::test]
 async fn the_applications_own_name_is_put_back() {
     let mut names = JoinSet::new();
@@ -430,13 +430,14 @@ async fn the_applications_own_name_is_put_back() {
 async fn name_is_put_back(name: &str) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    // One connection, held shortly; and three, of which one is polled.
+    // The pool has one connection, which is held shortly, or three, one of which is polled.
     for (connections, held_for) in [(1, Duration::ZERO), (3, quickly_watched())] {
         let pool = pool_of(db.options().application_name(name), connections).await;
         for way in ["resign", "drop", "second resigns", "stop", "end", "drop run", "cancel"] {
             let pid = let_go(&pool, way, held_for, &mut admin).await;
             no_locks(&mut admin).await;
-            // Lent again once the name is put back, which takes a moment longer than the lock.
+            // The pool returns the connection again once its name is restored, which takes a moment longer than the
+            // release.
             let pids = names_are(&pool, name).await;
             assert_eq!(names_shown(&mut admin).await, 0, "{way}");
             assert!(pids.contains(&pid), "{way}: the connection was not given back");
@@ -465,7 +466,7 @@ async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConn
         return pid;
     }
     if way == "cancel" {
-        // At every point, until it is elected.
+        // The campaign is cancelled after every number of polls, until the candidate is elected.
         let mut polls = 0;
         let leadership = loop {
             polls += 1;
@@ -480,7 +481,7 @@ async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConn
     let (tell, told) = oneshot::channel();
     let (stop, stopped) = oneshot::channel::<()>();
     let mut tell = Some(tell);
-    // The second time it has led, "end" stops, too.
+    // In its second term, "end" stops, too.
     let mut stop = Some(stop);
     let run = election.run(async { drop(stopped.await) }, |leadership| {
         let again = tell.take().map(|tell| tell.send(leadership.backend_pid()).unwrap()).is_none();
@@ -510,7 +511,7 @@ async fn let_go(pool: &PgPool, way: &str, held_for: Duration, admin: &mut PgConn
     told.await.unwrap()
 }
 
-/// What all connections of the pool show is the application's own name. Returns their backends.
+/// Checks that all connections of the pool show the application's own name. Returns their backends.
 async fn names_are(pool: &PgPool, name: &str) -> Vec<i32> {
     let pids = borrow_all(pool).await;
     let shown: Vec<String> = sqlx::query_scalar(
@@ -531,16 +532,16 @@ async fn a_name_is_put_back_on_a_connection_that_the_application_has_used() {
     let pool = pool_of(db.options().application_name("invoices"), 1).await;
     let leadership = election(&pool).campaign().await.unwrap();
     let mut conn = leadership.connection().await.unwrap();
-    // A failed transaction, left open.
+    // The transaction has failed, and is left open.
     sqlx::raw_sql("BEGIN; SELECT 1 / 0").execute(&mut *conn).await.unwrap_err();
     drop(conn);
     leadership.resign().await.unwrap();
     names_are(&pool, "invoices").await;
 }
 
-/// Runs `call` on a fresh candidate and drops it after every number of polls until it completes, with
-/// a cold and with a warm pool; after each nothing may be left but what `held` says others hold.
-/// Repeats that until it was dropped at `points` points in all.
+/// Runs `call` on a fresh candidate and drops it after every number of polls until it completes, with a cold and with a
+/// warm pool. After each run, only the `held` locks of others may be left. Repeats this until `call` was dropped at
+/// `points` points in all.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
 async fn dropped_at_every_poll(
     points: usize,
@@ -551,7 +552,7 @@ async fn dropped_at_every_poll(
     dropped_at(points, async || sweep(held, db, &call).await).await;
 }
 
-/// Returns at how many points it was dropped.
+/// Returns the number of points at which the call was dropped.
 async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> usize {
     let mut admin = db.admin().await;
     let mut dropped = 0;
@@ -570,7 +571,7 @@ async fn sweep(held: usize, db: &TestDb, call: impl AsyncFn(&mut Election)) -> u
             locks_are(&mut admin, held, SOON * 4).await;
             names_are(&pool, "invoices").await;
             assert_eq!(names_shown(&mut admin).await, i64::try_from(held).unwrap());
-            // It has completed, or was dropped in its wait.
+            // The call has completed, or was dropped while it waited.
             if !matches!(outcome, Some(None)) {
                 break;
             }
@@ -638,7 +639,7 @@ async fn never_two_lead_while_others_give_up_at_random() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let pool = pool_of(db.options().application_name("invoices"), 6).await;
-    // Only ever taken by a candidate that finds it free.
+    // A leader takes the post only if the post is free.
     let post = "CREATE TABLE post AS SELECT NULL::int8 AS term; GRANT ALL ON post TO PUBLIC";
     sqlx::raw_sql(post).execute(&mut admin).await.unwrap();
     let mut tasks = JoinSet::new();
@@ -688,7 +689,7 @@ async fn never_two_lead_while_others_give_up_at_random() {
 #[tokio::test]
 async fn a_leadership_outlives_its_candidate_and_ends_anywhere() {
     let (_db, pool, mut admin) = TestDb::scene(1).await;
-    // The handle goes first, and its leadership is held all the same.
+    // The handle is dropped first, and its leadership is still held.
     let leadership = election(&pool).campaign().await.unwrap();
     leadership.verify().await.unwrap();
     std::thread::spawn(move || drop(leadership)).join().unwrap();
@@ -696,7 +697,7 @@ async fn a_leadership_outlives_its_candidate_and_ends_anywhere() {
     names_are(&pool, "").await;
 }
 
-/// A hundred candidates shall send fewer than 10,000 statements an hour: a wait is two for each slice.
+/// A hundred candidates must send fewer than 10,000 statements an hour. A wait sends two for each slice.
 #[tokio::test]
 async fn a_candidate_waits_in_long_slices() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;

@@ -18,7 +18,7 @@ fn election(pool: &PgPool) -> Election {
     Election::new(pool, "billing").candidate("node-7")
 }
 
-/// What leads until it is dropped.
+/// A future that leads until it is dropped.
 async fn lead() -> Result<(), Error> {
     std::future::pending().await
 }
@@ -48,9 +48,9 @@ async fn all_lead_in_turn_until_they_are_stopped() {
                 async move {
                     assert!(!inside.swap(true, Ordering::SeqCst), "two lead");
                     terms.lock().unwrap().push(leadership.term());
-                    // The others are in the queue.
+                    // The other candidates are in the queue.
                     locks_are(&mut *admin.lock().await, CANDIDATES, SOON * 10).await;
-                    // There is no pause after a longer term.
+                    // The term is long enough for no pause to follow.
                     sleep(Duration::from_millis(1050)).await;
                     assert!(inside.swap(false, Ordering::SeqCst));
                     led.send(candidate).unwrap();
@@ -118,7 +118,7 @@ async fn stopping_ends_what_leads_and_resigns() {
     timeout(SOON * 5, run).await.unwrap().unwrap();
     assert!(!counts.run());
     assert!(!status.is_leader());
-    // It has resigned, and is not only about to.
+    // The candidate has already resigned when `run` returns.
     assert_eq!(advisory_locks(&mut admin).await, []);
     eventually("the pool has it back", SOON * 10, || async { pool.num_idle() == 1 }).await;
 }
@@ -130,7 +130,7 @@ async fn who_is_stopped_already_does_not_campaign() {
     election(&pool).run(std::future::ready(()), lead).await.unwrap();
 }
 
-/// Counts how many have begun and ended, of which never two run at once.
+/// Counts the leading futures that have begun and ended, and checks that no two run at once.
 #[derive(Clone, Default)]
 struct Counts {
     begun: Arc<AtomicUsize>,
@@ -153,7 +153,7 @@ impl Counts {
     }
 }
 
-/// Runs until it is dropped, and may take its time to end.
+/// A leading future that runs until it is dropped, and may take some time to end.
 struct Running {
     counts: Counts,
     ends_after: Duration,
@@ -194,7 +194,7 @@ async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
         let (pid, term) = timeout(SOON * 10, leads.recv()).await.unwrap().unwrap();
         assert!(term > last);
         last = term;
-        // By then it is monitored, and there is no pause after a term that was longer than a second.
+        // By then, the session is monitored, and no pause follows a term that was longer than a second.
         sleep(SOON * 11 / 10).await;
         assert!(counts.run());
         terminate(&mut admin, pid).await;
@@ -202,7 +202,7 @@ async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
         while counts.ended() == turn {
             let locks = advisory_locks(&mut admin).await;
             if counts.ended() == turn {
-                // Only that of the session that was terminated.
+                // The only lock left is that of the terminated session.
                 assert!(locks.iter().all(|lock| lock.pid == pid), "campaigns too early");
             }
             assert!(started.elapsed() < SOON * 10, "the loss was not told");
@@ -212,7 +212,7 @@ async fn on_loss_what_leads_has_ended_before_the_next_campaign_begins() {
     no_locks(&mut admin).await;
 }
 
-/// Keeps a clone of a leadership, as a careless program does.
+/// Leaderships of which the test keeps a clone, as a careless program does.
 type Kept = Arc<Mutex<Vec<Arc<Leadership>>>>;
 
 async fn is_closed(kept: &Kept) {
@@ -258,7 +258,7 @@ async fn a_clone_that_somebody_keeps_is_lost_when_the_turn_is_over() {
         ran = run => panic!("{ran:?}"),
         checked = timeout(SOON * 10, second) => checked.unwrap(),
     }
-    // The future was dropped, and the clone lives on.
+    // The future was dropped, and the clone is still alive.
     assert!(!status.is_leader());
     is_closed(&kept).await;
     no_locks(&mut admin).await;
@@ -354,7 +354,7 @@ async fn what_passes_is_tried_again() {
         let first = leads.recv().await.unwrap();
         server.restart();
         let second = leads.recv().await.unwrap();
-        // For long enough that a campaign fails, and more than one.
+        // The server is down for long enough that more than one campaign fails.
         server.kill();
         sleep(Duration::from_millis(2500)).await;
         server.restart();
@@ -374,7 +374,7 @@ async fn what_does_not_pass_is_returned() {
     let turns = AtomicUsize::new(0);
     let run = election.run(std::future::pending(), |_| {
         turns.fetch_add(1, Ordering::SeqCst);
-        // Closed from its call on, though it waits for the connection that leads.
+        // The pool is closed as soon as `close` is called, though the close waits for the connection that leads.
         let closing = pool.close();
         async move {
             drop(timeout(Duration::from_millis(10), closing).await);
@@ -408,10 +408,10 @@ async fn a_leader_that_fails_pauses_and_reports_its_error() {
         };
         sleep(Duration::from_millis(200)).await;
         assert!(matches!(&error, Error::LeaderFailed { .. }));
-        // It pauses, so another candidate is elected.
+        // The failed candidate pauses, so another candidate is elected.
         let other = election(&pool).try_campaign().await.unwrap().expect("no candidate leads");
         sleep(Duration::from_secs(2)).await;
-        // It waits for the other, so it does not fail any more.
+        // The candidate now waits for the other one, so it does not count as failing any more.
         assert!(matches!(status.state(), LeaderState::Waiting), "{:?}", status.state());
         assert!(since >= started && since.elapsed() > Duration::from_secs(2));
         other.resign().await.unwrap();
@@ -422,7 +422,7 @@ async fn a_leader_that_fails_pauses_and_reports_its_error() {
     assert_eq!(source, "the mail server refuses connections");
     assert!(!error.is_transient());
     let terms = terms.into_inner().unwrap();
-    // Pauses of one second at least, then two.
+    // The pauses are at least one second, then two.
     let pauses: Vec<_> = terms.array_windows().map(|[one, next]| *next - *one).collect();
     report(format_args!("{pauses:?}"));
     assert!((2..=3).contains(&terms.len()), "{pauses:?}");
@@ -447,7 +447,7 @@ async fn a_leader_is_stopped_gracefully() {
                 leadership.stopping().await;
                 assert!(leadership.is_stopping());
                 steps.fetch_add(1, Ordering::SeqCst);
-                // It still leads.
+                // The candidate still leads.
                 leadership.verify().await.unwrap();
                 if !finishes {
                     lead().await?;
@@ -464,7 +464,7 @@ async fn a_leader_is_stopped_gracefully() {
     }
 }
 
-/// The service manager has asked a service to end that only closes its pool.
+/// A service manager asks a service to end, and the service only closes its pool.
 #[tokio::test]
 async fn closing_the_pool_ends_a_leader_a_candidate_an_observer_and_a_pause() {
     let db = TestDb::new().await;
@@ -484,7 +484,7 @@ async fn closing_the_pool_ends_a_leader_a_candidate_an_observer_and_a_pause() {
     tasks.spawn(async move { candidate.run(std::future::pending(), |_| lead()).await });
     let mut pausing = Election::new(&pool, "another");
     tasks.spawn(async move {
-        // The third pause takes four seconds at least.
+        // The third pause takes at least four seconds.
         let fail = |_| async { Err("as asked") };
         pausing.run(std::future::pending(), fail).await
     });
@@ -526,7 +526,7 @@ async fn a_status_can_be_awaited() {
                 break term;
             }
         };
-        // A loss, without any help of the candidate.
+        // The loss is reported without any action of the candidate.
         server.kill();
         let state = next().await;
         assert!(!matches!(state, LeaderState::Leading { .. }), "{state:?}");
@@ -571,7 +571,7 @@ async fn a_status_sees_every_end_of_a_leadership() {
         let (state, ()) = tokio::join!(timeout(SOON * 10, status.changed()), ends);
         assert!(matches!(state, Ok(LeaderState::Idle)), "{way}: {state:?}");
     }
-    // A campaign that is cancelled.
+    // This campaign is cancelled.
     let other = Election::new(&pool, "billing").campaign().await.unwrap();
     let campaign = timeout(SOON, election.campaign());
     let (campaign, state) = tokio::join!(campaign, status.changed());

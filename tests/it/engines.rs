@@ -1,4 +1,4 @@
-//! Servers that speak PostgreSQL's protocol and have no advisory locks, played by functions of the same names.
+//! Servers that speak PostgreSQL's protocol and have no advisory locks, simulated by functions of the same names.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ const FUNCTIONS: [&str; 4] = [
     "pg_advisory_unlock_shared(bigint)",
 ];
 
-/// A server of its own, because the proof of a server is made once.
+/// A simulated engine has a server of its own, because the proof of a server is made once.
 struct Engine {
     db: TestDb,
     pool: PgPool,
@@ -30,7 +30,7 @@ struct Engine {
 }
 
 impl Engine {
-    /// `body` is what the functions do, in PL/pgSQL.
+    /// `body` is the body of the functions, in PL/pgSQL.
     async fn start(product: &str, body: &str) -> Self {
         let server = Server::options().tcp().setting("log_connections", "on").start();
         let db = TestDb::on(&server).await;
@@ -57,7 +57,7 @@ async fn call_itself(admin: &mut PgConnection, product: &str) {
     sqlx::raw_sql(AssertSqlSafe(version)).execute(admin).await.unwrap();
 }
 
-/// Acquires in each way.
+/// Acquires a lock in each way.
 async fn acquire(pool: &PgPool) -> [Result<()>; 6] {
     let strict = LockOptions::new().require_settings();
     [
@@ -71,7 +71,7 @@ async fn acquire(pool: &PgPool) -> [Result<()>; 6] {
 }
 
 /// All functions return true to all clients, and the views of locks are empty: `CockroachDB` before 26.3, and
-/// `YugabyteDB` where it does not report that it has no locks. The former has no function that waits.
+/// `YugabyteDB` where it does not report that it has no locks. `CockroachDB` has no function that waits.
 #[tokio::test]
 async fn locks_that_are_always_granted_are_refused() {
     let engine = Engine::start("CockroachDB CCL v24.1.0", "BEGIN RETURN true; END").await;
@@ -95,7 +95,8 @@ async fn locks_that_are_always_granted_are_refused() {
     .await;
     let mark = engine.server.log_len();
     drop(acquire(&engine.pool).await);
-    // Each closes its connection, and each proof takes two. The search for a pooler's backend would take a hundred.
+    // Each acquire closes its connection, and each proof takes two connections. The search for a pooler's backend would
+    // take a hundred.
     let opened = engine.server.log_since(mark).matches("connection authorized").count();
     assert!((1..50).contains(&opened), "{opened} connections");
 
@@ -115,7 +116,7 @@ async fn locks_that_are_always_granted_are_refused() {
     }
 }
 
-/// Citus and EDB Postgres Distributed, of whose nodes each has a lock table of its own.
+/// Each node of Citus and of EDB Postgres Distributed has a lock table of its own.
 #[tokio::test]
 async fn doctor_warns_of_a_database_on_several_nodes() {
     let (_server, db) = TestDb::with_server().await;
@@ -171,7 +172,8 @@ async fn locks_of_a_transaction_rely_on_the_server() {
     }
 }
 
-/// As after a correction of the configuration. The proof takes longer than acquires wait for it.
+/// The locks exclude again, as after a correction of the configuration. The proof takes longer than acquires wait for
+/// it.
 #[tokio::test]
 async fn locks_are_granted_again_once_they_exclude() {
     let Engine { db, server, .. } = Engine::start("PostgreSQL 16", "BEGIN RETURN true; END").await;
@@ -184,7 +186,7 @@ async fn locks_are_granted_again_once_they_exclude() {
     })
     .await;
     let mut admin = db.admin().await;
-    // In the oldest versions, it is on from the start, and can't be set.
+    // In the oldest versions, `allow_system_table_mods` is on from the start, and can't be set.
     let allow = "SELECT set_config('allow_system_table_mods', 'on', false)
                  WHERE NOT current_setting('allow_system_table_mods')::bool";
     sqlx::raw_sql(allow).execute(&mut admin).await.unwrap();
@@ -202,7 +204,7 @@ async fn locks_are_granted_again_once_they_exclude() {
     .await;
 }
 
-/// The functions fail: `YugabyteDB` before 2.25.1 and Aurora DSQL (0A000), or are missing (42883).
+/// The functions fail, as in `YugabyteDB` before 2.25.1 and Aurora DSQL (0A000), or are missing (42883).
 #[tokio::test]
 async fn functions_that_fail_fail_the_acquire_with_the_servers_error() {
     for (product, code, name) in [

@@ -1,4 +1,4 @@
-//! What is true of all errors, and failures that only a session of its own can have.
+//! Properties of all errors, and failures that only locks with a session of their own can have.
 
 use std::collections::BTreeSet;
 use std::error;
@@ -14,11 +14,11 @@ use crate::support::{TIMEOUT, all_are_idle, borrow_all, execute, locks_become, o
 
 pub(crate) const KEY: &str = "nightly-report";
 
-/// A wait that is meant to run out.
+/// The timeout of a wait that is meant to time out.
 pub(crate) const MOMENT: Duration = Duration::from_millis(300);
 
-/// Checks what is true of every message: it names the key and its name, says what to do, and leaves
-/// what the source says to the source.
+/// Checks the properties of every message: it has the key and its name, says what to do, and does not repeat the
+/// message of its source.
 pub(crate) fn is_told_well(error: &Error, advice: &str) {
     let message = error.to_string();
     let key = error.key().unwrap();
@@ -82,8 +82,8 @@ pub(crate) fn is_deadlock(error: &Error) {
     assert!(error.is_transient());
 }
 
-/// Something else unlocked it: the guard detects that when it is released. The connection is closed,
-/// because its state is unknown.
+/// Other code unlocked the lock, and the guard detects this when it is released. The connection is closed, because its
+/// state is unknown.
 #[tokio::test]
 async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
     let (db, pool) = TestDb::with_pool(1).await;
@@ -104,7 +104,7 @@ async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
     nothing_is_left(&mut db.admin().await, &pool).await;
 }
 
-/// Both ends of the range are in it.
+/// The range includes both of its ends.
 #[tokio::test]
 async fn options_out_of_range_are_refused_at_once() {
     let pool = lazy(PgConnectOptions::new_without_pgpass().socket("/nonexistent/pglock"), MOMENT);
@@ -123,7 +123,7 @@ async fn options_out_of_range_are_refused_at_once() {
     }
 }
 
-/// A handle that holds one lock can't get another from a pool of one.
+/// While one lock is held, a pool of one connection has none for another lock.
 #[tokio::test]
 async fn a_pool_is_exhausted_by_guards_too() {
     let db = TestDb::new().await;
@@ -159,7 +159,7 @@ async fn a_wait_is_cancelled_without_harm_to_a_guard_of_the_same_handle() {
     nothing_is_left(&mut admin, &pool).await;
 }
 
-/// With a program that speaks SQL: each holds what the other wants.
+/// The other side is a program that uses SQL: each side waits for the lock that the other holds.
 #[tokio::test]
 async fn a_deadlock_between_two_keys_hits_exactly_one() {
     let (db, pool, mut admin) = TestDb::scene(2).await;
@@ -174,7 +174,7 @@ async fn a_deadlock_between_two_keys_hits_exactly_one() {
 
     let theirs = async {
         let waited = sqlx::raw_sql("SELECT pg_advisory_lock(2)").execute(&mut sql).await;
-        // Either way it releases what we want.
+        // In either case, the program releases the lock that the crate waits for.
         execute(&mut sql, "SELECT pg_advisory_unlock_all()".to_owned()).await;
         waited
     };
@@ -182,7 +182,7 @@ async fn a_deadlock_between_two_keys_hits_exactly_one() {
         becomes(&mut admin, 3, 1).await;
         let ours = timeout(TIMEOUT, lock.acquire()).await.unwrap();
         if ours.is_err() {
-            // Gives way: the other key first, which only this session uses.
+            // The crate's side fails, and releases the other key first, which only this session uses.
             let mut other = shared.connection().await.unwrap();
             execute(&mut other, "SELECT pg_advisory_unlock(2)".to_owned()).await;
         }

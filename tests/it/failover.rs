@@ -1,4 +1,4 @@
-//! When the leader is gone, the next one in the queue leads, and only that one.
+//! When the leader is lost, the next candidate in the queue leads, and only that one.
 
 use std::env;
 use std::fs::{self, File};
@@ -48,12 +48,12 @@ impl Drop for Witness {
     }
 }
 
-/// Told "campaign", tells the term once it leads; then told "resign", resigns. Told a number, leads
-/// that many times without being told more, and tells all terms.
+/// On "campaign", reports the term once it leads, and resigns on "resign". On a number, leads that many times without
+/// further commands, and reports all terms.
 #[tokio::test]
 #[ignore = "is a role: another test runs it as a process"]
 async fn candidate() {
-    // Without a database, no test runs it as a role.
+    // Without the URL of a database, no test runs this process as a role.
     let Ok(url) = env::var(URL) else { return };
     let witness = File::open(env::var(WITNESS).unwrap()).unwrap();
     let options = PgConnectOptions::from_str(&url).unwrap();
@@ -63,8 +63,8 @@ async fn candidate() {
     while let Some(cue) = cues.next_line().await.unwrap() {
         if cue == "campaign" {
             let leadership = election.campaign().await.unwrap();
-            // A process that was killed may close its connections before its files. One that lives
-            // closes nothing until the test asks it to.
+            // A killed process may close its connections before its files. A live process closes neither until the test
+            // asks for it.
             let elected = Instant::now();
             while witness.try_lock().is_err() {
                 assert!(elected.elapsed() < SOON * 10, "two lead");
@@ -87,7 +87,7 @@ async fn candidate() {
             terms.push(leadership.term().to_string());
             tokio::task::yield_now().await;
             witness.unlock().unwrap();
-            // One resigns and waits for the answer, one does not.
+            // In every other turn, the leader resigns and waits for the answer; in the others, it does not wait.
             if turn % 2 == 0 {
                 leadership.resign().await.unwrap();
             } else {
@@ -98,7 +98,7 @@ async fn candidate() {
     }
 }
 
-/// How long it took, from the shortest to the longest, and says so.
+/// Prints the minimum, median and maximum of the times, and returns the median.
 #[expect(clippy::print_stdout, reason = "a figure to be read")]
 fn median(what: &str, mut took: Vec<Duration>) -> Duration {
     took.sort();
@@ -109,7 +109,7 @@ fn median(what: &str, mut took: Vec<Duration>) -> Duration {
     median
 }
 
-/// What the server shows of the leader.
+/// The leader's name, as the server shows it.
 async fn name_shown(admin: &mut PgConnection) -> String {
     let statement = "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) \
          WHERE locktype = 'advisory' AND granted AND application_name LIKE '% %@%' \
@@ -138,7 +138,7 @@ async fn the_next_in_the_queue_leads_soon_after_the_leader_is_killed() {
         assert!(name_shown(&mut admin).await.starts_with(&format!("{run} {next_term}@")));
         (leader, term) = (next, next_term);
     }
-    // The promise is 25 ms; a busy machine is given more.
+    // The documentation promises 25 ms; the test allows more on a busy machine.
     assert!(median("killed", took) < SOON);
 }
 
@@ -163,7 +163,7 @@ async fn the_next_in_the_queue_leads_soon_after_the_leader_resigned() {
         assert_eq!(leader.answer().await, "resigned");
         std::mem::swap(&mut leader, &mut next);
     }
-    // The promise is 10 ms; a busy machine is given more.
+    // The documentation promises 10 ms; the test allows more on a busy machine.
     assert!(median("resigned", took) < SOON);
     leader.ask("resign").await;
     no_locks(&mut admin).await;
@@ -197,7 +197,7 @@ async fn candidates_in_several_processes_never_lead_at_once() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// A hundred candidates in a server of their own.
+/// A hundred candidates on a server of their own.
 struct Hundred {
     server: Server,
     _db: TestDb,
@@ -232,11 +232,11 @@ impl Hundred {
         Self { server, _db: db, admin, candidates, elected, leader }
     }
 
-    /// How many messages with statements the server has got since a mark in its log.
+    /// Counts the messages with statements that the server has received since a mark in its log.
     fn messages(&self, mark: usize) -> u32 {
         let log = self.server.log_since(mark);
         let said = ["LOG:  statement: ", "LOG:  execute "];
-        // Of the proof that locks exclude other sessions, which comes once in a process, whenever it can.
+        // These words are from the proof that locks exclude other sessions, which runs once in a process, at any time.
         let proof = ["advisory_lock('", "advisory_unlock('", "statement: ROLLBACK"];
         let has = |line: &str, words: &[&str]| words.iter().any(|word| line.contains(word));
         let lines = log.lines().filter(|line| has(line, &said) && !has(line, &proof));
@@ -255,7 +255,7 @@ async fn a_hundred_candidates_are_quiet_while_nothing_happens() {
     let messages = hundred.messages(mark);
     println!("{HUNDRED} candidates: {messages} messages in {QUIET} s");
     assert!(messages > 0, "the log does not show what is sent");
-    // The leader's heartbeats: a waiting candidate sends a statement a minute.
+    // Most messages are the leader's heartbeats: a waiting candidate sends one statement a minute.
     assert!(messages < 4 * QUIET, "{messages} messages in {QUIET} s");
     hundred.candidates.shutdown().await;
 }
@@ -263,7 +263,7 @@ async fn a_hundred_candidates_are_quiet_while_nothing_happens() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[expect(clippy::print_stdout, reason = "a figure to be read")]
 async fn one_of_a_hundred_candidates_is_elected_and_the_others_sleep_on() {
-    // So long that none ends meanwhile.
+    // The slices are so long that none ends meanwhile.
     let mut hundred = Hundred::start(LockOptions::new().wait_slice(SOON * 600)).await;
     for left in (HUNDRED - 5..HUNDRED).rev() {
         let mark = hundred.server.log_len();
@@ -271,7 +271,7 @@ async fn one_of_a_hundred_candidates_is_elected_and_the_others_sleep_on() {
         hundred.leader.resign().await.unwrap();
         hundred.leader = timeout(SOON * 60, hundred.elected.recv()).await.unwrap().unwrap();
         let took = resigned.elapsed();
-        // Time for the others to wake, if they did.
+        // This gives the other candidates the time to wake, if they did.
         sleep(SOON / 2).await;
         let messages = hundred.messages(mark);
         println!("{left} candidates: the next leads after {took:?}, and {messages} messages");
@@ -281,7 +281,7 @@ async fn one_of_a_hundred_candidates_is_elected_and_the_others_sleep_on() {
         assert_eq!(locks.len(), left);
         assert_eq!(locks.iter().filter(|lock| lock.granted).count(), 1);
     }
-    // All give up at once.
+    // All candidates cancel their waits at once.
     hundred.candidates.shutdown().await;
     drop(hundred.leader);
     locks_are(&mut hundred.admin, 0, SOON * 60).await;

@@ -1,5 +1,5 @@
-//! Waits are fair, whatever the length of the holds: a waiter is served about as soon as one that calls
-//! `pg_advisory_lock` itself, in the same set-up.
+//! Waits are fair, whatever the length of the holds: a waiter is served about as soon as a waiter that calls
+//! `pg_advisory_lock` directly, in the same set-up.
 //!
 //! `PGLOCK_FAIR_HOLD_MS` is the length of a hold (300). Holds that are longer than a slice of a wait take
 //! minutes: `PGLOCK_FAIR_HOLD_MS=8000`.
@@ -23,20 +23,20 @@ const BARE: i64 = 2;
 
 /// How many times longer than the bare function a wait may take.
 const FACTOR: u32 = 4;
-/// What a wait may take besides, on a busy machine.
+/// The time that a wait may take in addition, on a busy machine.
 const BESIDES: Duration = Duration::from_secs(2);
 
-/// Which locks of the crate are tried.
+/// The kind of lock to test.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    /// A session lock; each in a process of its own, as far as the crate can tell.
+    /// Session locks, each in a process of its own as far as the crate can detect.
     Session,
-    /// The same in one process.
+    /// Session locks in one process.
     OneProcess,
     Transaction,
 }
 
-/// Tasks that hold a lock for some time, and acquire it again at once.
+/// Tasks that hold a lock for some time, release it, and acquire it again at once.
 #[derive(Clone, Copy, Debug)]
 struct Holders {
     kind: Kind,
@@ -70,7 +70,7 @@ async fn a_third_writer_is_served_beside_two_of_a_transaction_lock() {
     is_served_in_time(writers(Kind::Transaction)).await;
 }
 
-/// Three readers, of whom always at least one holds the lock.
+/// Three readers, at least one of which always holds the lock.
 fn readers(kind: Kind) -> Holders {
     Holders { kind, mode: Mode::Shared, count: 3, hold: hold() }
 }
@@ -133,7 +133,7 @@ async fn is_served_in_time(holders: Holders) {
 impl Holders {
     fn start(self, tasks: &mut JoinSet<()>, pool: PgPool, number: u32, key: i64) {
         tasks.spawn(async move {
-            // The end of one reader's hold is in the middle of those of the others.
+            // Each reader's hold ends in the middle of the others' holds.
             if self.mode == Mode::Shared {
                 sleep(self.hold * number / self.count).await;
             }

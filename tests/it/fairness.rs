@@ -1,6 +1,6 @@
-//! Processes that want one key all get their turns, however many tasks each has.
+//! Processes that compete for one key all get their turns, however many tasks each has.
 //!
-//! `PGLOCK_FAIRNESS_SECONDS` says for how long they want it (3).
+//! `PGLOCK_FAIRNESS_SECONDS` sets for how long they compete for it (3).
 
 use std::env;
 use std::str::FromStr;
@@ -17,14 +17,14 @@ use crate::support::{no_locks, pool_of, report};
 const URL: &str = "PGLOCK_FAIRNESS_URL";
 const KEY: &str = "busy";
 
-/// How many tasks a service has.
+/// The number of tasks of a service.
 const TASKS: usize = 100;
 
-/// In which a service that starts opens its sessions, and looks for a pooler.
+/// The time in which a service that starts opens its sessions, and checks for a pooler.
 const START: Duration = Duration::from_millis(200);
 
-/// Acquires and releases the lock until the time is over. Returns how long each acquire has waited, and
-/// whether it was one of the start.
+/// Acquires and releases the lock until the time is over. Returns how long each acquire has waited, and whether it
+/// began during the start.
 async fn take_turns(mut lock: Lock, time: Duration) -> Vec<(Duration, bool)> {
     let started = Instant::now();
     let mut waits = Vec::new();
@@ -37,10 +37,10 @@ async fn take_turns(mut lock: Lock, time: Duration) -> Vec<(Duration, bool)> {
     waits
 }
 
-/// What a process does: reads how many milliseconds to run, and prints how many holds it had, and the median,
-/// the longest, and the longest after the start of its waits in microseconds.
+/// Runs the part of a process: reads how many milliseconds to run, and prints the number of its holds, and of its waits
+/// the median, the longest, and the longest after the start, in microseconds.
 async fn play(locks: impl FnOnce(&PgPool) -> Vec<Lock>) {
-    // Without a database, no test runs it as a role.
+    // Without the URL of a database, no test runs this process as a role.
     let Ok(url) = env::var(URL) else { return };
     let pool = pool_of(PgConnectOptions::from_str(&url).unwrap(), 3).await;
     let locks = locks(&pool);
@@ -85,7 +85,7 @@ async fn loner() {
     play(|pool| vec![Lock::new(pool, KEY)]).await;
 }
 
-/// What a process says in the end.
+/// The figures that a process reports at its end.
 struct Turns {
     holds: u32,
     median: Duration,
@@ -141,7 +141,8 @@ async fn get_their_shares(service: &str) {
     let [one, two, plain] = turns.try_into().ok().unwrap();
     let both = one.holds + two.holds;
     report(format_args!("the first service has {} %", one.holds * 100 / both));
-    // What is fair is 40 to 60 %, and ten times the median; a busy machine is given more.
+    // A share of 40 to 60 % and a longest wait of ten times the median are fair; the test allows more on a busy
+    // machine.
     assert!((25..=75).contains(&(one.holds * 100 / both)), "{} and {}", one.holds, two.holds);
     assert!(plain.holds > seconds, "{} turns of the plain lock", plain.holds);
     for Turns { median, longest, .. } in [one, two, plain] {

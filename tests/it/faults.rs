@@ -1,7 +1,8 @@
-//! The table of faults in the guide: what is reported to the holder, and when the lock is free for others.
+//! Tests of the table of faults in the guide: the report to the holder, and the time at which the lock is free for
+//! others.
 //!
-//! A test here is a row that no other file has. Another service waits for the lock before the fault,
-//! and gets it after; then nothing is left, on the server or in the pool.
+//! Each test here covers a row that no other file covers. Another service waits for the lock before the fault, and is
+//! granted it afterwards; then no lock is left on the server, and no connection is missing from the pool.
 
 use std::env;
 use std::fs;
@@ -23,7 +24,7 @@ use crate::support::{
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which a holder with a lenient heartbeat times out.
+/// The time after which a holder with a lenient heartbeat times out.
 const BOUND: Duration = Duration::from_secs(3);
 
 /// Another service, which waits for lock 1.
@@ -33,7 +34,7 @@ struct Next {
 }
 
 impl Next {
-    /// Queues, behind `others` that hold the lock or wait for it.
+    /// Queues for the lock, behind `others` that hold it or wait for it.
     async fn after(others: usize, db: &TestDb) -> Self {
         let pool = db.pool(2).await;
         let mut waiting = JoinSet::new();
@@ -52,7 +53,8 @@ impl Next {
         self.waiting.try_join_next().is_none()
     }
 
-    /// Waits until it had the lock, and returns when that was. Then no session holds it.
+    /// Waits until this service was granted the lock, and returns the time of the grant. Checks that no session holds
+    /// the lock afterwards.
     async fn had_it(mut self, limit: Duration, db: &TestDb) -> Duration {
         let granted = timeout(limit, self.waiting.join_next()).await.unwrap().unwrap().unwrap();
         no_locks(&mut db.admin().await).await;
@@ -73,7 +75,7 @@ async fn keeps(guard: &ExclusiveGuard, time: Duration) {
 async fn service() {
     let pool = PgPoolOptions::new().max_connections(4);
     let pool = pool.connect(&env::var("URL").unwrap()).await.unwrap();
-    // A slice so long that it ends no wait here.
+    // The slice is so long that it ends no wait here.
     let mut lock = Lock::new(&lenient_heartbeat().wait_slice(TIMEOUT * 3).on(&pool).unwrap(), 1);
     let mut cues = cues();
     let mut guard = None;
@@ -154,7 +156,7 @@ async fn the_server_stands_still_for_a_moment() {
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
     server.pause();
-    // Not to wait for something: half of what the default allows.
+    // The test waits for no event here: it lets half of the time pass that the default allows.
     sleep(SECOND * 2).await;
     server.resume();
     guard.verify().await.unwrap();
@@ -184,7 +186,8 @@ async fn the_connection_is_reset() {
         );
         let error = failed.unwrap().unwrap_err();
         assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
-        // Lent, it is asked about elsewhere, and the answer is that it holds nothing any more.
+        // The heartbeat of a borrowed connection uses another one, and the answer may be that the session holds the
+        // lock no longer.
         let loss = loss.unwrap();
         assert!(matches!(loss, Loss::Disconnected(_) | Loss::NotHeld), "{loss:?}");
         drop(connection);
@@ -194,7 +197,7 @@ async fn the_connection_is_reset() {
     }
 }
 
-/// An answer takes 600 ms, and twice that where a connection must be made first.
+/// An answer takes 600 ms, or twice that if a connection must be opened first.
 #[tokio::test]
 async fn the_link_is_slow() {
     let (idle, lent) = (Behind::a_proxy(3).await, Behind::a_proxy(3).await);
@@ -207,7 +210,7 @@ async fn is_kept_over_a_slow_link(behind: &Behind, lent: bool) {
     proxy.delay(Duration::from_millis(300));
     let mut next = Next::after(1, db).await;
     let connection = if lent { Some(guard.connection().await.unwrap()) } else { None };
-    // Long enough for every answer to be needed.
+    // The hold lasts so long that every answer is needed.
     keeps(&guard, SECOND * 5).await;
     assert!(next.still_waits());
     drop(connection);
@@ -227,17 +230,17 @@ async fn the_link_is_too_slow() {
     let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
     let told = monotonic();
     assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
-    // The end of the connection arrives late, too.
+    // The end of the connection reaches the server late, too.
     let granted = next.had_it(TIMEOUT, &db).await;
     assert!(told < granted, "told at {told:?}, granted at {granted:?}");
     proxy.delay(Duration::ZERO);
     drop(guard);
-    // What the pool asked for is still on its way.
+    // The answers to the pool's statements are still in flight.
     all_are_idle(&pool).await;
     borrow_all(&pool).await;
 }
 
-/// A link that passes nothing for a while, and then all: what was in it does no harm.
+/// The link passes nothing for a while, and then all that was delayed, which does no harm.
 #[tokio::test]
 async fn the_link_stands_still() {
     let Behind { db, proxy, pool, server: _server } = Behind::a_proxy(3).await;
@@ -247,18 +250,18 @@ async fn the_link_stands_still() {
     let loss = timeout(TIMEOUT, guard.lost()).await.unwrap();
     let told = monotonic();
     assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
-    // For the server, the proxy lives, and so does the client.
+    // The server has a live connection to the proxy, so for the server the client is alive.
     assert!(next.still_waits());
     proxy.thaw();
     let granted = next.had_it(SOON * 5, &db).await;
     assert!(told < granted, "told at {told:?}, granted at {granted:?}");
     drop(guard);
-    // What the pool asked for is still on its way.
+    // The answers to the pool's statements are still in flight.
     all_are_idle(&pool).await;
     borrow_all(&pool).await;
 }
 
-/// Has a limit of the database end a transaction that is open on the borrowed connection.
+/// Leaves a transaction open on the borrowed connection until a limit of the database ends the session.
 async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
@@ -300,7 +303,8 @@ async fn a_limit_ends_a_long_transaction_on_the_lent_connection() {
     a_limit_ends_the_lent_session("transaction_timeout", 170_000, "SELECT pg_sleep(60)").await;
 }
 
-/// Connects until the server has had no room for another for a second: the connections of a proof end soon.
+/// Connects until the server has refused connections for a second, because the connections of a proof end soon and make
+/// room.
 async fn fill(db: &TestDb) -> Vec<PgConnection> {
     let (mut conns, mut full_since) = (Vec::new(), None);
     while full_since.is_none_or(|since: Instant| since.elapsed() < SECOND) {
@@ -363,14 +367,14 @@ async fn the_clock_of_the_holder_is_set() {
         clock.set(hour * 3600);
         let shown: i64 = holder.ask("clock").await.parse().unwrap();
         assert!((shown - now() - hour * 3600).abs() < 60, "the clock was not set");
-        // Not to wait for something, but to let the bound pass.
+        // The test waits for no event here: it lets the bound pass.
         sleep(BOUND + SECOND).await;
         assert_eq!(holder.ask("verify").await, "true");
         assert!(next.still_waits());
         assert_eq!(holder.ask("release").await, "released");
         next.had_it(SOON * 5, &db).await;
 
-        // And a loss is still told.
+        // A loss is still reported.
         assert_eq!(holder.ask("acquire").await, "holds");
         let pid = holder.ask("backend").await;
         holder.tell("lost").await;
@@ -385,8 +389,8 @@ fn now() -> i64 {
     i64::try_from(now).unwrap()
 }
 
-/// A server that goes by a clock that can be set. Its timers go by the right one: libfaketime does not
-/// reach into their signal handler.
+/// Starts a server whose clock can be set. Its timers use the correct clock, because libfaketime does not affect their
+/// signal handler.
 fn server_with(clock: &WallClock) -> Server {
     let options = Server::options();
     clock.env().iter().fold(options, |options, (name, value)| options.env(name, value)).start()
@@ -416,7 +420,7 @@ async fn the_clock_of_the_server_is_set() {
     borrow_all(&pool).await;
 }
 
-/// A wait that is cancelled leaves the queue all the same, at the latest at the end of its slice.
+/// A cancelled wait still leaves the queue, at the latest at the end of its slice.
 #[tokio::test]
 async fn the_clock_of_the_server_is_set_while_another_waits() {
     let Some(clock) = WallClock::new() else { return };
@@ -425,8 +429,8 @@ async fn the_clock_of_the_server_is_set_while_another_waits() {
     let pool = db.pool(3).await;
     let mut admin = db.admin().await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
-    // How long it may take until the wait is cancelled. Set back by much, the clock makes our session
-    // look like a newcomer's, so it leaves at the end of its slice.
+    // `limit` is how long it may take until the wait is cancelled. If the clock is set back by much, the waiter's
+    // session looks like a new one, so it leaves the queue only at the end of its slice.
     for (seconds, limit) in [(3600, SOON * 4), (-1, SOON * 4), (-3600, TIMEOUT)] {
         clock.set(0);
         let mut waiter = Lock::new(&pool, 1);
@@ -444,7 +448,7 @@ async fn the_clock_of_the_server_is_set_while_another_waits() {
     borrow_all(&pool).await;
 }
 
-/// No task is left to check the session, so it is lost at once.
+/// No task is left to check the session, so the lock is lost at once.
 #[test]
 fn the_runtime_is_shut_down() {
     let watcher = Runtime::new().unwrap();
@@ -469,7 +473,7 @@ async fn the_pool_is_closed() {
     let (db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
     let mut next = Next::after(1, &db).await;
-    // Longer than the heartbeat's interval, after which the session is monitored.
+    // The test sleeps for longer than the heartbeat's interval, after which the session is monitored.
     sleep(SECOND).await;
     let closed = pool.close();
     for lent in [false, true] {

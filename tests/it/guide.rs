@@ -1,5 +1,5 @@
-//! The guide says what is so: its queries for `psql` find what they say, its figures are the defaults, and
-//! its links lead somewhere.
+//! The guide is correct: its queries for `psql` return what it says, its figures are the defaults, and its links have
+//! targets.
 
 use std::fs;
 use std::path::Path;
@@ -25,7 +25,7 @@ fn queries(page: &str) -> Vec<&str> {
     page.split("```sql\n").skip(1).map(|rest| rest.split_once("```").unwrap().0).collect()
 }
 
-/// The query of a page that has this in it.
+/// The only query of a page that contains this text.
 fn query<'p>(page: &'p str, has: &str) -> &'p str {
     let mut found = queries(page).into_iter().filter(|query| query.contains(has));
     let query = found.next();
@@ -40,7 +40,7 @@ async fn run(conn: &mut PgConnection, query: &str) -> Vec<PgRow> {
     rows.unwrap()
 }
 
-/// All queries of the guide, in a scene of one holder, one waiter and a pair with a negative number.
+/// Runs all queries of the guide, with one holder, one waiter and a pair with a negative number.
 #[tokio::test]
 async fn the_queries_for_psql_find_what_they_say() {
     let (db, pool) = TestDb::with_pool(5).await;
@@ -106,7 +106,7 @@ async fn the_queries_for_psql_find_what_they_say() {
     assert!(settings.len() >= 4);
     assert!(settings.iter().all(|row| row.get::<&str, _>("context") == "user"));
 
-    // Last, because it takes the lock away.
+    // This query is the last one, because it ends the session that holds the lock.
     let ended = run(&mut psql, has(&operations, "pg_terminate_backend")).await;
     let [ended] = ended.as_slice() else { panic!("{} rows", ended.len()) };
     assert_eq!((ended.get("pid"), ended.get("ended")), (holder.backend_pid(), true));
@@ -155,7 +155,7 @@ async fn the_query_for_postgres_exporter_tells_holders_from_waiters() {
     drop(waiting.await.unwrap().unwrap());
 }
 
-/// What the table of settings says that a session gets.
+/// The table of settings has the values that a session gets.
 #[tokio::test]
 async fn the_table_of_settings_has_the_defaults() {
     let operations = page("operations.md");
@@ -174,7 +174,8 @@ async fn the_table_of_settings_has_the_defaults() {
     let db = TestDb::new().await;
     let guard = Lock::new(&db.pool(2).await, 42).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();
-    // Over a unix socket the server shows nothing of them, so ask for what the crate has noted.
+    // Over a unix socket, the server shows no values of the keepalive settings, so the test reads those that the crate
+    // has noted.
     let noted = run(&mut conn, "SELECT current_setting('pglock.keepalives')").await;
     let noted = noted.first().unwrap().get::<&str, _>(0);
     assert_eq!(noted, format!("{idle}/{interval}/{count}"));
@@ -185,7 +186,7 @@ async fn the_table_of_settings_has_the_defaults() {
     }
 }
 
-/// The page on cost says what room for one more lock costs in shared memory.
+/// The page on cost says how much shared memory a slot for one more lock takes.
 #[tokio::test]
 async fn a_slot_of_the_lock_table_costs_about_what_the_page_says() {
     let said = page("cost.md").split_whitespace().collect::<Vec<_>>().join(" ");
@@ -200,7 +201,7 @@ async fn a_slot_of_the_lock_table_costs_about_what_the_page_says() {
         let server = options.setting("max_locks_per_transaction", per_transaction).start();
         let mut conn = TestDb::on(&server).await.admin().await;
         if conn.server_version_num() < Some(130_000) {
-            // It has no view of its shared memory.
+            // Older servers have no view of their shared memory.
             return;
         }
         let sum =
@@ -211,7 +212,7 @@ async fn a_slot_of_the_lock_table_costs_about_what_the_page_says() {
     assert!((low * 4 / 5..=high * 5 / 4).contains(&slot), "{slot}");
 }
 
-/// What to alert on names every warning by its message, and no other.
+/// The table of alerts has every warning of the crate by its message, and no other.
 #[test]
 fn the_table_of_alerts_has_the_warnings() {
     let mut warnings = Vec::new();
@@ -234,7 +235,7 @@ fn the_table_of_alerts_has_the_warnings() {
     }
 }
 
-/// The pages that are read as files, and where they link within the repository.
+/// The links within the repository, of the pages that are read as files, have targets.
 #[test]
 fn links_to_files_lead_somewhere() {
     for page in
@@ -272,7 +273,7 @@ fn links_within_a_page_lead_somewhere() {
     }
 }
 
-/// What rustdoc makes of a heading.
+/// The anchor that rustdoc makes of a heading.
 fn anchor(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim();
     let kept = text.chars().filter_map(|c| match c {

@@ -1,4 +1,4 @@
-//! Calls of one process that want the same key: one waits on the server, and the others in line behind it.
+//! Calls of one process for the same key: one waits on the server, and the others wait in line behind it.
 
 use std::future::poll_fn;
 use std::ops::AsyncFnMut;
@@ -30,7 +30,8 @@ async fn begin<F: Future>(future: &mut Pin<&mut F>) {
     assert!(poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await.is_pending());
 }
 
-/// The guard of the first, which has waited on the server, and the acquire of the second, which is in line behind it.
+/// Returns the guard of the first handle, which has waited on the server, and the acquire of the second one, which is
+/// in line behind it.
 pub(crate) async fn line_up<'l>(
     pool: &PgPool,
     admin: &mut PgConnection,
@@ -49,7 +50,7 @@ pub(crate) async fn line_up<'l>(
     (front.await.unwrap(), behind)
 }
 
-/// Tries again until a lock is passed on: a busy machine may be too slow for it.
+/// Retries until a lock is handed off. A busy machine may be too slow for the hand-off.
 pub(crate) async fn until_passed_on(mut attempt: impl AsyncFnMut() -> bool) {
     let attempts = async { while !attempt().await {} };
     assert!(timeout(LATE, attempts).await.is_ok(), "no lock is passed on");
@@ -69,7 +70,7 @@ async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
         }
         assert!(first.try_acquire().await.unwrap().is_none());
         assert!(first.try_acquire_shared().await.unwrap().is_none());
-        // It is the one of the handle that has it now.
+        // The handle re-enters the session that holds the lock now.
         let again = second.acquire().await.unwrap();
         assert_eq!(again.backend_pid(), guard.backend_pid());
         drop(again);
@@ -103,7 +104,7 @@ async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
     no_locks(&mut admin).await;
 }
 
-/// The pool resets it first, and the application may have given the lock up.
+/// The pool resets such a connection first, and the application may have released the lock on it.
 #[tokio::test]
 async fn a_connection_that_the_application_has_used_is_not_passed_on() {
     let db = TestDb::new().await;
@@ -135,7 +136,7 @@ async fn a_connection_that_the_application_has_used_is_not_passed_on() {
     no_locks(&mut admin).await;
 }
 
-/// Its `release` reports whether the lock was held until then.
+/// The awaited `release` reports whether the lock was held until then.
 #[tokio::test]
 async fn a_release_that_is_awaited_asks_a_session_that_it_passes_on() {
     let (_db, pool, mut admin) = TestDb::scene(6).await;
@@ -170,7 +171,7 @@ async fn one_connection_waits_however_many_tasks_do() {
         });
     }
     locks_are(&mut admin, 2, soon() * 4).await;
-    // The pool has some for everything else.
+    // The pool has connections left for everything else.
     let query = timeout(SOON * 4, sqlx::query("SELECT 1").execute(&pool)).await;
     query.expect("a query finds no connection").unwrap();
     assert_eq!(advisory_locks(&mut admin).await.len(), 2);
@@ -190,7 +191,7 @@ async fn readers_behind_a_writer_share_it() {
         let mut reader = Box::pin(async move { lock.acquire_shared().await.unwrap() });
         begin(&mut reader.as_mut()).await;
         readers.spawn(reader);
-        // The first one waits on the server, the others are in line as soon as they are polled.
+        // The first reader waits on the server; the others are in line as soon as they are polled.
         locks_are(&mut admin, 2, soon() * 4).await;
     }
     let mut lock = Lock::new(&pool, KEY);
@@ -204,7 +205,7 @@ async fn readers_behind_a_writer_share_it() {
     no_locks(&mut admin).await;
 }
 
-/// At every point, while the lock goes round.
+/// The call is dropped after every number of polls, while the lock is handed from call to call.
 #[tokio::test]
 async fn a_call_in_line_can_be_dropped() {
     const POLLS: usize = 12;
@@ -253,11 +254,11 @@ async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
     drop(timeout(LATE, long).await.unwrap().unwrap());
 }
 
-/// Nor is it one for the others.
+/// The timeout of one call is no error for the others, either.
 #[tokio::test]
 async fn a_timeout_in_line_is_no_error() {
     let (_db, pool, mut admin) = TestDb::scene(6).await;
-    // To open one may take longer than the shortest timeout, which is an error.
+    // Opening a connection may take longer than the shortest timeout, which is an error.
     borrow_all(&pool).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut bounded, mut unbounded) = (JoinSet::new(), JoinSet::new());
@@ -280,19 +281,19 @@ async fn a_timeout_in_line_is_no_error() {
     no_locks(&mut admin).await;
 }
 
-/// They wait for a connection, before it is known that the key is busy.
+/// The calls wait for a connection before the process knows that the key is busy.
 #[tokio::test]
 async fn a_timeout_before_the_first_try_is_no_error_if_others_wait() {
     const CALLS: usize = 20;
     let db = TestDb::new().await;
     let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
-    // Locks can have one connection of two, or two of three.
+    // Locks may use one connection of two, or two of three.
     let mut calls = JoinSet::new();
     for connections in [2, 3] {
         let pool = opened(PgPoolOptions::new().max_connections(connections), &db).await;
         for call in 0..CALLS {
             let mut lock = Lock::new(&pool, KEY);
-            // The first one still waits when the time of the others is over.
+            // The first call still waits when the others time out.
             let seconds = if call == 0 { 4 } else { 2 };
             calls.spawn(async move { lock.try_acquire_for(Duration::from_secs(seconds)).await });
         }
@@ -303,7 +304,7 @@ async fn a_timeout_before_the_first_try_is_no_error_if_others_wait() {
     held.release().await.unwrap();
 }
 
-/// It has not asked the server, so the lock may be free.
+/// The call has not tried the lock on the server, so the lock may be free.
 #[tokio::test]
 async fn a_try_that_finds_no_connection_is_an_error_though_others_wait() {
     let db = TestDb::new().await;
@@ -323,7 +324,7 @@ async fn a_try_that_finds_no_connection_is_an_error_though_others_wait() {
     wait.await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// If it waited there for all of its time, it would get to the front with none left.
+/// If the call waited in line for all of its time, it would reach the front with no time left.
 #[tokio::test]
 async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
     const TIMEOUT: Duration = Duration::from_secs(6);
@@ -333,7 +334,8 @@ async fn a_call_with_a_timeout_stays_in_line_for_a_part_of_it() {
     let first = spawn(async move { first.acquire().await });
     locks_are(&mut admin, 2, soon() * 4).await;
     let second = spawn(async move { second.try_acquire_for(TIMEOUT).await });
-    // It waits on the server after a quarter of its time. At the end of its time would be too late.
+    // The second call waits on the server after a quarter of its time. Waiting there only at the end of its time would
+    // be too late.
     locks_are(&mut admin, 3, TIMEOUT * 11 / 12).await;
     held.release().await.unwrap();
     first.await.unwrap().unwrap().release().await.unwrap();
@@ -359,10 +361,10 @@ async fn the_end_of_the_pool_ends_the_waits_in_line() {
     timeout(LATE, closed).await.unwrap().unwrap();
 }
 
-/// Not one after the other.
+/// The calls in line fail together, not one after the other.
 #[tokio::test]
 async fn all_in_line_hear_that_the_pool_is_exhausted() {
-    // Longer than a wait that is dropped takes to give its connection back.
+    // The timeout is longer than a dropped wait takes to return its connection.
     const TIMEOUT: Duration = Duration::from_secs(3);
     let db = TestDb::new().await;
     let pool = opened(db.pool_options().max_connections(3).acquire_timeout(TIMEOUT), &db).await;
@@ -381,7 +383,7 @@ async fn all_in_line_hear_that_the_pool_is_exhausted() {
         tasks.spawn(async move { lock.acquire().await });
     }
     tokio::task::yield_now().await;
-    // The queries have the rest, and what the first wait gives back.
+    // The queries take the other connections, and the one that the first wait returns.
     let mut queries = vec![pool.acquire().await.unwrap(), pool.acquire().await.unwrap()];
     drop(front);
     queries.push(timeout(LATE, pool.acquire()).await.unwrap().unwrap());
@@ -392,13 +394,13 @@ async fn all_in_line_hear_that_the_pool_is_exhausted() {
     }
 }
 
-/// The first in line is on a runtime that ends, and so is what waits on the server for the others.
+/// The first in line and the task that waits on the server for the others are on a runtime that ends.
 #[tokio::test]
 async fn the_end_of_a_runtime_moves_the_line_on() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     for ended in 0..3 {
-        // A connection that a runtime has opened which has ended is of no use.
+        // The pool is new, because a connection opened by a runtime that has ended can't be used.
         let pool = db.pool(6).await;
         let held = Lock::new(&pool, KEY).acquire().await.unwrap();
         let (end, until_end) = oneshot::channel::<()>();
@@ -427,7 +429,7 @@ async fn the_end_of_a_runtime_moves_the_line_on() {
             held.release().await.unwrap();
             drop(timeout(LATE, ours).await.unwrap().unwrap());
         } else {
-            // It goes through all of them, of both runtimes.
+            // The lock passes through the calls of both runtimes.
             held.release().await.unwrap();
             drop(timeout(LATE, ours).await.unwrap().unwrap());
             drop(end);
@@ -437,7 +439,7 @@ async fn the_end_of_a_runtime_moves_the_line_on() {
     }
 }
 
-/// The server restarts again and again while the lock goes round.
+/// The server restarts repeatedly while the lock is handed from call to call.
 #[tokio::test]
 async fn the_line_outlives_a_restart() {
     let (server, db) = TestDb::with_server().await;
@@ -481,7 +483,7 @@ async fn the_line_outlives_a_restart() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// The server has the first one's keepalives.
+/// On the server, the session has the keepalive settings of the first lock.
 #[tokio::test]
 async fn a_lock_with_other_keepalives_gets_no_session_that_is_passed_on() {
     let server = Server::options().tcp().start();

@@ -1,4 +1,4 @@
-//! What the server shows of its locks, and that only the session that was shown is ended.
+//! `inspect` shows the locks of a server, and ends only the session that was shown.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,7 +19,7 @@ async fn pid(conn: &mut PgConnection) -> i32 {
     sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(conn).await.unwrap()
 }
 
-/// The one lock that there is.
+/// The only lock of the database.
 async fn only(pool: &PgPool) -> LockInfo {
     let mut locks = inspect::locks(pool).await.unwrap();
     assert_eq!(locks.len(), 1, "{locks:#?}");
@@ -62,7 +62,7 @@ async fn every_number_is_shown_as_its_key() {
     }
 }
 
-/// All holders and waiters, in whatever way, and whom they wait for.
+/// All holders and waiters are shown, in whatever way they lock, with the sessions that they wait for.
 #[tokio::test]
 async fn holders_and_waiters_of_all_programs_are_shown() {
     let (db, pool, mut admin) = TestDb::scene(3).await;
@@ -73,7 +73,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
     let holder = pid(&mut sql).await;
 
     let mut writer = Lock::new(&pool, 42);
-    // On another pool: of one pool, only one waits on the server.
+    // The reader is on another pool, because of one pool, only one call waits on the server.
     let mut reader = Lock::new(&db.pool(1).await, 42);
     let writer = spawn(async move { writer.acquire().await.unwrap() });
     locks_are(&mut admin, 2, TIMEOUT).await;
@@ -87,7 +87,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
         [held.mode, exclusive.mode, shared.mode],
         [Mode::Shared, Mode::Exclusive, Mode::Shared]
     );
-    // A waiter waits for those that are ahead of it too.
+    // A waiter is also blocked by the waiters ahead of it.
     assert!(held.blocked_by.is_empty());
     assert_eq!(exclusive.blocked_by, [holder]);
     assert_eq!(shared.blocked_by, [session(exclusive).backend_pid]);
@@ -126,7 +126,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
     no_locks(&mut admin).await;
 }
 
-/// A session that holds one lock waits for another: it is that one it is blocked for.
+/// A session that holds one lock and waits for another is shown as blocked only for the other lock.
 #[tokio::test]
 async fn who_holds_is_not_blocked() {
     let (db, pool, mut admin) = TestDb::scene(1).await;
@@ -215,7 +215,7 @@ async fn who_knows_the_names_can_give_them() {
     assert_eq!(first(&locks).key.name(), Some("nightly-report"));
 }
 
-/// Two names of one CRC-32: the first that is given stays.
+/// Of two names with the same CRC-32, the first one that was given is kept.
 #[tokio::test]
 async fn a_key_keeps_its_name() {
     let (db, pool) = TestDb::with_pool(2).await;
@@ -259,19 +259,19 @@ async fn a_leader_shows_its_name_and_term() {
     assert!(leader.since.unwrap() <= SystemTime::now());
     leadership.resign().await.unwrap();
 
-    // A name that only looks a little like one.
+    // This application name only resembles the one of a leader.
     let mut other = db.options().application_name("node 7@x").connect().await.unwrap();
     run(&mut other, "SELECT pg_advisory_lock(1)").await;
     let lock = only(&pool).await;
     assert_eq!(lock.leader, None);
     assert_eq!(session(&lock).application_name.as_deref(), Some("node 7@x"));
-    // A leader's other lock, which it only shares.
+    // A session with a leader's name is not shown as the leader of a lock that it only shares.
     run(&mut other, "SELECT pg_advisory_unlock(1), pg_advisory_lock_shared(1)").await;
     run(&mut other, "SET application_name = 'node-7 5@1764000000'").await;
     assert_eq!(only(&pool).await.leader, None);
 }
 
-/// Whatever runs a query of sqlx, on any thread.
+/// The functions accept every executor of sqlx, on any thread.
 #[tokio::test]
 async fn it_runs_on_whatever_runs_a_query() {
     let (db, pool) = TestDb::with_pool(3).await;
@@ -292,7 +292,7 @@ async fn it_runs_on_whatever_runs_a_query() {
     assert_eq!(look.await.unwrap(), vec![vec![guard.backend_pid()]; 3]);
 }
 
-/// By process id and by the time at which it was started.
+/// The session is identified by its process id and its start time.
 #[tokio::test]
 async fn only_the_session_that_was_shown_is_ended() {
     let (db, pool, mut admin) = TestDb::scene(2).await;
@@ -305,11 +305,11 @@ async fn only_the_session_that_was_shown_is_ended() {
     let mut another = shown.clone();
     another.started_at = shown.started_at.map(|time| time + Duration::from_micros(1));
     assert!(!inspect::terminate(&pool, &another).await.unwrap());
-    // Another process that was started at the same time.
+    // Another process was started at the same time.
     let mut another = shown.clone();
     another.backend_pid = pid(&mut admin).await;
     assert!(!inspect::terminate(&pool, &another).await.unwrap());
-    // It is not known when it was started.
+    // The start time of the session is unknown.
     let mut another = shown.clone();
     another.started_at = None;
     assert!(!inspect::terminate(&pool, &another).await.unwrap());
@@ -325,7 +325,7 @@ async fn only_the_session_that_was_shown_is_ended() {
     guard.verify().await.unwrap();
 }
 
-/// The server shows a transaction the sessions as they were when it first looked.
+/// The server shows a transaction the sessions as they were when the transaction first queried them.
 #[tokio::test]
 async fn a_transaction_that_has_looked_before_sees_what_is() {
     let (db, pool, mut admin) = TestDb::scene(3).await;
@@ -397,13 +397,13 @@ async fn a_role_sees_and_ends_what_it_may() {
     timeout(TIMEOUT, guard.lost()).await.unwrap();
     drop(timeout(TIMEOUT, waiter).await.unwrap().unwrap().unwrap());
 
-    // Its own sessions a role sees whole.
+    // A role sees all details of its own sessions.
     let _guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let locks = inspect::locks_of(&pool, 1).await.unwrap();
     assert!(session(first(&locks)).started_at.is_some());
 }
 
-/// A hardened server: it is the functions behind the views that are called.
+/// The crate calls the functions behind the views, which a hardened server may forbid.
 #[tokio::test]
 async fn a_call_that_is_refused_a_function_names_it() {
     let (_server, db) = TestDb::with_server().await;
@@ -440,7 +440,7 @@ async fn a_call_that_is_refused_a_function_names_it() {
     inspect::locks(&mut app).await.unwrap();
 }
 
-/// One is worth a retry, the other is not; neither is about privileges.
+/// One error is worth a retry, the other is not; neither is about privileges.
 #[tokio::test]
 async fn a_call_that_fails_otherwise_says_whether_to_retry() {
     let (db, pool) = TestDb::with_pool(1).await;
@@ -459,7 +459,7 @@ async fn a_call_that_fails_otherwise_says_whether_to_retry() {
     }
 }
 
-/// It belongs to no session, and is what blocks.
+/// The prepared transaction belongs to no session, and blocks the waiter.
 #[tokio::test]
 async fn a_prepared_transaction_is_shown_by_its_identifier() {
     let server = Server::options().setting("max_prepared_transactions", "1").start();
@@ -468,7 +468,7 @@ async fn a_prepared_transaction_is_shown_by_its_identifier() {
     let (pool, mut admin) = (db.pool(2).await, db.admin().await);
     let mut tx = pool.begin().await.unwrap();
     transaction::acquire(&mut tx, 42).await.unwrap();
-    // Prepared, the transaction is over for its connection.
+    // After `PREPARE TRANSACTION`, the transaction has ended for its connection.
     run(&mut tx, "PREPARE TRANSACTION 'order 17'").await;
     let waiter = spawn({
         let mut lock = Lock::new(&pool, 42);

@@ -30,7 +30,7 @@ fn fnv1a_is_the_published_hash() {
     }
 }
 
-/// In a set or a map, a key is what the server takes it for, whatever its name.
+/// In a set or a map, keys are equal if they are the same key for the server, whatever their names.
 #[test]
 fn keys_that_are_equal_hash_alike() {
     let hashes = RandomState::new();

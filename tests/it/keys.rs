@@ -1,4 +1,5 @@
-//! A name makes the key that others make of it: by their published numbers, and by the server itself.
+//! A name maps to the key that other programs compute from it, compared with their published numbers and with the
+//! server.
 
 use pglock::{Key, Lock, interop};
 use pglock_testkit::TestDb;
@@ -6,7 +7,7 @@ use sqlx::postgres::PgAdvisoryLockKey;
 
 use crate::support::random;
 
-/// The check value of CRC-32, and what is published of it by others.
+/// The check value of CRC-32, and values that others have published.
 #[test]
 fn crc_32_is_the_one_of_zlib() {
     for (name, crc) in [
@@ -22,7 +23,7 @@ fn crc_32_is_the_one_of_zlib() {
         let number = 2_053_462_845 * i64::from(crc);
         assert_eq!(interop::rails_migrations(name), Key::from(number), "{name:?}");
     }
-    // From a log of a Rails application.
+    // This key is from the log of a Rails application.
     let key = interop::with_advisory_lock("my_unique_lock_name");
     assert_eq!(key, Key::from((258_664_313, 0)));
     assert_eq!(key.to_string(), "\"my_unique_lock_name\" (258664313, 0)");
@@ -42,7 +43,7 @@ fn sha_256_is_read_from_its_beginning() {
     }
 }
 
-/// As skytools has published them.
+/// The hashes that skytools has published.
 #[test]
 fn hashtext_is_the_published_hash() {
     let hashes = [
@@ -106,7 +107,7 @@ async fn hashtext_is_what_the_server_computes() {
     }
 }
 
-/// What hand-written SQL locks by a name.
+/// The crate's keys and hand-written SQL that locks by a name exclude each other.
 #[tokio::test]
 async fn a_scheme_excludes_who_locks_by_it() {
     let (db, pool) = TestDb::with_pool(1).await;
@@ -156,7 +157,7 @@ fn a_key_remembers_the_name() {
     }
 }
 
-/// What is written for a key is read as the same key, and what looks like no number is a name.
+/// The text of a key is parsed as the same key, and text that does not look like a number is a name.
 #[test]
 fn a_key_is_what_it_looks_like() {
     for (text, expected) in [

@@ -1,4 +1,4 @@
-//! How a loss is reported, and how a session of its own is kept from it.
+//! How a loss is reported, and how a lock's own session is protected from loss.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -41,7 +41,7 @@ async fn lost_during_a_call(server: &Server, call: u32) {
     let second = Lock::new(&guard, 2).acquire().await.unwrap();
     let refused = Lock::new(&other, 3).acquire().await.unwrap();
     let reader = Lock::new(&other, 1).acquire_shared().await.unwrap();
-    // The answer to the call arrives after the end of the hold.
+    // The delay makes the answer to the call arrive after the end of the hold.
     sleep(MOST * 2 / 3).await;
     proxy.delay(soon() * 2);
     match call {
@@ -56,7 +56,8 @@ async fn lost_during_a_call(server: &Server, call: u32) {
     locks_are(&mut db.admin().await, 0, SOON * 20).await;
 }
 
-/// What the application did to a borrowed connection shows, also if another call was waiting for it.
+/// A lock that the application unlocked on a borrowed connection is detected as lost, also if another call was waiting
+/// for the connection.
 #[tokio::test]
 async fn what_is_unlocked_on_a_borrowed_connection_is_lost_when_it_is_returned() {
     let (_db, pool) = TestDb::with_pool(2).await;
@@ -71,7 +72,7 @@ async fn what_is_unlocked_on_a_borrowed_connection_is_lost_when_it_is_returned()
     timeout(SOON * 20, guard.lost()).await.unwrap();
 }
 
-/// A reader that is slow for longer than the server waits for a dead client must not be cut off.
+/// A client that reads slowly for longer than the server waits for a dead client must not be disconnected.
 #[tokio::test]
 async fn a_borrowed_connection_has_no_user_timeout_after_a_wait_on_it() {
     let server = Server::options().tcp().start();
@@ -92,7 +93,7 @@ async fn a_borrowed_connection_has_no_user_timeout_after_a_wait_on_it() {
     drop(holder);
 }
 
-/// The session's keeper stands still with its runtime, and can't report the loss.
+/// The session's keeper is not driven, like its runtime, and can't report the loss.
 #[test]
 fn a_loss_is_reported_on_another_runtime_than_the_one_that_stands_still() {
     let [idle, other] =
@@ -106,7 +107,7 @@ fn a_loss_is_reported_on_another_runtime_than_the_one_that_stands_still() {
     let started = Instant::now();
     let loss = other.block_on(async { timeout(SOON * 20, guard.lost()).await });
     assert!(matches!(loss, Ok(Loss::Unresponsive)), "{loss:?}");
-    // At the end of the timeout it would look at the clock, too.
+    // At the end of the test's timeout, `lost` would check the clock, too.
     assert!(started.elapsed() < SOON * 10, "after {:?}", started.elapsed());
 }
 
@@ -134,7 +135,7 @@ async fn a_hold_that_is_too_long_is_ended() {
     no_locks(&mut admin).await;
 }
 
-/// They share a session.
+/// Managed locks share a session.
 #[tokio::test]
 async fn the_hold_of_a_managed_lock_is_not_limited() {
     const MOST: Duration = Duration::from_secs(1);
@@ -164,8 +165,8 @@ async fn a_silent_server_is_told_while_the_connection_is_lent() {
     }
     server.resume();
     drop(conn);
-    // Closed at once, though the guard lives. Before PostgreSQL 14, a server that is busy does not notice
-    // that its client has gone.
+    // The connection is closed at once, though the guard is alive. Before PostgreSQL 14, a busy backend does not detect
+    // that its client has disconnected.
     if server.version() >= 14 {
         locks_are(&mut db.admin().await, 0, SOON * 5).await;
     }
@@ -182,7 +183,7 @@ async fn a_session_is_polled_again_after_its_connection_was_borrowed() {
     let mut conn = guard.connection().await.unwrap();
     sqlx::query("SELECT 1").execute(&mut *conn).await.unwrap();
     drop(conn);
-    // So that it is not the tidying that notices.
+    // The test waits for the tidying to end, so that it is not the tidying that detects the loss.
     sleep(SOON / 2).await;
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 5, guard.lost()).await.unwrap();
@@ -200,7 +201,7 @@ async fn a_connection_to_listen_with_that_does_not_come_holds_up_no_heartbeat() 
     let pool = pool.connect_with(db.options()).await.unwrap();
     let options = LockOptions::new().heartbeat_interval(SOON).heartbeat_timeout(SOON * 3);
     let guard = Lock::new(&options.on(&pool).unwrap(), 1).acquire().await.unwrap();
-    // A little longer than a session is believed without a heartbeat.
+    // The test sleeps for a little longer than a session is trusted without a heartbeat.
     sleep(SOON * 4 + SOON / 10).await;
     assert!(!guard.is_lost());
 }
@@ -217,7 +218,7 @@ async fn the_end_of_a_borrowed_connection_is_reported() {
     borrow_all(&pool).await;
 }
 
-/// Nothing is sent on it while sessions are idle, and a firewall must not forget it.
+/// While sessions are idle, nothing is sent on the monitor's connection, and a firewall must not forget it.
 #[tokio::test]
 async fn the_monitors_connection_is_probed() {
     let (_db, pool, mut admin) = TestDb::scene(1).await;
@@ -266,7 +267,7 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
             }
             drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
             drop(conn);
-            // However young the transaction is.
+            // The lock is acquired at once, however young the transaction is.
             let idle = async {
                 while pool.num_idle() == 0 {
                     tokio::task::yield_now().await;
@@ -304,7 +305,7 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
     let mut lock = Lock::new(&pool, 1);
     assert!(lock.try_acquire().await.unwrap().is_none());
 
-    // Free, and after a wait.
+    // One lock is acquired at once, and one after a wait.
     let (waited, ()) = tokio::join!(lock.acquire(), async {
         sleep(SOON * 3).await;
         held.verify().await.unwrap();
@@ -313,7 +314,7 @@ async fn a_limit_on_idle_sessions_does_not_end_a_holder_and_is_put_back() {
     let guard = waited.unwrap();
     sleep(SOON * 3).await;
     guard.verify().await.unwrap();
-    // Another one on the same session, which finds the limit lifted already.
+    // The acquire of another lock on the same session finds the limit already lifted.
     let another = Lock::new(&guard, 2).acquire().await.unwrap();
     guard.release().await.unwrap();
     sleep(SOON * 3).await;
@@ -340,8 +341,8 @@ async fn options_under_which_the_server_would_give_up_first_are_refused() {
         "{said}"
     );
 
-    // A borrowed connection may have been idle when the link is cut, so only the probes count; with a
-    // second to spare.
+    // A borrowed connection may have been idle when the link is cut, so only the keepalive probes count, with a second
+    // to spare.
     let tight = LockOptions::new().heartbeat_interval(second).heartbeat_timeout(second);
     for (idle, interval, count, good) in [(9, 1, 2, false), (1, 1, 3, true), (1, 3, 1, true)] {
         let options = tight
@@ -353,7 +354,7 @@ async fn options_under_which_the_server_would_give_up_first_are_refused() {
     }
 }
 
-/// The release waits for the connection that was borrowed, which is being tidied, and breaks.
+/// The release waits for the connection that was borrowed, which breaks while it is being tidied.
 #[tokio::test]
 async fn a_session_that_breaks_while_its_release_waits_is_no_success() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;

@@ -1,4 +1,4 @@
-//! Makes locks of a manager, one for each pool, for the tests of all kinds.
+//! Creates locks of a manager, one manager for each pool, for the tests that run on all kinds of locks.
 
 use pglock::{Key, Lock, LockManager, LockOptions};
 use sqlx::PgPool;
@@ -9,17 +9,17 @@ pub(crate) fn new_lock(pool: &PgPool, key: impl Into<Key>) -> Lock {
     Lock::new(&manager_of(pool), key)
 }
 
-/// One of a manager of its own.
+/// A lock of a manager of its own.
 pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into<Key>) -> Lock {
     Lock::new(&LockManager::new(&options.on(pool).unwrap()), key)
 }
 
-/// How many sessions this number of handles of this number of services use for one key.
+/// The number of sessions that this number of handles of this number of services uses for one key.
 pub(crate) fn sessions(_handles: usize, services: usize) -> usize {
     services
 }
 
-/// Whether what one handle holds is on a session that no other handle uses.
+/// Whether the locks of one handle are on a session that no other handle uses.
 pub(crate) const ALONE: bool = false;
 
 /// Whether a dropped guard releases its lock even if the runtime is not driven.

@@ -1,4 +1,4 @@
-//! Many locks on few connections.
+//! A manager holds many locks on few connections.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::support::{
 };
 
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// For how long a lock is handed on in the process before other processes get their turn.
+/// How long a lock is handed on in the process before other processes get their turn.
 const BOUND: Duration = Duration::from_millis(10);
 
 #[tokio::test]
@@ -35,7 +35,8 @@ async fn verify_finds_what_the_server_does_not_hold() {
     assert!(guard.is_lost());
 }
 
-/// A second reader asks whether another session waits for the lock, once the first has held it for long.
+/// Once the first reader has held the lock for long, the manager checks for a second reader whether another session
+/// waits for the lock.
 #[tokio::test]
 async fn readers_share_a_lock_where_the_role_may_not_list_locks() {
     let (_server, db) = TestDb::with_server().await;
@@ -49,7 +50,7 @@ async fn readers_share_a_lock_where_the_role_may_not_list_locks() {
     let other = Lock::new(&manager, 2).acquire().await.unwrap();
     sleep(BOUND * 2).await;
     let mut lock = Lock::new(&manager, 1);
-    // Each is taken for waited for, so it is the other sessions' turn first.
+    // The manager assumes for each lock that another session waits for it, so it is the other sessions' turn first.
     let waiting = spawn(async move { lock.acquire_shared().await });
     sleep(BOUND * 2).await;
     assert!(!first.is_lost() && !other.is_lost());
@@ -71,11 +72,11 @@ async fn a_thousand_locks_are_one_connection() {
     locks_are(&mut admin, 1000, SOON * 4).await;
     drop(guards);
     no_locks(&mut admin).await;
-    // The connection goes back.
+    // The manager returns the connection to the pool.
     borrow_all(&pool).await;
 }
 
-/// As a dead connection that a pool had idle is no error of the caller that takes a lock.
+/// The caller gets no error, as with a pool that had a dead connection idle.
 #[tokio::test]
 async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     let db = TestDb::new().await;
@@ -86,7 +87,7 @@ async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     guard.release().await.unwrap();
 
     terminate(&mut admin, pid).await;
-    // Nothing on this runtime runs meanwhile, so no task detects it.
+    // No task on this runtime runs meanwhile, so none detects the end of the session.
     while kill(Pid::from_raw(pid), None).is_ok() {
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -95,7 +96,8 @@ async fn a_session_that_ended_while_it_held_nothing_is_replaced() {
     guard.release().await.unwrap();
 }
 
-/// A database that lies about the unlocks of the keys in `trap.lie`, after the `seconds` given there.
+/// A database whose unlock of a key in `trap.lie` returns `false` and releases nothing, after the `seconds` given
+/// there.
 async fn with_a_trap() -> (TestDb, PgPool) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
@@ -113,7 +115,7 @@ async fn with_a_trap() -> (TestDb, PgPool) {
     (db, pool)
 }
 
-/// Then it is unknown what the session holds.
+/// After such an answer, it is unknown which locks the session holds.
 #[tokio::test]
 async fn an_unlock_answered_false_is_a_loss_of_all() {
     let (db, pool) = with_a_trap().await;
@@ -133,7 +135,7 @@ async fn an_unlock_answered_false_is_a_loss_of_all() {
     Lock::new(&manager, 2).acquire().await.unwrap().release().await.unwrap();
 }
 
-/// It answers nothing else meanwhile, and that is how it is asked.
+/// The session answers no heartbeat while it runs a statement, and the statement itself serves as the heartbeat.
 #[tokio::test]
 async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
     let db = TestDb::new().await;
@@ -155,7 +157,7 @@ async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
     slow.release().await.unwrap();
 }
 
-/// A question that is in flight is not yet an answer.
+/// A statement in flight does not count as an answer of the server.
 #[tokio::test]
 async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
     let (server, db) = TestDb::with_server().await;
@@ -164,7 +166,7 @@ async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
     let manager = LockManager::new(&options);
     let guard = Lock::new(&manager, 1).acquire().await.unwrap();
     let answered = Instant::now();
-    // It times out after 8 s, which the statement does only after 12.
+    // The guard times out after 8 s, and the statement only after 12 s.
     sleep_until((answered + SOON * 4).into()).await;
     server.pause();
     let mut other = Lock::new(&manager, 2);
@@ -181,7 +183,7 @@ async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
     assert!(guard.is_lost());
 }
 
-/// The same while the next statement is on its way already: that is asked again, on another session.
+/// An acquire that was sent before the unlock was answered with `false` is retried on another session.
 #[tokio::test]
 async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
     let (db, pool) = with_a_trap().await;
@@ -194,7 +196,7 @@ async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
     sqlx::raw_sql("INSERT INTO trap.lie VALUES (1, 2)").execute(&mut admin).await.unwrap();
     let mut late = Lock::new(&manager, 3);
     let (released, late) = tokio::join!(timeout(TIMEOUT, guard.release()), async {
-        // The server has the unlock.
+        // The server is executing the unlock.
         backend_is(&mut admin, other.backend_pid(), "active", SOON * 10).await;
         timeout(TIMEOUT, late.acquire()).await
     });
@@ -245,7 +247,7 @@ async fn shared_locks_admit_each_other() {
     no_locks(&mut admin).await;
 }
 
-/// Counts who is inside.
+/// Counts the holders that are inside at a time.
 #[derive(Clone, Default)]
 struct Inside(Arc<AtomicUsize>);
 
@@ -257,7 +259,7 @@ impl Inside {
     }
 }
 
-/// Takes the key in turns, `rounds` times in each of `tasks` tasks.
+/// Acquires the key `rounds` times in each of `tasks` tasks, which take turns.
 fn contend(manager: &LockManager, inside: &Inside, tasks: usize, rounds: usize) -> JoinSet<()> {
     let mut contenders = JoinSet::new();
     for _ in 0..tasks {
@@ -298,7 +300,7 @@ async fn two_managers_and_a_plain_lock_take_turns() {
     }
 }
 
-/// The heartbeat finds the session in use, and holding nothing, again and again.
+/// Each heartbeat finds a session that is in use and holds nothing.
 #[tokio::test]
 async fn a_busy_session_that_holds_nothing_just_now_is_not_lost() {
     let (db, pool) = TestDb::with_pool(3).await;
@@ -321,7 +323,7 @@ async fn a_busy_session_that_holds_nothing_just_now_is_not_lost() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// Acquires the keys below `count` all at once, so that the manager makes few statements of them.
+/// Acquires the keys below `count` all at once, so that the manager batches them into few statements.
 async fn acquire_all(manager: &LockManager, count: i64) -> Vec<ExclusiveGuard> {
     let mut acquiring = JoinSet::new();
     for key in 0..count {
@@ -349,7 +351,7 @@ async fn many_guards_are_told_of_a_loss_and_acquire_again() {
             Instant::now()
         });
     }
-    // By then the session's connection is polled. No heartbeat is due before the timeout.
+    // By then the manager polls the session's connection. No heartbeat is due before the timeout.
     sleep(WATCHED).await;
     let killed = Instant::now();
     terminate(&mut admin, guards.first().unwrap().backend_pid()).await;
@@ -360,7 +362,7 @@ async fn many_guards_are_told_of_a_loss_and_acquire_again() {
     report(format_args!("{count} guards told within {:?}", last - killed));
     assert!(guards.iter().all(|guard| guard.is_lost()));
 
-    // The server may still be releasing them, and a key that is busy would be waited for on another session.
+    // The server may still be releasing the locks, and the manager would wait for a busy key on another session.
     locks_are(&mut admin, 0, TIMEOUT).await;
     let again = acquire_all(&manager, count).await;
     drop(guards);
@@ -418,7 +420,7 @@ async fn a_full_lock_table_fails_some_and_loses_none() {
     }
     assert!(failed > 0);
     assert!(guards.iter().all(|guard| !guard.is_lost()));
-    // While the table is full, no session can query it.
+    // While the lock table is full, no session can query it.
     for guard in guards {
         guard.release().await.unwrap();
     }
@@ -442,7 +444,7 @@ async fn the_connection_is_not_lent() {
 async fn a_closed_pool_gets_its_connection_back() {
     let (db, pool) = TestDb::with_pool(2).await;
     let manager = LockManager::new(&pool);
-    // Idle.
+    // A manager whose session is idle does not delay the close.
     Lock::new(&manager, 1).acquire().await.unwrap().release().await.unwrap();
     timeout(SOON * 4, pool.close()).await.unwrap();
     assert!(matches!(
@@ -450,7 +452,7 @@ async fn a_closed_pool_gets_its_connection_back() {
         Error::PoolClosed { .. }
     ));
 
-    // With a guard, it waits for that.
+    // While a guard is alive, the close waits for it.
     let pool = db.pool(2).await;
     let guard = Lock::new(&LockManager::new(&pool), 1).acquire().await.unwrap();
     let mut closing = Box::pin(pool.close());
@@ -486,7 +488,7 @@ async fn dropped_at_every_poll() {
     let db = TestDb::new().await;
     let acquire = async |pool: &PgPool| {
         let manager = LockManager::new(pool);
-        // Which opens the session.
+        // This acquire opens the session.
         drop(Lock::new(&manager, 0).acquire().await.unwrap());
         let guard = Lock::new(&manager, "nightly-report").acquire().await.unwrap();
         guard.release().await.unwrap();
@@ -505,7 +507,7 @@ async fn dropped_at_every_poll() {
     dropped_at_every_poll_on(0, &db, change).await;
     dropped_at_every_poll_on(0, &db, bounded).await;
 
-    // Busy: the wait is on a session of its own.
+    // The key is busy, so the manager waits on a session of its own.
     let pool = db.pool(1).await;
     let _held = Lock::new(&pool, "nightly-report").acquire().await.unwrap();
     dropped_at_every_poll_on(1, &db, acquire).await;
@@ -527,7 +529,7 @@ async fn dropped_in_the_process_queue() {
     drop(waits);
     guard.release().await.unwrap();
     let guard = timeout(SOON * 4, waits_too).await.unwrap().unwrap();
-    // Granted, but never told.
+    // The lock is granted to the waiter, which is not polled again.
     let mut waits = Box::pin(first.acquire());
     assert!(cancel_after(1, &mut waits).await.is_none());
     drop(guard);
@@ -548,7 +550,7 @@ async fn changing_the_mode() {
     let shared = exclusive.downgrade().await.unwrap();
     let theirs = plain.try_acquire_shared().await.unwrap().unwrap();
     let shared = refused(shared.try_upgrade().await.unwrap());
-    // To wait for a lock of another process is refused; it may wait for ours.
+    // Waiting for another process's lock is refused, because that process may wait for ours.
     let error = lock.acquire().await.unwrap_err();
     assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
     theirs.release().await.unwrap();
@@ -580,7 +582,7 @@ async fn two_that_share_a_key_and_want_it_alone_are_a_deadlock_for_one() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// A key that was waited for has a session of its own, which is lost alone.
+/// A key that the manager waited for has a session of its own, which is lost alone.
 #[tokio::test]
 async fn a_key_of_its_own_session_is_lost_alone() {
     let (db, pool, mut admin) = TestDb::scene(3).await;
@@ -597,7 +599,7 @@ async fn a_key_of_its_own_session_is_lost_alone() {
     assert_ne!(guard.backend_pid(), free.backend_pid());
     terminate(&mut admin, guard.backend_pid()).await;
     timeout(SOON * 5, guard.lost()).await.unwrap();
-    // The handle takes it again, on the session of the others.
+    // The handle acquires the key again, on the session of the other keys.
     let again = timeout(TIMEOUT, lock.acquire()).await.unwrap().unwrap();
     assert_eq!(again.backend_pid(), free.backend_pid());
     assert!(guard.release().await.is_err());
@@ -627,7 +629,7 @@ async fn a_restart_of_the_server_loses_all_and_all_can_be_acquired_again() {
     borrow_all(&pool).await;
 }
 
-/// Acquires, though a pooled connection may die with the runtime that opened it.
+/// Acquires the lock, and retries because a pooled connection may die with the runtime that opened it.
 async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
     loop {
         match Lock::new(&manager, 1).acquire().await {
@@ -637,7 +639,7 @@ async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
     }
 }
 
-/// A waiter in another runtime goes on without the runtime that has ended.
+/// A waiter in another runtime continues without the runtime that has ended.
 #[test]
 fn a_runtime_that_goes_down_leaves_nobody_waiting() {
     let runtime = || {
@@ -652,7 +654,7 @@ fn a_runtime_that_goes_down_leaves_nobody_waiting() {
         let manager = manager.clone();
         async move { drop(acquire_in_the_end(&manager).await) }
     });
-    // The waiter is usually in the queue; where it is late, it finds the key free.
+    // The waiter is usually in the queue; a late one finds the key free.
     second.block_on(async { sleep(Duration::from_millis(50)).await });
     first.shutdown_timeout(SOON);
     second.block_on(async { timeout(TIMEOUT, waiter).await }).unwrap().unwrap();
@@ -675,7 +677,7 @@ async fn an_unused_manager_keeps_no_pool_alive() {
         let pool = db.pool(3).await;
         let manager = LockManager::new(&pool);
         let mut lock = Lock::new(&manager, 1);
-        // A wait that times out, and one that is granted after the shared session has ended.
+        // One wait times out, and one is granted after the shared session has ended.
         waits_in_vain(SOON / 10, async |time| lock.try_acquire_for(time).await).await;
         let mut waits = Box::pin(lock.acquire());
         timeout(SOON * 2, &mut waits).await.unwrap_err();

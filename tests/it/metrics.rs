@@ -1,4 +1,4 @@
-//! What the feature `metrics` records: each metric, and nothing of the locks that the crate makes for itself.
+//! The feature `metrics` records each metric, and nothing of the locks that the crate makes for itself.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,8 @@ use crate::support::{
 #[path = "../../examples/web_app/metrics.rs"]
 mod exporter;
 
-/// Longer than an answer takes. To open a connection may take longer, so all are open where this counts.
+/// Longer than an answer of the server takes. Opening a connection may take longer, so the tests that depend on this
+/// open all connections first.
 const MOMENT: Duration = Duration::from_millis(1_500);
 
 const HELD: &str = "pglock_locks_held{mode=exclusive}";
@@ -35,14 +36,14 @@ const LEADER: &str = "pglock_leader";
 const TERMS: &str = "pglock_terms_total";
 const ABANDONED: &str = "pglock_abandoned_waits_total";
 
-/// All that was recorded on this thread: a current-thread runtime runs its tasks there too.
+/// All values that were recorded on this thread. A current-thread runtime runs its tasks there too.
 struct Recorded {
     snapshotter: Snapshotter,
     so_far: RefCell<SoFar>,
     _recording: LocalRecorderGuard<'static>,
 }
 
-/// By name and labels. A snapshot resets what it shows, so they are summed up.
+/// The values by name and labels. A snapshot resets the values that it returns, so they are summed up here.
 #[derive(Default)]
 struct SoFar {
     numbers: BTreeMap<String, f64>,
@@ -51,7 +52,8 @@ struct SoFar {
 
 impl Recorded {
     fn from_now_on() -> Self {
-        // Recorders of other threads may outlive a test, and the guard borrows it.
+        // The recorder is leaked, because recorders of other threads may outlive a test, and the guard borrows the
+        // recorder.
         let recorder: &'static DebuggingRecorder = Box::leak(Box::default());
         let snapshotter = recorder.snapshotter();
         let recording = set_default_local_recorder(recorder);
@@ -122,7 +124,7 @@ impl Recorded {
     }
 }
 
-/// Every call counts once, re-entrant ones too, and by its outcome.
+/// Every call is counted once by its outcome, including re-entrant calls.
 #[tokio::test]
 async fn each_acquire_is_counted_by_outcome_and_mode() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -184,7 +186,7 @@ async fn a_hold_lasts_from_the_grant_to_the_drop() {
             released = &mut release => Some(released),
             () = ready(()) => None,
         };
-        // Before the server answers.
+        // The release is recorded before the server answers.
         recorded.is(HELD, 0.0);
         match released {
             Some(released) => released.unwrap(),
@@ -196,7 +198,7 @@ async fn a_hold_lasts_from_the_grant_to_the_drop() {
     }
 }
 
-/// Of the modes, each has its own series. A downgrade ends one hold and begins another.
+/// Each mode has its own series. A downgrade ends one hold and begins another.
 #[tokio::test]
 async fn a_downgrade_is_a_hold_in_each_mode_and_one_acquire() {
     let db = TestDb::new().await;
@@ -240,7 +242,7 @@ async fn an_abandoned_wait_is_counted() {
     borrow_all(&pool).await;
     let recorded = Recorded::from_now_on();
     let guard = Lock::new(&pool, 42).acquire().await.unwrap();
-    // Nor is one that ends by its timeout.
+    // A wait that ends by its timeout is not counted.
     assert!(Lock::new(&pool, 42).try_acquire_for(MOMENT).await.unwrap().is_none());
     recorded.is(ABANDONED, 0.0);
     let mut waiter = Lock::new(&pool, 42);
@@ -268,7 +270,7 @@ async fn the_connections_of_locks_are_counted() {
     recorded.becomes(CONNECTIONS, 0.0).await;
 }
 
-/// A manager's own requests are no acquires.
+/// A manager's own requests are not counted as acquires.
 #[tokio::test]
 async fn a_manager_records_its_batches_and_its_queue() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -299,7 +301,7 @@ async fn a_manager_records_its_batches_and_its_queue() {
     assert_eq!(recorded.samples(HOLDS).len(), 4);
 }
 
-/// The first waiter for a key asks the server before it knows that it has to wait.
+/// The first waiter for a key tries the lock on the server before the process knows that it has to wait.
 #[tokio::test]
 async fn a_manager_records_waits_for_other_processes() {
     let db = TestDb::new().await;
@@ -324,14 +326,14 @@ async fn a_manager_records_waits_for_other_processes() {
 async fn losses_are_counted_by_reason() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
     let recorded = Recorded::from_now_on();
-    // Held by two guards, and beside another lock of the session.
+    // Two guards hold the lock, and the session holds another lock beside it.
     let mut lock = Lock::new(&pool, 1);
     let (guard, stacked) = (lock.acquire().await.unwrap(), lock.acquire().await.unwrap());
     let beside = Lock::new(&guard, 2).acquire().await.unwrap();
     terminate(&mut admin, guard.backend_pid()).await;
     guard.verify().await.unwrap_err();
     recorded.is("pglock_losses_total{reason=disconnected}", 2.0);
-    // Until its drop ends it.
+    // A lost hold counts as held until its guard is dropped.
     recorded.is(HELD, 3.0);
     drop((guard, stacked, beside));
     recorded.is(HELD, 0.0);
@@ -362,12 +364,12 @@ async fn a_leader_is_shown_until_it_resigns_or_is_lost() {
     let leadership = election.campaign().await.unwrap();
     recorded.is(LEADER, 1.0);
     recorded.is(TERMS, 1.0);
-    // The same term.
+    // A second leadership belongs to the same term.
     let same = election.campaign().await.unwrap();
     drop(leadership);
     recorded.is(LEADER, 1.0);
     recorded.is(TERMS, 1.0);
-    // Another candidate, which does not lead.
+    // Another candidate does not lead.
     assert!(Election::new(&pool, "billing").try_campaign().await.unwrap().is_none());
     recorded.is(LEADER, 1.0);
     same.resign().await.unwrap();
@@ -405,7 +407,7 @@ async fn a_leader_is_not_shown_after_its_run() {
     recorded.is(LEADER, 0.0);
 }
 
-/// From its first campaign on, so that there is a zero to alert on.
+/// The gauge is shown from the candidate's first campaign on, so that there is a zero to alert on.
 #[tokio::test]
 async fn a_candidate_that_waits_is_shown_as_zero() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -425,7 +427,7 @@ async fn heartbeats_are_timed() {
     let heartbeats = || recorded.samples("pglock_heartbeat_duration_seconds");
     let ages = || recorded.samples("pglock_last_answer_age_seconds");
     eventually("two heartbeats", TIMEOUT, || async { heartbeats().len() >= 2 }).await;
-    // While the connection is in use, another one answers.
+    // While the connection is in use, the heartbeat uses another one.
     let connection = guard.connection().await.unwrap();
     let before = heartbeats().len();
     eventually("another one", TIMEOUT, || async { heartbeats().len() > before }).await;
@@ -434,7 +436,7 @@ async fn heartbeats_are_timed() {
     guard.release().await.unwrap();
 }
 
-/// The locks of which it is made are not counted, nor that the first waiter looks every 20 ms.
+/// Neither the locks of which a permit is made are counted, nor the first waiter's tries every 20 ms.
 #[tokio::test]
 async fn a_permit_is_one_lock() {
     let (_db, pool) = TestDb::with_pool(6).await;
@@ -478,7 +480,7 @@ async fn several_keys_are_one_lock() {
     assert_eq!(recorded.samples(HOLDS).len(), 1);
 }
 
-/// Only the locks of the source whose options ask for it have the label.
+/// Only the locks of a source whose options enable the label have it.
 #[tokio::test]
 async fn the_key_is_a_label_where_the_application_wants_it() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -506,7 +508,7 @@ async fn the_key_is_a_label_where_the_application_wants_it() {
     assert_eq!(recorded.number(LEADER), None);
 }
 
-/// The table of the module has all metrics, with their types, and nothing else.
+/// The table in the module's documentation has all metrics, with their types, and nothing else.
 #[test]
 fn all_metrics_are_described_as_the_table_says() {
     let page = include_str!("../../src/metrics.rs");
@@ -521,7 +523,7 @@ fn all_metrics_are_described_as_the_table_says() {
     assert_eq!(documented.len(), 14);
 
     let recorded = Recorded::from_now_on();
-    // It is shown once there is a candidate.
+    // These metrics are shown once there is a candidate.
     let _election = (::metrics::counter!("pglock_terms_total"), ::metrics::gauge!("pglock_leader"));
     let described: BTreeSet<_> = recorded
         .snapshotter
@@ -538,7 +540,8 @@ fn all_metrics_are_described_as_the_table_says() {
     assert_eq!(described, documented);
 }
 
-/// The exporter of the example `web_app`. It records for the whole process, so only locks of this key are looked at.
+/// Uses the exporter of the example `web_app`. The exporter records for the whole process, so the test checks only
+/// locks of this key.
 #[tokio::test]
 async fn prometheus_scrapes_the_metrics() {
     let (_db, pool) = TestDb::with_pool(1).await;

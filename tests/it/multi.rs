@@ -1,4 +1,4 @@
-//! Several locks are held all at once or not at all, and never in a circle.
+//! Several locks are held all at once or not at all, and never deadlock.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ fn number(lock: &AdvisoryLock) -> (i64, bool) {
     (lock.classid << 32 | lock.objid, lock.granted)
 }
 
-/// Waits until the server knows exactly of these numbers, held or waited for.
+/// Waits until the server shows exactly these numbers, held or waited for.
 async fn becomes(admin: &mut PgConnection, expected: &[(i64, bool)]) {
     locks_become(admin, &format!("{expected:?}"), SOON * 10, |locks| {
         locks.iter().map(number).eq(expected.iter().copied())
@@ -100,7 +100,7 @@ async fn keys_are_taken_in_one_order_and_once_each() {
     assert_eq!(sorted(&again), sorted(&forwards));
 }
 
-/// A million keys: to look for each among the others would take hours.
+/// With a million keys, searching for each among the others would take hours.
 #[tokio::test]
 async fn a_handle_is_built_in_the_time_of_one_sort() {
     const KEYS: i64 = 1_000_000;
@@ -211,7 +211,7 @@ async fn a_bounded_wait_has_one_bound_for_all_keys() {
     });
     let waited = started.elapsed();
     assert!(refused.unwrap().unwrap().is_none());
-    // With a bound for each key it would be 11 s.
+    // If each key had the full timeout, the wait would take 11 s.
     assert!(waited >= TIMEOUT && waited < TIMEOUT * 7 / 4, "{waited:?}");
     becomes(&mut admin, &[(3, true)]).await;
     third.release().await.unwrap();
@@ -224,7 +224,7 @@ async fn one_key_after_another_is_waited_for() {
     let fourth = Lock::new(&pool, 4).acquire_shared().await.unwrap();
     let mut locks = exclusive(&pool, &[4, 3, 2, 1]);
     let waiting = spawn(async move { locks.acquire().await.unwrap() });
-    // It takes what is free before the busy one, and nothing after it.
+    // The acquire takes the free locks before the busy one, and none after it.
     becomes(&mut admin, &[(1, true), (2, true), (2, false), (4, true)]).await;
     Lock::new(&pool, 3).try_acquire().await.unwrap().unwrap().release().await.unwrap();
     second.release().await.unwrap();
@@ -277,7 +277,7 @@ async fn closing_lets_go_of_all_and_tells_the_guards() {
     locks.acquire().await.unwrap().release().await.unwrap();
 }
 
-/// What every guard of a lost session says.
+/// Checks that the guard of a lost session reports the loss.
 async fn says_lost(guard: MultiGuard) {
     timeout(SOON * 10, guard.lost()).await.unwrap();
     assert!(guard.is_lost());
@@ -296,7 +296,7 @@ async fn a_loss_is_told_whichever_key_it_is_of() {
     says_lost(second).await;
     no_locks(&mut admin).await;
 
-    // One of them is unlocked behind its back.
+    // Other code unlocks one of the guard's locks.
     for unlock in ["pg_advisory_unlock(1)", "pg_advisory_unlock_shared(2)", "pg_advisory_unlock(3)"]
     {
         let guard = locks.acquire().await.unwrap();
@@ -345,12 +345,12 @@ impl Inside {
     }
 }
 
-/// Every task wants several of a few keys, each in an order and in modes of its own.
+/// Every task acquires several of a few keys, in an order and in modes of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_random_rounds_without_a_deadlock() {
     const TASKS: u64 = 8;
     let in_all: usize = amount(1_500, 10_000);
-    // Low, so that a deadlock is found, and not waited out.
+    // The timeout is short, so that a deadlock is detected, and not waited out.
     let server = Server::options().setting("deadlock_timeout", "50ms").start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(u32::try_from(TASKS).unwrap()).await;

@@ -1,4 +1,4 @@
-//! Locks on the session of a guard: one owner, one fate, and circles that the server sees.
+//! Locks on the session of a guard have one owner and are lost together, and the server detects their deadlocks.
 
 use std::time::{Duration, Instant};
 
@@ -13,13 +13,12 @@ use crate::support::{
     without_runtime,
 };
 
-/// Takes one key, then when both have got theirs, another on the same session. Releases all at the
-/// end.
+/// Acquires one key, and another on the same session once both sides hold their first key. Releases both at the end.
 async fn crosswise(pool: &PgPool, first: i64, second: i64, both: &Barrier) -> Result<()> {
     let guard = Lock::new(pool, first).acquire().await?;
     both.wait().await;
     let taken = Lock::new(&guard, second).acquire().await;
-    // The side that must give way still has what it had.
+    // The side whose acquire failed still holds its first key.
     guard.verify().await?;
     guard.release().await?;
     taken?.release().await
@@ -62,14 +61,14 @@ async fn a_circle_of_locks_on_one_session_each_is_a_deadlock_for_exactly_one() {
             ),
             "{ends:?}"
         );
-        // Before the first slice of the wait is over, so it was the server that told.
+        // This is before the first slice of the wait has ended, so the server has reported the deadlock.
         assert!(took < Duration::from_secs(4), "{took:?}");
         no_locks(&mut admin).await;
     }
     borrow_all(&pool).await;
 }
 
-/// The reason for all this: the server can't detect that two sessions belong together.
+/// This is why locks can share a session: the server can't detect that two sessions belong together.
 #[tokio::test]
 async fn a_circle_of_locks_on_sessions_of_their_own_is_told_to_nobody() {
     const WHILE: Duration = Duration::from_secs(3);
@@ -110,7 +109,7 @@ async fn one_key_on_two_handles_of_one_session_stacks() {
         }
         first.release().await.unwrap();
         assert!(other.try_acquire_shared().await.unwrap().is_none(), "round {round}");
-        // At the same time as an acquire that needs what goes.
+        // The release runs at the same time as an acquire of the lock that is being released.
         let mut again = Lock::new(&second, 1);
         let (released, third) = tokio::join!(
             spawn(second.release()),
@@ -127,7 +126,7 @@ async fn one_key_on_two_handles_of_one_session_stacks() {
     borrow_all(&pool).await;
 }
 
-/// What one of two acquires gives up is not what the other has got.
+/// An acquire that is dropped does not release the lock that another acquire was granted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_acquire_that_is_dropped_takes_nothing_from_another_on_the_session() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;
@@ -169,7 +168,7 @@ async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
         third.release().await.unwrap();
         assert!(pool.num_idle() < pool.size() as usize, "the session has ended under a guard");
         second.verify().await.unwrap();
-        // The session ends, and a moment later the handle is used: it finds the lock free.
+        // The session ends, and the handle is used a moment later: it finds the lock free.
         drop(second);
         let again = handle.try_acquire().await.unwrap().unwrap();
         locks_are(&mut admin, 1, SOON * 4).await;
@@ -195,7 +194,7 @@ async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
     let again = handle.acquire().await.unwrap();
     assert_ne!(again.backend_pid(), first.backend_pid());
     assert!(!again.is_lost());
-    // A handle of a guard that is lost already is one of its own from the start.
+    // A handle made from a guard that is already lost has a session of its own from the start.
     let apart = Lock::new(&first, 5).acquire().await.unwrap();
     assert_ne!(apart.backend_pid(), first.backend_pid());
     drop((first, second));
@@ -227,7 +226,7 @@ async fn an_acquire_behind_a_release_that_waits_ends_with_the_pool() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// It would wait for itself.
+/// The task would wait for the connection that it keeps itself.
 #[tokio::test]
 async fn a_call_behind_a_connection_that_its_own_task_keeps_ends_with_an_error() {
     let (db, pool) = TestDb::with_pool(4).await;
@@ -277,7 +276,7 @@ async fn a_handle_acquires_again_although_the_connection_of_its_lost_session_is_
     no_locks(&mut admin).await;
 }
 
-/// On a session whose connection holds another lock.
+/// The acquire is on a session that holds another lock.
 #[tokio::test]
 async fn a_bounded_acquire_on_a_frozen_link_ends_in_its_time() {
     const TIME: Duration = Duration::from_millis(200);
@@ -295,7 +294,7 @@ async fn a_bounded_acquire_on_a_frozen_link_ends_in_its_time() {
     no_locks(&mut behind.db.admin().await).await;
 }
 
-/// Where there is no timer.
+/// Outside of a runtime, there is no timer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_release_that_waits_for_the_connection_may_be_awaited_outside_of_a_runtime() {
     let (db, pool) = TestDb::with_pool(2).await;
@@ -312,7 +311,7 @@ async fn a_release_that_waits_for_the_connection_may_be_awaited_outside_of_a_run
     no_locks(&mut db.admin().await).await;
 }
 
-/// A session lives on where it was opened, and so is asked about there.
+/// A session stays on the server where it was opened, so its heartbeats go to that server.
 #[tokio::test]
 async fn a_pool_that_turns_to_another_server_loses_no_session() {
     let (db, elsewhere) = (TestDb::new().await, Server::start());
@@ -321,7 +320,7 @@ async fn a_pool_that_turns_to_another_server_loses_no_session() {
     let options = LockOptions::new().heartbeat_interval(SOON / 5).on(&pool).unwrap();
     let guard = Lock::new(&options, 1).acquire().await.unwrap();
     pool.set_connect_options(elsewhere.options());
-    // While it is borrowed, another connection asks.
+    // While the connection is borrowed, another one sends the heartbeats.
     let mut connection = guard.connection().await.unwrap();
     assert!(timeout(SOON, guard.lost()).await.is_err());
     sqlx::query("SELECT 1").execute(&mut *connection).await.unwrap();
@@ -329,7 +328,7 @@ async fn a_pool_that_turns_to_another_server_loses_no_session() {
     guard.release().await.unwrap();
 }
 
-/// The heartbeat may be late by its interval; other answers may be, too.
+/// The answer to a heartbeat may be late by the heartbeat's interval, and other answers may be, too.
 #[tokio::test]
 async fn a_short_timeout_of_the_heartbeat_is_enough_on_a_slow_link() {
     let server = Server::options().tcp().start();
@@ -348,8 +347,8 @@ async fn a_short_timeout_of_the_heartbeat_is_enough_on_a_slow_link() {
     assert_eq!(guard.backend_pid(), pid, "the idle connection was closed");
 }
 
-/// The wait is cancelled on an idle connection of the pool, which is dead, and then on another. The release, which waits
-/// for that, has no part in it.
+/// The wait is cancelled on an idle connection of the pool, which is dead, and then on another one. The release waits
+/// for the cancellation, and is not affected by it.
 #[tokio::test]
 async fn a_release_behind_a_wait_that_is_hard_to_cancel_is_no_loss() {
     let db = TestDb::new().await;

@@ -1,4 +1,4 @@
-//! Makes locks that have a session of their own, for the tests of all kinds.
+//! Creates locks with a session of their own, for the tests that run on all kinds of locks.
 
 use pglock::{Key, Lock, LockOptions};
 use sqlx::PgPool;
@@ -11,12 +11,12 @@ pub(crate) fn new_lock_with(options: &LockOptions, pool: &PgPool, key: impl Into
     Lock::new(&options.on(pool).unwrap(), key)
 }
 
-/// How many sessions this number of handles of this number of services use for one key.
+/// The number of sessions that this number of handles of this number of services uses for one key.
 pub(crate) fn sessions(handles: usize, _services: usize) -> usize {
     handles
 }
 
-/// Whether what one handle holds is on a session that no other handle uses.
+/// Whether the locks of one handle are on a session that no other handle uses.
 pub(crate) const ALONE: bool = true;
 
 /// Whether a dropped guard releases its lock even if the runtime is not driven.

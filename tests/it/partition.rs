@@ -1,7 +1,7 @@
-//! The holder times out before the server admits another session: links that are cut, processes that stop.
+//! The holder times out before the server admits another session, whether a link is cut or a process is stopped.
 //!
-//! The far side is a process in a network of its own, behind a link that is cut; the near side is the
-//! test, which already waits for the same locks when that happens. Both read one clock.
+//! The far side is a process in a network of its own, behind a link that the test cuts. The near side is the test,
+//! which already waits for the same locks at that time. Both sides read the same clock.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -24,24 +24,25 @@ use crate::support::{borrow_all, locks_are, no_locks};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// After which a holder times out: the heartbeat's interval and deadline. On a busy machine an answer may be late.
+/// The time after which a holder times out: the heartbeat's interval and deadline. On a busy machine, an answer may be
+/// late.
 const HOLDER: Duration = Duration::from_secs(3);
 
-/// After which the server gives a silent session up, if it is busy or waits: the keepalives, then the
-/// interval of its look at the connection.
+/// The time after which the server ends a silent session that is busy or waits: the keepalives, then the interval at
+/// which the server checks the connection.
 const SERVER: Duration = Duration::from_secs(9);
 
-/// What a busy machine may add to either.
+/// The time that a busy machine may add to either.
 const ALLOWANCE: Duration = Duration::from_secs(5);
 
-/// How many locks each kind has in a stage.
+/// The number of locks of each kind in a stage.
 const EACH: usize = 5;
 
-/// How much later a stage of locks begins than the one before. So the stages differ in what their heartbeats and
-/// keepalives are about to do when the link is cut.
+/// The delay between one stage of locks and the next. When the link is cut, the stages are at different points of their
+/// heartbeats and keepalives.
 const STEP: Duration = Duration::from_millis(230);
 
-/// The variable with the key of a sleeper, which is 1 without it.
+/// The environment variable with the key of a sleeper. The key is 1 if it is not set.
 const KEY: &str = "PGLOCK_SLEEPER_KEY";
 
 /// What the session on the far side does when the link is cut.
@@ -57,7 +58,7 @@ enum Kind {
     Busy,
     /// Holds, and its process is killed as well.
     Killed,
-    /// Waits for what the near side holds.
+    /// Waits for a lock that the near side holds.
     Waiting,
 }
 
@@ -74,7 +75,7 @@ fn options() -> LockOptions {
         .wait_slice(SECOND * 2)
 }
 
-/// Holds and waits on command, and reports when it detects a loss.
+/// Holds locks and waits for locks on command, and reports when it detects a loss.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: the tests below run it as a process on the far side"]
 async fn far_side() {
@@ -146,7 +147,7 @@ async fn wait(mut lock: Lock) {
     }
 }
 
-/// A server, and what is on both sides of a link to it.
+/// A server, and the clients on both sides of a link to it.
 struct Scene {
     network: Network,
     server: Server,
@@ -155,7 +156,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// `None` if we may not make a network.
+    /// `None` if the test may not create a network.
     async fn new() -> Option<Self> {
         let network = Network::new()?;
         let server =
@@ -165,7 +166,7 @@ impl Scene {
         Some(Self { network, server, db, near })
     }
 
-    /// A process on the far side, with more environment variables than its URL.
+    /// Starts a process on the far side, with more environment variables than its URL.
     fn role(&self, name: &str, more: &[(&str, &str)]) -> Role {
         let (address, port) = (self.network.address(), self.server.port());
         let name_of_db = self.db.name();
@@ -192,25 +193,25 @@ impl Scene {
     }
 }
 
-/// When things happened to one lock, as time since the link was cut.
+/// The times of the events of one lock, since the link was cut.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     kind: Kind,
-    /// When the far side timed out, if it lived to report that.
+    /// When the far side timed out, if it was alive to report that.
     lost: Option<Duration>,
-    /// When the near side was let in.
+    /// When the near side was granted the lock.
     granted: Duration,
 }
 
-/// Has locks of all kinds held on the far side, in stages, cuts the link, and records when each lock was lost and
-/// granted.
+/// Acquires or awaits locks of all kinds on the far side, in stages, cuts the link, and records when each lock was lost
+/// and granted.
 async fn round(scene: &Scene, direction: Direction, stages: usize) -> Vec<Run> {
     let mut admin = scene.db.admin().await;
     // The connections are opened now, because opening many of them at once would delay the heartbeats.
     borrow_all(&scene.near).await;
     let mut far = scene.role("partition::far_side", &[]);
     let mut victim = scene.role("partition::far_side", &[]);
-    // Before PostgreSQL 14, a server that is busy or waits does not notice that its client has gone.
+    // Before PostgreSQL 14, a backend that is busy or waits does not detect that its client has disconnected.
     let noticed =
         |kind: &Kind| scene.server.version() >= 14 || !matches!(kind, Kind::Busy | Kind::Waiting);
     let stage: Vec<Kind> = KINDS
@@ -238,7 +239,7 @@ async fn round(scene: &Scene, direction: Direction, stages: usize) -> Vec<Run> {
     }
     let mut count = keys.len() + held.len();
     locks_are(&mut admin, count, ALLOWANCE * 2).await;
-    // These begin last, because they wait for a limited time.
+    // The waits begin last, because their time is limited.
     for stage in waiting.chunks(EACH) {
         for &(kind, key) in stage {
             far.tell(&format!("{kind:?} {key}")).await;
@@ -252,8 +253,8 @@ async fn round(scene: &Scene, direction: Direction, stages: usize) -> Vec<Run> {
     }
     count += waiting.len();
     locks_are(&mut admin, count, ALLOWANCE).await;
-    // By its first heartbeat the server has `tcp_user_timeout`; before, it retransmits for longer to a client
-    // that has not acknowledged its last answer.
+    // A session's first heartbeat sets `tcp_user_timeout` on the server. Before, the server retransmits for longer to a
+    // client that has not acknowledged its last answer.
     sleep(HOLDER).await;
 
     let cutting = monotonic();
@@ -285,7 +286,7 @@ async fn round(scene: &Scene, direction: Direction, stages: usize) -> Vec<Run> {
                 assert!(lost.unwrap() < granted, "two held the lock: {times}");
                 assert!(lost.unwrap() < cut + HOLDER + ALLOWANCE, "told too late: {times}");
             }
-            // Whether it was told that it holds, and of its loss, or neither.
+            // The waiter has reported either both the grant and the loss, or neither.
             Kind::Waiting => assert!(lost.is_none_or(|lost| lost < granted), "{times}"),
             Kind::Killed => assert!(lost.is_none()),
         }
@@ -298,7 +299,7 @@ async fn round(scene: &Scene, direction: Direction, stages: usize) -> Vec<Run> {
     runs
 }
 
-/// What the far side says of its locks, until it has said all: when they were lost.
+/// Reads the reports of the far side until it has reported all its locks. Returns when each lock was lost.
 async fn outcomes(far: &mut Role, keys: &[(Kind, i64)]) -> BTreeMap<i64, Duration> {
     let mut open = keys.iter().filter(|(kind, _)| *kind != Kind::Killed).count();
     let mut held = BTreeMap::new();
@@ -309,7 +310,7 @@ async fn outcomes(far: &mut Role, keys: &[(Kind, i64)]) -> BTreeMap<i64, Duratio
         let (key, what) = (words.next().unwrap().parse().unwrap(), words.next().unwrap());
         let at = Duration::from_nanos(words.next().unwrap().parse().unwrap());
         match what {
-            // Granted to a waiter that is cut off: it may trust that for as long as a holder.
+            // The lock was granted to a waiter that is cut off, which may trust the grant for as long as a holder.
             "holds" => drop(held.insert(key, at)),
             "lost" => {
                 let since = held.get(&key).copied().unwrap_or(at);
@@ -324,7 +325,7 @@ async fn outcomes(far: &mut Role, keys: &[(Kind, i64)]) -> BTreeMap<i64, Duratio
     lost
 }
 
-/// Tells the least, the middle and the greatest of the times.
+/// Prints the minimum, the median and the maximum of the times.
 #[expect(clippy::print_stdout, reason = "shown with --nocapture")]
 fn report(direction: Direction, runs: &[Run]) {
     let shown = |mut times: Vec<f64>| {
@@ -372,11 +373,11 @@ async fn cut_away_from_the_server_the_holder_gives_up_first() {
     gives_up_first(Direction::ToFarSide, 2).await;
 }
 
-/// One connection is cut off, as by a firewall that has forgotten it, and all others pass.
+/// The link drops one connection, like a firewall that has forgotten it, and passes all others.
 ///
-/// An idle holder is asked on that very connection, and gives up first. One that is lent is asked about
-/// on another, which says that it holds for as long as the server believes so: it learns of the loss at
-/// the next heartbeat after.
+/// The heartbeat of an idle holder uses that very connection, so the holder times out before the server ends the
+/// session. The heartbeat of a borrowed connection uses another one, and succeeds for as long as the server has the
+/// session: the holder detects the loss at the next heartbeat after that.
 #[tokio::test]
 async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
     let Some(scene) = Scene::new().await else { return };
@@ -385,14 +386,14 @@ async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
     no_locks(&mut scene.db.admin().await).await;
 }
 
-/// Cuts off the session that holds the key, in a process of its own.
+/// Holds the key in a process of its own, and cuts off the session that holds it.
 async fn cut_off_alone(scene: &Scene, kind: Kind, key: i64) {
     let mut admin = scene.db.admin().await;
     let mut far = scene.role("partition::far_side", &[]);
     assert_eq!(far.ask(&format!("{kind:?} {key}")).await, format!("{key} holds"));
     let next = Scene::contend(scene.near.clone(), kind, key);
     let (contended, ()) = tokio::join!(timeout(SERVER + ALLOWANCE * 2, next), async {
-        // Both kinds are held and waited for.
+        // The locks of both kinds are held and waited for.
         locks_are(&mut admin, 4, ALLOWANCE).await;
         sleep(HOLDER).await;
         let port: i32 = sqlx::query_scalar(
@@ -413,7 +414,7 @@ async fn cut_off_alone(scene: &Scene, kind: Kind, key: i64) {
     assert!(lost < latest, "{kind:?}: lost at {lost:?}, granted at {granted:?}");
 }
 
-/// Is stopped while it holds, and reports what it finds when it goes on.
+/// Is stopped while it holds the lock, and reports what it detects when it continues.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: the tests below run it as a process that is stopped"]
 async fn sleeper() {
@@ -441,8 +442,7 @@ async fn sleeper() {
                 let now = monotonic().as_nanos();
                 say(format!("{told} {now}"));
             }
-            // The body is not to be given another poll, whether the process stops in the middle of one
-            // or before the next.
+            // The body must not be polled again, whether the process is stopped during a poll or before the next one.
             _ => {
                 let mut polls = 0;
                 let body = poll_fn(|cx| {
@@ -470,14 +470,14 @@ async fn sleeper() {
 
 const CUES: [&str; 4] = ["is_lost", "lost", "in a poll", "between polls"];
 
-/// What the role found, and when.
+/// What the role detected, and when.
 fn found(said: &str) -> (&str, Duration) {
     let (found, at) = said.split_once(' ').unwrap();
     (found, Duration::from_nanos(at.parse().unwrap()))
 }
 
-/// The kernel still answers for a stopped process, so the server admits no other session before the
-/// process goes on; and then the process detects the loss at once.
+/// The kernel still answers for a stopped process, so the server admits no other session before the process continues.
+/// The process then detects the loss at once.
 #[tokio::test]
 async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
     let db = TestDb::new().await;
@@ -491,7 +491,7 @@ async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
             locks_are(&mut admin, 2, ALLOWANCE).await;
             sleeper.tell("now").await;
             sleeper.stands_still().await;
-            // Not to wait for something, but to let the bound pass.
+            // The test waits for no event here: it lets the bound pass.
             sleep(HOLDER + SECOND / 2).await;
             locks_are(&mut admin, 2, ALLOWANCE).await;
             sleeper.resume();
@@ -507,7 +507,7 @@ async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
 async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_statement() {
     let Some(scene) = Scene::new().await else { return };
     let mut admin = scene.db.admin().await;
-    // A process for each cue, with a key of its own.
+    // Each cue has a process of its own, with a key of its own.
     let sleeper = |key: i64| scene.role("partition::sleeper", &[(KEY, &key.to_string())]);
     let mut sleepers: Vec<_> =
         CUES.into_iter().zip(1..).map(|(cue, key)| (cue, key, sleeper(key))).collect();
@@ -534,7 +534,7 @@ async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_s
     no_locks(&mut admin).await;
 }
 
-/// A stop that is shorter is not a loss.
+/// A stop that is shorter than the bound is not a loss.
 #[tokio::test]
 async fn a_process_that_was_stopped_for_a_moment_still_holds() {
     let db = TestDb::new().await;
@@ -547,7 +547,7 @@ async fn a_process_that_was_stopped_for_a_moment_still_holds() {
             sleeper.stands_still().await;
             sleeper.resume();
             let said = sleeper.answer().await;
-            // A busy machine may have made it too long.
+            // On a busy machine, the stop may have been too long.
             if found(&said).1 < stopped + HOLDER / 8 {
                 break said;
             }

@@ -1,4 +1,4 @@
-//! Behind pgpool-II: locks are on the primary, and are held there; or an acquire is refused.
+//! Behind pgpool-II, locks are acquired and held on the primary; otherwise an acquire is refused.
 
 use pglock::doctor::{Severity, examine};
 use pglock::{Error, Lock, LockManager, LockOptions, Loss, inspect, transaction};
@@ -11,18 +11,19 @@ use crate::support::{
 };
 
 const KEY: &str = "nightly-report";
-/// With all queries on the standby, the same by a list of functions, with each query on either node, and with all on
-/// the primary.
+/// Configurations with all queries on the standby, the same by a list of functions, with each query on either node, and
+/// with all queries on the primary.
 const WORKING: [&[(&str, &str)]; 4] = [
     &[],
     &[("write_function_list", "nextval,setval,pg_.*,set_config,clock_timestamp")],
     &[("statement_level_load_balance", "on"), ("backend_weight0", "1")],
     &[("load_balance_mode", "off")],
 ];
-/// What replaces the question whether a function is volatile. The lock functions are not in it.
+/// A list of functions that replaces pgpool-II's check whether a function is volatile. The lock functions are not in
+/// it.
 const LIST: (&str, &str) = ("write_function_list", "nextval,setval");
 
-/// What doctor looks at, and how bad it finds it.
+/// The checks of doctor, with the severity of each finding.
 async fn severities(pool: &PgPool) -> Vec<(&'static str, Severity)> {
     let findings = examine(pool, &LockOptions::new()).await.unwrap();
     findings.iter().map(|finding| (finding.check, finding.severity)).collect()
@@ -49,7 +50,7 @@ async fn locks_exclude_on_the_primary_and_are_held() {
         guard.verify().await.unwrap();
         assert!(guard.fencing_token().await.unwrap() > 0);
 
-        // A wait is in the primary's queue.
+        // A wait queues on the primary.
         let (waited, ()) = tokio::join!(other.acquire_shared(), async {
             has_waiter(&mut admin).await;
             guard.release().await.unwrap();
@@ -57,7 +58,7 @@ async fn locks_exclude_on_the_primary_and_are_held() {
         let shared = waited.unwrap();
         shared.verify().await.unwrap();
 
-        // A loss is reported. Its session is ended through pgpool-II, which would detach the primary otherwise.
+        // A loss is reported. The session is ended through pgpool-II, which would otherwise detach the primary.
         let held = inspect::locks_of(&pool, KEY).await.unwrap();
         let session = held.first().unwrap().session.as_ref().unwrap();
         assert!(inspect::terminate(&pool, session).await.unwrap());

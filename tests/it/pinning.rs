@@ -1,4 +1,4 @@
-//! Behind a pooler that pins a client to its server connection, as RDS Proxy does: all works.
+//! Behind a pooler that pins a client to its server connection, as RDS Proxy does, everything works.
 
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ use crate::support::{
 };
 
 const KEY: &str = "nightly-report";
-/// With sqlx's cache of prepared statements, whose named statements pin too, and without.
+/// The sizes of sqlx's cache of prepared statements: with a cache, whose named statements pin too, and without.
 const CACHES: [usize; 2] = [100, 0];
-/// Enough for those that are pinned: three of a pool, the monitor, and one for others.
+/// Enough server connections for the pinned clients: three of a pool, the monitor, and one for others.
 const CONNECTIONS: usize = 5;
 
 #[tokio::test]
@@ -39,7 +39,7 @@ async fn a_lock_excludes_and_is_held_and_its_loss_is_reported() {
         guard.verify().await.unwrap();
         assert!(guard.fencing_token().await.unwrap() > 0);
 
-        // A wait that is dropped, one that times out, one that is granted.
+        // One wait is dropped, one times out, and one is granted.
         let moment = Duration::from_millis(300);
         timeout(moment, other.acquire()).await.unwrap_err();
         locks_are(&mut admin, 1, TIMEOUT).await;
@@ -80,7 +80,7 @@ async fn a_manager_holds_its_locks() {
     guard.release().await.unwrap();
     another.release().await.unwrap();
 
-    // The manager waits on another session, and holds there what it is granted.
+    // The manager waits on another session, and holds the granted lock there.
     let held = direct.acquire().await.unwrap();
     let mut lock = Lock::new(&manager, KEY);
     let (waited, ()) = tokio::join!(lock.acquire(), async {
@@ -119,14 +119,15 @@ async fn doctor_finds_that_locks_exclude() {
     assert_eq!(found.seen, "locks exclude other sessions");
 }
 
-/// As PgDog 0.1.56 pins: by the lock functions that it sees in a statement, until the locks are released.
+/// The pooler pins like PgDog 0.1.56: by the lock functions that it detects in a statement, until the locks are
+/// released.
 mod until_unlocked {
     use super::*;
 
     /// Clients with short transactions, so that a client that isn't pinned gets another server connection each time.
     async fn start(server: &Server, db: &TestDb) -> (PinningPooler, PgPool, JoinSet<()>) {
         let pooler = PinningPooler::start(server, CONNECTIONS, Pinning::UntilUnlocked).await;
-        // It does not know of prepared statements.
+        // The pooler does not support prepared statements.
         let through = pooler.connect_options().database(db.name()).statement_cache_capacity(0);
         let mut others = JoinSet::new();
         for _ in 0..CONNECTIONS {
@@ -157,7 +158,8 @@ mod until_unlocked {
         }
     }
 
-    /// A wait calls the lock function in a block, where it is not seen; the try before it has pinned the client.
+    /// A wait calls the lock function in a block, where the pooler does not detect it. The try before the wait has
+    /// already pinned the client.
     #[tokio::test]
     async fn a_lock_that_was_waited_for_is_held() {
         let (server, db) = TestDb::with_server().await;

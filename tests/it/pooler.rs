@@ -1,4 +1,4 @@
-//! Behind a pooler: in session mode all works; in transaction mode no lock is granted silently.
+//! Behind a pooler: in session mode, everything works; in transaction mode, no lock is granted silently.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
@@ -18,15 +18,15 @@ use crate::support::{
 };
 
 const KEY: &str = "nightly-report";
-/// How long the search for a lock on a pooler's connection may take: the searches of a process take turns.
+/// How long the search for a lock on a pooler's connection may take. The searches of a process take turns.
 const SEARCHED: Duration = Duration::from_secs(70);
-/// With sqlx's cache of prepared statements, and without.
+/// The sizes of sqlx's cache of prepared statements: with the cache, and without it.
 const CACHES: [usize; 2] = [100, 0];
 
-/// Other clients of the pooler, with short transactions one after the other, until they are dropped.
+/// Other clients of the pooler, which run short transactions one after the other until they are dropped.
 ///
-/// They sleep in them. If they did not, they would take all of the machine's processors, and
-/// Linux 6.18 may let a process that has just begun wait for seconds then.
+/// The clients sleep in their transactions. Otherwise they would take all of the machine's processors, and Linux 6.18
+/// may then let a process that has just begun wait for seconds.
 async fn busy(options: &PgConnectOptions, clients: usize) -> JoinSet<()> {
     let mut busy = JoinSet::new();
     for _ in 0..clients {
@@ -40,7 +40,7 @@ async fn busy(options: &PgConnectOptions, clients: usize) -> JoinSet<()> {
     busy
 }
 
-/// `None` if a pooler was found out. Whatever else goes wrong is no answer.
+/// `None` if the pooler was detected. Any other error fails the test.
 fn is_found<T>(result: Result<T>) -> Option<T> {
     match result {
         Err(Error::NoExclusion { .. }) => None,
@@ -51,12 +51,12 @@ fn is_found<T>(result: Result<T>) -> Option<T> {
 mod in_transaction_mode {
     use super::*;
 
-    /// How many poolers, none of them met before, make a measurement.
+    /// The number of poolers in a measurement, all of them new to the process.
     fn poolers() -> usize {
         amount(10, 30)
     }
 
-    /// Acquires, and if that does not find the pooler out, holds until it is.
+    /// Acquires the lock. If the acquire does not detect the pooler, holds the lock until the pooler is detected.
     async fn hold(pool: &PgPool) -> &'static str {
         let mut lock = Lock::new(&quick_heartbeat().on(pool).unwrap(), KEY);
         let Some(guard) = is_found(lock.acquire().await) else { return "acquire" };
@@ -65,7 +65,7 @@ mod in_transaction_mode {
         }
         let lost = timeout(TIMEOUT, guard.lost()).await.unwrap();
         if matches!(lost, Loss::Unresponsive) {
-            // A pooler that is slow for a moment is as good as one that is gone.
+            // A pooler that is slow for a moment can't be distinguished from one that does not answer any more.
             return "silence";
         }
         assert!(matches!(lost, Loss::NoExclusion), "{lost:?}");
@@ -73,15 +73,15 @@ mod in_transaction_mode {
         "heartbeat"
     }
 
-    /// Acquires, and releases at once.
+    /// Acquires the lock, and releases it at once.
     async fn hold_shortly(pool: &PgPool) -> &'static str {
         let mut lock = Lock::new(pool, KEY);
         let Some(guard) = is_found(lock.acquire().await) else { return "acquire" };
-        // By chance the unlock may reach the server connection that has the lock; then all was well.
+        // By chance, the unlock may reach the server connection that has the lock. In that case, nothing was wrong.
         is_found(guard.release().await).map_or("release", |()| "nothing was wrong")
     }
 
-    /// Uses poolers with this number of other clients; prints at which step they were detected.
+    /// Uses poolers with this number of other clients, and prints at which step each pooler was detected.
     #[expect(clippy::print_stdout, reason = "a measurement is to be read")]
     ///
     /// `None` if there is no PgBouncer.
@@ -100,7 +100,7 @@ mod in_transaction_mode {
                     if round % 2 == 0 { hold(&pool).await } else { hold_shortly(&pool).await };
                 *found.entry(when).or_default() += 1;
                 *total.entry(when).or_default() += 1;
-                // A caller that got the error holds nothing, on any server connection.
+                // A caller that got the error holds no lock on any server connection.
                 if when != "silence" {
                     locks_are(&mut admin, 0, TIMEOUT).await;
                 }
@@ -119,7 +119,7 @@ mod in_transaction_mode {
         assert!(by_acquire * 10 > poolers() * CACHES.len() * 9, "hardly by the acquire: {found:?}");
     }
 
-    /// A transaction keeps all other clients from the only server connection.
+    /// A transaction of one client keeps all other clients from the only server connection.
     #[tokio::test]
     async fn one_with_a_single_server_connection_is_found_out() {
         let (server, db) = TestDb::with_server().await;
@@ -143,7 +143,7 @@ mod in_transaction_mode {
         assert!(by_acquire * 2 > poolers() * CACHES.len(), "hardly by the acquire: {found:?}");
     }
 
-    /// A counter that is read, then written, by many at once; each holds the transaction's lock.
+    /// Many tasks read a counter, then write it, each under a transaction-level lock.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn locks_of_a_transaction_exclude() {
         const TASKS: usize = 6;
@@ -160,7 +160,7 @@ mod in_transaction_mode {
             execute(&mut admin, "UPDATE counter SET n = 0").await;
             let mut counting = JoinSet::new();
             for task in 0..TASKS {
-                // Clients that share nothing but the pooler.
+                // Each task is a client of its own: the clients share only the pooler.
                 let pool = pool_of(options.clone().statement_cache_capacity(cache), 1).await;
                 counting.spawn(async move {
                     for round in 0..ROUNDS {
@@ -189,7 +189,7 @@ mod in_transaction_mode {
         }
     }
 
-    /// The server's connections are shared: what one client's wait has changed, another would see.
+    /// Clients share the server connections, so another client would see a setting that one client's wait has changed.
     #[tokio::test]
     async fn a_transaction_that_waited_leaves_no_setting() {
         let (server, db) = TestDb::with_server().await;
@@ -212,7 +212,7 @@ mod in_transaction_mode {
         acquired.unwrap();
         tx.commit().await.unwrap();
 
-        // The same server connection, through another client.
+        // Another client uses the same server connection.
         let mut another = pooler.connect_options().database(db.name()).connect().await.unwrap();
         let shown = "SELECT current_setting('statement_timeout') || ' ' || \
                      current_setting('lock_timeout') || ' ' || \
@@ -223,16 +223,16 @@ mod in_transaction_mode {
     }
 }
 
-/// So that no check detects the pooler before the lock.
+/// The pooler changes its mode after the first check, so that no check detects it before the lock is acquired.
 mod that_turns_from_session_to_transaction_mode {
     use super::*;
 
-    /// In most of them, two server connections answer one client.
+    /// The number of tries. In most of them, two server connections answer one client.
     fn tries() -> usize {
         amount(8, 20)
     }
 
-    /// A busy pooler of which it is known that all works, and is no longer true; a pool of one connection.
+    /// A busy pooler that passed the check before it changed to transaction mode, and a pool of one connection to it.
     ///
     /// `None` if there is no PgBouncer.
     async fn turned(
@@ -263,7 +263,7 @@ mod that_turns_from_session_to_transaction_mode {
                 None => true,
             };
             drop(guard);
-            // On the server connection that has it, which the pooler keeps open.
+            // The lock is released on the server connection that has it, which the pooler keeps open.
             locks_are(&mut db.admin().await, 0, SEARCHED).await;
             count += usize::from(found);
         }
@@ -280,22 +280,25 @@ mod that_turns_from_session_to_transaction_mode {
             if let Some(guard) = is_found(Lock::new(&pool, KEY).acquire().await) {
                 let mut another = Lock::new(&guard, "another");
                 let another = is_found(another.acquire().await);
-                // By chance the unlock reaches the server connection that has the lock; then all was well.
+                // By chance, the unlock may reach the server connection that has the lock. In that case, nothing was
+                // wrong.
                 let released = guard.release().await;
-                // What the lock was left on is ended, which may be noticed first.
+                // The server session that the lock was left on is ended, and the guard may detect that first.
                 let is_lost = matches!(&released, Err(Error::Lost { .. }));
-                if matches!(&released, Err(Error::Lost { reason: Loss::Disconnected(_), .. })) {
-                    // PgBouncer 1.21 and later closes the connection of a client whose statement was prepared before,
-                    // and keeps the server connection, with the lock.
+                let is_closed =
+                    matches!(&released, Err(Error::Lost { reason: Loss::Disconnected(_), .. }));
+                if cache > 0 && is_closed {
+                    // PgBouncer 1.21 and later closes a client that uses a statement prepared before the mode changed.
+                    // It keeps the server connection, with the lock, so the lock ends only with the PgBouncer.
                     drop(pooler);
                 }
                 if is_lost || is_found(released).is_none() {
-                    // Both were on that connection.
+                    // Both locks were on that connection.
                     assert!(another.is_none_or(|guard| guard.is_lost()));
                     count += 1;
                 }
             }
-            // A connection that is closed, the pooler does not close.
+            // When a client connection is closed, the pooler keeps its server connection.
             locks_are(&mut db.admin().await, 0, SEARCHED).await;
         }
         report(format!("a release found out {count} times of {}", tries()));
@@ -320,7 +323,7 @@ mod that_turns_from_session_to_transaction_mode {
                 locks_are(&mut db.admin().await, 0, SEARCHED).await;
                 count += 1;
             } else {
-                // A pooler that is slow for a moment is as good as one that is gone.
+                // A pooler that is slow for a moment can't be distinguished from one that does not answer any more.
                 assert!(matches!(loss, Loss::Unresponsive), "{loss:?}");
             }
         }
@@ -334,7 +337,8 @@ mod that_turns_from_session_to_transaction_mode {
         let mut admin = db.admin().await;
         let mut count = 0;
         for _ in 0..tries() {
-            // A statement that is prepared elsewhere would be found out before it waits.
+            // With a statement cache, a statement prepared on another server connection would reveal the pooler before
+            // the wait.
             let Some((_pooler, pool, _others)) = turned(&server, &db, 0).await else { return };
             let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
             let mut lock = Lock::new(&pool, KEY);
@@ -345,7 +349,7 @@ mod that_turns_from_session_to_transaction_mode {
             let found = matches!(&waited, Err(Error::NoExclusion { .. }));
             assert!(found || waited.is_ok(), "{waited:?}");
             if let Ok(guard) = waited {
-                // It was the session that it says.
+                // The lock is on the session that the guard reports.
                 let locks = advisory_locks(&mut admin).await;
                 let pids: Vec<i32> = locks.iter().map(|lock| lock.pid).collect();
                 assert_eq!(pids, [guard.backend_pid()]);
@@ -358,7 +362,7 @@ mod that_turns_from_session_to_transaction_mode {
     }
 }
 
-/// A pooler in this mode refuses transactions, of which the proof needs one.
+/// A pooler in this mode refuses transactions, and the proof needs one.
 #[tokio::test]
 async fn one_in_statement_mode_is_found_out_by_the_first_acquire() {
     // Acquires wait for the proof for 250 ms; a busy machine may take longer.
@@ -382,8 +386,8 @@ async fn one_in_statement_mode_is_found_out_by_the_first_acquire() {
 mod in_session_mode {
     use super::*;
 
-    /// With as many server connections as the pool has, the monitor gets none while a session waits, and nothing
-    /// answers for that session. It holds nothing, so there is nothing to lose.
+    /// The pooler has as many server connections as the pool, so the monitor gets none while a session waits, and no
+    /// heartbeat of that session is answered. The session holds no lock, so none can be lost.
     #[tokio::test]
     async fn a_manager_waits_longer_than_the_heartbeat_without_a_monitor() {
         let (server, db) = TestDb::with_server().await;
@@ -394,7 +398,7 @@ mod in_session_mode {
         let held = Lock::new(&db.pool(1).await, KEY).acquire().await.unwrap();
 
         let manager = LockManager::new(&options);
-        // Both sessions are open.
+        // Both sessions of the manager are open during the wait below: this lock keeps the first one open.
         let other = Lock::new(&manager, "another").acquire().await.unwrap();
         let mut lock = Lock::new(&manager, KEY);
         let waiting = timeout(Duration::from_secs(5), lock.acquire()).await;
@@ -428,8 +432,8 @@ mod in_session_mode {
             assert_eq!(pid.get::<i32, _>(0), guard.backend_pid());
             drop(conn);
 
-            // A wait that is dropped, one that runs out, one that is granted.
-            // A second is enough to get a connection in.
+            // One wait is dropped, one times out, and one is granted. A second is long enough for the pool to return a
+            // connection.
             let second = Duration::from_secs(1);
             timeout(second, other.acquire()).await.unwrap_err();
             locks_are(&mut admin, 1, TIMEOUT).await;
@@ -455,7 +459,7 @@ mod in_session_mode {
         }
     }
 
-    /// One with this number of server connections, whose console lets the tests in.
+    /// Starts a PgBouncer with this number of server connections, whose console admits the tests.
     ///
     /// `None` if there is no PgBouncer.
     fn start(server: &Server, connections: &str, more: &[(&str, &str)]) -> Option<PgBouncer> {
@@ -471,7 +475,7 @@ mod in_session_mode {
         pooler.connect_options().database("pgbouncer").connect().await.unwrap()
     }
 
-    /// Waits until a list of the console shows such a number for the database.
+    /// Waits until a list of the console shows a number for the database that meets the condition.
     async fn shows(
         console: &mut PgConnection,
         list: &'static str,
@@ -483,7 +487,7 @@ mod in_session_mode {
         loop {
             let rows = sqlx::raw_sql(list).fetch_all(&mut *console).await.unwrap();
             let row = rows.iter().find(|row| row.get::<&str, _>("database") == db.name());
-            // Whatever type it is, it is text.
+            // The console sends values of every type as text.
             let seen = row.map(|row| row.get_unchecked::<&str, _>(column).parse().unwrap());
             if seen.is_some_and(&is_such) {
                 return;
@@ -562,7 +566,7 @@ mod in_session_mode {
         }
     }
 
-    /// The sessions that clients have go on. A client that connects waits for the end.
+    /// Existing sessions of clients continue. A client that connects during the pause waits for its end.
     #[tokio::test]
     async fn a_pause_ends_nothing_and_delays_new_sessions() {
         let (server, db) = TestDb::with_server().await;
@@ -580,22 +584,22 @@ mod in_session_mode {
         let mut console = console(&pooler).await;
         let waiting = spawn(async move { waiter.acquire().await });
         has_waiter(&mut admin).await;
-        // Ends when the last of the clients disconnects.
+        // `PAUSE` returns when the last client has disconnected.
         let pause = format!("PAUSE {}", db.name());
         let pausing = spawn(async move { execute(&mut pausing, pause).await });
         shows(&mut console, "SHOW DATABASES", &db, "paused", |paused| paused == 1).await;
 
-        // The holder holds, and a lock of its session is granted.
+        // The holder still holds its lock, and another lock on its session is granted.
         several_heartbeats(&mut admin, guard.backend_pid()).await;
         guard.verify().await.unwrap();
         let another = Lock::new(&guard, "another").acquire().await.unwrap();
         another.release().await.unwrap();
-        // The waiter has its session too.
+        // The waiter keeps its session, too.
         guard.release().await.unwrap();
         let guard = timeout(TIMEOUT, waiting).await.unwrap().unwrap().unwrap();
         guard.verify().await.unwrap();
 
-        // A new client waits outside of the server.
+        // A new client waits in the pooler, without a server connection.
         let acquiring = spawn(async move { late.acquire().await });
         shows(&mut console, "SHOW POOLS", &db, "cl_waiting", |clients| clients > 0).await;
         assert_eq!(pids(&mut admin).await, [guard.backend_pid()]);
@@ -642,7 +646,7 @@ mod in_session_mode {
         other.acquire().await.unwrap().release().await.unwrap();
     }
 
-    /// The end of a process closes its sockets, and says nothing to the server.
+    /// When a process ends, its sockets are closed, and it sends nothing to the server.
     #[tokio::test]
     async fn the_reset_query_releases_the_lock_of_a_client_that_dies() {
         let (server, db) = TestDb::with_server().await;

@@ -1,4 +1,4 @@
-//! A failover: a standby is promoted, and the name of the primary leads to it from then on.
+//! A failover: a standby is promoted, and from then on the name of the primary points to it.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use crate::support::{SOON, has_waiter, pool_of, report, spawn};
 
 const KEY: &str = "invoice-7";
 
-/// After how long a loss is reported at the latest, by the defaults: a heartbeat and its timeout.
+/// The time after which a loss is reported at the latest, with the defaults: a heartbeat and its timeout.
 const LOST: Duration = Duration::from_secs(4);
 
-/// A primary and its standby, behind a name that leads to one of them.
+/// A primary and its standby, behind a name that points to one of them.
 struct Pair {
     primary: Server,
     standby: Server,
@@ -42,7 +42,7 @@ impl Pair {
     }
 }
 
-/// A candidate of a process, and what it tells: the number of each server on which it begins to lead.
+/// A candidate of a process. It reports the port of each server on which it begins to lead.
 struct Candidate {
     terms: mpsc::UnboundedReceiver<u16>,
     status: LeaderStatus,
@@ -66,7 +66,7 @@ impl Candidate {
             let run = election.run(stop, |leadership| {
                 let (began, pool) = (began.clone(), pool.clone());
                 async move {
-                    // An idle connection of the pool may lead elsewhere.
+                    // An idle connection of the pool may be to another server.
                     let mut here = pool.connect_options().connect().await?;
                     let port = sqlx::query_scalar("SELECT current_setting('port')::int4");
                     let port: i32 = port.fetch_one(&mut here).await?;
@@ -90,7 +90,7 @@ impl Candidate {
     }
 }
 
-/// Acquires as soon as the new primary is there.
+/// Acquires the lock as soon as the new primary is available.
 async fn acquire_again(lock: &mut Lock) -> pglock::ExclusiveGuard {
     loop {
         match lock.acquire().await {
@@ -135,8 +135,9 @@ async fn a_crash_ends_holds_and_waits_and_all_go_on_at_the_new_primary() {
     candidate.stop().await;
 }
 
-/// The old primary hangs, and a new one grants what is held there: for as long as the documentation says. Nothing asks
-/// for sessions that wait, so a wait ends with its slice and the time that an answer to that may take.
+/// The old primary hangs, and a new one grants locks that are held on the old one. A lock is then held on both, for as
+/// long as the documentation says. No heartbeat is sent for sessions that wait, so a wait ends after its slice and the
+/// time that an answer may take then.
 #[tokio::test]
 async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
     const SLICE: Duration = Duration::from_secs(2);
@@ -162,7 +163,7 @@ async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
     pair.primary.pause();
     let hangs = Instant::now();
     pair.fail_over();
-    // A process that starts now.
+    // This is a process that starts now.
     let theirs = acquire_again(&mut Lock::new(&pair.pool().await, KEY)).await;
     let granted = hangs.elapsed();
     let loss = timeout(LOST + SOON, held.lost()).await.unwrap();
@@ -175,10 +176,10 @@ async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
     assert!(waited.unwrap_err().is_transient());
     report(format_args!("a wait ended after {:?}", hangs.elapsed()));
     candidate.stop().await;
-    // It has noticed, and waits at the new primary.
+    // The other candidate has detected the failover, and waits on the new primary.
     assert_eq!(another.leads(SLICE + LATE + SOON * 10).await, pair.standby.port());
 
-    // It wakes up, and a lock that was lost stays lost.
+    // The old primary resumes, and a lost lock stays lost.
     pair.primary.resume();
     assert!(matches!(held.release().await, Err(Error::Lost { .. })));
     theirs.release().await.unwrap();
@@ -205,7 +206,7 @@ async fn a_name_that_still_leads_to_the_old_primary_is_refused_once_that_is_a_st
         matches!(state, LeaderState::Failing { error: Error::Standby { .. }, .. })
     })
     .await;
-    // These stay open, and in the pool.
+    // These connections stay open, and in the pool.
     let stale = (pool.acquire().await.unwrap(), pool.acquire().await.unwrap());
     drop(stale);
     eventually("they are idle", SOON * 10, || async { pool.num_idle() >= 2 }).await;
@@ -216,7 +217,7 @@ async fn a_name_that_still_leads_to_the_old_primary_is_refused_once_that_is_a_st
     candidate.stop().await;
 }
 
-/// What an application does that knows several hosts: sqlx connects to one.
+/// sqlx connects to one host, so an application that knows several hosts sets the pool's connect options.
 #[tokio::test]
 async fn a_pool_that_is_given_another_host_goes_on_there() {
     let pair = Pair::start().await;

@@ -1,4 +1,4 @@
-//! A wait costs others nothing: neither the server's log, nor its statistics, nor the application's log.
+//! A wait costs others nothing: it adds nothing to the server's log, its statistics or the application's log.
 
 use std::time::Duration;
 
@@ -17,9 +17,9 @@ use crate::support::{
 
 const KEY: i64 = 7;
 const WAITERS: u32 = 10;
-/// How long they wait: some times the server's `deadlock_timeout`, and the interval of its checks.
+/// How long the waiters wait: several times the server's `deadlock_timeout`, and the interval of its checks.
 const WAIT: Duration = Duration::from_secs(4);
-/// How long the server may take for what is in flight.
+/// How long the server may take for statements in flight.
 const LATE: Duration = Duration::from_secs(10);
 
 #[tokio::test]
@@ -49,8 +49,8 @@ fn logging_waits() -> ServerOptions {
     Server::options().setting("log_lock_waits", "on").setting("deadlock_timeout", "100ms")
 }
 
-/// Lets several wait for a lock, half of them with a timeout that passes. Returns what the server has logged,
-/// and how often it says that a process waits.
+/// Starts several waits for a lock, half of them with a timeout that passes. Returns the server's log, and how often it
+/// reports that a process waits.
 async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     let server = options.start();
     let db = TestDb::on(&server).await;
@@ -58,11 +58,11 @@ async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     if role != "postgres" {
         sqlx::raw_sql("CREATE ROLE ordinary LOGIN").execute(&mut holder).await.unwrap();
     }
-    // Of one pool, only one would wait on the server.
+    // Each waiter has a pool of its own, because of one pool, only one call would wait on the server.
     let mut pools = Vec::new();
     for _ in 0..WAITERS {
         let pool = pool_of(db.options().username(role), 2).await;
-        // The first acquire of a pool looks at the server.
+        // The first acquire of a pool also examines the server.
         drop(Lock::new(&pool, KEY + 1).acquire().await.unwrap());
         pools.push(pool);
     }
@@ -92,7 +92,7 @@ async fn log_of_waits(options: ServerOptions, role: &str) -> (String, usize) {
     (log, waiting)
 }
 
-/// The operating system may be unable to tell: Windows, and before PostgreSQL 15 some others.
+/// The operating system may not support the check: Windows, and before PostgreSQL 15 some others.
 #[tokio::test]
 async fn a_server_that_cannot_check_connections_lets_a_session_wait() {
     let (_server, db) = TestDb::with_server().await;
@@ -106,7 +106,7 @@ async fn a_server_that_cannot_check_connections_lets_a_session_wait() {
     replace_function(&mut admin, "set_config(text, text, boolean)", body).await;
     let role = "CREATE ROLE ordinary LOGIN; REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC";
     execute(&mut admin, role).await;
-    // With PL/pgSQL, and without.
+    // One role may use PL/pgSQL, and one may not.
     for role in ["postgres", "ordinary"] {
         hold(&mut holder, KEY).await;
         let pool = pool_of(db.options().username(role), 2).await;
@@ -116,7 +116,7 @@ async fn a_server_that_cannot_check_connections_lets_a_session_wait() {
             unlock(&mut holder, KEY).await;
         });
         let guard = granted.unwrap();
-        // The setting of the wait would end the connection of a slow reader.
+        // A wait sets `tcp_user_timeout`, which would end the connection of a slow reader if it were not restored.
         let mut connection = guard.connection().await.unwrap();
         // Over a unix socket, the setting itself has no value.
         assert_eq!(ask(&mut connection, "current_setting('pglock.tcp_user_timeout')").await, "");
@@ -125,7 +125,7 @@ async fn a_server_that_cannot_check_connections_lets_a_session_wait() {
     }
 }
 
-/// A view of PostgreSQL 19. A backend reports what it has counted when it ends.
+/// PostgreSQL 19 has a view of lock statistics. A backend reports its counts when it ends.
 #[tokio::test]
 async fn the_lock_statistics_count_long_waits_that_were_granted() {
     let server = Server::options().setting("deadlock_timeout", "50ms").start();
@@ -176,7 +176,7 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
     sqlx::raw_sql("CREATE EXTENSION pg_stat_statements").execute(&mut admin).await.unwrap();
     prove_exclusion(&db).await;
     let pool = db.pool(WAITERS).await;
-    // Some of the timeouts are shorter than a connection takes to open.
+    // Some of the timeouts are shorter than opening a connection takes.
     borrow_all(&pool).await;
     let mut holder = db.admin().await;
     let hold = "SELECT count(pg_advisory_lock(key)) FROM generate_series(1, $1::int8) AS key";
@@ -190,7 +190,7 @@ async fn waits_leave_few_entries_in_the_statement_statistics() {
             for key in (1..=WAITS).filter(|key| key % WAITERS == waiter) {
                 let time = Duration::from_millis(u64::from(5 + key % 40));
                 let mut lock = Lock::new(&pool, i64::from(key));
-                // On a busy machine the time may be over before the pool has returned a connection.
+                // On a busy machine, the timeout may pass before the pool has returned a connection.
                 match lock.try_acquire_for(time).await {
                     Ok(granted) => assert!(granted.is_none()),
                     Err(error) => assert!(
@@ -231,7 +231,7 @@ async fn a_dropped_wait_warns_of_nothing_in_the_application() {
     let mut lock = Lock::new(&pool, KEY);
     assert!(timeout(SLOW, lock.acquire()).await.is_err());
     locks_are(&mut admin, 1, LATE).await;
-    // One that is granted as late is as quiet.
+    // A wait that is granted as late logs nothing either.
     let (granted, ()) = tokio::join!(lock.acquire(), async {
         sleep(SLOW).await;
         unlock(&mut holder, KEY).await;

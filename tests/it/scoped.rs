@@ -22,7 +22,7 @@ impl Drop for Flag<'_> {
     }
 }
 
-/// A guard of the handle would be re-entered; these calls are not.
+/// A second acquire through the handle would be re-entrant; these calls are not.
 #[tokio::test]
 async fn calls_through_one_handle_exclude_each_other() {
     let (db, pool) = TestDb::with_pool(2).await;
@@ -69,7 +69,7 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
     let (_db, pool, mut admin) = TestDb::scene(1).await;
     let dropped = AtomicBool::new(false);
     let lock = Lock::new(&pool, KEY);
-    // If the answer to the acquire got lost with the connection, the acquire would try another one.
+    // If the connection broke before the answer to the acquire, the acquire would retry on another one.
     let (ready, begun) = oneshot::channel();
     let run = lock.run(async {
         let _flag = Flag(&dropped);
@@ -86,7 +86,7 @@ async fn a_loss_drops_the_future_before_it_is_returned() {
     assert!(dropped.load(Ordering::SeqCst));
 }
 
-/// The result of the future is worth nothing if another session may have held the lock meanwhile.
+/// The result of the future is worthless if another session may have held the lock meanwhile.
 #[tokio::test]
 async fn a_lock_that_other_code_unlocked_is_an_error_although_the_future_has_ended() {
     let (db, pool) = TestDb::with_pool(2).await;

@@ -1,4 +1,4 @@
-//! Never more permits are out than there are, and each waiter gets one.
+//! A semaphore never grants more permits than it has, and each waiter gets one.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -23,10 +23,10 @@ use crate::support::{
 const URL: &str = "PGLOCK_SEMAPHORE_URL";
 const SEED: &str = "PGLOCK_SEMAPHORE_SEED";
 
-/// How many permits there are where several processes share them.
+/// The number of permits where several processes share a semaphore.
 const PERMITS: usize = 3;
 
-/// A pool on the database of a role. `None` if no test runs it as a role.
+/// The pool of a role, on the database of its test. `None` if no test runs this process as a role.
 fn role_pool(max_connections: u32) -> Option<PgPool> {
     let options = PgConnectOptions::from_str(&env::var(URL).ok()?).unwrap();
     Some(PgPoolOptions::new().max_connections(max_connections).connect_lazy_with(options))
@@ -50,7 +50,7 @@ async fn first_waits(admin: &mut PgConnection, count: usize) {
     .await;
 }
 
-/// Uses what a permit stands for: a row that no other session may have locked.
+/// Uses the resource that a permit stands for: a row that no other session may have locked.
 ///
 /// This check does not depend on advisory locks: when a session ends, the server releases its row
 /// locks first.
@@ -69,11 +69,11 @@ async fn use_seat(permit: &Permit, state: &mut u64) {
     }
 }
 
-/// Takes permits in every way, and stops waiting at random moments. Returns how many it had.
+/// Acquires permits in every way, and stops waiting at random moments. Returns how many permits it had.
 async fn work(semaphore: Semaphore, seed: u64, stop: Arc<AtomicBool>) -> usize {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut had = 0;
-    // At least one, however slow the machine.
+    // Acquires at least one permit, however slow the machine is.
     while had == 0 || !stop.load(Ordering::Relaxed) {
         let limit = Duration::from_micros(random(&mut state) % 50_000);
         let permit = match random(&mut state) % 4 {
@@ -101,7 +101,7 @@ async fn work(semaphore: Semaphore, seed: u64, stop: Arc<AtomicBool>) -> usize {
     had
 }
 
-/// Works until the test stops it, then reports how many permits it had.
+/// Acquires permits until the test stops this process, then reports how many it had.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "is a role: another test runs it as a process"]
 async fn worker() {
@@ -155,7 +155,7 @@ async fn never_more_permits_are_out_than_there_are() {
     locks_are(&mut admin, 0, SOON * 10).await;
 }
 
-/// Waits for a permit, holds it until told otherwise, and so on.
+/// Waits for a permit, holds it until the test asks for the release, and so on.
 #[tokio::test]
 #[ignore = "is a role: another test runs it as a process"]
 async fn holder() {
@@ -219,7 +219,7 @@ async fn semaphores_of_other_keys_and_locks_do_not_interfere() {
         let lock = Lock::new(&pool, key).try_acquire().await.unwrap();
         lock.expect("nothing to do with the lock").release().await.unwrap();
     }
-    // The same key is the same semaphore, whatever it is called.
+    // The same key is the same semaphore, whatever its name.
     let number = sqlx::postgres::PgAdvisoryLock::new("seats").key().clone();
     assert!(Semaphore::new(&pool, number, 1).unwrap().try_acquire().await.unwrap().is_none());
 }
@@ -236,14 +236,14 @@ async fn the_number_of_permits_is_from_1_to_1024() {
         let semaphore = Semaphore::new(&pool, permits.to_string(), permits).unwrap();
         assert_eq!(semaphore.acquire().await.unwrap().slot(), 0);
     }
-    // The last one too has a key of its own.
+    // The last permit, too, has a key of its own.
     let many = Semaphore::new(&pool, "many", 1024).unwrap();
     let first = many.acquire().await.unwrap();
     let second = many.acquire().await.unwrap();
     assert_eq!((first.slot(), second.slot()), (0, 1));
 }
 
-/// As in a rolling deploy that changes the size, in either direction.
+/// Processes of different sizes run at the same time in a rolling deploy that changes the size, in either direction.
 #[tokio::test]
 async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger() {
     let (_db, pool, mut admin) = TestDb::scene(8).await;
@@ -257,7 +257,7 @@ async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger()
         let slots: BTreeSet<_> = permits.iter().map(Permit::slot).collect();
         assert_eq!((permits.len(), slots), (5, (0..5).collect()));
 
-        // Those of the larger are not for the smaller.
+        // The smaller semaphore does not use the permits that only the larger one has.
         permits.retain(|permit| permit.slot() < 3);
         locks_are(&mut admin, 3, SOON * 4).await;
         assert!(three.try_acquire().await.unwrap().is_none());
@@ -268,11 +268,11 @@ async fn semaphores_of_different_sizes_never_have_more_permits_than_the_larger()
     borrow_all(&pool).await;
 }
 
-/// The time is one in which a waiter is queued anew if slices are short.
+/// The hold is so long that a waiter with short slices would be queued anew during it.
 #[tokio::test]
 async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
     const WAITERS: usize = 4;
-    /// Longer than a slice of a session that holds something.
+    /// Longer than a slice of a wait on a session that holds something.
     const LONG: Duration = Duration::from_millis(5_500);
     let (_db, pool, mut admin) = TestDb::scene(6).await;
     let make = || Semaphore::new(&pool, "seats", 1).unwrap();
@@ -280,7 +280,7 @@ async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
     let served = Arc::new(Mutex::new(Vec::new()));
     let mut tasks = JoinSet::new();
     for waiter in 0..WAITERS {
-        // As if in a process of its own.
+        // A semaphore of its own stands for a process of its own.
         let (semaphore, served) = (make(), Arc::clone(&served));
         tasks.spawn(async move {
             let permit = semaphore.acquire().await.unwrap();
@@ -299,7 +299,7 @@ async fn waiters_of_a_long_hold_are_served_in_order_of_arrival() {
     borrow_all(&pool).await;
 }
 
-/// The limit on a hold counts from the permit on, not from the place in the queue.
+/// The limit on a hold counts from the time at which the permit is granted, not from the place in the queue.
 #[tokio::test]
 async fn the_time_in_the_queue_does_not_count_as_a_hold() {
     const MOST: Duration = Duration::from_secs(2);
@@ -309,7 +309,7 @@ async fn the_time_in_the_queue_does_not_count_as_a_hold() {
     let semaphore = Semaphore::new(&limited, "seats", 1).unwrap();
     let waiting = spawn(async move { semaphore.acquire().await.unwrap() });
     first_waits(&mut db.admin().await, 2).await;
-    // Not to wait for something, but to let the time pass.
+    // The test waits for no event here: it lets the time pass.
     sleep(MOST * 3 / 2).await;
     let released = Instant::now();
     held.release().await.unwrap();
@@ -370,7 +370,7 @@ async fn all_waiters_learn_at_once_that_the_pool_has_no_connection() {
     let db = TestDb::new().await;
     let pool = opened(PgPoolOptions::new().max_connections(3).acquire_timeout(SOON), &db).await;
     let semaphore = Semaphore::new(&pool, "seats", WAITERS).unwrap();
-    // As many as the pool leaves to locks.
+    // The test holds as many permits as the pool leaves connections to locks.
     let held = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
     let started = Instant::now();
     let mut waiters = JoinSet::new();
@@ -392,7 +392,7 @@ async fn all_waiters_learn_at_once_that_the_pool_has_no_connection() {
     }
     let took = started.elapsed();
     assert!(took >= SOON && took < SOON * 10, "{took:?}");
-    // What comes later is not concerned.
+    // A later acquire is not affected.
     drop(held);
     let later = timeout(SOON * 10, semaphore.acquire()).await.unwrap().unwrap();
     later.release().await.unwrap();
@@ -407,7 +407,7 @@ async fn closing_the_pool_ends_every_wait() {
     let (here, there) =
         (Semaphore::new(&pool, "seats", 1).unwrap(), Semaphore::new(&pool, "seats", 1).unwrap());
     let mut tasks = JoinSet::new();
-    // The first in the server's queue, the one behind it there, and two in the process.
+    // The waiters are the first in the server's queue, the one behind it there, and two in the process's queue.
     for (task, semaphore) in [&here, &there, &here, &there].into_iter().enumerate() {
         let semaphore = semaphore.clone();
         tasks.spawn(async move {
@@ -440,7 +440,7 @@ async fn who_tries_does_not_overtake_who_waits() {
         let held = semaphore.acquire().await.unwrap();
         let waiter = semaphore.clone();
         let waiting = spawn(async move { waiter.acquire().await.unwrap() });
-        // The permit, and the first place in the queue.
+        // The two locks are the permit and the first place in the queue.
         first_waits(&mut admin, 2).await;
         let released = held.release();
         let tries = async {
@@ -466,7 +466,7 @@ async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
     let pool = db.pool(u32::try_from(TASKS).unwrap()).await;
     let mut tasks = JoinSet::new();
     for _ in 0..TASKS {
-        // As if in a process of its own.
+        // A semaphore of its own stands for a process of its own.
         let semaphore = Semaphore::new(&pool, "seats", TASKS).unwrap();
         tasks.spawn(async move {
             let mut refused = 0;
@@ -485,7 +485,7 @@ async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
     borrow_all(&pool).await;
 }
 
-/// A wait releases what it needed before it ends.
+/// A wait releases the locks that it needed before it ends.
 #[tokio::test]
 async fn who_tries_gets_what_is_free_after_a_wait() {
     let (_db, pool, mut admin) = TestDb::scene(4).await;
@@ -527,7 +527,7 @@ async fn who_waits_wakes_soon_after_a_release() {
         no_locks(&mut admin).await;
     }
     took.sort();
-    // The promise is 50 ms; a busy machine is given more.
+    // The documentation promises 50 ms; the test allows more on a busy machine.
     report(format_args!("woke after a release within {took:?}"));
     let median = took.get(took.len() / 2).copied();
     assert!(median < Some(SOON / 2), "{took:?}");
@@ -596,7 +596,7 @@ async fn processes_are_served_in_order_of_arrival() {
         let held = semaphore.acquire().await.unwrap();
         let waiter = semaphore.clone();
         let first = spawn(async move { waiter.acquire().await.unwrap() });
-        // The permit, and the first place in the queue; the others wait for that.
+        // The two locks are the permit and the first place in the queue. The other waiters wait for that place.
         first_waits(&mut admin, 2).await;
         second.tell("acquire").await;
         waiters_are(&mut admin, 1).await;
@@ -607,7 +607,7 @@ async fn processes_are_served_in_order_of_arrival() {
         let first = timeout(SOON * 10, first).await.unwrap().unwrap();
         waiters_are(&mut admin, 1).await;
         first.release().await.unwrap();
-        // While one has the only permit, another would not say that.
+        // A process that does not hold the only permit would not report this.
         assert_eq!(second.answer().await, "got");
         assert_eq!(second.ask("release").await, "released");
         assert_eq!(third.answer().await, "got");
@@ -621,8 +621,8 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
     const WAITERS: usize = 20;
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    // Two for the permits, one to wait, and two that locks leave to queries. Another that waited would soon fail
-    // for want of a connection.
+    // Two connections are for the permits, one is for the wait, and locks leave two to queries. A second wait would
+    // soon fail, because the pool has no connection for it.
     let pool = opened(PgPoolOptions::new().max_connections(5).acquire_timeout(SOON * 2), &db).await;
     let semaphore = Semaphore::new(&pool, "seats", 2).unwrap();
     let (one, two) = (semaphore.acquire().await.unwrap(), semaphore.acquire().await.unwrap());
@@ -639,7 +639,7 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
         });
     }
     first_waits(&mut admin, 3).await;
-    // Longer than the timeout of the pool.
+    // The test sleeps for longer than the timeout of the pool.
     sleep(SOON * 11 / 5).await;
     assert!(waiters.try_join_next().is_none(), "a waiter did not wait");
     locks_are(&mut admin, 3, SOON * 4).await;
@@ -654,13 +654,13 @@ async fn all_who_wait_in_a_process_cost_one_connection() {
 async fn a_bounded_wait_ends_in_time() {
     const TIMEOUT: Duration = SOON;
     let (_db, pool, mut admin) = TestDb::scene(3).await;
-    // All are open, for to open one takes time of a bounded wait.
+    // All connections are opened first, because opening one would take part of the time of a bounded wait.
     borrow_all(&pool).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let held = semaphore.acquire().await.unwrap();
     assert!(semaphore.try_acquire_for(Duration::ZERO).await.unwrap().is_none());
 
-    // Alone, and each behind others.
+    // One waiter waits alone; of five, each waits behind others.
     for waiters in [1, 5] {
         let started = Instant::now();
         let mut waits = JoinSet::new();
@@ -674,7 +674,7 @@ async fn a_bounded_wait_ends_in_time() {
         locks_are(&mut admin, 1, SOON * 4).await;
     }
 
-    // Where the pool has no connection, an error says so, also in time.
+    // If the pool has no connection, the call returns an error, also in time.
     let mut rest = Vec::new();
     for _ in 1..pool.options().get_max_connections() {
         rest.push(pool.acquire().await.unwrap());
@@ -685,7 +685,7 @@ async fn a_bounded_wait_ends_in_time() {
         assert!(matches!(error, Error::PoolTimedOut { .. }) && error.is_transient(), "{error:?}");
         assert!(started.elapsed() < limit + SOON * 10, "{:?}", started.elapsed());
     }
-    // Unless the time was spent behind another waiter.
+    // A call that spent its time behind another waiter returns `None` instead.
     let (first, second) = join!(
         semaphore.try_acquire_for(TIMEOUT),
         semaphore.try_acquire_for(TIMEOUT + Duration::from_millis(1)),
@@ -694,7 +694,7 @@ async fn a_bounded_wait_ends_in_time() {
     assert!(matches!(second, Ok(None)), "{second:?}");
     drop(rest);
 
-    // A permit that comes free in time is taken, here after a time too long to count.
+    // A permit that is released in time is acquired. The timeout here is too long to count.
     let waiter = semaphore.clone();
     let waiting =
         spawn(async move { waiter.try_acquire_for(Duration::MAX).await.unwrap().unwrap() });
@@ -738,7 +738,7 @@ async fn who_waits_goes_on_when_the_session_that_waits_is_lost() {
     first_waits(&mut admin, 2).await;
     let second = spawn(async move { other.acquire().await.unwrap() });
     waiters_are(&mut admin, 1).await;
-    // The first in the queue, and the one behind it, several times.
+    // The test ends the sessions of the first in the queue and of the one behind it, several times.
     for _ in 0..10 {
         let locks = advisory_locks(&mut admin).await;
         for lock in locks.iter().filter(|lock| lock.pid != held.backend_pid()) {
@@ -761,7 +761,7 @@ async fn release(waiting: tokio::task::JoinHandle<Permit>) {
 async fn who_waits_goes_on_after_a_restart_of_the_server() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
-    // Over TCP the pool retries while no server listens.
+    // Over TCP, the pool retries while no server listens.
     let options = server.tcp_options().database(db.name());
     let (pool, elsewhere) = (pool_of(options.clone(), 3).await, pool_of(options, 3).await);
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();

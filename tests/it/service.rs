@@ -1,4 +1,4 @@
-//! Services of several processes that take hot locks, and work on the same pool.
+//! Services of several processes acquire hot locks, and work on the same pool.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -22,14 +22,14 @@ use crate::support::{
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// What a task of a service does again and again.
+/// The kind of lock that a task of a service acquires repeatedly.
 #[derive(Clone)]
 enum Way {
     Lock,
     Manager(LockManager),
 }
 
-/// Acquires a key, works on the pool under it, and releases it.
+/// Acquires a key, works on the pool while it holds the key, and releases it.
 async fn cycle(way: &Way, pool: &PgPool, key: i64) {
     let mut lock = match way {
         Way::Lock => Lock::new(pool, key),
@@ -40,8 +40,8 @@ async fn cycle(way: &Way, pool: &PgPool, key: i64) {
     drop(guard);
 }
 
-/// Three services with a pool of `connections` each, whose tasks want few keys: all come through, without an
-/// error, and a query that has nothing to do with locks is answered meanwhile.
+/// The tasks of three services, each with a pool of `connections`, compete for few keys: all complete without an error,
+/// and a query unrelated to locks is answered meanwhile.
 async fn serve(connections: u32, managed: bool) {
     const CYCLES: usize = 8;
     let db = TestDb::new().await;
@@ -55,7 +55,7 @@ async fn serve(connections: u32, managed: bool) {
             let (pool, way) = (pool.clone(), way.clone());
             tasks.spawn(async move {
                 for round in 0..i64::try_from(CYCLES).unwrap() {
-                    // Half of the time the hottest key.
+                    // Half of the cycles use the hottest key.
                     let step = service * 31 + task * 7 + round * 3;
                     let key = if step % 2 == 0 { 0 } else { step % 12 };
                     cycle(&way, &pool, key).await;
@@ -90,7 +90,7 @@ async fn hot_locks_leave_connections_to_the_work() {
     }
 }
 
-/// How many sessions of the database hold or await an advisory lock, apart from one.
+/// Returns the sessions of the database that hold or await an advisory lock, apart from one.
 async fn sessions_at_locks(db: &TestDb, except: i32) -> HashSet<i32> {
     let sessions = "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND pid <> $1
          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
@@ -104,7 +104,7 @@ async fn sessions_at_locks(db: &TestDb, except: i32) -> HashSet<i32> {
         .collect()
 }
 
-/// However many keys are busy, and each gets its turn when it is free.
+/// A manager waits on `wait_sessions` sessions, however many keys are busy, and acquires each key when it is free.
 async fn waits_on(wait_sessions: usize, locks: u32) {
     const KEYS: i64 = 40;
     let db = TestDb::new().await;
@@ -125,7 +125,7 @@ async fn waits_on(wait_sessions: usize, locks: u32) {
     eventually("as many connections as there should be wait", TIMEOUT, waiting).await;
     let size = other.size();
     assert!(size <= u32::try_from(wait_sessions).unwrap() + 2, "{size} connections");
-    // Waiters whose key no session waits for on the server get theirs too.
+    // Waiters whose key no session waits for on the server are granted it, too.
     for guard in held {
         guard.release().await.unwrap();
     }
@@ -143,7 +143,7 @@ async fn a_manager_waits_on_four_connections_of_a_large_pool() {
     waits_on(4, 25).await;
 }
 
-/// The session that has waited for a key holds it, and can't wait for another one meanwhile.
+/// The session that has waited for a key holds it afterwards, and can't wait for another key meanwhile.
 #[tokio::test]
 async fn a_manager_waits_for_a_key_beside_one_that_it_holds_for_long() {
     let db = TestDb::new().await;
@@ -170,7 +170,7 @@ async fn a_manager_waits_for_a_key_beside_one_that_it_holds_for_long() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// On a pool that can spare one connection for locks, a busy key is tried again and again on that.
+/// On a pool that can spare one connection for locks, the manager polls a busy key on that connection.
 #[tokio::test]
 async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
     for connections in [1, 2] {
@@ -182,7 +182,7 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
             let mut lock = Lock::new(&manager, 1);
             async move { lock.acquire().await.unwrap().release().await }
         });
-        // Others are granted meanwhile.
+        // Other keys are granted meanwhile.
         Lock::new(&manager, 2).acquire().await.unwrap().release().await.unwrap();
         assert!(!waiter.is_finished());
         held.release().await.unwrap();
@@ -190,7 +190,7 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
     }
 }
 
-/// When no connection comes free in time, all queued waiters fail at once, not one after another.
+/// When the pool has no free connection in time, all queued waiters fail at once, not one after another.
 #[tokio::test]
 async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
     let db = TestDb::new().await;
@@ -209,7 +209,7 @@ async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
         let error = failed.unwrap().unwrap_err();
         assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
     }
-    // A second one would take as long again, for each thousand.
+    // A second timeout, for each thousand waiters, would take as long again.
     assert!(started.elapsed() < 3 * limit, "{:?}", started.elapsed());
 }
 
@@ -264,15 +264,15 @@ async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
     });
     tokio::task::yield_now().await;
     terminate(&mut admin, guard.backend_pid()).await;
-    // Nothing on this runtime has run since that could have noticed.
+    // No task on this runtime has run since then that could have detected the loss.
     assert!(!guard.is_lost());
     let error = timeout(SOON * 10, guard.release()).await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { reason: Loss::Disconnected(_), .. }), "{error:?}");
     timeout(SOON * 4, next).await.unwrap().unwrap().unwrap();
 }
 
-/// Outside of a runtime there is no timer. The first release leaves the lock to the other owner, and the last
-/// one asks the server.
+/// Outside of a runtime, there is no timer. The first release leaves the lock to the other owner, and the last one
+/// sends a statement to the server.
 #[test]
 fn a_release_may_be_awaited_outside_of_a_runtime() {
     let runtime = runtime();
@@ -289,7 +289,8 @@ fn a_release_may_be_awaited_outside_of_a_runtime() {
     runtime.block_on(async { no_locks(&mut db.admin().await).await });
 }
 
-/// A busy key whose waiter finds no connection to wait on: the pool's only one was taken meanwhile.
+/// The waiter for a busy key finds no connection to wait on, because another task has taken the pool's only one
+/// meanwhile.
 #[tokio::test]
 async fn a_waiter_without_a_connection_is_told_or_goes_on() {
     let db = TestDb::new().await;
@@ -299,7 +300,7 @@ async fn a_waiter_without_a_connection_is_told_or_goes_on() {
         let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
         let manager = LockManager::new(&small);
         let guard = Lock::new(&manager, 2).acquire().await.unwrap();
-        // It is tried on the shared session, which is held open by the other key.
+        // The manager tries the key on the shared session, which the other key keeps open.
         let waiter = spawn({
             let mut lock = Lock::new(&manager, 1);
             async move { lock.acquire().await.map(drop) }
@@ -310,7 +311,7 @@ async fn a_waiter_without_a_connection_is_told_or_goes_on() {
         });
         tokio::task::yield_now().await;
         guard.release().await.unwrap();
-        // It was asked for before the wait session was.
+        // The successor requested its connection before the manager requested one for the wait.
         let taken = timeout(TIMEOUT, successor).await.unwrap().unwrap();
         if comes_back {
             drop(taken);
@@ -328,13 +329,13 @@ fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
-/// A pool of a database, each of whose connections is opened by the runtime that asks for it.
+/// A pool of a database. Each of its connections is opened by the runtime that requests it.
 async fn fresh_pool(db: &TestDb) -> PgPool {
     let pool = PgPoolOptions::new().max_connections(8).min_connections(0);
     pool.connect_with(db.options()).await.unwrap()
 }
 
-/// A waiter on another runtime needs no help to go on.
+/// A waiter on another runtime continues without help.
 #[test]
 fn a_waiter_outlives_the_runtime_that_acquired_first() {
     for _ in 0..5 {
@@ -374,7 +375,7 @@ fn a_runtime_that_is_not_driven_is_replaced() {
     });
     let manager = LockManager::new(&fast_heartbeat().on(&pool).unwrap());
     let mut lock = Lock::new(&manager, 1);
-    // From here on, this runtime stands still.
+    // From here on, no thread drives this runtime.
     let guard = idle.block_on(lock.acquire()).unwrap();
     let (waits, both) = second.block_on(async {
         let mut tasks = JoinSet::new();
@@ -400,7 +401,7 @@ fn a_runtime_that_is_not_driven_is_replaced() {
     second.block_on(async { drop(db.admin().await) });
 }
 
-/// With this number of waiters, a cost per waiter that grows with their number would be noticed.
+/// With this number of waiters, a cost per waiter that grows with their number would show.
 #[tokio::test]
 async fn many_give_up_together() {
     const WAITERS: usize = 10_000;
@@ -418,7 +419,7 @@ async fn many_give_up_together() {
     }
     let mut others = 0;
     while gave_up.load(Ordering::Relaxed) < WAITERS {
-        // One that has failed never gives up.
+        // A waiter that has panicked is never counted, so the test propagates the panic here.
         while let Some(waiter) = waiters.try_join_next() {
             waiter.unwrap();
         }
@@ -439,7 +440,7 @@ async fn many_give_up_together() {
     Lock::new(&manager, 1).acquire().await.unwrap().release().await.unwrap();
 }
 
-/// All sessions of a server that restarts are noticed, not only the first.
+/// When several sessions end at once, the end of each is detected, not only that of the first.
 #[tokio::test]
 async fn all_that_are_closed_at_once_are_told_at_once() {
     let db = TestDb::new().await;
@@ -449,7 +450,7 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
     for key in 0..3 {
         guards.push(Lock::new(&options, key).acquire().await.unwrap());
     }
-    // By then they are polled.
+    // By then, the connections are polled.
     tokio::time::sleep(Duration::from_millis(2500)).await;
     let pids: Vec<i32> = guards.iter().map(|guard| guard.backend_pid()).collect();
     let end = sqlx::query("SELECT count(pg_terminate_backend(pid)) FROM unnest($1) AS pid");
@@ -459,7 +460,7 @@ async fn all_that_are_closed_at_once_are_told_at_once() {
     }
 }
 
-/// A release that finds the connection in use by a heartbeat, on a server that has fallen silent.
+/// The release finds the connection in use by a heartbeat, and the server does not answer any more.
 #[tokio::test]
 async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     let (server, db) = TestDb::with_server().await;
@@ -477,7 +478,8 @@ async fn a_release_during_a_heartbeat_that_is_not_answered_ends() {
     no_locks(&mut db.admin().await).await;
 }
 
-/// As after a restart of a firewall. Each is given the heartbeat's timeout, and is replaced.
+/// The link is frozen, as after a restart of a firewall. Each idle connection is replaced after the heartbeat's
+/// timeout.
 #[tokio::test]
 async fn idle_connections_on_a_frozen_link_delay_an_acquire_and_do_not_fail_it() {
     let server = Server::options().tcp().start();

@@ -14,7 +14,7 @@ use crate::support::{
 
 const KEY: &str = "nightly-report";
 
-/// What the sessions of the database show that hold advisory locks, or wait for one. In order.
+/// The application names of the sessions of the database that hold or await advisory locks, in order.
 async fn shown(admin: &mut PgConnection) -> Vec<String> {
     let names = "SELECT DISTINCT a.application_name COLLATE \"C\" FROM pg_locks l \
          JOIN pg_stat_activity a USING (pid) JOIN pg_database d ON d.oid = l.database \
@@ -66,7 +66,7 @@ async fn a_lock_shows_its_name_while_it_is_held_and_while_it_is_waited_for() {
         next.release().await.unwrap();
         own_name_is_back(&other, own).await;
 
-        // A wait that ends in vain.
+        // This wait times out.
         let holder = Lock::new(&billing, KEY).acquire().await.unwrap();
         let mut lock = Lock::new(&shipping, KEY);
         waits_in_vain(SOON / 10, async |time| lock.try_acquire_for(time).await).await;
@@ -94,7 +94,7 @@ async fn a_session_shows_the_lock_that_it_was_asked_for_last() {
     own_name_is_back(&pool, "invoices").await;
 }
 
-/// The tasks of a process pass the lock on to each other, with the connection.
+/// The tasks of a process hand the lock off to each other, with the connection.
 #[tokio::test]
 async fn a_lock_that_is_passed_on_still_shows_its_name() {
     let (db, pool, mut admin) = TestDb::scene(6).await;
@@ -147,7 +147,7 @@ async fn other_handles_show_their_names_too() {
     assert!(name.starts_with(&format!("node-7 {term}@")), "{name}");
 }
 
-/// A name in `application_name` counts if its hash is the key, whatever else the session says.
+/// A name in `application_name` is shown if its hash is the key, whatever else the session's application name contains.
 #[tokio::test]
 async fn a_name_that_a_session_shows_is_checked() {
     let db = TestDb::new().await;

@@ -1,4 +1,5 @@
-//! A hot standby has locks of its own: refused unless they are asked for, and kept when it is promoted.
+//! A hot standby has locks of its own, which are refused unless the options allow them, and are kept when it is
+//! promoted.
 
 use std::error::Error as _;
 
@@ -73,7 +74,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     let guard = lock.acquire().await.unwrap();
     guard.verify().await.unwrap();
     assert!(other.try_acquire().await.unwrap().is_none());
-    // It does not exist on the primary.
+    // The lock is not held on the primary.
     Lock::new(&there, KEY).try_acquire().await.unwrap().unwrap().release().await.unwrap();
 
     let error = guard.fencing_token().await.unwrap_err();
@@ -81,7 +82,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     assert!(error.to_string().contains(KEY));
     assert!(error.source().unwrap().to_string().contains("recovery"));
     guard.verify().await.unwrap();
-    // So is another lock on the same session.
+    // Another lock on the same session is granted, too.
     Lock::new(&guard, "another").try_acquire().await.unwrap().unwrap().release().await.unwrap();
 
     let (waited, ()) = tokio::join!(other.acquire_shared(), async {
@@ -90,7 +91,7 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     });
     let shared = waited.unwrap();
     let another = lock.try_acquire_shared().await.unwrap().unwrap();
-    // By then their connections are polled, too, and that leaves nothing on them either.
+    // By then, their connections are polled, too, which leaves nothing on them either.
     for guard in [&shared, &another] {
         several_heartbeats(&mut admin, guard.backend_pid()).await;
         assert!(!guard.is_lost());
@@ -101,7 +102,8 @@ async fn it_locks_for_itself_if_that_is_allowed() {
     borrow_all(&here).await;
 }
 
-/// The sessions live on, and their locks with them. What was held on the old primary is not held here.
+/// The sessions survive the promotion, and so do their locks. Locks that were held on the old primary are not held
+/// here.
 #[tokio::test]
 async fn a_promotion_ends_no_session_and_takes_no_lock() {
     let (primary, standby) = Server::options().start_with_standby();
@@ -123,7 +125,7 @@ async fn a_promotion_ends_no_session_and_takes_no_lock() {
     theirs.verify().await.unwrap();
     assert!(ours.fencing_token().await.unwrap() > 0);
 
-    // A session from before the promotion, and a fresh one.
+    // One session is from before the promotion, and one is new.
     for pool in [&here, &pool(&standby).await] {
         let guard = Lock::new(pool, "another").acquire().await.unwrap();
         assert_eq!(old.contains(&guard.backend_pid()), std::ptr::eq(pool, &raw const here));

@@ -1,4 +1,4 @@
-//! What is sent to the server: one statement to acquire, one to release, none to stack.
+//! The statements that are sent to the server: one to acquire, one to release, none to re-enter.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ fn logging_server() -> Server {
     Server::options().setting("log_statement", "all").start()
 }
 
-/// Asks whether a transaction was left open. Sent if the server took long between two messages of a statement,
-/// as a busy one does.
+/// The query whether a transaction was left open. It is sent if the server took long between two messages of a
+/// statement, as a busy server does.
 const IS_OPEN: &str = "statement: SELECT pg_catalog.now() OPERATOR(pg_catalog.<>)";
 
-/// The statements that were logged since `mark`, without those of the test itself, and without that question.
+/// The statements that were logged since `mark`, without those of the test itself, and without [`IS_OPEN`].
 fn statements(server: &Server, mark: usize) -> Vec<String> {
     let log = server.log_since(mark);
     let logged = log.lines().filter(|line| line.contains("statement:") || line.contains("execute"));
@@ -31,7 +31,7 @@ async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
     let pool = db.pool(1).await;
     let mut lock = Lock::new(&pool, "nightly-report");
 
-    // On a fresh connection, and on one that was used before.
+    // The first round is on a fresh connection, the second on one that was used before.
     for round in ["fresh", "used"] {
         let mark = server.log_len();
         let guard = lock.acquire().await.unwrap();
@@ -49,7 +49,7 @@ async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
     }
 }
 
-/// Only where the server was slow: one that always asked would need two statements.
+/// The query is sent only if the server was slow. If it were always sent, an acquire would need two statements.
 #[tokio::test]
 async fn whether_a_transaction_was_left_open_is_rarely_asked() {
     const ROUNDS: usize = 40;
@@ -124,7 +124,7 @@ async fn a_downgrade_by_dropping_the_exclusive_guard_is_one_message() {
     exclusive.release().await.unwrap();
     assert_eq!(statements(&server, mark).len(), 1);
 
-    // Now it is shared, so another reader gets in and a writer does not.
+    // Now the lock is shared, so another reader is granted the lock, and a writer is not.
     let mut other = lock.clone();
     assert!(other.try_acquire().await.unwrap().is_none());
     other.try_acquire_shared().await.unwrap().unwrap().release().await.unwrap();
@@ -148,14 +148,14 @@ async fn a_downgrade_and_an_upgrade_cost_one_statement_or_none() {
     let writing = upgraded(reading.try_upgrade().await.unwrap());
     assert_eq!(statements(&server, mark).len(), 1);
 
-    // Another guard of the handle holds it exclusively.
+    // Another guard of the handle holds the lock exclusively.
     let mark = server.log_len();
     let also_writing = lock.acquire().await.unwrap();
     let reading = writing.downgrade().await.unwrap();
     let writing = upgraded(reading.try_upgrade().await.unwrap());
     also_writing.release().await.unwrap();
     assert_eq!(statements(&server, mark), Vec::<String>::new());
-    // It is held in both modes by now, and released in one statement.
+    // By now, the lock is held in both modes, and one statement releases both.
     writing.release().await.unwrap();
     assert_eq!(statements(&server, mark).len(), 1);
 }
@@ -185,7 +185,7 @@ async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
         assert_eq!(statements(&server, mark).len(), 1);
     }
 
-    // Refused at the last of many: one to ask, one to release what was granted.
+    // The acquire is refused at the last of many locks: one statement tries them, and one releases the granted locks.
     let mut many = MultiLock::new(&pool, 10_000..14_000);
     let busy = Lock::new(&pool, 13_999).acquire().await.unwrap();
     for _ in 0..2 {
@@ -196,7 +196,7 @@ async fn several_free_locks_cost_one_statement_to_acquire_and_one_to_release() {
     }
     busy.release().await.unwrap();
 
-    // Refused half-way: one to ask, one to release what was granted.
+    // The acquire is refused half-way: one statement tries the locks, and one releases the granted locks.
     let busy = Lock::new(&pool, 198).acquire().await.unwrap();
     let mark = server.log_len();
     assert!(locks.try_acquire().await.unwrap().is_none());
@@ -217,7 +217,7 @@ async fn a_free_permit_costs_three_statements_to_acquire_and_one_to_release() {
         let permit = semaphore.acquire().await.unwrap();
         permit.release().await.unwrap();
         let mut sent = statements(&server, mark);
-        // Once in a second, it asks whether all count alike.
+        // Every ten seconds, the semaphore checks for a larger one of its key.
         sent.retain(|statement| !statement.contains("pg_lock_status"));
         assert_eq!(sent.len(), 4, "{sent:#?}");
     }
@@ -240,7 +240,7 @@ async fn making_handles_and_options_sends_nothing() {
     let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
     drop((lock, clone, third, several, semaphore));
 
-    // What a task sends, it has sent by then.
+    // After this acquire and release, a background task has sent all its statements.
     Lock::new(&pool, 42).acquire().await.unwrap().release().await.unwrap();
     let sent = statements(&server, mark);
     assert_eq!(sent.len(), 2, "{sent:#?}");

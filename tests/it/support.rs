@@ -119,7 +119,7 @@ thread_local! {
 /// How many managers are remembered: more pools than any test has at a time.
 const REMEMBERED: usize = 8;
 
-/// Returns the manager of a pool, which is one for all locks that the thread makes.
+/// Returns the manager of a pool. All locks that the thread makes on the pool share it.
 pub(crate) fn manager_of(pool: &PgPool) -> LockManager {
     MANAGERS.with_borrow_mut(|managers| {
         // The address of its options identifies a pool, because all clones of the pool share them.
@@ -152,7 +152,7 @@ pub(crate) fn soon() -> Duration {
     Environment::current().limit(SOON)
 }
 
-/// Longer than anything takes, unless it hangs.
+/// Longer than most calls take, unless they hang. Tests of slower operations have a limit of their own.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Returns how often a test repeats something in this environment: `count` times in the plain one.
@@ -230,7 +230,7 @@ pub(crate) async fn locks_become(
 ) -> Vec<AdvisoryLock> {
     let started = Instant::now();
     loop {
-        let locks = advisory_locks(admin).await;
+        let locks = timeout(limit + TIMEOUT, advisory_locks(admin)).await.unwrap();
         if condition(&locks) {
             return locks;
         }
@@ -310,7 +310,7 @@ pub(crate) async fn all_are_idle(pool: &PgPool) {
 /// waiter for a lock, or one lock more than the `held` that others hold, which is a queue's.
 /// Returns the output if the call completed.
 ///
-/// A task of its own looks at the server, so that this does not poll the call.
+/// A separate task watches the server, so that watching does not poll the call.
 pub(crate) async fn unless_it_waits<T>(
     held: usize,
     db: &TestDb,
@@ -355,11 +355,11 @@ pub(crate) async fn borrow_all(pool: &PgPool) -> Vec<i32> {
     let mut borrowed = Vec::new();
     let mut pids = Vec::new();
     for _ in 0..pool.options().get_max_connections() {
-        // Most connections are there at once. That of a dropped wait takes up to a second, and a manager's as long.
+        // Most connections are there at once. That of a dropped wait, or of a manager, takes up to a second.
         let mut conn = timeout(soon() * 2, acquire(pool)).await.unwrap();
         // With the simple protocol, both times are the same outside a transaction.
-        // All names are qualified, because other functions may be in front of these in the search path. Access to the
-        // view `pg_locks` may be revoked, but not to the function behind it.
+        // All names are qualified, because other functions may be in front of these in the search path. A test may
+        // revoke access to the view `pg_locks`, but never to the function behind it.
         let row = sqlx::raw_sql(
             "SELECT pg_catalog.pg_backend_pid(), \
              pg_catalog.now() OPERATOR(pg_catalog.<>) pg_catalog.statement_timestamp(), \

@@ -1,4 +1,4 @@
-//! What a reviewer should not have to look for.
+//! Checks of the source that a reviewer should not have to make.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub(crate) fn rust_files(dir: &str) -> Vec<PathBuf> {
     files(dir, "rs")
 }
 
-/// All files with an extension in a directory of the crate and below. There is one at least.
+/// All files with an extension in a directory of the crate and below. There is at least one.
 fn files(dir: &str, extension: &str) -> Vec<PathBuf> {
     let mut dirs = vec![root().join(dir)];
     let mut files = Vec::new();
@@ -92,7 +92,7 @@ fn the_readme_names_the_versions_of_postgresql() {
     assert!(readme.contains(&format!("PostgreSQL {oldest} to {newest}")), "{oldest} to {newest}");
 }
 
-/// A metric that is misspelt would only leave a panel empty, or an alert silent.
+/// A misspelt metric would only leave a panel empty, or an alert silent.
 #[test]
 fn the_dashboard_and_the_alerts_use_metrics_that_exist() {
     fn metrics(text: &str) -> impl Iterator<Item = &str> {
@@ -106,7 +106,7 @@ fn the_dashboard_and_the_alerts_use_metrics_that_exist() {
         let text = read(&format!("migrations-free-docker/monitoring/{file}"));
         assert!(metrics(&text).count() > 5, "{file}");
         for metric in metrics(&text) {
-            // What a histogram is exported as.
+            // A histogram is exported as metrics with these suffixes.
             let ends = ["_bucket", "_sum", "_count"];
             let name = ends.iter().find_map(|end| metric.strip_suffix(end)).unwrap_or(metric);
             assert!(documented.contains(&name), "{file}: {metric}");
@@ -135,10 +135,10 @@ fn every_example_is_listed_and_every_listed_one_exists() {
     assert_eq!(listed, files);
 }
 
-/// Statements are in one place, so that they can be read, and reviewed, as one.
+/// Statements are in one place, so that they can be read and reviewed together.
 ///
-/// The command line tells people of `pg_locks` and the like, and sends nothing itself, except for the question
-/// that libpq asks for `target_session_attrs`.
+/// The messages of the command line mention `pg_locks` and the like. The command line itself sends no statement, except
+/// for the query that libpq sends for `target_session_attrs`.
 #[test]
 fn only_sql_rs_spells_sql() {
     for file in rust_files("src") {
@@ -211,7 +211,7 @@ fn string_literals_are_told_from_comments() {
     assert_eq!(string_literals(code), ["one", "t\\\"wo", "th\\ree", "fo\"ur", "five"]);
 }
 
-/// It needs a runtime on the calling thread, and a guard may be dropped anywhere.
+/// `tokio::spawn` needs a runtime on the calling thread, and a guard may be dropped anywhere.
 #[test]
 fn nothing_calls_tokio_spawn() {
     for file in rust_files("src") {
@@ -272,7 +272,7 @@ fn comments(code: &str) -> Vec<(usize, &str)> {
     lines.collect()
 }
 
-/// The lines of a page, without those of code.
+/// The lines of a page, without those of code blocks.
 fn prose(page: &str) -> Vec<(usize, &str)> {
     let mut is_code = false;
     let lines = (1..).zip(page.lines()).filter(|(_, line)| {
@@ -303,7 +303,7 @@ fn avoided(lines: &[(usize, &str)]) -> Vec<(usize, &'static str)> {
 
 #[test]
 fn avoided_words_are_found_in_comments_and_in_pages() {
-    // Not as they are, because this file has none of these comments itself.
+    // The comments are written with `#`, so that this file has none of them itself.
     let code = "#/ It lets\n#/ go.\nlet somebody = \"https:#whoever\"; # Mostly.\n#! whoever_asks";
     let code = code.replace('#', "//");
     let found = avoided(&comments(&code));

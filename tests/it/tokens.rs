@@ -1,4 +1,4 @@
-//! A guarded write refuses who comes late, and under which isolation.
+//! A guarded write refuses a late writer, depending on the isolation level.
 
 use pglock::{Error, ExclusiveGuard, Lock, LockOptions};
 use pglock_testkit::{Server, TestDb, eventually};
@@ -7,14 +7,14 @@ use tokio::time::{sleep, timeout};
 
 use crate::support::{Behind, SOON, terminate};
 
-/// As the documentation of `fencing_token` has it.
+/// The statement from the documentation of `fencing_token`.
 const GUARDED: &str = "UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1";
 
-/// Looks at the token in one place, and writes in another.
+/// Checks the token in one table, and writes to another.
 const ELSEWHERE: &str =
     "INSERT INTO payment SELECT id, $1 FROM invoice WHERE token <= $1 AND id = $2";
 
-/// Runs one of them on the invoice; returns how many rows it changed, or its SQLSTATE.
+/// Runs one of the statements on the invoice; returns the number of rows that it changed, or its SQLSTATE.
 async fn write(
     statement: &'static str,
     token: i64,
@@ -32,7 +32,7 @@ async fn hold(pool: &PgPool) -> (ExclusiveGuard, i64) {
     (guard, token)
 }
 
-/// Ends the session of a hold under its guard.
+/// Ends the session of a guard that is still alive.
 async fn lose(guard: &ExclusiveGuard, admin: &mut PgConnection) {
     terminate(admin, guard.backend_pid()).await;
     timeout(SOON * 10, guard.lost()).await.unwrap();
@@ -133,7 +133,8 @@ fn begin(isolation: &str) -> sqlx::AssertSqlSafe<String> {
     sqlx::AssertSqlSafe(format!("BEGIN ISOLATION LEVEL {isolation}"))
 }
 
-/// A server whose synchronous standby is away, and a pool of a connection whose commits wait for it.
+/// A server whose synchronous standby is not connected, and a pool of one connection, whose commits wait for the
+/// standby.
 async fn without_standby() -> (Server, TestDb, PgPool) {
     let server = Server::options()
         .setting("wal_level", "replica")
@@ -142,13 +143,13 @@ async fn without_standby() -> (Server, TestDb, PgPool) {
         .start();
     let db = TestDb::on(&server).await;
     let pool = db.pool(1).await;
-    // Not for all sessions: those of the test commit too.
+    // The setting is not for all sessions, because those of the test commit too.
     pool.set_connect_options(db.options().options([("synchronous_commit", "on")]));
     drop(pool.acquire().await.unwrap().detach());
     (server, db, pool)
 }
 
-/// The commit is cancelled, and the caller hears that there is no token; the lock is not concerned.
+/// The commit is cancelled, and the caller gets an error instead of a token; the lock is not affected.
 #[tokio::test]
 async fn a_token_that_waits_for_a_standby_is_an_error_and_no_loss() {
     let (_server, db, pool) = without_standby().await;
@@ -157,12 +158,12 @@ async fn a_token_that_waits_for_a_standby_is_an_error_and_no_loss() {
     assert!(matches!(token, Err(Error::Database { .. })), "{token:?}");
     guard.verify().await.unwrap();
     guard.release().await.unwrap();
-    // A role whose commits wait for nothing draws one.
+    // A session whose commits do not wait draws a token.
     let guard = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
     assert!(timeout(SOON * 5, guard.fencing_token()).await.unwrap().unwrap() > 0);
 }
 
-/// A commit that waits for a standby that is away is cancelled by the release if the caller has gone.
+/// If the caller drops a call whose commit waits for an absent standby, the release cancels the commit.
 #[tokio::test]
 async fn a_token_that_waits_for_a_standby_and_is_dropped_keeps_no_lock() {
     let (_server, db, pool) = without_standby().await;
@@ -184,7 +185,7 @@ async fn waits_for_standby(admin: &mut PgConnection) {
     }
 }
 
-/// The loss ends the question, which has a longer limit of its own.
+/// The loss ends the call for the token, which has a longer limit of its own.
 #[tokio::test]
 async fn a_token_on_a_frozen_link_ends_with_the_loss() {
     let behind = Behind::a_proxy(1).await;

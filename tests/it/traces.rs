@@ -1,5 +1,5 @@
-//! What the crate tells `tracing`: a span for every acquire, an event for every release, and nothing
-//! that wakes anybody up unless something is wrong.
+//! What the crate reports to `tracing`: a span for every acquire, an event for every release, and no warning or error
+//! unless something is wrong.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,10 +15,11 @@ use crate::support::{
     TIMEOUT, acquire_with_each_outcome, borrow_all, has_waiter, spawn, terminate,
 };
 
-/// Longer than an answer takes. To open a connection may take longer, so all are open where this counts.
+/// Longer than an answer of the server takes. Opening a connection may take longer, so the tests that depend on this
+/// open all connections first.
 const MOMENT: Duration = Duration::from_millis(1_500);
 
-/// One span for each acquire, with its result; for re-entrant ones too.
+/// Each acquire has one span, with its result, including re-entrant acquires.
 #[tokio::test]
 async fn every_acquire_has_a_span() {
     let (_db, pool) = TestDb::with_pool(3).await;
@@ -52,13 +53,13 @@ async fn every_acquire_has_a_span() {
     }
     let waited: Vec<u64> =
         spans.iter().map(|span| span.field("waited_ms").unwrap().parse().unwrap()).collect();
-    // The two that ran out of time. The timer of the second one began before its acquire.
+    // These are the two acquires that timed out. The timer of the second one began before its acquire.
     let moment = u64::try_from((MOMENT * 9 / 10).as_millis()).unwrap();
     let long = waited.iter().map(|&waited| waited >= moment);
     assert_eq!(long.skip(3).take(2).collect::<Vec<_>>(), [true, true], "{waited:?}");
 }
 
-/// It is no part of the acquire, whose span ends before.
+/// The span of a hold is not part of the acquire's span, which ends before.
 #[tokio::test]
 async fn every_hold_has_a_span() {
     let (_db, pool, mut admin) = TestDb::scene(4).await;
@@ -146,7 +147,7 @@ async fn a_permit_of_a_larger_semaphore_is_warned_of_once() {
     for _ in 0..3 {
         permits.push(large.acquire().await.unwrap());
     }
-    // Two of these are of the smaller one too.
+    // Two of the three permits are also permits of the smaller semaphore.
     permits.retain(|permit| permit.slot() > 0);
     let told = Logged::from_now_on();
     large.acquire().await.unwrap().release().await.unwrap();
@@ -176,7 +177,7 @@ async fn the_error_of_a_leader_is_warned_of() {
     assert!(warning.field("pause_ms").is_some());
 }
 
-/// A future that was never polled has acquired nothing, and so tells nothing.
+/// A future that was never polled has acquired nothing, so it has no span.
 #[tokio::test]
 async fn an_acquire_never_polled_has_no_span() {
     let (_db, pool) = TestDb::with_pool(1).await;
@@ -209,7 +210,7 @@ async fn a_release_is_a_trace_event() {
     told.nothing_loud();
 }
 
-/// An acquire that was dropped logs what its task does about it.
+/// After an acquire was dropped, its background task logs how it ends the wait.
 #[tokio::test]
 async fn an_abandoned_wait_is_a_debug_event() {
     let db = TestDb::new().await;
@@ -235,7 +236,7 @@ async fn an_abandoned_wait_is_a_debug_event() {
     told.nothing_loud();
 }
 
-/// That a connection must not return to the pool is reported in no other way.
+/// No other report says that a connection must not return to the pool.
 #[tokio::test]
 async fn a_connection_that_is_closed_instead_is_a_warning() {
     let (_db, pool) = TestDb::with_pool(1).await;
@@ -255,7 +256,7 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
     assert_eq!(warning.field("lock.keys"), Some("42"));
 }
 
-/// It is one session for many locks: the warning says how many guards have lost theirs.
+/// One session holds many locks: the warning has the number of guards that have lost their locks.
 #[tokio::test]
 async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
@@ -298,7 +299,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
         assert_eq!(warning.field("lock.name"), Some("nightly-report"));
         drop((first, inside));
 
-        // One task may re-enter.
+        // A single task may re-enter without a warning.
         let mut own = in_mutex.lock().await.clone();
         let told = Logged::from_now_on();
         let twice = (own.acquire().await.unwrap(), own.acquire().await.unwrap());
@@ -307,7 +308,7 @@ async fn a_handle_that_two_tasks_share_is_a_warning() {
     }
 }
 
-/// Not even a wait of 2.5 s, which sqlx would call a slow statement after the first of them.
+/// Even a wait of 2.5 s is silent, though sqlx reports a slow statement after one second.
 #[tokio::test]
 async fn the_normal_path_is_silent() {
     let db = TestDb::new().await;
@@ -338,7 +339,7 @@ async fn the_normal_path_is_silent() {
     assert!(told.events(Level::DEBUG).is_empty(), "{:#?}", told.events(Level::DEBUG));
 }
 
-/// A wait that lasts is visible before it ends, whatever waits.
+/// A long wait is reported before it ends, for every kind of lock.
 #[tokio::test]
 async fn a_long_wait_is_reported_while_it_lasts() {
     let db = TestDb::new().await;
@@ -380,7 +381,8 @@ async fn a_long_wait_is_reported_while_it_lasts() {
     }
 }
 
-/// A formatter for JSON puts the fields of a span beside its own name, and text where a value is no string.
+/// A JSON formatter puts the fields of a span beside the span's own name, and writes values that are not strings as
+/// text.
 #[tokio::test]
 async fn names_and_causes_survive_json() {
     let db = TestDb::new().await;
@@ -434,7 +436,7 @@ impl io::Write for Written {
     }
 }
 
-/// What the application does on the lock's connection is logged as usual.
+/// The application's own statements on the lock's connection are logged as usual.
 #[tokio::test]
 async fn the_applications_own_statements_are_not_silenced() {
     let (_db, pool) = TestDb::with_pool(1).await;

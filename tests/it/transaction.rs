@@ -1,4 +1,4 @@
-//! Transaction-level locks: released by the end of the transaction, and everything else in it unchanged.
+//! Transaction-level locks: the end of the transaction releases them, and they change nothing else in it.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::support::{
 };
 
 const KEY: &str = "ledger";
-/// A wait that is meant to run out.
+/// The timeout of a wait that is meant to time out.
 const MOMENT: Duration = Duration::from_millis(100);
 
 type Tx = Transaction<'static, Postgres>;
@@ -73,7 +73,7 @@ async fn a_holder_excludes_every_other_session() {
         transaction::acquire(&mut tx, &key).await.unwrap();
         assert!(lock.try_acquire_shared().await.unwrap().is_none());
         assert!(!transaction::try_acquire_shared(&mut other, &key).await.unwrap());
-        // The owner is the session.
+        // The session owns the lock, so it can acquire it again.
         assert!(transaction::try_acquire(&mut tx, &key).await.unwrap());
         tx.rollback().await.unwrap();
 
@@ -99,7 +99,7 @@ async fn a_wait_ends_when_the_holder_commits() {
             holder.commit().await.unwrap();
         });
         assert!(granted.unwrap());
-        // It was granted inside a subtransaction, and is the transaction's.
+        // The lock was granted inside a subtransaction, and belongs to the whole transaction.
         let modes: Vec<_> =
             advisory_locks(&mut tx).await.into_iter().map(|lock| lock.mode).collect();
         assert_eq!(modes, [if way < 3 { "ExclusiveLock" } else { "ShareLock" }], "way {way}");
@@ -169,7 +169,8 @@ async fn a_wait_that_runs_out_leaves_the_transaction_usable_and_the_log_empty() 
     no_locks(&mut admin).await;
 }
 
-/// A timeout may strike after the grant. Then the answer is no, and that must be true.
+/// The timeout may occur after the grant. In that case, the call reports that the lock was not acquired, which must be
+/// true.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_answer_is_true_however_tight_the_time() {
     let rounds: u64 = amount(600, 1_500);
@@ -198,7 +199,7 @@ async fn the_answer_is_true_however_tight_the_time() {
         } else {
             transaction::try_acquire_shared_for(&mut tx, KEY, wait).await
         };
-        // A busy machine has answered too late.
+        // The server answered too late, on a busy machine.
         if matches!(granted, Err(Error::Disconnected { .. })) {
             tx.rollback().await.unwrap();
             continue;
@@ -221,8 +222,9 @@ mod settings {
                             current_setting('transaction_isolation') || ' ' || \
                             current_setting('transaction_read_only')";
 
-    /// Acquires a busy lock in a transaction that `begin` and `SET LOCAL` made special, past every limit
-    /// on statements and locks; then waits in vain for another. Nothing is different afterwards.
+    /// Acquires a busy lock in a transaction with special properties from `begin` and `SET LOCAL`, past every limit on
+    /// statements and locks; then waits for another lock until the wait times out. Checks that the transaction's
+    /// properties are unchanged.
     async fn stay(
         prepare: impl AsyncFn(&mut PgConnection, &str),
         begin: &'static str,
@@ -245,7 +247,7 @@ mod settings {
         let before = ask(&mut tx, SETTINGS).await;
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
             locks_are(&mut admin, 3, TIMEOUT).await;
-            // Not to wait for something, but to let the limits pass.
+            // The test waits for no event here: it lets the limits pass.
             sleep(MOMENT * 25).await;
             holder.commit().await.unwrap();
         });
@@ -253,7 +255,7 @@ mod settings {
         assert_eq!(ask(&mut tx, SETTINGS).await, before);
         assert!(!transaction::try_acquire_for(&mut tx, "busy", MOMENT * 23).await.unwrap());
         assert_eq!(ask(&mut tx, SETTINGS).await, before);
-        // In force as well.
+        // The limits are in force as well.
         if before.contains(" 2s ") {
             let slept = sqlx::raw_sql("SELECT pg_sleep(20)").execute(&mut *tx).await.unwrap_err();
             assert_eq!(sqlstate(&slept).unwrap(), "57014");
@@ -294,14 +296,14 @@ mod settings {
 mod limits {
     use super::*;
 
-    /// The limits that the server was sent since a mark of its log, in milliseconds.
+    /// The limits that were sent to the server since a mark of its log, in milliseconds.
     fn sent(server: &Server, mark: usize) -> Vec<u64> {
         let log = server.log_since(mark);
         let limits = log.split("set_config('pglock.limit', '").skip(1);
         limits.map(|rest| rest.split('\'').next().unwrap().parse().unwrap()).collect()
     }
 
-    /// A shorter slice would end before each deadlock check: a deadlock would never be found.
+    /// A shorter slice would end before each deadlock check, so the server would never detect a deadlock.
     #[tokio::test]
     async fn a_slice_is_longer_than_the_deadlock_timeout() {
         for (deadlock_timeout, least, most) in [("90s", 91_000, 91_000), ("3s", 54_000, 60_000)] {
@@ -347,21 +349,21 @@ mod logs {
     use super::*;
     use crate::logged::Logged;
 
-    /// How many lines of the server's log say that a wait lasts.
+    /// Counts the lines of the server's log that report a wait.
     async fn waits_logged(server: &Server, db: &TestDb, pool: &PgPool) -> usize {
         let mut admin = db.admin().await;
         let mut holder = db.pool(1).await.begin().await.unwrap();
         transaction::acquire(&mut holder, KEY).await.unwrap();
         let mut tx = pool.begin().await.unwrap();
-        // One check is due before the wait can switch the checks off. It is not logged, because it
-        // comes before the deadlock check.
+        // One connection check is due before the wait can switch the checks off. The wait is not logged then, because
+        // this check comes before the deadlock check.
         let set = "SELECT set_config(name, '50ms', true) FROM pg_settings \
                    WHERE name = 'client_connection_check_interval'";
         execute(&mut tx, set).await;
         let mark = server.log_len();
         let (acquired, ()) = tokio::join!(transaction::acquire(&mut tx, KEY), async {
             locks_are(&mut admin, 2, TIMEOUT).await;
-            // Not to wait for something, but to let the server log.
+            // The test waits for no event here: it gives the server time to log.
             sleep(MOMENT * 8).await;
             holder.commit().await.unwrap();
         });
@@ -378,7 +380,8 @@ mod logs {
             .start();
         let db = TestDb::on(&server).await;
         assert_eq!(waits_logged(&server, &db, &db.pool(2).await).await, 0);
-        // One for a role that may not, however often the server checks the connection.
+        // There is one line for a role that may not switch `log_lock_waits` off, however often the server checks the
+        // connection.
         execute(&mut db.admin().await, "CREATE ROLE app LOGIN").await;
         let as_app = pool_of(db.options().username("app"), 2).await;
         assert_eq!(waits_logged(&server, &db, &as_app).await, 1);
@@ -398,12 +401,12 @@ mod logs {
         let lines = logged.events_from(Level::INFO);
         assert!(lines.is_empty(), "{lines:#?}");
 
-        // Those of the application are not suppressed.
+        // The warnings about the application's own statements are not suppressed.
         execute(&mut db.admin().await, "SELECT pg_sleep(1.2)").await;
         assert_eq!(logged.events_from(Level::INFO).len(), 1);
     }
 
-    /// Whatever keys and timeouts are used.
+    /// The number does not depend on the keys and timeouts.
     #[tokio::test]
     async fn of_statements_have_a_bounded_number_of_entries() {
         let Some(options) = with_statement_statistics(Server::options()).await else { return };
@@ -429,12 +432,12 @@ mod logs {
             let count = "SELECT count(*) FROM pg_stat_statements";
             counts.push(ask(&mut admin, count).await);
         }
-        // The first count is not yet among what it counts.
+        // The first count does not include the counting statement itself.
         assert_eq!(counts.get(1), counts.last(), "{counts:?}");
     }
 }
 
-/// Where the role may not use PL/pgSQL, and where it was dropped.
+/// Tested where the role may not use PL/pgSQL, and where PL/pgSQL was dropped.
 #[tokio::test]
 async fn a_role_without_plpgsql_waits_all_the_same() {
     let (_server, db) = TestDb::with_server().await;
@@ -497,7 +500,7 @@ mod isolation {
         (db, pool)
     }
 
-    /// Waits in a transaction for a holder, which updates before it commits.
+    /// Waits in a transaction for a holder, which updates a row before it commits.
     async fn wait_for_an_update(db: &TestDb, pool: &PgPool, begin: &'static str) -> Tx {
         let mut admin = db.admin().await;
         let mut holder = pool.begin().await.unwrap();
@@ -559,10 +562,10 @@ mod isolation {
 mod cancelled {
     use super::*;
 
-    /// Drops one of the ways to acquire after every number of polls. The connection answers again, and
-    /// the rollback leaves nothing but what `held` says others hold.
+    /// Drops one of the ways to acquire after every number of polls. Checks that the connection answers again, and that
+    /// the rollback leaves only the `held` locks of others.
     ///
-    /// Returns at how many points it was dropped.
+    /// Returns the number of points at which the call was dropped.
     async fn at_every_poll(db: &TestDb, held: usize, way: usize) -> usize {
         let mut admin = db.admin().await;
         let pool = db.pool(1).await;
@@ -605,7 +608,7 @@ mod cancelled {
         }
     }
 
-    /// The dropped wait is granted: the transaction has the lock, until it ends.
+    /// A dropped wait is granted the lock, which the transaction holds until it ends.
     #[tokio::test]
     async fn and_then_granted() {
         let (db, pool, mut admin) = TestDb::scene(1).await;
@@ -637,7 +640,7 @@ mod failing {
         tx.rollback().await.unwrap();
     }
 
-    /// Each holds what the other wants: one fails, and the other gets it.
+    /// Each transaction waits for the lock that the other holds: one fails, and the other gets its lock.
     #[tokio::test]
     async fn by_a_deadlock() {
         let (_db, pool, mut admin) = TestDb::scene(2).await;
@@ -700,7 +703,7 @@ mod failing {
         let error = waited.unwrap().unwrap_err();
         assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
         server.resume();
-        // Late, but it answers.
+        // The server answers late.
         tx.rollback().await.unwrap();
         no_locks(&mut db.admin().await).await;
         server.stop(Shutdown::Fast);

@@ -1,4 +1,4 @@
-//! A deadlock is not mistaken for a wait that ran out of its slice.
+//! A deadlock is not mistaken for the end of a wait's slice.
 
 use std::time::Duration;
 

@@ -73,7 +73,7 @@ impl Drop for Listed<'_> {
 }
 
 impl Calls {
-    /// Starts the watchdog, which ends with the returned value.
+    /// Starts the watchdog, which ends when the returned value is dropped.
     pub(crate) fn start(run: String) -> Self {
         let calls = Self::default();
         let in_flight = Arc::downgrade(&calls.in_flight);

@@ -13,7 +13,7 @@ use crate::world::{KEYS, World};
 
 const MEMBERS: usize = 3;
 
-/// Runs generations of tasks, each on a session of its own, until the run ends.
+/// Runs generations of tasks until the run ends. The tasks of a generation share a session.
 pub(crate) async fn run(world: Arc<World>, number: u64, mut dice: Dice) {
     // The parent's key is free: only this family uses it.
     let key = i64::try_from(KEYS + number).unwrap();

@@ -84,7 +84,8 @@ impl Member {
         }
     }
 
-    /// Converts the guard to the other mode, if that is possible. `None` if the call failed, which releases the guard.
+    /// Converts the guard to the other mode, if that is possible. `None` if the call failed or was interrupted,
+    /// which releases the guard.
     async fn convert(&mut self, ticket: Ticket) -> Option<Ticket> {
         let (backend, owner) = (ticket.guard().backend_pid(), ticket.owner);
         let was_shared = ticket.guard().locks().iter().any(|(_, mode)| *mode == Mode::Shared);

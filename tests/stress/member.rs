@@ -1,4 +1,4 @@
-//! A task that acquires, holds and releases locks, in every way that the library has.
+//! A task that acquires, holds and releases locks, in randomly chosen ways.
 
 use std::sync::Arc;
 use std::thread;

@@ -33,7 +33,7 @@ pub(crate) struct Wanted {
     /// How long the wait may take. `None` for no limit, zero to fail at once if the lock is not free.
     pub(crate) limit: Option<Duration>,
     pub(crate) retry: bool,
-    /// When the limited time began.
+    /// The start of the time that `limit` bounds.
     pub(crate) started: Instant,
 }
 
@@ -63,7 +63,7 @@ impl Wanted {
     /// Tries once to acquire the lock, and draws a fencing token. `None` if the lock was not free in time.
     async fn attempt(&self, pool: &PgPool) -> Result<Option<Held>> {
         let key = &self.key.key;
-        // The longest duration, which no clock can count, stands for no limit.
+        // `Duration::MAX` is no limit, because the deadline would overflow.
         let limit = self.limit.map_or(Duration::MAX, |_| self.remaining().unwrap_or_default());
         let mut slot = None;
         let guard: Option<Guard> = if let Some(permits) = self.permits {
@@ -102,7 +102,7 @@ async fn acquire_with_retries(pool: &PgPool, wanted: &Wanted) -> Result<Option<H
             None => attempt.await,
         };
         let error = match acquired {
-            // Not retried: more likely, the script names the wrong server than one that is about to be promoted.
+            // Not retried, because the script more likely names the wrong server than one that is about to be promoted.
             Err(error @ Error::Standby { .. }) => return Err(error.into()),
             Err(error) if wanted.retry && error.is_transient() => error,
             acquired => return Ok(acquired?),
@@ -128,7 +128,7 @@ fn unanswered(wanted: &Wanted) -> Failure {
     Failure::Unanswered(wanted.key.to_string(), source)
 }
 
-/// Reports at intervals which sessions hold the lock, and how many wait for it, unless the info level is disabled.
+/// Reports at intervals which sessions hold the lock, and how many wait for it, if the info level is enabled.
 async fn narrate(pool: &PgPool, key: &Target) -> Infallible {
     if !tracing::enabled!(tracing::Level::INFO) {
         return pending().await;

@@ -50,7 +50,7 @@ pub(crate) struct Child {
 struct Pipes {
     control: PipeWriter,
     report: PipeReader,
-    /// The descendants that this process had before it started the command.
+    /// The descendants that this process had before it started the command, which are not the command's.
     others: HashSet<Pid>,
 }
 

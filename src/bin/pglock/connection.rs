@@ -92,7 +92,7 @@ pub(crate) async fn disconnect(pool: PgPool, signals: &mut Signals, limit: Durat
 /// Waits, within the limit, until all operations that are in flight on the pool have ended, and closes its connections
 /// in order.
 pub(crate) async fn close_pool(pool: PgPool, limit: Duration) {
-    // A server that does not answer in time closes the connections on its own.
+    // If this times out, the program exits next, and the server closes the connections when it detects that.
     drop(timeout(limit, pool.close()).await);
 }
 

@@ -159,7 +159,7 @@ async fn run_on(
     ready: Readiness,
 ) -> Result<Exit, Failure> {
     let name = args.name.clone().unwrap_or_else(host);
-    // The election does not limit its grace period, because `supervise` ends the command after its own.
+    // The election has no grace period of its own, because `supervise` applies the one of the command.
     let mut election = Election::new(pool, &args.key.key).candidate(name).grace(Duration::MAX);
     let status = election.status();
     // The exit code of the program, once it is known.
@@ -168,7 +168,7 @@ async fn run_on(
         if exit.get().is_some() {
             return Poll::Ready(());
         }
-        // While a command runs, its supervision holds the signals.
+        // While a command runs, `lead` holds the mutex of the signals.
         signals.try_lock().map_or(Poll::Pending, |mut signals| signals.poll_stop(cx).map(|_| ()))
     });
     let failed = AtomicU8::new(0);
@@ -243,7 +243,7 @@ async fn lead(
 ) -> Result<Ended, Failure> {
     let term = leadership.term();
     say(format_args!("elected, term {term}"));
-    // A signal that has arrived until now can end the program; from now on, signals are for the command.
+    // A signal to stop that arrived before this point ends the program. Later signals are for the command.
     while let Some(received) = signals.try_next() {
         if received.is_stop() || received.is_hang_up() {
             return Ok(Ended::Program(Exit::FINE));

@@ -40,15 +40,15 @@ impl Exit {
 
     /// Ends the program.
     ///
-    /// For a signal, returns the exit code that a shell reports for its commands. Only SIGINT really ends the process,
-    /// because a shell that runs a loop ends the loop only then. The first process of a container can't be ended by a
-    /// signal.
+    /// For a signal, returns the exit code that a shell reports for a command that the signal has ended. Only SIGINT
+    /// really ends the process, because a shell that runs a loop ends the loop only then. The first process of a
+    /// container can't be ended by a signal.
     pub(crate) fn leave(self) -> ExitCode {
         match self {
             Self::Code(code) => ExitCode::from(code),
             Self::Signal(signal) => {
                 if signal == Signal::SIGINT as i32 && process::id() != 1 {
-                    // This does not return. If it does, the exit code below has the same meaning.
+                    // This returns only if it fails. The exit code below has the same meaning.
                     drop(signal_hook::low_level::emulate_default_handler(signal));
                 }
                 ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX))

@@ -1,5 +1,5 @@
-//! Job control of a terminal: the guardian stops and continues with `pglock`, and stops and continues its descendants.
-//! While `pglock` is stopped, it can't detect a loss, so no process may work under the lock.
+//! Job control of a terminal: the guardian and its descendants stop and continue together with `pglock`. While `pglock`
+//! is stopped, it can't detect a loss, so no process may work under the lock.
 
 use std::fs::File;
 use std::io;

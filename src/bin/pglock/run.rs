@@ -179,7 +179,7 @@ async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<E
     tracing::info!("acquired {}, token {token}", args.key);
     let mut env = vec![("PGLOCK_KEY", args.key.text.clone()), ("PGLOCK_TOKEN", token.to_string())];
     env.extend(slot.map(|slot| ("PGLOCK_SLOT", slot.to_string())));
-    // A signal that has arrived until now ends the program; from now on, signals are for the command.
+    // A signal that arrived before this point ends the program. Later signals are for the command.
     if let Some(received) = signals.try_next() {
         guard.release().await?;
         return Ok(received.signal.into());
@@ -206,7 +206,7 @@ async fn run_under(held: Held, signals: &mut Signals, args: RunArgs) -> Result<E
     // The signals until now were for the command.
     while signals.try_next().is_some() {}
     let mut releasing = pin!(guard.release());
-    // The release also detects a loss that was not notified.
+    // The release also detects a loss of which the guard was not notified.
     let released = tokio::select! {
         biased;
         released = &mut releasing => released,
@@ -243,7 +243,7 @@ impl RunArgs {
     }
 }
 
-/// The longest time that the command line accepts: thirty years. An `Instant` plus the longest `Duration` overflows.
+/// Thirty years, to which longer times are shortened, because an `Instant` plus the longest `Duration` overflows.
 pub(crate) const LONGEST: Duration = Duration::from_secs(1_000_000_000);
 
 /// Reads a time in seconds from the command line.

@@ -25,7 +25,8 @@ pub(crate) fn tree(locks: &[LockInfo]) -> Vec<Row<'_>> {
             places.clear();
             group = Some(&lock.key);
         }
-        // A parent is always an earlier row, so there are no cycles. The first one is a holder if there is any.
+        // Only an earlier row can be the parent, so there are no cycles. The first is a holder if a holder blocks this
+        // waiter.
         let parent = lock.blocked_by.iter().filter_map(|pid| places.get(pid)).min();
         match parent.and_then(|&parent: &usize| children.get_mut(parent)) {
             Some(siblings) => siblings.push(place),

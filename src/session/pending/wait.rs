@@ -141,8 +141,8 @@ impl Pending {
         }
     }
 
-    /// Ends a wait after a statement that failed, or did not return within `limit`. Returns `None` if the caller's time is
-    /// over.
+    /// Ends a wait after a statement that failed, or did not return within `limit`. Returns `None` if the caller's time
+    /// is over.
     async fn stop(
         self,
         failed: Option<sqlx::Error>,

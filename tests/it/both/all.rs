@@ -1,4 +1,4 @@
-//! What holds of every kind of lock: all of this runs on each, which [`super`] makes.
+//! Tests of every kind of lock. Each test runs on the locks that [`super`] makes.
 
 use super::{ALONE, LETS_GO_UNDRIVEN, new_lock, new_lock_with, sessions};
 

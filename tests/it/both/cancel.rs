@@ -13,7 +13,7 @@ use super::new_lock;
 use crate::cancel::{POLLS, dropped_at_every_poll_on};
 use crate::support::{borrow_all, locks_are, no_locks, refused, rounds, soon, terminate, upgraded};
 
-/// Drops a call on a fresh handle at every poll.
+/// Drops a call on a fresh handle after every number of polls.
 #[expect(clippy::future_not_send, reason = "it runs where it is made")]
 async fn dropped_at_every_poll(held: usize, db: &TestDb, call: impl AsyncFn(&mut Lock)) {
     dropped_at_every_poll_on(held, db, async |pool| {
@@ -22,7 +22,7 @@ async fn dropped_at_every_poll(held: usize, db: &TestDb, call: impl AsyncFn(&mut
     .await;
 }
 
-/// The six ways to acquire, each dropped at every poll.
+/// Drops each of the six ways to acquire after every number of polls.
 async fn every_acquire_dropped(held: usize, db: &TestDb) {
     let limit = Duration::from_millis(30);
     dropped_at_every_poll(held, db, async |lock| drop(lock.acquire().await)).await;
@@ -76,7 +76,7 @@ async fn releasing() {
     })
     .await;
 
-    // Dropped in the release itself: it is done all the same, and the connection kept.
+    // If the call to `release` itself is dropped, the lock is still released, and the connection is kept.
     let pool = db.pool(1).await;
     let mut admin = db.admin().await;
     let mut lock = new_lock(&pool, "nightly-report");
@@ -133,7 +133,7 @@ async fn downgrading_and_upgrading() {
     .await;
 }
 
-/// The guard goes while an upgrade on the same handle waits, and then the wait is dropped too.
+/// The guard is dropped while an upgrade on the same handle waits, and then the wait is dropped too.
 #[tokio::test]
 async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
@@ -149,7 +149,7 @@ async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
     no_locks(&mut admin).await;
     borrow_all(&pool).await;
 
-    // Otherwise it is granted, and then the guard holds alone.
+    // If the upgrade is not dropped, it is granted, and its guard is then the only holder.
     let mine = lock.acquire_shared().await.unwrap();
     let theirs = lock.clone().acquire_shared().await.unwrap();
     let mut upgrade = Box::pin(lock.acquire());
@@ -161,7 +161,7 @@ async fn an_upgrade_that_outlives_its_guard_and_is_dropped() {
     borrow_all(&pool).await;
 }
 
-/// What sqlx's own `PgAdvisoryLock` fails: after ten cancelled acquires its pool of ten is exhausted
+/// sqlx's own `PgAdvisoryLock` fails this test: after ten cancelled acquires, its pool of ten connections is exhausted
 /// until the holder releases the lock.
 #[tokio::test]
 async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
@@ -188,15 +188,15 @@ async fn a_hundred_timeouts_leave_the_pool_to_its_other_users() {
     held.release().await.unwrap();
 }
 
-/// 10,000 acquires dropped at random points, against 20 contenders that live; nothing is left.
+/// 10,000 acquires are dropped at random points, while 20 contenders complete theirs; no lock is left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storm_of_dropped_acquires_leaves_nothing() {
     const CONTENDERS: usize = 20;
     const DROPPERS: usize = 12;
 
     let enough = rounds(amount(4_000, 10_000));
-    // A server of its own: the storm is also one of connections, for sqlx closes those that it was
-    // about to return to a caller that timed out.
+    // The test has a server of its own, because it also opens many connections: sqlx closes those that it was about to
+    // return to a caller that timed out.
     let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let pool = db.pool(u32::try_from(CONTENDERS + DROPPERS).unwrap()).await;

@@ -1,4 +1,4 @@
-//! A connection goes back to the pool only when it holds nothing and is in its original state.
+//! A connection is returned to the pool only when it holds no lock and is in its original state.
 
 use std::time::Duration;
 
@@ -42,15 +42,16 @@ async fn a_session_killed_while_it_holds_is_a_loss_and_is_replaced() {
 
 #[tokio::test]
 async fn the_pool_gets_its_settings_back_unchanged() {
-    // The settings by which the server detects a dead client stay, because nothing else depends on them.
-    // Exact, and from the function behind the view, because both may be out of the role's reach.
+    // The settings by which the server detects a dead client stay, because nothing else depends on them. The query
+    // qualifies its names, and calls the function behind the view, because both unqualified names and the view may be
+    // out of the role's reach.
     const SETTINGS: &str = "SELECT pg_catalog.concat(name, '=', setting) \
          FROM pg_catalog.pg_show_all_settings() \
          WHERE source OPERATOR(pg_catalog.=) 'session' \
            AND name OPERATOR(pg_catalog.!~~) 'tcp_%' \
            AND name OPERATOR(pg_catalog.<>) 'client_connection_check_interval' \
          ORDER BY 1";
-    // By the simple protocol, because the pool may discard what is prepared.
+    // The query uses the simple protocol, because the pool may discard prepared statements.
     async fn settings(pool: &PgPool) -> Vec<String> {
         let rows = sqlx::raw_sql(SETTINGS).fetch_all(pool).await.unwrap();
         rows.iter().map(|row| row.get(0)).collect()
@@ -58,7 +59,7 @@ async fn the_pool_gets_its_settings_back_unchanged() {
     let (db, pool) = TestDb::with_pool(1).await;
     let before = settings(&pool).await;
 
-    // Each way to end: free, after a wait, refused, timed out.
+    // The acquires end in each way: at once, after a wait, refused, timed out.
     let mut lock = new_lock(&pool, 1);
     lock.acquire().await.unwrap().release().await.unwrap();
     let other_pool = db.pool(1).await;
@@ -79,13 +80,13 @@ async fn the_pool_gets_its_settings_back_unchanged() {
 async fn an_old_transaction_left_open_in_the_pool_is_ended_by_the_acquire() {
     let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut lock = new_lock(&pool, 1);
-    // The connection is fresh at first; then the lock's statement is prepared on it.
+    // At first, the connection is fresh. Later, the lock's statement is prepared on it.
     for left_open in ["BEGIN", "BEGIN", "BEGIN; SELECT 1 / 0", "BEGIN"] {
         let mut conn = pool.acquire().await.unwrap();
         drop(sqlx::raw_sql(left_open).execute(&mut *conn).await);
         drop(conn);
         eventually("the pool has it back", soon() * 10, || async { pool.num_idle() == 1 }).await;
-        // It gets old enough to be seen.
+        // The transaction gets old enough to be detected.
         tokio::time::sleep(Duration::from_millis(20)).await;
 
         let guard = lock.acquire().await.unwrap();

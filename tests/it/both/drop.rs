@@ -1,4 +1,4 @@
-//! A guard may be dropped anywhere: never a panic, never a leak.
+//! A guard may be dropped anywhere, without a panic or a leak.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -18,12 +18,12 @@ fn multi_thread() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// Runtimes that live on, but that no thread enters, on which a dropped guard releases its lock all the same.
+/// Runtimes that are alive but that no thread drives, and on which a dropped guard still releases its lock.
 fn left_alone() -> Vec<Runtime> {
     if LETS_GO_UNDRIVEN { vec![current_thread(), multi_thread()] } else { vec![multi_thread()] }
 }
 
-/// Holds a lock on a runtime of its own, and what watches it on another.
+/// A lock on a runtime of its own, and a second runtime from which the test watches it.
 struct Scene {
     watcher: Runtime,
     db: TestDb,
@@ -165,8 +165,8 @@ fn a_wait_that_goes_down_with_its_runtime_leaves_nothing() {
         let mut admin = scene.db.admin().await;
         locks_are(&mut admin, 2, soon() * 4).await;
         runtime.shutdown_background();
-        // Nothing is left to cancel it: the server detects that its client has gone, within a second
-        // from PostgreSQL 14 on, otherwise when the lock is granted or the slice ends.
+        // No task is left to cancel the wait. The server detects that its client has disconnected: within a second from
+        // PostgreSQL 14 on, otherwise when the lock is granted or the slice ends.
         if admin.server_version_num() >= Some(140_000) {
             locks_are(&mut admin, 1, Duration::from_secs(8)).await;
         }

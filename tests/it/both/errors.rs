@@ -1,4 +1,4 @@
-//! Failures: each has its variant, a message that says what to do, and leaves nothing behind.
+//! Each failure has a variant and a message that says what to do, and leaves nothing behind.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -46,12 +46,12 @@ mod connecting {
 
     #[tokio::test]
     async fn to_a_closed_port() {
-        // A port that was free a moment ago.
+        // The port was free a moment ago.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let options = PgConnectOptions::new_without_pgpass().username("postgres");
         let options = options.host("127.0.0.1").port(port);
         fails(lazy(options.clone(), MOMENT), true).await;
-        // The caller's time ends before that of the pool, which has room for a connection.
+        // The caller's timeout ends before the pool's, and the pool has room for a connection.
         let error = new_lock(&lazy(options, TIMEOUT), KEY).try_acquire_for(MOMENT).await;
         assert!(matches!(error, Err(Error::Connect { .. })), "{error:?}");
     }
@@ -73,12 +73,12 @@ mod connecting {
         works(&mut new_lock(&lazy(options.password("right"), TIMEOUT), KEY)).await;
     }
 
-    /// A server that went away and came back: the handle needs no help.
+    /// When a server that was down is up again, the handle needs no help.
     #[tokio::test]
     async fn while_the_server_is_down() {
         let (server, db) = TestDb::with_server().await;
         let pool = lazy(db.options(), Environment::current().limit(MOMENT));
-        // On a busy machine, to connect takes longer than the pool allows.
+        // On a busy machine, connecting takes longer than the pool allows.
         borrow_all(&pool).await;
         all_are_idle(&pool).await;
         let mut lock = new_lock(&pool, KEY);
@@ -118,7 +118,7 @@ mod the_pool {
         nothing_is_left(&mut db.admin().await, &pool).await;
     }
 
-    /// `None` would say that another session holds the lock, which was never asked for.
+    /// `None` would mean that another session holds the lock, but the server was never asked for the lock.
     #[tokio::test]
     async fn is_exhausted_when_the_callers_time_runs_out() {
         let db = TestDb::new().await;
@@ -174,7 +174,7 @@ mod waiting {
             Self { db, admin, pool, lock }
         }
 
-        /// Waits behind another service, and has `statement` done to the waiting backend.
+        /// Waits behind another service, and runs `statement` against the waiting backend.
         async fn struck_by(&mut self, statement: &str) -> Error {
             let holder = new_lock(&self.db.pool(1).await, KEY).acquire().await.unwrap();
             let admin = &mut self.admin;
@@ -244,11 +244,11 @@ mod waiting {
 mod deadlock {
     use super::*;
 
-    /// Upgrades as long as it takes; the one that must give way releases what it holds.
+    /// Waits for an upgrade. If it fails because of the deadlock, releases the shared lock.
     async fn upgrade(mut lock: Lock, shared: SharedGuard) -> (Lock, Result<ExclusiveGuard, Error>) {
         let upgraded = timeout(TIMEOUT, lock.acquire()).await.unwrap();
         if upgraded.is_err() {
-            // The failure has taken nothing away.
+            // The failed upgrade has not released the shared lock.
             let still_shared = lock.try_acquire_shared().await.unwrap().unwrap();
             assert_eq!(still_shared.backend_pid(), shared.backend_pid());
             still_shared.release().await.unwrap();
@@ -259,7 +259,7 @@ mod deadlock {
         (lock, upgraded)
     }
 
-    /// Two sharers that both want more: one gives way, and the other gets it.
+    /// Two shared holders wait for an upgrade: one fails, and the other is upgraded.
     #[tokio::test]
     async fn between_two_sharers_hits_exactly_one() {
         let (_db, pool, mut admin) = TestDb::scene(2).await;
@@ -284,7 +284,7 @@ mod deadlock {
     }
 }
 
-/// A full lock table refuses, keeps nothing, and lets in again once there is room.
+/// A server with a full lock table refuses an acquire, keeps nothing of it, and grants locks again once there is room.
 #[tokio::test]
 async fn a_full_lock_table_is_out_of_locks() {
     let server = Server::options()
@@ -294,7 +294,7 @@ async fn a_full_lock_table_is_out_of_locks() {
     let db = TestDb::on(&server).await;
     let pool = db.pool(2).await;
     let mut lock = new_lock(&pool, KEY);
-    // A new connection could not even log in.
+    // While the table is full, a new connection could not even log in.
     borrow_all(&pool).await;
     let mut filler = db.admin().await;
     let lock_many = "SELECT count(pg_advisory_lock(n)) FROM generate_series(1, 1000000) n";
@@ -310,7 +310,7 @@ async fn a_full_lock_table_is_out_of_locks() {
         is_told_well(&error, "raise max_locks_per_transaction or max_connections");
         assert!(error.is_transient());
     }
-    // Makes room to look: only the filler holds something.
+    // The filler makes room for a query, which shows that no other session holds a lock.
     execute(&mut filler, "SELECT pg_advisory_unlock(n) FROM generate_series(1, 20) n".to_owned())
         .await;
     let locks = advisory_locks(&mut filler).await;
@@ -322,8 +322,8 @@ async fn a_full_lock_table_is_out_of_locks() {
     nothing_is_left(&mut filler, &pool).await;
 }
 
-/// Limits that a role or a database sets for its statements are not meant for locks. They are lifted
-/// while a lock is waited for, and only then.
+/// Limits that a role or a database sets for its statements are not meant for locks. The crate lifts them while it
+/// waits for a lock, and only then.
 mod a_wait_outlasts {
     use super::*;
 
@@ -348,7 +348,7 @@ mod a_wait_outlasts {
 
         let (waited, ()) = tokio::join!(timeout(TIMEOUT, lock.acquire()), async {
             becomes(&mut admin, 1, 1).await;
-            // Not to wait for something, but to let the limit pass.
+            // The test waits for no event here: it lets the limit pass.
             sleep(LIMIT * 2).await;
             execute(&mut holder, format!("SELECT pg_advisory_unlock({key})")).await;
         });
@@ -394,7 +394,7 @@ mod a_wait_outlasts {
         wait_longer_than("transaction_timeout", 170_000).await;
     }
 
-    /// A wait without a bound, and one with a bound.
+    /// One wait has no bound, and one has a bound.
     #[tokio::test]
     async fn several_slices_of_its_own() {
         const ANOTHER: i64 = 1;

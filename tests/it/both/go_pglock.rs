@@ -1,6 +1,6 @@
-//! What go-pglock checks of itself, so that a service can move from it to this crate.
+//! The checks of go-pglock's own tests, so that a service can move from go-pglock to this crate.
 //!
-//! Two services have two pools on one database; a third connection looks at the server.
+//! Two services have two pools on one database; a third connection inspects the server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,11 +16,11 @@ use tokio::time::{sleep, timeout};
 use super::{new_lock, sessions};
 use crate::support::{TIMEOUT, locks_become};
 
-/// The bound within which the server must show what was done: less than a slice of a wait.
+/// The bound within which the server must show the effect of a call: less than a slice of a wait.
 fn soon() -> Duration {
     Environment::current().limit(Duration::from_secs(3))
 }
-/// A wait that is meant to run out, but not before the pool has lent a connection.
+/// The timeout of a wait that is meant to time out, but not before the pool has returned a connection.
 fn moment() -> Duration {
     Environment::current().limit(Duration::from_secs(1))
 }
@@ -48,7 +48,7 @@ impl Scene {
         .await;
     }
 
-    /// Whether the second service gets the lock when it asks.
+    /// Whether the second service is granted the lock when it tries.
     async fn two_can_lock(&self, key: i64) -> bool {
         let granted = new_lock(&self.two, key).try_acquire().await.unwrap();
         match granted {
@@ -57,7 +57,7 @@ impl Scene {
         }
     }
 
-    /// The same for a shared lock.
+    /// Whether the second service is granted a shared lock when it tries.
     async fn two_can_share(&self, key: i64) -> bool {
         let granted = new_lock(&self.two, key).try_acquire_shared().await.unwrap();
         match granted {
@@ -95,8 +95,8 @@ async fn an_acquire_never_polled_holds_nothing() {
 async fn an_expired_wait_for_a_busy_lock_holds_nothing() {
     let mut scene = Scene::new().await;
     let guard = new_lock(&scene.one, 10).acquire().await.unwrap();
-    // Each with a pool of its own, because there is no time to wait for a connection. On a busy machine, even an idle
-    // one is lent too late, or answers too late.
+    // Each call has a pool of its own, because there is no time to wait for a connection. On a busy machine, the pool
+    // returns even an idle connection too late, or the server answers too late.
     let expired = new_lock(&scene.two, 10).try_acquire_for(Duration::ZERO).await;
     assert!(expired.map_or_else(|error| error.is_transient(), |granted| granted.is_none()));
     let mut other = new_lock(&scene.db.pool(1).await, 10);
@@ -117,7 +117,7 @@ async fn what_is_acquired_is_excluded_until_released() {
     scene.becomes(0, 0).await;
 }
 
-/// One handle can acquire and release again and again.
+/// One handle can acquire and release repeatedly.
 #[tokio::test]
 async fn a_handle_is_reusable() {
     let scene = Scene::new().await;
@@ -149,7 +149,7 @@ async fn stacking_needs_as_many_releases() {
     scene.becomes(0, 0).await;
 }
 
-/// A blocked acquire goes on when the lock is released.
+/// A blocked acquire continues when the lock is released.
 #[tokio::test]
 async fn acquire_waits_for_the_release() {
     let mut scene = Scene::new().await;
@@ -180,7 +180,7 @@ async fn a_deadline_ends_the_wait() {
     other.acquire().await.unwrap().release().await.unwrap();
 }
 
-/// Ten workers of two services: never two at once, and each has its turn.
+/// Ten workers of two services exclude each other, and each has its turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_workers_exclude_each_other_and_all_finish() {
     let mut scene = Scene::new().await;
@@ -194,7 +194,7 @@ async fn ten_workers_exclude_each_other_and_all_finish() {
             for _ in 0..3 {
                 let guard = lock.acquire().await.unwrap();
                 assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "another holder is inside");
-                // Time for others to come in, if they could.
+                // This gives other workers the time to enter, if they could.
                 sleep(Duration::from_millis(2)).await;
                 inside.fetch_sub(1, Ordering::SeqCst);
                 guard.release().await.unwrap();
@@ -219,7 +219,7 @@ async fn close_releases_everything() {
     assert!(scene.two_can_lock(10).await);
     scene.becomes(0, 0).await;
 
-    // Now another holds it, and no guard of before can take it away.
+    // Now the other service holds the lock, and no earlier guard can release it.
     let other = new_lock(&scene.two, 10).acquire().await.unwrap();
     drop(shared);
     for guard in [first, second] {
@@ -229,7 +229,7 @@ async fn close_releases_everything() {
     scene.becomes(1, 0).await;
     other.release().await.unwrap();
 
-    // The handle itself is as good as new.
+    // The handle itself can be used again.
     lock.acquire().await.unwrap().release().await.unwrap();
     lock.release_all().await.unwrap();
 }
@@ -246,7 +246,7 @@ async fn different_ids_are_independent() {
     eleven.release().await.unwrap();
 }
 
-/// One task can hold several locks, and releases each by itself.
+/// One task can hold several locks, and releases each one separately.
 #[tokio::test]
 async fn locks_held_by_one_task_add_up() {
     let mut scene = Scene::new().await;
@@ -307,7 +307,7 @@ async fn shared_blocks_exclusive() {
     exclusive.unwrap().unwrap().release().await.unwrap();
 }
 
-/// Readers of two services that wait for a writer all get in when it is done.
+/// Readers of two services that wait for a writer are all granted the lock when the writer releases it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_wait_for_the_writer_and_then_all_share() {
     let mut scene = Scene::new().await;
@@ -318,7 +318,7 @@ async fn readers_wait_for_the_writer_and_then_all_share() {
         let mut lock = new_lock(pool, 10);
         readers.spawn(async move { lock.acquire_shared().await.unwrap() });
     }
-    // One for each pool: the others are in line behind it.
+    // One reader of each pool waits on the server: the others are in line behind it.
     scene.becomes(1, sessions(2, 1)).await;
     exclusive.release().await.unwrap();
 
@@ -373,7 +373,7 @@ async fn shared_stacking_needs_as_many_releases() {
     scene.becomes(0, 0).await;
 }
 
-/// Readers and writers of two services: a writer is alone, readers are without a writer.
+/// Readers and writers of two services mix: a writer excludes all others, and readers exclude writers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reads_and_writes_mix() {
     const WRITER: usize = 1000;
@@ -408,7 +408,7 @@ async fn reads_and_writes_mix() {
     scene.becomes(0, 0).await;
 }
 
-/// Readers hold the lock at the very same time: none leaves before all are in.
+/// Readers hold the lock at the same time: none releases it before all have it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_are_parallel() {
     let scene = Scene::new().await;

@@ -1,4 +1,4 @@
-//! Keys are PostgreSQL's: other programs that use the same numbers are excluded, and exclude us.
+//! Keys are PostgreSQL's keys: other programs that use the same numbers are excluded, and exclude the crate.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::new_lock;
 use crate::support::{TIMEOUT, locks_are};
 
-/// Takes a lock as any SQL client would; returns whether it was free.
+/// Tries a lock as any SQL client would; returns whether it was acquired.
 async fn sql_try_lock(conn: &mut PgConnection, key: i64) -> bool {
     let statement = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(key);
     statement.fetch_one(conn).await.unwrap()
@@ -86,7 +86,7 @@ async fn a_pair_never_clashes_with_a_number() {
     }
 }
 
-/// The same pair the other way round is another lock.
+/// The same pair in the other order is another lock.
 #[tokio::test]
 async fn the_order_of_a_pair_matters() {
     let (_db, pool) = TestDb::with_pool(2).await;
@@ -96,7 +96,7 @@ async fn the_order_of_a_pair_matters() {
     guard.release().await.unwrap();
 }
 
-/// How `pg_locks` shows a key: its halves without a sign, and which kind it is.
+/// The columns of `pg_locks` for a key: its halves without a sign, and its kind.
 fn shown(key: &Key) -> (i64, i64, i16) {
     let unsigned = |half: i32| i64::from(half.cast_unsigned());
     match PgAdvisoryLockKey::from(key) {
@@ -108,8 +108,8 @@ fn shown(key: &Key) -> (i64, i64, i16) {
     }
 }
 
-/// The smallest and the largest numbers lock, show, exclude themselves, are waited for in vain and
-/// with success, and are released.
+/// Keys of the smallest and the largest numbers can be acquired, shown, tried while busy, awaited with a timeout and
+/// until granted, and released.
 #[tokio::test]
 async fn every_number_is_a_key() {
     let db = TestDb::new().await;
@@ -132,7 +132,7 @@ async fn every_number_is_a_key() {
     expected.sort_by_key(|lock| (lock.classid, lock.objid, lock.objsubid));
     assert_eq!(advisory_locks(&mut admin).await, expected);
 
-    // All at once, as each takes its time.
+    // All waits run at once, because each takes all its time.
     let mut waits = JoinSet::new();
     for key in keys.clone() {
         let mut lock = new_lock(&theirs, key);
@@ -150,7 +150,7 @@ async fn every_number_is_a_key() {
     for mut lock in refused {
         waits.spawn(async move { lock.acquire().await.unwrap() });
     }
-    // A manager has only a few of them in the server's queue at a time.
+    // A manager has only a few of the waits in the server's queue at a time.
     let waiting = async || advisory_locks(&mut db.admin().await).await.len() > keys.len();
     eventually("some wait in the server's queue", TIMEOUT, waiting).await;
 
@@ -168,7 +168,7 @@ async fn every_number_is_a_key() {
     // A lock that was granted to an abandoned try is found by its number, and released.
     for key in &keys {
         let mut lock = new_lock(&ours, key);
-        // A server that is quick answers within one poll; then it is an ordinary guard.
+        // A fast server answers within one poll; the call then returns an ordinary guard.
         drop(cancel_after(1, lock.try_acquire()).await);
     }
     let idle = || async { ours.num_idle() == ours.size() as usize };
@@ -188,7 +188,7 @@ async fn an_i32_is_the_i64_of_the_same_value() {
     }
 }
 
-/// In both directions, and in both modes.
+/// Hand-written SQL and the crate exclude each other, in both modes.
 #[tokio::test]
 async fn hand_written_sql_sees_our_locks() {
     let (db, pool) = TestDb::with_pool(1).await;
@@ -223,7 +223,7 @@ async fn a_transaction_level_lock_excludes_us_until_it_ends() {
     ours.try_acquire().await.unwrap().unwrap().release().await.unwrap();
 }
 
-/// Keys belong to a database: the same key in another one of the server is another lock.
+/// Keys belong to a database: the same key in another database of the server is another lock.
 #[tokio::test]
 async fn databases_of_one_server_do_not_clash() {
     let (one, two) = (TestDb::new().await, TestDb::new().await);

@@ -35,7 +35,7 @@ async fn the_end_of_a_session_is_reported_at_once() {
         for (guard, pool) in held {
             let (lost, at) = tokio::join!(
                 async {
-                    // A heartbeat is not due before.
+                    // No heartbeat is due before this timeout.
                     let loss = timeout(SOON * 20, guard.lost()).await.unwrap();
                     (loss, Instant::now())
                 },
@@ -48,15 +48,15 @@ async fn the_end_of_a_session_is_reported_at_once() {
             took.push(lost.1.saturating_duration_since(at));
             says_lost(guard).await;
             borrow_all(&pool).await;
-            // The monitor has lost its connection with that of the session, and connects again, which takes
-            // several round trips.
+            // The monitor has lost its connection together with the session's, and reconnects, which takes several
+            // round trips.
             sleep(if rounds(50) < 50 { soon() / 2 } else { soon() / 5 }).await;
         }
     }
     took.sort();
     let median = took.get(took.len() / 2).copied();
     report(format!("reported after {median:?}, at most {:?}", took.last()));
-    // A few milliseconds on a quiet machine.
+    // On an idle machine, the median is a few milliseconds.
     assert!(median < Some(soon() / 4), "{took:?}");
     no_locks(&mut admin).await;
 }
@@ -73,7 +73,7 @@ async fn every_guard_of_a_lost_session_reports_it() {
     timeout(soon() * 5, both).await.unwrap();
     assert!(exclusive.is_lost() && shared.is_lost());
 
-    // A guard acquired now is on a new session, and none of the lost ones.
+    // A guard acquired now is on a new session, and is not one of the lost guards.
     let again = lock.acquire().await.unwrap();
     assert!(!again.is_lost());
     assert_ne!(again.backend_pid(), exclusive.backend_pid());
@@ -98,7 +98,7 @@ async fn the_stop_of_a_server_is_reported_at_once() {
 #[tokio::test]
 async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
     let (server, db) = TestDb::with_server().await;
-    // With a pool that has a free connection, and with one that has none.
+    // One pool has a free connection, and one has none.
     for connections in [3, 1] {
         let pool = db.pool(connections).await;
         let guard = new_lock_with(&lenient_heartbeat(), &pool, 1).acquire().await.unwrap();
@@ -109,7 +109,7 @@ async fn a_silent_server_is_reported_within_the_heartbeat_bound() {
         let loss = timeout(soon() * 10, guard.lost()).await;
         let took = started.elapsed();
         server.resume();
-        // The bound is three of them.
+        // The bound is three times `soon()`.
         assert!(took < soon() * 9 / 2, "reported only after {took:?}");
         assert!(matches!(loss.unwrap(), Loss::Unresponsive));
         says_lost(guard).await;
@@ -122,7 +122,7 @@ async fn a_loss_that_is_seen_before_the_heartbeat_ends_frees_the_lock_under_its_
     let (server, db) = TestDb::with_server().await;
     let guard = new_lock_with(&fast_heartbeat(), &db.pool(3).await, 1).acquire().await.unwrap();
     server.pause();
-    // By the clock; the heartbeat's timer is rounded up to the next millisecond.
+    // `is_lost` compares the time with the clock; the heartbeat's timer is rounded up to the next millisecond.
     while !guard.is_lost() {
         yield_now().await;
     }
@@ -131,7 +131,7 @@ async fn a_loss_that_is_seen_before_the_heartbeat_ends_frees_the_lock_under_its_
     says_lost(guard).await;
 }
 
-/// The monitor's connection is none of the pool.
+/// The monitor's connection is not one of the pool's.
 #[tokio::test]
 async fn the_end_of_a_session_is_reported_at_once_though_the_pool_is_exhausted() {
     let db = TestDb::new().await;
@@ -166,7 +166,7 @@ async fn a_monitored_session_asks_nothing_of_the_pool() {
 
 #[tokio::test]
 async fn a_monitored_session_is_quiet_between_heartbeats() {
-    // Of this thread, on which alone the session is watched.
+    // The CPU time of this thread, the only one on which the session is monitored.
     let time = || {
         let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
         Duration::from(time)
@@ -193,7 +193,7 @@ fn a_lock_whose_runtime_is_shut_down_is_lost_at_once() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let reports = runtime();
     let db = reports.block_on(TestDb::new());
-    // Short holds, and such as are monitored.
+    // One hold is short, and one is long enough to be monitored.
     for held_for in [Duration::ZERO, watched()] {
         let goes_down = runtime();
         let guard = goes_down.block_on(async {
@@ -292,7 +292,7 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
     }
     no_locks(&mut admin).await;
 
-    // Now it is known that they are rejected: a new connection is not asked.
+    // The crate now knows that the server rejects the settings, and does not try them on a new connection.
     let mut refused = async || -> i64 {
         let refused = sqlx::query_scalar("SELECT last_value FROM refused");
         refused.fetch_one(&mut admin).await.unwrap()
@@ -304,13 +304,13 @@ async fn a_server_that_refuses_a_setting_is_used_without_unless_it_is_required()
         guard.release().await.unwrap();
     }
     assert_eq!(refused().await, before);
-    // A lock that requires them asks all the same.
+    // A lock that requires the settings still tries them.
     let mut lock = new_lock_with(&LockOptions::new().require_settings(), &pool, 1);
     let error = lock.acquire().await.unwrap_err();
     assert!(matches!(error, Error::SettingsRejected { .. }), "{error:?}");
 }
 
-/// A right that is missing for the lock itself must not be taken for a setting that is rejected.
+/// A missing privilege for the lock itself must not be treated as a rejected setting.
 #[tokio::test]
 async fn a_function_that_the_role_may_not_call_is_not_a_rejected_setting() {
     let db = TestDb::new().await;
@@ -325,7 +325,8 @@ async fn a_function_that_the_role_may_not_call_is_not_a_rejected_setting() {
     no_locks(&mut admin).await;
 }
 
-/// Otherwise a server that was short of memory once would not be asked again to detect a dead holder.
+/// Otherwise, after a server was short of memory once, the crate would not set the settings for detecting dead holders
+/// on it again.
 #[tokio::test]
 async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
     let db = TestDb::new().await;

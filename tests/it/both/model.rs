@@ -1,4 +1,4 @@
-//! Whatever is done in whatever order, the server holds what a small model of it says.
+//! Whatever the order of calls, the server holds the locks that a small model of it predicts.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -22,14 +22,14 @@ use crate::support::rounds;
 
 const KEYS: i64 = 3;
 const HANDLES: usize = 6;
-/// Handles on several keys.
+/// The number of handles on several keys.
 const GROUPS: usize = 2;
-/// How many owners hold something at a time.
+/// The maximum number of owners that hold locks at a time.
 const SESSIONS: usize = 15;
 /// How long a release by drop may take to reach the server.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One step of a program that uses locks. Numbers are taken modulo what there is.
+/// One step of a program that uses locks. Indices are taken modulo the number of items.
 #[derive(Clone, Debug)]
 enum Step {
     /// Acquires through a handle, without waiting or with a short timeout.
@@ -38,22 +38,22 @@ enum Step {
         mode: Mode,
         bounded: bool,
     },
-    /// Acquires if the model says that the lock is free, and so may wait without a limit.
+    /// Acquires a lock that is free according to the model, and so may wait without a limit.
     AcquireIfFree {
         handle: usize,
         mode: Mode,
     },
-    /// Makes a handle a clone of another: a new owner. The guards of the old one live on.
+    /// Replaces a handle by a clone of another, which is a new owner. The guards of the replaced handle stay alive.
     Clone {
         from: usize,
         to: usize,
     },
-    /// Makes a new handle on another key.
+    /// Replaces a handle by a new one, on another key.
     New {
         handle: usize,
         key: i64,
     },
-    /// Makes a handle one on the session of a guard.
+    /// Replaces a handle by one on the session of a guard.
     Beside {
         guard: usize,
         handle: usize,
@@ -117,18 +117,18 @@ fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// An owner of locks: a handle, even after the variable that held it has got another; or several that
-/// share a session.
+/// An owner of locks: a handle, even after its variable was assigned another one; or several handles that share a
+/// session.
 type Owner = usize;
 
-/// What the server should know: how many guards each owner has, of which keys, in which modes.
+/// The expected state of the server: the guards of each owner, with their keys and modes.
 #[derive(Debug, Default)]
 struct Model {
     guards: BTreeMap<Owner, Vec<(i64, Mode)>>,
 }
 
 impl Model {
-    /// PostgreSQL's rule: an owner never excludes itself; among owners only sharers are compatible.
+    /// PostgreSQL's rule: an owner never excludes itself; different owners are compatible only if both share.
     fn grants(&self, owner: Owner, wanted: &[(i64, Mode)]) -> bool {
         let others = self.guards.iter().filter(|(other, _)| **other != owner);
         others.flat_map(|(_, held)| held).all(|&(held, theirs)| {
@@ -169,7 +169,7 @@ impl Guard {
         }
     }
 
-    /// A handle on its session. There is none for several locks.
+    /// A handle on the guard's session. `None` for a guard of several locks.
     fn lock(&self, key: i64) -> Option<Lock> {
         match self {
             Self::Exclusive(guard) => Some(Lock::new(guard, key)),
@@ -198,7 +198,7 @@ fn shared(held: Option<SharedGuard>) -> Option<Guard> {
 /// A handle, until it is closed.
 type HandleId = usize;
 
-/// A guard, whose it is, and what it stands for.
+/// A guard, its owner and handle, and the locks that it holds.
 struct Hold {
     owner: Owner,
     handle: HandleId,
@@ -256,7 +256,7 @@ impl Run {
 
     async fn step(&mut self, step: &Step) {
         match *step {
-            // Each owner that holds something has a connection of the pool.
+            // Each owner that holds a lock uses a connection of the pool.
             Step::Acquire { .. } | Step::AcquireIfFree { .. } | Step::AcquireGroup { .. }
                 if self.model.guards.len() >= SESSIONS => {}
             Step::Acquire { handle, mode, bounded } => self.acquire(handle, mode, bounded).await,
@@ -296,7 +296,7 @@ impl Run {
                 let id = *id;
                 lock.release_all().await.unwrap();
                 self.was_closed(id);
-                // What the handle acquires from now on is not closed.
+                // Locks that the handle acquires from now on are not closed.
                 let id = self.new_owner();
                 self.handle(handle).1 = id;
                 if !ALONE {
@@ -327,7 +327,7 @@ impl Run {
         self.part_handles();
     }
 
-    /// Takes a guard out of the world and of the model.
+    /// Removes a guard from the program under test and from the model.
     fn take_hold(&mut self, guard: usize) -> Option<Hold> {
         let index = guard.checked_rem(self.holds.len())?;
         let hold = self.holds.swap_remove(index);
@@ -342,7 +342,7 @@ impl Run {
         self.holds.push(hold);
     }
 
-    /// Closing a handle releases what it holds, and nothing of other handles on the session.
+    /// Closing a handle releases the locks that it holds, and no lock of other handles on the session.
     fn was_closed(&mut self, handle: HandleId) {
         for hold in self.holds.iter().filter(|hold| hold.handle == handle) {
             self.model.give_up(hold.owner, &hold.locks);
@@ -350,8 +350,8 @@ impl Run {
         self.closed.push(handle);
     }
 
-    /// A session that no guard needs any more ends, sooner or later; then its handles become separate owners.
-    /// Here they do so at once.
+    /// A session that no guard needs any more ends sooner or later, and its handles then become separate owners. In the
+    /// model, they do so at once.
     fn part_handles(&mut self) {
         let mut seen = Vec::new();
         for (owner, id, _, lock) in &mut self.handles {
@@ -426,7 +426,7 @@ impl Run {
         }
     }
 
-    /// Nothing was done with the guard.
+    /// Puts a guard back with which nothing was done.
     fn put_back(&mut self, hold: Hold) {
         if self.closed.contains(&hold.handle) {
             self.holds.push(hold);
@@ -501,7 +501,7 @@ impl Run {
         strongest
     }
 
-    /// Where each owner has a session of its own, it has exactly one, and no other owner shares it.
+    /// For locks with a session of their own, each owner has exactly one session, which no other owner shares.
     fn each_has_a_session(&self) {
         let mut sessions = BTreeMap::new();
         for hold in self.holds.iter().filter(|hold| !self.closed.contains(&hold.handle)) {
@@ -511,7 +511,7 @@ impl Run {
         assert_eq!(sessions.len(), self.model.guards.len(), "an owner has two sessions");
     }
 
-    /// Waits until the server knows exactly what the model knows.
+    /// Waits until the server holds exactly the locks of the model.
     async fn agrees_with_server(&self, admin: &mut PgConnection) {
         if ALONE {
             self.each_has_a_session();
@@ -545,12 +545,13 @@ impl Run {
     }
 }
 
-/// A wait that is refused takes all its time, so it gets little.
+/// A wait that is refused takes all its time, so its limit is short.
 fn limit(granted: bool) -> Duration {
     if granted { TIMEOUT } else { Duration::from_millis(50) }
 }
 
-/// So short that it may pass before the pool has returned a connection, or the server has answered.
+/// A hasty call has a timeout so short that it may pass before the pool has returned a connection or the server has
+/// answered.
 fn unless_timed_out(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Option<Guard> {
     match answer {
         Err(Error::PoolTimedOut { .. } | Error::Connect { .. } | Error::Disconnected { .. })
@@ -564,7 +565,7 @@ fn unless_timed_out(answer: pglock::Result<Option<Guard>>, hasty: bool) -> Optio
     }
 }
 
-/// `PROPTEST_CASES` sets how many programs are tried.
+/// `PROPTEST_CASES` sets the number of programs to test.
 #[test]
 fn the_server_agrees_with_the_model_after_every_step() {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -580,7 +581,7 @@ fn the_server_agrees_with_the_model_after_every_step() {
         let mut admin = admin.borrow_mut();
         runtime.block_on(async {
             let mut run = Run::new(&pool);
-            // What the last run has left goes away with it.
+            // The locks that the last run has left are released when it is dropped.
             run.agrees_with_server(&mut admin).await;
             for step in &steps {
                 run.step(step).await;
@@ -591,7 +592,7 @@ fn the_server_agrees_with_the_model_after_every_step() {
     });
     assert!(outcome.is_ok(), "{}", outcome.unwrap_err());
 
-    // Every connection is in the pool again, and so none is broken or forgotten.
+    // Every connection is in the pool again, so none is broken or leaked.
     runtime.block_on(async {
         let started = Instant::now();
         while pool.num_idle() != pool.size() as usize {
@@ -601,8 +602,8 @@ fn the_server_agrees_with_the_model_after_every_step() {
     });
 }
 
-/// The guards of a handle go in any order, on any thread, at the same time: the server agrees with
-/// each of them that it was held to the end.
+/// The guards of a handle are released in any order, on any thread, at the same time. The server confirms for each
+/// guard that its lock was held to the end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn guards_of_one_handle_can_be_released_at_once() {
     let (_db, pool) = TestDb::with_pool(1).await;

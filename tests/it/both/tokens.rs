@@ -1,4 +1,4 @@
-//! A fencing token tells a store who came later.
+//! A fencing token lets a store detect which holder came later.
 
 use std::env;
 use std::str::FromStr;
@@ -16,7 +16,7 @@ const URL: &str = "PGLOCK_TOKENS_URL";
 #[tokio::test]
 #[ignore = "is a role: another test runs it as a process"]
 async fn holder() {
-    // Without a database, no test runs it as a role.
+    // Without the URL of a database, no test runs this process as a role.
     let Ok(url) = env::var(URL) else { return };
     let options = PgConnectOptions::from_str(&url).unwrap();
     let pool = PgPoolOptions::new().max_connections(3).connect_lazy_with(options);
@@ -55,7 +55,7 @@ async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
     for turn in 1..=turns {
         next.tell("take").await;
         let ended = match turn {
-            // Two, with nothing in between that would write down what was drawn.
+            // The server is killed in two turns in a row, with nothing in between that would persist the drawn tokens.
             _ if [quarter, quarter + 1, last_quarter].contains(&turn) => {
                 server.kill();
                 server.restart();
@@ -69,7 +69,7 @@ async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
             _ => "released",
         };
         let answer = holder.ask("release").await;
-        // A server that ends its sessions one by one may grant the lock once more in between.
+        // A server that terminates its sessions one by one may grant the lock once more in between.
         let granted_at_the_end =
             [quarter + 2, half + 1, last_quarter + 1].contains(&turn) && answer == "lost";
         assert!(answer == ended || granted_at_the_end, "turn {turn}: {answer}");

@@ -25,7 +25,8 @@ fn held(mode: &str) -> Vec<(String, bool)> {
     vec![(mode.to_owned(), true)]
 }
 
-/// Waits until there are `count` rows, one of a backend that waits and is not known, and returns that backend.
+/// Waits until there are `count` rows, one of which is of a waiting backend that is not in `known`, and returns that
+/// backend.
 async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i32 {
     let is_new = |lock: &AdvisoryLock| !lock.granted && !known.contains(&lock.pid);
     let locks = locks_become(admin, "a new waiter", soon() * 10, |locks| {
@@ -34,7 +35,7 @@ async fn last_waiter(admin: &mut PgConnection, count: usize, known: &[i32]) -> i
     locks.await.into_iter().find(is_new).unwrap().pid
 }
 
-/// Waits until a backend is in the queue, where it is not for a moment between two slices.
+/// Waits until a backend is in the queue. Between two slices, it is out of the queue for a moment.
 async fn still_waits(admin: &mut PgConnection, pid: i32) {
     let started = Instant::now();
     loop {
@@ -55,8 +56,8 @@ async fn refused(guard: SharedGuard) -> SharedGuard {
     support::refused(guard.try_upgrade().await.unwrap())
 }
 
-/// The server hands a lock that is free for an instant to the first waiter; so if there was such
-/// an instant, the writer has it.
+/// The server grants a lock that is free for an instant to the first waiter, so the writer would have it if there was
+/// such an instant.
 #[tokio::test]
 async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
     let db = TestDb::new().await;
@@ -122,7 +123,7 @@ async fn a_downgrade_leaves_other_exclusive_guards_what_they_hold() {
     assert_eq!(modes(&mut admin, pid).await, held("ExclusiveLock"));
     assert!(other.try_acquire_shared().await.unwrap().is_none());
 
-    // The last that holds it exclusively, by going or by a downgrade of its own.
+    // The last exclusive guard is released here; below, it is downgraded.
     second.release().await.unwrap();
     assert_eq!(modes(&mut admin, pid).await, held("ShareLock"));
     assert!(other.try_acquire().await.unwrap().is_none());
@@ -170,7 +171,7 @@ async fn an_upgrade_of_who_reads_alone_succeeds_on_the_same_session() {
         assert_eq!(writing.backend_pid(), pid);
         writing.verify().await.unwrap();
         assert!(other.try_acquire_shared().await.unwrap().is_none());
-        // And back again, and once more.
+        // The guard is downgraded again, and upgraded once more.
         let reading = writing.downgrade().await.unwrap();
         other.try_acquire_shared().await.unwrap().unwrap().release().await.unwrap();
         let writing = upgraded(reading).await;
@@ -210,7 +211,7 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
     let mut admin = db.admin().await;
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
     let mut lock = new_lock(&pool, KEY);
-    // In long slices: a manager's waiter is out of the queue now and then.
+    // This waiter has long slices, because a manager's waiter is out of the queue now and then.
     let mut other = Lock::new(&elsewhere, KEY);
     let reading = lock.acquire_shared().await.unwrap();
     let pid = reading.backend_pid();
@@ -243,7 +244,7 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
 async fn two_who_read_and_both_want_to_write_do_not_hang() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
-    // So that it is not the server that ends a deadlock.
+    // With this setting, the server does not end a deadlock first.
     let set = format!("ALTER DATABASE {} SET deadlock_timeout = '1min'", db.name());
     execute(&mut admin, set).await;
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
@@ -253,7 +254,7 @@ async fn two_who_read_and_both_want_to_write_do_not_hang() {
             (one.acquire_shared().await.unwrap(), two.acquire_shared().await.unwrap());
         let upgrades = async { tokio::join!(spawn(first.try_upgrade()), second.try_upgrade()) };
         let (first, second) = timeout(soon() * 10, upgrades).await.unwrap();
-        // Both held it to the end, so neither can have got it.
+        // Both held the shared lock to the end, so neither upgrade can have been granted.
         let first = support::refused(first.unwrap().unwrap());
         let second = support::refused(second.unwrap());
         first.release().await.unwrap();
@@ -308,7 +309,7 @@ async fn an_upgrade_on_a_lost_session_is_an_error_and_no_lock_elsewhere() {
         no_locks(&mut admin).await;
     }
 
-    // The handle was closed under it.
+    // The handle of the guard is closed while the guard is alive.
     let guard = lock.acquire_shared().await.unwrap();
     lock.release_all().await.unwrap();
     let lost = guard.try_upgrade().await.unwrap_err();

@@ -21,7 +21,7 @@ use crate::support::{
 /// server's log.
 #[tokio::test]
 async fn a_long_wait_costs_others_nothing() {
-    // Three slices, and a little more.
+    // The wait lasts three slices, and a little more.
     const WAIT: Duration = Duration::from_secs(7);
     let slice = Duration::from_secs(2);
 
@@ -52,13 +52,13 @@ async fn a_long_wait_costs_others_nothing() {
         locks_are(&mut admin, 2, soon() * 4).await;
 
         let mut builder = db.admin().await;
-        // Its own waits are logged by default from PostgreSQL 19 on.
+        // From PostgreSQL 19 on, the server logs the builder's own waits by default.
         sqlx::raw_sql("SET log_lock_waits = off").execute(&mut builder).await.unwrap();
         let index = sqlx::raw_sql("CREATE INDEX CONCURRENTLY other_x ON other (x)");
         let built = timeout(slice * 3, index.execute(&mut builder)).await;
         built.expect("the index is built while the lock is waited for").unwrap();
 
-        // Every transaction below moves the horizon on; the waiter must follow.
+        // Every transaction below advances the horizon, and the waiter's snapshot must follow.
         let mut seen = (None, Instant::now());
         let mut snapshots = HashSet::new();
         while started.elapsed() < WAIT {
@@ -124,13 +124,13 @@ async fn a_bounded_wait_gives_up_on_time() {
     let _held = new_lock(&other, 1).acquire().await.unwrap();
     let mut lock = new_lock(&pool, 1);
     for limit in [0, 1, 50, 1000].map(Duration::from_millis) {
-        // So that no time goes into opening one.
+        // All connections are opened first, so that the limit is not spent on opening one.
         borrow_all(&pool).await;
         all_are_idle(&pool).await;
         let started = Instant::now();
         match lock.try_acquire_for(limit).await {
             Ok(None) => {}
-            // On a busy machine, even an idle connection is lent too late, or answers too late.
+            // On a busy machine, the pool returns even an idle connection too late, or the server answers too late.
             Err(
                 Error::PoolTimedOut { .. } | Error::Connect { .. } | Error::Disconnected { .. },
             ) if limit < soon() / 10 => {}
@@ -143,7 +143,7 @@ async fn a_bounded_wait_gives_up_on_time() {
     }
 }
 
-/// A deadline that has passed is a try, which waits for the pool and never for the lock.
+/// With a deadline that has passed, the call is a try, which waits for the pool and never for the lock.
 #[tokio::test]
 async fn a_deadline_is_a_timeout_that_ends_then() {
     let db = TestDb::new().await;
@@ -176,8 +176,8 @@ async fn a_limit_too_long_to_count_is_for_ever() {
     guard.unwrap().unwrap().release().await.unwrap();
 }
 
-/// The server's timeout can strike after the grant; then the lock is kept or released, never both
-/// and never neither.
+/// The server's timeout can occur after the grant; the lock is then either kept or released, never both and never
+/// neither.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_grant_that_races_with_the_timeout_is_never_lost() {
     const TASKS: u32 = 6;
@@ -199,8 +199,8 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
                         refused += 1;
                         continue;
                     }
-                    // On a busy machine the time may pass while a connection is opened. To open another each
-                    // time would make it busier.
+                    // On a busy machine, the time may pass while a connection is opened. Opening another one each time
+                    // would make the machine busier.
                     Err(Error::PoolTimedOut { .. } | Error::Connect { .. }) => {
                         drop(pool.acquire().await.unwrap());
                         continue;
@@ -209,7 +209,7 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
                 };
                 granted += 1;
                 assert!(!inside.swap(true, Ordering::SeqCst), "two exclusive holders");
-                // About as long as the timeout of the others.
+                // The hold lasts about as long as the timeout of the others.
                 let hold =
                     Duration::from_micros(u64::from((task * 500 + round) % 20) * 200 + 8_000);
                 tokio::time::sleep(hold).await;
@@ -267,7 +267,7 @@ async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
     server.resume();
     let error = got.unwrap_err();
     assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
-    // It was silent for longer than a holder trusts it.
+    // The server was silent for longer than a holder trusts it.
     assert!(held.is_lost());
     locks_are(&mut db.admin().await, 0, soon() * 5).await;
     borrow_all(&pool).await;

@@ -19,7 +19,7 @@ use crate::watchdog::Watchdog;
 ///
 /// # Drop
 ///
-/// Stops the program and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
+/// Stops the program and removes its directory. If the test process ends without this drop, even by SIGKILL, a watchdog
 /// does the same.
 #[derive(Debug)]
 pub(crate) struct Daemon {
@@ -67,7 +67,7 @@ impl Daemon {
     }
 
     /// Returns a command that runs as the account. One of its arguments must be a file in the directory, by which the
-    /// watchdog identifies the process.
+    /// watchdog checks that a pid is still that of the program.
     pub(crate) fn command(&self, program: &Path) -> Command {
         self.account.command(program)
     }
@@ -85,7 +85,7 @@ impl Daemon {
         let process = command.spawn();
         let process = process.map_err(|error| format!("{name} does not run: {error}"))?;
         let process = self.process.insert(process);
-        // The watchdog identifies the process by this file.
+        // The watchdog reads the pid from this file.
         let pid_file = self.dir.join(pid_file(name));
         let pid = process.id().to_string();
         // pgpool-II writes a NUL after its process ID.

@@ -50,7 +50,7 @@ pub async fn pool() -> PgPool {
 
 /// A database of its own for one test.
 ///
-/// It is made on the server of `DATABASE_URL`, or otherwise on [`Server::shared`]. In an
+/// It is made on the server of `DATABASE_URL` if that is set, and otherwise on [`Server::shared`]. In an
 /// [`Environment`] other than the plain one, it is always made on a server of the testkit, and
 /// [`options`](Self::options), [`url`](Self::url) and [`pool`](Self::pool) are those of the
 /// environment.
@@ -77,7 +77,7 @@ pub struct TestDb {
 }
 
 impl TestDb {
-    /// Makes a database on the server of `DATABASE_URL`, or otherwise on [`Server::shared`].
+    /// Makes a database on the server of `DATABASE_URL` if that is set, and otherwise on [`Server::shared`].
     pub async fn new() -> Self {
         let url = env::var("DATABASE_URL").ok().filter(|url| !url.is_empty());
         // An environment creates roles, which outlive a database.
@@ -266,7 +266,7 @@ async fn create(server: &PgConnectOptions, template: &str) -> String {
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("pglock_test_{}_{number}", process::id());
-        // No session is connected to the template, which would make the statement fail.
+        // A session on the template would make the statement fail, but there is none.
         // Files are copied faster than pages are written and logged, which is the default since PostgreSQL 15.
         let strategy =
             if conn.server_version_num() >= Some(150_000) { "STRATEGY file_copy" } else { "" };

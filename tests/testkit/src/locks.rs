@@ -24,9 +24,9 @@ pub struct AdvisoryLock {
 /// Returns the advisory locks of the database that `conn` is connected to, ordered by key.
 ///
 /// Leaves out the locks of the proof of exclusion, which runs beside the first acquires of a process, and takes
-/// seconds over a slow link. A lock is known as the proof's by the last statement of its session, because the
-/// connections of the proof send no other statement that locks. The unlock of the proof is like any other, so
-/// this statement counts only while it runs.
+/// seconds over a slow link. The last statement of its session identifies a lock of the proof, because the connections
+/// of the proof send no other statement that locks. The proof's unlock looks like any other, so it identifies the lock
+/// only while it runs.
 pub async fn advisory_locks(conn: &mut PgConnection) -> Vec<AdvisoryLock> {
     let rows = sqlx::query(
         "SELECT coalesce(pid, 0), classid::int8, objid::int8, objsubid, mode, granted

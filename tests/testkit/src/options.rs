@@ -21,7 +21,7 @@ const SETTINGS: [(&str, &str); 12] = [
     ("shared_buffers", "16MB"),
     ("max_connections", "500"),
     ("logging_collector", "off"),
-    // Shared memory is in the data directory, so that nothing is left of a server that is killed.
+    // Dynamic shared memory is in the data directory, so that nothing is left of it if the server is killed.
     ("dynamic_shared_memory_type", "mmap"),
 ];
 

@@ -20,8 +20,8 @@ const PORT: u16 = 6432;
 ///
 /// # Drop
 ///
-/// Stops the PgBouncer and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
-/// does the same.
+/// Stops the PgBouncer and removes its directory. If the test process ends without this drop, even by SIGKILL, a
+/// watchdog does the same.
 #[derive(Debug)]
 pub struct PgBouncer {
     program: PathBuf,

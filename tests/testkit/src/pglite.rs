@@ -29,8 +29,8 @@ const PACKAGES: [(&str, &str); 2] = [
 ///
 /// # Drop
 ///
-/// Stops the PGlite and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
-/// does the same.
+/// Stops the PGlite and removes its directory. If the test process ends without this drop, even by SIGKILL, a
+/// watchdog does the same.
 #[derive(Debug)]
 pub struct Pglite {
     daemon: Daemon,

@@ -22,8 +22,8 @@ const CONF: &str = "pgpool.conf";
 ///
 /// # Drop
 ///
-/// Stops the pgpool-II and removes its directory. If this process ends in any other way, SIGKILL included, a watchdog
-/// does the same.
+/// Stops the pgpool-II and removes its directory. If the test process ends without this drop, even by SIGKILL, a
+/// watchdog does the same.
 #[derive(Debug)]
 pub struct Pgpool {
     daemon: Daemon,

@@ -1,4 +1,4 @@
-//! A proxy in front of a server, by which the link is slow, frozen or broken.
+//! A proxy in front of a server, which makes the link slow, frozen or broken.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// A proxy in front of a server, by which the link is slow, frozen or broken.
+/// A proxy in front of a server, which makes the link slow, frozen or broken.
 ///
 /// # Drop
 ///
@@ -59,7 +59,7 @@ impl Proxy {
         self.address
     }
 
-    /// Forwards new connections to another port, like a host name that moves. The others stay where they are.
+    /// Forwards new connections to another port, like a host name that moves. Open connections are not affected.
     pub fn move_to(&self, port: u16) {
         self.link.send_modify(|link| link.port = port);
     }
@@ -69,7 +69,7 @@ impl Proxy {
         self.link.send_modify(|link| link.delay = delay);
     }
 
-    /// Holds up everything that is sent, until [`thaw`](Self::thaw). The connections stay open.
+    /// Holds up everything that has not arrived yet, until [`thaw`](Self::thaw). The connections stay open.
     pub fn freeze(&self) {
         self.link.send_modify(|link| link.frozen = true);
     }

@@ -39,8 +39,8 @@ pub enum Shutdown {
 ///
 /// # Drop
 ///
-/// Stops the server at once and removes its directory. If this process ends in any other way, SIGKILL included, a
-/// watchdog does the same.
+/// Stops the server at once and removes its directory. If the test process ends without this drop, even by
+/// SIGKILL, a watchdog does the same.
 #[derive(Debug)]
 pub struct Server {
     installation: Installation,
@@ -337,7 +337,7 @@ impl Server {
             if self.configure(options, "").and_then(|()| self.run()).is_ok() {
                 return Ok(());
             }
-            // The template may be the reason. Then a fresh cluster starts.
+            // The template may be the reason, so the second attempt uses a fresh cluster.
             template.remove();
             drop(fs::remove_dir_all(&self.data));
         }

@@ -56,8 +56,8 @@ async fn nothing_is_left_of_a_dropped_server() {
     let preparations: [fn(&Server); 4] =
         [|_| (), Server::pause, Server::kill, |server| server.stop(Shutdown::Fast)];
     for prepare in preparations {
-        // The server ends sooner than a watchdog or a postmaster would kill it. A slow machine may take longer, but not
-        // each time.
+        // Sooner than the watchdog kills a server, or the postmaster its children, that do not end. A slow machine may
+        // take longer, but not each time.
         let is_quick = (0..5).any(|_| {
             let server = Server::start();
             let (dir, pid) = (server.socket_dir().to_owned(), server.postmaster_pid());

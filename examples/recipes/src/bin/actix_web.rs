@@ -1,9 +1,9 @@
 //! Serialise requests per invoice in actix-web, and stop without leaving a payment half done.
 //!
 //! Every worker of actix-web is a runtime of its own, and in a graceful stop, a worker without requests ends first. The
-//! connections that were opened on it end too, with their locks. So the locks of one `LockManager` that all workers share,
-//! and the work under them, run on the runtime of `main`. A busy invoice is answered with 409, and a transient error
-//! with 503, as in the cookbook.
+//! connections that were opened on it end too, with their locks. So the locks of one `LockManager` that all workers
+//! share, and the work under them, run on the runtime of `main`. A busy invoice is answered with 409, and a transient
+//! error with 503, as in the cookbook.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 

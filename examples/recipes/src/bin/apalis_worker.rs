@@ -2,8 +2,8 @@
 //!
 //! A queue hands each job to one worker, but two jobs of the same customer may run at the same time. With a lock per
 //! customer they take turns, and jobs of other customers run beside them. All jobs of a worker share one
-//! `LockManager`, which needs a few connections, however many jobs hold a lock or wait. A job that waits counts as one that
-//! runs: leave room for it in a limit such as `concurrency`.
+//! `LockManager`, which needs a few connections, however many jobs hold a lock or wait. A job that waits counts as one
+//! that runs: leave room for it in a limit such as `concurrency`.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 
@@ -27,7 +27,7 @@ struct Instance {
     manager: LockManager,
 }
 
-/// The number of jobs that are done. The workers end when all of them are.
+/// The number of jobs that are done. The workers end when all jobs are done.
 static DONE: AtomicU32 = AtomicU32::new(0);
 
 #[tokio::main]

@@ -76,7 +76,7 @@ async fn start(pool: PgPool) -> Result<JobScheduler> {
 /// Runs the job, if this instance is the first to acquire the lock.
 async fn clean_up(pool: &PgPool) -> Result<()> {
     WAKES.fetch_add(1, Ordering::Relaxed);
-    // The tick is by this instance's own clock, which the scheduler reads as well.
+    // The tick is computed from this instance's own clock, which the scheduler reads as well.
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let tick = i64::try_from(now.as_secs() / PERIOD.as_secs())?;
 

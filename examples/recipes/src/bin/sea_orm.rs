@@ -1,8 +1,8 @@
 //! Pay an invoice once with SeaORM, under a lock on SeaORM's own pool.
 //!
 //! SeaORM 2 is built on sqlx 0.9, as pglock is, so `get_postgres_connection_pool` returns a pool that a lock can use. A
-//! held lock uses one connection of it, and a third of the pool is left to the work. SeaORM 1 is built on sqlx 0.8: open
-//! a small pool of sqlx 0.9 beside it, as the recipe `diesel_async` does.
+//! held lock uses one connection of it, and a third of the pool is left to the work. SeaORM 1 is built on sqlx 0.8:
+//! open a small pool of sqlx 0.9 beside it, as the recipe `diesel_async` does.
 
 #![expect(clippy::print_stdout, reason = "an example tells what it does")]
 

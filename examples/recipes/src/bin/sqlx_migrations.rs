@@ -4,7 +4,8 @@
 //! all you need, use it as it is. A lock of pglock around it adds:
 //!
 //! * a timeout for the wait: sqlx waits without one;
-//! * a release after a migration that fails: sqlx's lock stays on the pooled connection, and blocks every other instance;
+//! * a release after a migration that fails: sqlx's lock stays on the pooled connection, and blocks every other
+//!   instance;
 //! * other work in the same lock, such as data to fill in (see the example `migration_lock`).
 //!
 //! The key is that of sqlx. So instances of an earlier release, which still call `Migrator::run`, are excluded too.

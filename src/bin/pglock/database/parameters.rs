@@ -18,7 +18,7 @@ enum Use {
     Honoured,
     /// Ignores the value, because it affects neither a lock nor the security of the connection.
     NoEffect,
-    /// Accepts only these values, in upper or lower case, because they are what the program does anyway.
+    /// Accepts only these values, ignoring case, because they are what the program does anyway.
     Only(&'static [&'static str]),
 }
 
