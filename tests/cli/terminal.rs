@@ -71,6 +71,15 @@ impl Terminal {
         eventually(&format!("the terminal shows {text:?}"), LIMIT, shown).await;
     }
 
+    /// Waits until the program is in the foreground, so that a key reaches it and not the shell.
+    pub(crate) async fn runs(&self, program: &str) {
+        let is_running = || async {
+            let shown = ["display-message", "-p", "#{pane_current_command}"];
+            self.tmux(&shown).output().unwrap().stdout.trim_ascii() == program.as_bytes()
+        };
+        eventually(&format!("{program} is in the foreground"), LIMIT, is_running).await;
+    }
+
     /// What is on the screen.
     pub(crate) fn screen(&self) -> String {
         let captured = self.tmux(&["capture-pane", "-p", "-J"]).output().unwrap();
