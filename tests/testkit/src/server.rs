@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use tokio::sync::OnceCell;
@@ -252,6 +253,7 @@ impl Server {
     }
 
     pub(crate) fn launch(options: &ServerOptions) -> Result<Self, String> {
+        raise_file_limit();
         let mut server = Self::place(options)?;
         let mut tries = 5;
         loop {
@@ -423,5 +425,16 @@ impl Running {
             self.postmaster = None;
         }
         ended
+    }
+}
+
+/// Raises this process's limit on open files, which is 1,024 for most users: many tests at a time open more.
+fn raise_file_limit() {
+    const ENOUGH: u64 = 10_000;
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard.min(ENOUGH)
+    {
+        // If it fails, a test that opens too many says so.
+        setrlimit(Resource::RLIMIT_NOFILE, hard.min(ENOUGH), hard).ok();
     }
 }
