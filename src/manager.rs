@@ -36,7 +36,7 @@ use table::{Bound, Effect, Table, Taken};
 use threads::wait_session;
 
 /// The limits on local hand-offs of a lock, in number and time. After that, other processes get their turn.
-const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(10) };
+const BOUND: Bound = Bound { count: 100, time: Duration::from_millis(20) };
 
 /// The maximum number of wait sessions of a manager, and the number of connections in the pool per wait session; the
 /// first is always allowed. The work under the locks needs the other connections: three services with pools of 7 and
@@ -61,7 +61,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///
 /// * Concurrent requests of many tasks are sent in one statement.
 /// * Tasks of one process that request the same key wait in line in the process, in FIFO order, and hand it off without
-///   a round trip: at most 100 times, and for 10 ms at most. Then the process queues for the key on the server again,
+///   a round trip: at most 100 times, and for 20 ms at most. Then the process queues for the key on the server again,
 ///   so that other processes get their turn.
 /// * The shared session never waits. For a key that another session holds, the manager waits on another connection,
 ///   which then holds the key. There is one such connection for every eight connections of the pool, at least one
@@ -112,7 +112,7 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   PostgreSQL 17), the acquire returns [`Error::Deadlock`].
 /// * [`release_all`](crate::Lock::release_all) of a lock that was lost returns `Ok`.
 /// * With a role that may not list locks, the manager can't see whether another process waits for a lock that is held
-///   shared. After 10 ms, it assumes that one does, and grants the lock to another handle only after all handles that
+///   shared. After 20 ms, it assumes that one does, and grants the lock to another handle only after all handles that
 ///   share it have released it.
 /// * The server's deadlock detection sees the process, not its tasks: two tasks that acquire two keys in
 ///   opposite order deadlock without being detected, as with two mutexes.
@@ -201,6 +201,8 @@ struct State {
     table: Table<Arc<Session>, Tell>,
     /// Keys with a step to take on the shared session. Some of the steps may have been called off.
     to_do: VecDeque<KeyId>,
+    /// The same, for steps that release locks.
+    to_release: VecDeque<KeyId>,
     /// The keys that wait sessions wait for, or hold.
     apart: HashMap<KeyId, Apart>,
     /// The driver that takes the steps, if one runs.
@@ -273,7 +275,7 @@ enum Told {
     Deadlock,
     Released(Result<(), Loss>),
     /// The process keeps the key: the server was not asked.
-    PassedOn,
+    HandedOff,
     Failed(Error),
 }
 
@@ -282,6 +284,7 @@ impl Manager {
         let state = State {
             table: Table::new(BOUND),
             to_do: VecDeque::new(),
+            to_release: VecDeque::new(),
             apart: HashMap::new(),
             driver: None,
             drivers: 0,
@@ -385,6 +388,7 @@ impl Manager {
             }
             state.driver = None;
             state.to_do.clear();
+            state.to_release.clear();
             (std::mem::take(&mut state.apart), state.table.clear())
         };
         for session in seats {
@@ -415,6 +419,17 @@ impl Manager {
             self.settle(&mut state);
             // Wait sessions that hold a key may not count any more.
             self.staff_line(&mut state);
+        }
+        // Releases go first, because the end of each statement takes the server some time for every lock that the
+        // session holds. Acquires don't starve, because each release follows one.
+        while batch.len() < LARGEST
+            && let Some(key) = state.to_release.pop_front()
+        {
+            if state.table.releases(key)
+                && let Some(taken) = state.table.take(key, true)
+            {
+                batch.push((key, taken));
+            }
         }
         while batch.len() < LARGEST
             && let Some(key) = state.to_do.pop_front()
@@ -585,9 +600,11 @@ impl Manager {
                 Effect::Refused(tell) => drop(tell.send(Told::Refused)),
                 Effect::Deadlock(tell) => drop(tell.send(Told::Deadlock)),
                 Effect::Released(tell, true) => drop(tell.send(Told::Released(Ok(())))),
-                Effect::Released(tell, false) => drop(tell.send(Told::PassedOn)),
-                Effect::Start(key) => {
-                    state.to_do.push_back(key);
+                Effect::Released(tell, false) => drop(tell.send(Told::HandedOff)),
+                Effect::Start(key, step) => {
+                    let queue =
+                        if step.releases() { &mut state.to_release } else { &mut state.to_do };
+                    queue.push_back(key);
                     self.work.notify_one();
                 }
                 Effect::StartApart(key) => {

@@ -294,7 +294,10 @@ impl Driver {
     /// Fails the acquires that wait for the steps in flight, and for those that were added since. Acquires that callers
     /// start because of this error are not failed.
     fn fail_all_steps(&mut self, error: &Error) {
-        let batches = 1 + self.manager.state().to_do.len() / LARGEST;
+        let batches = {
+            let state = self.manager.state();
+            1 + (state.to_do.len() + state.to_release.len()) / LARGEST
+        };
         for _ in 0..batches {
             let more = self.manager.next_batch(self.number, false);
             self.under_way.extend(more.unwrap_or_default());

@@ -47,7 +47,7 @@ impl Manager {
                             Ok(Told::Deadlock) => return Err(Error::deadlock(key)),
                             Ok(Told::Failed(error)) => return Err(error.for_key(key)),
                             // The driver ended with its runtime: retry.
-                            Ok(Told::Released(_) | Told::PassedOn) | Err(_) => continue,
+                            Ok(Told::Released(_) | Told::HandedOff) | Err(_) => continue,
                         }
                     }
                 },
@@ -243,7 +243,7 @@ impl PendingRelease {
             Ok(Some((answer, elsewhere))) => {
                 match manager.unless_stalled(answer, elsewhere).await {
                     Ok(Told::Released(released)) => released,
-                    Ok(Told::PassedOn) => session.confirm(since).await,
+                    Ok(Told::HandedOff) => session.confirm(since).await,
                     // The driver ended with its runtime, and the session with it.
                     Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
                     | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),

@@ -77,6 +77,13 @@ pub(super) enum Step {
     Unlock,
 }
 
+impl Step {
+    /// Whether the step only releases a lock.
+    pub(super) fn releases(self) -> bool {
+        matches!(self, Self::Unlock | Self::Downgrade)
+    }
+}
+
 /// A consequence of a change, which the caller of the table carries out.
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Effect<S, W> {
@@ -88,8 +95,8 @@ pub(super) enum Effect<S, W> {
     Deadlock(W),
     /// The key was released: `true` if the server has answered, `false` if the key was handed off without a round trip.
     Released(W, bool),
-    /// There is a step to take on the shared session, with [`Table::take`].
-    Start(KeyId),
+    /// There is a step to take on the shared session, with [`Table::take`]. It may be another one by then.
+    Start(KeyId, Step),
     /// There is a step for the wait session that holds the key, with [`Table::take`].
     StartApart(KeyId),
     /// A key has entered the line, see [`Table::take_wait`].
@@ -196,7 +203,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
                 stand.pause = LAST_RETRY.min(2 * stand.pause);
                 let id = self.common.line.next_number();
                 entry.turn = Some(Turn { id, step: Step::Lock(mode), taken: false });
-                self.common.effects.push_back(Effect::Start(key));
+                self.common.effects.push_back(Effect::Start(key, Step::Lock(mode)));
             }
         }
     }
@@ -301,6 +308,12 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
             advance(slot, &mut self.common, now);
         }
         cancelled
+    }
+
+    /// Whether the step for a key releases a lock.
+    pub(super) fn releases(&self, key: KeyId) -> bool {
+        let turn = self.keys.get(&key).and_then(|entry| entry.turn);
+        turn.is_some_and(|turn| turn.step.releases())
     }
 
     /// Takes the step for a key on the shared session, or on the wait session that holds the key, if there still is

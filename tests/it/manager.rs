@@ -1,8 +1,10 @@
 //! A manager holds many locks on few connections.
 
 use std::collections::HashSet;
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::kill;
@@ -22,8 +24,8 @@ use crate::support::{
 };
 
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a lock is handed on in the process before other processes get their turn.
-const BOUND: Duration = Duration::from_millis(10);
+/// How long a lock is handed off in the process before other processes get their turn.
+const BOUND: Duration = Duration::from_millis(20);
 
 #[tokio::test]
 async fn verify_finds_what_the_server_does_not_hold() {
@@ -703,4 +705,62 @@ async fn dropped_on_a_plain_thread() {
     std::thread::spawn(move || drop(guard)).join().unwrap();
     no_locks(&mut db.admin().await).await;
     borrow_all(&pool).await;
+}
+
+/// The server looks at all locks of a session at the end of each statement, so locks that no task needs must not pile up
+/// while thousands of others are acquired.
+#[tokio::test]
+async fn a_release_overtakes_acquires_that_were_not_sent_yet() {
+    const ACQUIRES: i64 = 3000;
+
+    let (_db, pool) = TestDb::with_pool(2).await;
+    let manager = LockManager::new(&pool);
+    let released = Lock::new(&manager, -1).acquire().await.unwrap();
+    let mut locks: Vec<Lock> = (0..ACQUIRES).map(|key| Lock::new(&manager, key)).collect();
+    let mut acquires: Vec<_> = locks.iter_mut().map(|lock| Box::pin(lock.acquire())).collect();
+    let mut guards = Vec::new();
+    let mut poll_all = async || {
+        poll_fn(|cx| {
+            acquires.retain_mut(|acquire| match acquire.as_mut().poll(cx) {
+                Poll::Ready(guard) => {
+                    guards.push(guard.unwrap());
+                    false
+                }
+                Poll::Pending => true,
+            });
+            Poll::Ready(acquires.len())
+        })
+        .await
+    };
+    poll_all().await;
+    // Until now, the manager's task could not run.
+    released.release().await.unwrap();
+    let left = poll_all().await;
+    assert!(left >= 1000, "the release was sent behind all but {left} acquires");
+}
+
+/// A key whose release was called off keeps its place behind the acquires of other keys.
+#[tokio::test]
+async fn tasks_that_lock_the_same_keys_again_do_not_starve_others() {
+    const TASKS: i64 = 3000;
+
+    let (_db, pool) = TestDb::with_pool(2).await;
+    let manager = LockManager::new(&pool);
+    let mut busy = JoinSet::new();
+    for key in 0..TASKS {
+        let mut lock = Lock::new(&manager, key);
+        busy.spawn(async move {
+            loop {
+                drop(lock.acquire().await.unwrap());
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+    sleep(BOUND * 3).await;
+    for key in 0..20 {
+        let acquire = async { Lock::new(&manager, -1 - key).acquire().await };
+        let guard = timeout(TIMEOUT, acquire).await.expect("others don't starve it").unwrap();
+        guard.release().await.unwrap();
+    }
+    busy.shutdown().await;
 }

@@ -106,7 +106,8 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
         self.leave_line(key, &mut common.line);
         self.turn = Some(Turn { id: common.line.next_number(), step, taken: false });
         let shared = self.is_for_shared() == Some(true);
-        common.effects.push_back(if shared { Effect::Start(key) } else { Effect::StartApart(key) });
+        let start = if shared { Effect::Start(key, step) } else { Effect::StartApart(key) };
+        common.effects.push_back(start);
     }
 
     /// Handles a refusal by the server: refuses the requests that do not wait. If others wait, the key enters the line.

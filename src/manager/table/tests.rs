@@ -167,7 +167,7 @@ fn the_last_to_leave_is_told() {
         (left, effects(&mut world))
     };
     assert_eq!(leave(0), (Left::Done, vec![]));
-    assert_eq!(leave(1), (Left::Told, vec![Effect::Start(KEY)]));
+    assert_eq!(leave(1), (Left::Told, vec![Effect::Start(KEY, Step::Unlock)]));
     let Taken { id, step, .. } = take(&mut world);
     assert_eq!(step, Step::Unlock);
     assert!(world.table.taken(KEY, id, (&SHARED_SESSION, true), world.now));
@@ -208,7 +208,7 @@ fn what_the_server_has_granted_is_believed() {
             let seat = world.table.keys.get(&KEY).and_then(|entry| entry.seat);
             assert_eq!(seat, Some(SHARED_SESSION));
         } else {
-            assert_eq!(effects(&mut world), [Effect::Start(KEY)]);
+            assert_eq!(effects(&mut world), [Effect::Start(KEY, Step::Lock(Mode::Exclusive))]);
             assert_eq!(take(&mut world).step, Step::Lock(Mode::Exclusive));
         }
     }
@@ -260,7 +260,7 @@ fn a_step_follows_what_is_needed() {
     world.act(Act::Want { owner: 1, key: 1, mode: Mode::Shared, waits: true });
     let (guard, id) = world.waiting.remove(&1).unwrap();
     assert!(world.table.cancel(guard.key, id, world.now));
-    assert_eq!(effects(&mut world), [Effect::Start(KEY)]);
+    assert_eq!(effects(&mut world), [Effect::Start(KEY, Step::Lock(Mode::Shared))]);
     assert_eq!(take(&mut world).step, Step::Lock(Mode::Shared));
 }
 

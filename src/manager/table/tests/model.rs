@@ -301,7 +301,7 @@ impl World {
                     assert!(self.waiting.remove(&wish).is_some());
                 }
                 Effect::Released(..) | Effect::Line => {}
-                Effect::Start(key) => self.to_do.push_back((key, true)),
+                Effect::Start(key, _) => self.to_do.push_back((key, true)),
                 Effect::StartApart(key) => self.to_do.push_back((key, false)),
                 Effect::Abandon(key) => {
                     self.under_way.retain(|(other, taken, _)| {
