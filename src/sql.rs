@@ -2,9 +2,9 @@
 //!
 //! Nearly all use the simple query protocol: one message, one answer, one round trip, and nothing is
 //! left behind on the application's connection. The values in them are integers, written by
-//! [`Display`](std::fmt::Display), so there is nothing to inject. The two statements of a free acquire and
-//! its awaited release are prepared once per connection, because the server would spend more time on
-//! planning them than on the lock.
+//! [`Display`](std::fmt::Display), or hexadecimal digits, so there is nothing to inject. The two statements of a
+//! free acquire and its awaited release are prepared once per connection, because the server would spend more time
+//! on planning them than on the lock.
 //!
 //! Functions, relations and operators are qualified with `pg_catalog`, and types are keywords of the grammar. An
 //! unqualified name can be resolved to an overload in any schema of the search path, which may belong to another role

@@ -77,28 +77,31 @@ impl Session {
 
     async fn make_fit(&self, conn: &mut Conn) -> std::result::Result<(), sqlx::Error> {
         self.tidy(conn).await?;
+        if conn.settings.made_for != Use::Application {
+            conn.settings.to_restore = true;
+            // If this future is dropped, the server may still make the settings.
+            conn.settings.made_for = Use::Statements;
+            let is_rejected = conn.settings.rejected;
+            let mut made = sql::settings::lend(conn.pg()?, !is_rejected).await;
+            if !is_rejected && made.as_ref().is_err_and(refuses_settings) {
+                conn.settings.rejected = true;
+                made = sql::settings::lend(conn.pg()?, false).await;
+            }
+            match made {
+                Ok(()) => {
+                    conn.settings.made_for = Use::Application;
+                    conn.checked = true;
+                }
+                // If the statement was cancelled, for example, it is retried the next time that the connection is
+                // borrowed.
+                Err(error) if is_answer(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
         // Otherwise the application's writes would become part of a transaction that other code has left open.
         if !conn.checked {
             sql::backend::end_transaction(conn.pg()?).await?;
             conn.checked = true;
-        }
-        if conn.settings.made_for == Use::Application {
-            return Ok(());
-        }
-        conn.settings.to_restore = true;
-        // If this future is dropped, the server may still make the settings.
-        conn.settings.made_for = Use::Statements;
-        let is_known = conn.settings.rejected;
-        let mut made = sql::settings::lend(conn.pg()?, !is_known).await;
-        if !is_known && made.as_ref().is_err_and(refuses_settings) {
-            conn.settings.rejected = true;
-            made = sql::settings::lend(conn.pg()?, false).await;
-        }
-        match made {
-            Ok(()) => conn.settings.made_for = Use::Application,
-            // If the statement was cancelled, for example, it is retried the next time that the connection is borrowed.
-            Err(error) if is_answer(&error) => {}
-            Err(error) => return Err(error),
         }
         Ok(())
     }

@@ -94,7 +94,17 @@ pub(crate) async fn draw_token(conn: &mut PgConnection) -> Result<i64, sqlx::Err
 
 /// Ends a transaction that was left open. Returns whether there was one.
 pub(crate) async fn end_transaction(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let open = match fetch(conn, format!("SELECT {TIME_STANDS_STILL}")).await {
+    let answer = fetch(conn, format!("SELECT {TIME_STANDS_STILL}")).await;
+    end_if_open(conn, answer).await
+}
+
+/// Ends a transaction that was left open, if there is one according to the answer to a query whose first column is
+/// [`TIME_STANDS_STILL`]. Returns whether there was one.
+pub(super) async fn end_if_open(
+    conn: &mut PgConnection,
+    answer: Result<PgRow, sqlx::Error>,
+) -> Result<bool, sqlx::Error> {
+    let open = match answer {
         Ok(row) => row.try_get(0)?,
         // 25P02: a failed transaction rejects everything but its end.
         Err(error) if sqlstate(&error).as_deref() == Some("25P02") => true,

@@ -2,6 +2,7 @@
 
 use sqlx::PgConnection;
 
+use super::backend::{TIME_STANDS_STILL, end_if_open};
 use super::fetch;
 use crate::options::Keepalives;
 
@@ -88,9 +89,9 @@ pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error>
     fetch(conn, format!("SELECT {}", put_back_all())).await.map(drop)
 }
 
-/// Prepares the session for statements of the application: restores `tcp_user_timeout`, which would end the connection
-/// of a slow reader. With `checks`, the server also checks during a long statement whether this client is still
-/// connected.
+/// Prepares the session for statements of the application: ends a transaction that was left open, and restores
+/// `tcp_user_timeout`, which would end the connection of a slow reader. With `checks`, the server also checks during a
+/// long statement whether this client is still connected.
 pub(crate) async fn lend(conn: &mut PgConnection, checks: bool) -> Result<(), sqlx::Error> {
     let mut columns = put_back_one(USER_TIMEOUT);
     // New in PostgreSQL 14.
@@ -98,7 +99,13 @@ pub(crate) async fn lend(conn: &mut PgConnection, checks: bool) -> Result<(), sq
         columns += ", ";
         columns += &check_connection();
     }
-    fetch(conn, format!("SELECT {columns}")).await.map(drop)
+    let statement = format!("SELECT {TIME_STANDS_STILL}, {columns}");
+    let answer = fetch(conn, statement.clone()).await;
+    if end_if_open(conn, answer).await? {
+        // The settings were rolled back with the transaction.
+        fetch(conn, statement).await?;
+    }
+    Ok(())
 }
 
 /// Returns columns that make the server check whether the client of a running statement is still connected.
@@ -120,8 +127,11 @@ pub(crate) async fn probe(
 }
 
 /// Shows a name in `application_name`, which is all that other clients see of a session.
+///
+/// The name is sent in hexadecimal digits: no text may get into a statement, and a parameter would take another round
+/// trip.
 pub(crate) async fn show_name(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
-    let statement = format!("SELECT {}", change(APPLICATION_NAME, "$1"));
-    let query = sqlx::query(sqlx::AssertSqlSafe(statement)).persistent(false);
-    query.bind(name).execute(conn).await.map(drop)
+    let digits = name.bytes().fold(String::new(), |digits, byte| digits + &format!("{byte:02x}"));
+    let name = format!("pg_catalog.convert_from(pg_catalog.decode('{digits}', 'hex'), 'UTF8')");
+    fetch(conn, format!("SELECT {}", change(APPLICATION_NAME, &name))).await.map(drop)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pglock::{Key, Lock, LockOptions, Mode, MultiLock, Semaphore};
+use pglock::{Election, Key, Lock, LockOptions, Mode, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
 
 use crate::support::{prove_exclusion, slow_heartbeat, upgraded};
@@ -244,4 +244,34 @@ async fn making_handles_and_options_sends_nothing() {
     Lock::new(&pool, 42).acquire().await.unwrap().release().await.unwrap();
     let sent = statements(&server, mark);
     assert_eq!(sent.len(), 2, "{sent:#?}");
+}
+
+/// A statement that is prepared for one use takes two round trips.
+#[tokio::test]
+async fn a_campaign_takes_three_round_trips() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
+    let mut election = Election::new(&db.pool(1).await, "billing");
+    let mark = server.log_len();
+    let leadership = election.campaign().await.unwrap();
+    let sent = statements(&server, mark);
+    assert_eq!(sent.len(), 3, "{sent:#?}");
+    assert!(sent.iter().all(|line| !line.contains("<unnamed>")), "{sent:#?}");
+    leadership.resign().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_borrow_costs_one_statement() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
+    let pool = slow_heartbeat().on(&db.pool(1).await).unwrap();
+    let guard = Lock::new(&pool, "ledger").acquire().await.unwrap();
+    let mark = server.log_len();
+    let connection = guard.connection().await.unwrap();
+    // The question whether a transaction was left open is a part of it.
+    assert_eq!(server.log_since(mark).matches("statement:").count(), 1);
+    drop(connection);
+    guard.release().await.unwrap();
 }

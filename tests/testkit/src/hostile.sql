@@ -11,8 +11,8 @@ DO $do$
 DECLARE
     made record;
     names text[] := '{array_agg, array_length, array_position, array_to_string, array_upper, btrim,
-        cardinality, clock_timestamp, concat, concat_ws, convert_to, current_database,
-        current_setting, date_part, format, generate_series, generate_subscripts, greatest, hashtext,
+        cardinality, clock_timestamp, concat, concat_ws, convert_from, convert_to,
+        current_database, current_setting, date_part, decode, format, generate_series, generate_subscripts, greatest, hashtext,
         has_function_privilege, has_language_privilege, int4, int8, jsonb_build_object, left, length,
         lower, ltrim, max, md5, min, mod, now, octet_length, oid, pg_advisory_lock,
         pg_advisory_lock_shared, pg_advisory_unlock, pg_advisory_unlock_all,
