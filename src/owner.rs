@@ -19,7 +19,7 @@ use crate::options::LockOptions;
 use crate::progress::reported;
 use crate::request::Request;
 use crate::session::Session;
-use crate::session::hand_on;
+use crate::session::hand_off;
 use crate::session::ledger::Join;
 use crate::session::local_queue::{LineId, Next};
 use crate::session::pending::{Granted, Pending, Verdict};
@@ -302,7 +302,7 @@ impl Owner {
                 granted => granted?,
             };
             if let (Some(front), Some(_)) = (front.and_then(Arc::into_inner), &granted) {
-                front.granted(request.mode(), Instant::now() + hand_on::TIME);
+                front.granted(request.mode(), Instant::now() + hand_off::TIME);
             }
             return Ok(granted);
         }

@@ -77,8 +77,8 @@ impl Request {
         Self { in_line: true, ..self }
     }
 
-    /// Returns the key whose lock calls in line pass on to each other, if this is an exclusive request in line.
-    pub(crate) fn hand_over_key(&self) -> Option<KeyId> {
+    /// Returns the key whose lock calls in line hand off to each other, if this is an exclusive request in line.
+    pub(crate) fn hand_off_key(&self) -> Option<KeyId> {
         (self.in_line && self.mode() == Mode::Exclusive).then(|| self.key().id())
     }
 

@@ -17,7 +17,7 @@
 pub(crate) mod budget;
 mod cancel;
 pub(crate) mod conn;
-pub(crate) mod hand_on;
+pub(crate) mod hand_off;
 mod keeper;
 pub(crate) mod ledger;
 pub(crate) mod lend;

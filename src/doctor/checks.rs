@@ -373,8 +373,8 @@ pub(super) fn connections(seen: &Circumstances) -> Finding {
         return finding;
     }
     finding.warn(
-        "each lock that is held or waited for takes one; beside the pool, monitoring takes one per runtime, and the \
-         proof of exclusion two for a moment: raise max_connections, or the CONNECTION LIMIT of the role or the \
+        "each lock that is held or waited for takes one; in addition to the pool, monitoring takes one per runtime, \
+         and the proof of exclusion two for a moment: raise max_connections, or the CONNECTION LIMIT of the role or the \
          database",
     )
 }

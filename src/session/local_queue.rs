@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 use tokio::time::{timeout, timeout_at};
 
 use super::budget::A_YEAR;
-use super::hand_on::Handed;
+use super::hand_off::Handed;
 use super::policy::WaitPolicy;
 use super::servers::Server;
 use crate::error::{Error, Result};
@@ -58,7 +58,7 @@ pub(crate) struct Waiter {
     pub(super) request: Request,
     pub(super) options: LockOptions,
     pub(super) runtime: Handle,
-    /// Whether the call waits for the lock to be passed on, while no call of this process waits on the server.
+    /// Whether the call waits for the lock to be handed off, while no call of this process waits on the server.
     is_first: bool,
     sender: oneshot::Sender<Next>,
 }
@@ -69,11 +69,11 @@ pub(crate) enum Next {
     Alone,
     /// The call waits on the server; beside others, if all of them request the shared lock.
     Front(Arc<Front>),
-    /// The call waits here until this time, because the holder may pass on the lock, and after that on the server.
+    /// The call waits here until this time, because the holder may hand off the lock, and after that on the server.
     First(Front, Instant, oneshot::Receiver<Self>),
-    /// The lock was passed on to the call.
+    /// The lock was handed off to the call.
     Granted(Handed),
-    /// The lock is being released, so it is not passed on.
+    /// The lock is being released, so it is not handed off.
     Released,
     /// The pool had no connection for the call at the front, and would have none for this one.
     Failed(Error),
@@ -151,13 +151,13 @@ impl LocalQueues {
         !self.is_empty() && self.lines().contains_key(&id)
     }
 
-    /// Whether the first call in a line waits for the lock to be passed on.
+    /// Whether the first call in a line waits for the lock to be handed off.
     pub(super) fn has_first(&self, id: LineId) -> bool {
         let has_first = |line: &Line| line.values().next().is_some_and(|first| first.is_first);
         !self.is_empty() && self.lines().get(&id).is_some_and(has_first)
     }
 
-    /// Takes the first call out of a line, if it waits for the lock to be passed on.
+    /// Takes the first call out of a line, if it waits for the lock to be handed off.
     pub(super) fn take_first(&self, id: LineId) -> Option<Waiter> {
         let mut lines = self.lines();
         let first = lines.get_mut(&id)?.first_entry()?;
@@ -197,7 +197,7 @@ impl Front {
         }
     }
 
-    /// Passes the right on after the lock was granted in this mode. An exclusive lock may itself be passed on, until
+    /// Passes the right on after the lock was granted in this mode. An exclusive lock may itself be handed off, until
     /// `until`.
     pub(crate) fn granted(mut self, mode: Mode, until: Instant) {
         let Some(queues) = &self.queues else { return };
@@ -265,7 +265,7 @@ impl Drop for Front {
 
 impl Place {
     /// Waits for the message that says how the call continues. Returns `None` if no message came, because the holder
-    /// that would have passed on the lock no longer exists.
+    /// that would have handed off the lock no longer exists.
     ///
     /// A call that has a deadline waits here for a quarter of its time, and then on the server. If it reached the front
     /// at the last moment, it would leave the server's queue soon after, and the next call would begin at the end of

@@ -51,8 +51,8 @@ impl Release {
 /// The result of a release.
 enum Answer {
     Released,
-    /// The server was not asked, because the lock is passed on to this call.
-    HandedOn(Box<Waiter>),
+    /// The server was not asked, because the lock is handed off to this call.
+    HandedOff(Box<Waiter>),
     NotHeld,
     /// Another backend than the session's has answered.
     Elsewhere,
@@ -115,7 +115,7 @@ impl Session {
                     }
                 }
                 match self.next_in_line(conn, request, is_clean) {
-                    Some(waiter) => Ok(Answer::HandedOn(Box::new(waiter))),
+                    Some(waiter) => Ok(Answer::HandedOff(Box::new(waiter))),
                     None => self.give_up_surplus(conn, keys, protocol, &mut locks).await,
                 }
             });
@@ -133,8 +133,8 @@ impl Session {
                 self.done(slot);
                 return loss.map_or(Ok(()), Err);
             }
-            Ok(Answer::HandedOn(waiter)) => {
-                self.hand_on(slot, *waiter);
+            Ok(Answer::HandedOff(waiter)) => {
+                self.hand_off(slot, *waiter);
                 return Ok(());
             }
             Ok(Answer::NotHeld) => Loss::NotHeld,
@@ -230,7 +230,7 @@ impl Session {
             let mut locks = Vec::new();
             let answer = self.give_up_surplus(conn, keys, Protocol::Simple, &mut locks).await?;
             let loss = match answer {
-                Answer::Released | Answer::HandedOn(_) => return Ok(()),
+                Answer::Released | Answer::HandedOff(_) => return Ok(()),
                 Answer::NotHeld => Loss::NotHeld,
                 Answer::Elsewhere => {
                     self.left_behind().extend(locks);

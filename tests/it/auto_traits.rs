@@ -156,8 +156,8 @@ fn every_future_of_an_election_may_be_sent_to_another_thread<
     is_future_of::<pglock::Result<()>>(leadership.resign());
 }
 
-/// A task is as large as its future, and thousands of tasks may wait. So the state of an acquire on a session of its
-/// own is not part of the future.
+/// A task is as large as its future, and thousands of tasks may wait for a managed lock. So the state of an acquire on a
+/// session of its own is not part of the future.
 #[tokio::test]
 async fn an_acquire_that_waits_is_small() {
     let pool = sqlx::PgPool::connect_lazy("postgres://localhost/nowhere").unwrap();

@@ -51,15 +51,15 @@ pub(crate) async fn line_up<'l>(
 }
 
 /// Retries until a lock is handed off. A busy machine may be too slow for the hand-off.
-pub(crate) async fn until_passed_on(mut attempt: impl AsyncFnMut() -> bool) {
+pub(crate) async fn until_handed_off(mut attempt: impl AsyncFnMut() -> bool) {
     let attempts = async { while !attempt().await {} };
-    assert!(timeout(LATE, attempts).await.is_ok(), "no lock is passed on");
+    assert!(timeout(LATE, attempts).await.is_ok(), "no lock is handed off");
 }
 
 #[tokio::test]
-async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
+async fn a_handle_does_not_reach_the_session_that_it_has_handed_off() {
     let (_db, pool, mut admin) = TestDb::scene(6).await;
-    until_passed_on(async || {
+    until_handed_off(async || {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
         let (before, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
         let pid = before.backend_pid();
@@ -87,7 +87,7 @@ async fn a_handle_does_not_reach_the_session_that_it_has_passed_on() {
 #[tokio::test]
 async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
     let (_db, pool, mut admin) = TestDb::scene(9).await;
-    until_passed_on(async || {
+    until_handed_off(async || {
         let (mut first, mut second) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));
         let (guard, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
         let pid = guard.backend_pid();
@@ -106,7 +106,7 @@ async fn another_lock_of_the_guard_does_not_reach_the_session_either() {
 
 /// The pool resets such a connection first, and the application may have released the lock on it.
 #[tokio::test]
-async fn a_connection_that_the_application_has_used_is_not_passed_on() {
+async fn a_connection_that_the_application_has_used_is_not_handed_off() {
     let db = TestDb::new().await;
     let pool = db.pool_options().max_connections(6).after_release(|connection, _| {
         Box::pin(async move {
@@ -485,7 +485,7 @@ async fn the_line_outlives_a_restart() {
 
 /// On the server, the session has the keepalive settings of the first lock.
 #[tokio::test]
-async fn a_lock_with_other_keepalives_gets_no_session_that_is_passed_on() {
+async fn a_lock_with_other_keepalives_gets_no_session_that_is_handed_off() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
     let options = server.tcp_options().database(db.name());

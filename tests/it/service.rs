@@ -251,9 +251,9 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
     }
 }
 
-/// A lock that is handed on inside the process is still checked when its release is awaited.
+/// A lock that is handed off inside the process is still checked when its release is awaited.
 #[tokio::test]
-async fn the_release_of_a_lock_that_is_handed_on_tells_a_loss() {
+async fn the_release_of_a_lock_that_is_handed_off_tells_a_loss() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let manager = LockManager::new(&db.pool(2).await);

@@ -7,7 +7,7 @@ use pglock_testkit::{TestDb, eventually};
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{sleep, timeout};
 
-use crate::in_line::{line_up, until_passed_on};
+use crate::in_line::{line_up, until_handed_off};
 use crate::support::{
     SOON, has_waiter, no_locks, pool_of, prove_exclusion, soon, spawn, waits_in_vain,
 };
@@ -96,11 +96,11 @@ async fn a_session_shows_the_lock_that_it_was_asked_for_last() {
 
 /// The tasks of a process hand the lock off to each other, with the connection.
 #[tokio::test]
-async fn a_lock_that_is_passed_on_still_shows_its_name() {
+async fn a_lock_that_is_handed_off_still_shows_its_name() {
     let (db, pool, mut admin) = TestDb::scene(6).await;
     prove_exclusion(&db).await;
     let named = LockOptions::new().application_name("billing").on(&pool).unwrap();
-    until_passed_on(async || {
+    until_handed_off(async || {
         let (mut first, mut second) = (Lock::new(&named, KEY), Lock::new(&named, KEY));
         let (before, behind) = line_up(&pool, &mut admin, &mut first, &mut second).await;
         let pid = before.backend_pid();

@@ -44,7 +44,7 @@ async fn take(lock: &mut Lock) -> Result<(ExclusiveGuard, u64)> {
 }
 
 #[tokio::test]
-async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
+async fn tokens_grow_over_a_thousand_hand_offs_a_restart_and_crashes() {
     let (server, db) = TestDb::with_server().await;
     let (_, here) = module_path!().split_once("::").unwrap();
     let start = || Role::start(&format!("{here}::holder"), &[(URL, &db.url())]);
@@ -55,7 +55,8 @@ async fn tokens_grow_over_a_thousand_hand_overs_a_restart_and_crashes() {
     for turn in 1..=turns {
         next.tell("take").await;
         let ended = match turn {
-            // The server is killed in two turns in a row, with nothing in between that would persist the drawn tokens.
+            // The server is killed in two turns in a row, with nothing in between that would persist the drawn tokens, and
+            // once later.
             _ if [quarter, quarter + 1, last_quarter].contains(&turn) => {
                 server.kill();
                 server.restart();

@@ -1,4 +1,4 @@
-//! Passes a lock on to the next call of this process that waits for it, without asking the server.
+//! Hands a lock off to the next call of this process that waits for it, without asking the server.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,11 +13,11 @@ use crate::key::KeyId;
 use crate::request::Request;
 use crate::sql::release::Protocol;
 
-/// For how long after the server's grant a lock is passed on inside the process. After that, the lock is released, and
+/// For how long after the server's grant a lock is handed off inside the process. After that, the lock is released, and
 /// the first waiter in the server's queue is next, in this process or in another one.
-pub(crate) const TIME: Duration = Duration::from_millis(10);
+pub(crate) const TIME: Duration = Duration::from_millis(20);
 
-/// A lock that was passed on, until its guard is made.
+/// A lock that was handed off, until its guard is made.
 ///
 /// # Drop
 ///
@@ -51,17 +51,17 @@ impl Drop for Handed {
 }
 
 impl Session {
-    /// Whether a call is in line to which the lock of the last guard may be passed on.
+    /// Whether a call is in line to which the lock of the last guard may be handed off.
     pub(super) fn has_next_in_line(&self, conn: &Conn, request: &Request) -> bool {
         conn.local_queues().is_some_and(|queues| {
-            request.hand_over_key().is_some_and(|key| queues.has_first(self.line(key)))
+            request.hand_off_key().is_some_and(|key| queues.has_first(self.line(key)))
         })
     }
 
-    /// Takes the first call out of the line for the last guard's lock. Returns the call if the lock can be passed on to
+    /// Takes the first call out of the line for the last guard's lock. Returns the call if the lock can be handed off to
     /// it without a release; then this session has ended. Otherwise sends the call to the server.
     ///
-    /// A lock is passed on only if it is as good as a fresh grant: the server's answer is younger than [`TIME`], the
+    /// A lock is handed off only if it is as good as a fresh grant: the server's answer is younger than [`TIME`], the
     /// session holds nothing else, and `is_clean` says that the application has not used the connection, where it may
     /// have left something, or released the lock.
     pub(super) fn next_in_line(
@@ -72,7 +72,7 @@ impl Session {
     ) -> Option<Waiter> {
         let queues = conn.local_queues().filter(|queues| !queues.is_empty())?;
         let is_fresh = self.kept_since.get().is_some_and(|since| since.elapsed() < TIME);
-        let can_hand_on = is_clean
+        let can_hand_off = is_clean
             && is_fresh
             && self.loss().is_none()
             && !self.pool.is_closed()
@@ -80,7 +80,7 @@ impl Session {
         for (key, _) in request.ids() {
             // If the first call does not wait here, an earlier call of this process waits on the server.
             let Some(first) = queues.take_first(self.line(key)) else { continue };
-            if can_hand_on && request.hand_over_key() == Some(key) && self.suits(&first) {
+            if can_hand_off && request.hand_off_key() == Some(key) && self.suits(&first) {
                 let mut ledger = self.ledger();
                 if ledger.is_last_of(key) {
                     ledger.end();
@@ -96,9 +96,9 @@ impl Session {
         LineId::new(&self.server, key)
     }
 
-    /// Passes the lock and the connection on to a call, in a new session, so that nothing that knows this session can
+    /// Hands the lock and the connection off to a call, in a new session, so that nothing that knows this session can
     /// reach them.
-    pub(super) fn hand_on(&self, mut slot: ConnGuard, waiter: Waiter) {
+    pub(super) fn hand_off(&self, mut slot: ConnGuard, waiter: Waiter) {
         let runtime = waiter.runtime.clone();
         let next = Self::open(&self.pool, &self.server, slot.take(), runtime, &waiter.options);
         drop(slot);
@@ -110,7 +110,7 @@ impl Session {
     /// Whether the waiter would open a session like this one, on the same runtime.
     fn suits(&self, waiter: &Waiter) -> bool {
         let (mine, other) = (&self.options, &waiter.options);
-        waiter.request.hand_over_key().is_some()
+        waiter.request.hand_off_key().is_some()
             && waiter.runtime.id() == self.runtime.id()
             && Arc::ptr_eq(&self.connect_options, &self.pool.connect_options())
             && mine.heartbeat == other.heartbeat
