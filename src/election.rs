@@ -520,6 +520,7 @@ impl Election {
     /// Makes this candidate, which was granted the lock, the leader.
     async fn lead(&self, held: Guard) -> Result<Leadership> {
         let term = if let Some(term) = self.status.term() {
+            held.set_token(term);
             term
         } else {
             let term = held.fencing_token().await?;

@@ -34,7 +34,7 @@ pub use shared::{SharedGuard, Upgrade};
 ///
 /// [`ExclusiveGuard`], [`SharedGuard`], [`MultiGuard`](crate::MultiGuard), [`Permit`](crate::Permit) and
 /// [`Leadership`](crate::Leadership) dereference to it, so they have all its methods, and a function that
-/// takes a `&Guard` takes a reference to any of them. Each can also be converted to an owned `Guard`.
+/// takes a `&Guard` takes a reference to any of them. All but a `Leadership` can also be converted to an owned `Guard`.
 ///
 /// # Drop
 ///
@@ -371,14 +371,20 @@ impl Guard {
         Ok(*self.token.get_or_init(|| drawn))
     }
 
+    /// Sets the token that was drawn for another guard of the same hold.
+    pub(crate) fn set_token(&self, token: u64) {
+        self.token.get_or_init(|| token);
+    }
+
     /// Borrows the connection of the session that holds the lock. A guard of a [`LockManager`](crate::LockManager) has
     /// no connection of its own, and returns [`Error::SharedSession`].
     ///
     /// A statement that is sent through the connection takes no effect after the session has ended, and the lock with
     /// it: the server rolls back the open transaction. Waits while the connection is in use, for example borrowed from
-    /// another guard of the session. The first call sends two statements, to end a transaction that was left open on
-    /// the pooled connection and to apply the settings of a borrowed connection; later calls send at most one. When the
-    /// connection is returned, two statements end what was left open, and check that the session still holds its locks.
+    /// another guard of the session. The first call sends one statement, which applies the settings of a borrowed
+    /// connection, and finds a transaction that was left open on the pooled connection; later calls send at most one.
+    /// When the connection is returned, two statements end what was left open, and check that the session still holds its
+    /// locks.
     ///
     /// While the connection is borrowed, a closed session is detected only at the next heartbeat.
     ///
@@ -609,12 +615,6 @@ macro_rules! is_guard {
             }
         }
 
-        impl From<$Type> for $crate::Guard {
-            fn from(guard: $Type) -> Self {
-                guard.guard
-            }
-        }
-
         impl std::fmt::Debug for $Type {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.debug_tuple(stringify!($Type)).field(&self.guard).finish()
@@ -623,3 +623,16 @@ macro_rules! is_guard {
     };
 }
 pub(crate) use is_guard;
+
+/// Converts a guard type that is nothing but a [`Guard`]. A [`Leadership`](crate::Leadership) is more: its drop reports
+/// the end of the term.
+macro_rules! into_guard {
+    ($Type:ty) => {
+        impl From<$Type> for $crate::Guard {
+            fn from(guard: $Type) -> Self {
+                guard.guard
+            }
+        }
+    };
+}
+pub(crate) use into_guard;

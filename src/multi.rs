@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::guard::{Guard, is_guard};
+use crate::guard::{Guard, into_guard, is_guard};
 use crate::key::Key;
 use crate::mode::Mode;
 use crate::owner::{Owner, time_until};
@@ -326,3 +326,4 @@ impl MultiGuard {
 }
 
 is_guard!(MultiGuard);
+into_guard!(MultiGuard);

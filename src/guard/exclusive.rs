@@ -1,6 +1,6 @@
 //! The guard of an exclusive lock.
 
-use super::{Guard, SharedGuard, is_guard};
+use super::{Guard, SharedGuard, into_guard, is_guard};
 use crate::error::{Error, Loss, Result};
 use crate::key::Key;
 use crate::mode::Mode;
@@ -98,3 +98,4 @@ impl ExclusiveGuard {
 }
 
 is_guard!(ExclusiveGuard);
+into_guard!(ExclusiveGuard);

@@ -1,6 +1,6 @@
 //! The guard of a shared lock.
 
-use super::{ExclusiveGuard, Guard, is_guard};
+use super::{ExclusiveGuard, Guard, into_guard, is_guard};
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
@@ -103,6 +103,7 @@ impl SharedGuard {
 }
 
 is_guard!(SharedGuard);
+into_guard!(SharedGuard);
 
 /// The result of [`SharedGuard::try_upgrade`].
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
-use crate::guard::{Guard, is_guard};
+use crate::guard::{Guard, into_guard, is_guard};
 use crate::key::Key;
 
 /// A permit of a semaphore that is held. Dropping it releases the permit.
@@ -83,3 +83,4 @@ impl Permit {
 }
 
 is_guard!(Permit);
+into_guard!(Permit);

@@ -89,6 +89,8 @@ async fn who_leads_already_campaigns_for_the_same_term() {
     let second = election.campaign().await.unwrap();
     let third = election.try_campaign().await.unwrap().expect("this candidate leads");
     assert_eq!([second.term(), third.term()], [first.term(); 2]);
+    // A greater number for one of them would make a store refuse the writes of the others.
+    assert_eq!(second.fencing_token().await.unwrap(), first.term());
     assert_eq!(election.leader().await.unwrap(), leader);
     locks_are(&mut admin, 1, SOON * 4).await;
 
