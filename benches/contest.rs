@@ -1,4 +1,4 @@
-//! Runs contestants in turns, and prints a table that compares them.
+//! Runs contestants in turns, and publishes a table that compares them.
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::error::BoxDynError;
 
+use crate::table::Table;
 use quantile::quantile;
 
 pub(crate) trait Contestant {
@@ -55,18 +56,31 @@ pub(crate) async fn compete<C: Contestant + Send>(
     Ok(())
 }
 
-/// Prints the quantile `q` of each contestant's samples, and its ratio to that of the first contestant.
+/// Publishes the quantile `q` of each contestant's samples, and its ratio to that of the first contestant. `table` is the
+/// name of the table in the guide, if it is there.
 ///
-/// A missed target is reported, but is not a failure, because the machine may be busy.
-pub(crate) fn print_table<C>(figure: &str, q: f64, contests: &[Contest<C>]) {
+/// A missed target is printed, but is not a failure, because the machine may be busy.
+pub(crate) fn publish<C>(
+    table: impl Into<Option<&'static str>>,
+    title: &str,
+    q: f64,
+    contests: &[Contest<C>],
+) -> Result<(), BoxDynError> {
     let one = contests.first().map_or(f64::NAN, |first| quantile(&first.samples, q));
-    println!("\n{figure:<44}{:>10}{:>12}   target", "ratio", "µs");
+    let mut table = Table::new(table, title, ["relative", "µs"]);
+    let mut verdicts = Vec::new();
     for Contest { name, target, samples, .. } in contests {
         let micros = quantile(samples, q);
         let ratio = micros / one;
-        let target = target.map_or_else(String::new, |(words, is_met)| {
-            format!("   {words}: {}", if is_met(ratio, micros) { "met" } else { "missed" })
-        });
-        println!("{name:<44}{ratio:>10.2}{micros:>12.2}{target}");
+        table.row(*name, [format!("{ratio:.2}"), format!("{micros:.2}")]);
+        if let Some((words, is_met)) = target {
+            let verdict = if is_met(ratio, micros) { "met" } else { "missed" };
+            verdicts.push(format!("{name} {words}: {verdict}"));
+        }
     }
+    table.publish()?;
+    for verdict in verdicts {
+        println!("{verdict}");
+    }
+    Ok(())
 }

@@ -2,6 +2,8 @@
 
 mod contest;
 mod support;
+mod table;
+mod warm;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +17,7 @@ use tokio::runtime::Builder;
 use tokio::task::spawn_blocking;
 
 use contest::{Contest, Contestant};
+use warm::warm_pool;
 
 const KEY: i64 = 42;
 const CONNECTIONS: u32 = 10;
@@ -37,33 +40,25 @@ async fn free(time: Duration) -> Result<(), BoxDynError> {
 
     let title = "free: acquire and release a free lock, from a pool of 10 open connections";
     support::print_title(title, &db.pool(1).await).await?;
-    contest::print_table("acquire and release, median", 0.5, &contests);
-    contest::print_table("the same on a current-thread runtime", 0.5, &alone);
-    Ok(())
+    contest::publish("free", "acquire and release, median", 0.5, &contests)?;
+    contest::publish(None, "the same on a current-thread runtime", 0.5, &alone)
 }
 
 async fn compete(db: &TestDb, time: Duration) -> Result<[Contest<Cycle>; 4], BoxDynError> {
     let sqlx = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(KEY));
-    let pglock = Lock::new(&warm_pool(db).await?, KEY);
+    let pglock = Lock::new(&warm_pool(&db.options(), CONNECTIONS).await?, KEY);
     let mut contests = [
-        Contest::new("sqlx's PgAdvisoryLock", Cycle::Sqlx(warm_pool(db).await?, sqlx)),
-        Contest::new("pglock", Cycle::Pglock(Box::new(pglock)))
+        Contest::new(
+            "sqlx's `PgAdvisoryLock`",
+            Cycle::Sqlx(warm_pool(&db.options(), CONNECTIONS).await?, sqlx),
+        ),
+        Contest::new("`Lock`", Cycle::Pglock(Box::new(pglock)))
             .target("<= 1.00", |ratio, _| ratio <= 1.0),
-        Contest::new("SQL by hand", Cycle::ByHand(warm_pool(db).await?)),
+        Contest::new("SQL by hand", Cycle::ByHand(warm_pool(&db.options(), CONNECTIONS).await?)),
         Contest::new("two round trips, no pool", Cycle::RoundTrips(db.admin().await)),
     ];
     contest::compete(&mut contests, time).await?;
     Ok(contests)
-}
-
-/// A pool that has opened all its connections.
-async fn warm_pool(db: &TestDb) -> Result<PgPool, BoxDynError> {
-    let pool = db.pool(CONNECTIONS).await;
-    let mut connections = Vec::new();
-    for _ in 0..CONNECTIONS {
-        connections.push(pool.acquire().await?);
-    }
-    Ok(pool)
 }
 
 /// Acquires and releases a lock. The connection goes back to its pool each time.

@@ -6,13 +6,14 @@
 //! time from just before the release in one process until the acquire has returned in the other, by
 //! the clock that both have in common. Meanwhile this process sleeps.
 //!
-//! One way is SQL by hand that waits as pglock does, in a statement that ends its own wait. Its difference from plain
-//! SQL by hand is the cost of that statement; the rest is the cost of pglock.
+//! The others are compared with SQL by hand that waits as pglock does, in a statement that ends its own wait. Its
+//! difference from a plain `SELECT pg_advisory_lock` is the cost of that statement; the rest is the cost of pglock.
 
 #![expect(clippy::print_stdout, reason = "the parties answer there")]
 
 mod contest;
 mod support;
+mod table;
 
 use std::env;
 use std::mem;
@@ -65,18 +66,17 @@ async fn handover(time: Duration) -> Result<(), BoxDynError> {
     let pglock = Pair::start(&db, KEY_OF_PGLOCK).await?;
     let manager = Pair::start(&db, KEY_OF_MANAGER).await?;
     let mut contests = [
-        Contest::new("SQL by hand, connection held", sql),
-        Contest::new("the same, waiting in slices", slices),
-        Contest::new("Lock", pglock).target("<= 1.10", |ratio, _| ratio <= 1.1),
-        Contest::new("LockManager", manager).target("<= 1.20", |ratio, _| ratio <= 1.2),
+        Contest::new("SQL by hand that waits in a slice", slices),
+        Contest::new("`SELECT pg_advisory_lock`", sql),
+        Contest::new("`Lock`", pglock).target("<= 1.10", |ratio, _| ratio <= 1.1),
+        Contest::new("`LockManager`", manager).target("<= 1.18", |ratio, _| ratio <= 1.18),
     ];
     contest::compete(&mut contests, time).await?;
 
     let title = "handover: a busy lock goes from one process to another, which waits for it";
     support::print_title(title, &db.pool(1).await).await?;
-    contest::print_table("release to acquired, median", 0.5, &contests);
-    contest::print_table("release to acquired, 95th percentile", 0.95, &contests);
-    Ok(())
+    contest::publish("handover", "release to acquired, median", 0.5, &contests)?;
+    contest::publish(None, "release to acquired, 95th percentile", 0.95, &contests)
 }
 
 /// Two processes: one holds the lock, the other is in the server's queue for it.
@@ -94,7 +94,7 @@ impl Pair {
         let [mut holder, waiter] = [Party::start(db, key)?, Party::start(db, key)?];
         holder.ask("acquire").await?;
         let mut pair = Self { key, holder, waiter, queued: 0, admin: db.admin().await };
-        pair.queue().await?;
+        timeout(Duration::from_secs(10), pair.queue()).await??;
         Ok(pair)
     }
 

@@ -4,11 +4,13 @@
 //! measures this process by the figures of Linux, and compares it with the same number of connections that are
 //! merely open.
 
-#![expect(clippy::print_stdout, reason = "a bench is there to print")]
-
 mod support;
+mod table;
+mod target;
+#[expect(dead_code, reason = "a part of it is enough here")]
+mod usage;
 
-use std::fs;
+use std::process;
 use std::time::Duration;
 
 use pglock::{ExclusiveGuard, Lock};
@@ -17,8 +19,8 @@ use sqlx::PgPool;
 use sqlx::error::BoxDynError;
 use tokio::time::sleep;
 
-/// The clock ticks by which Linux counts CPU time, the same on all machines.
-const TICKS_PER_SECOND: f64 = 100.0;
+use table::Table;
+use usage::{cpu_of, resident};
 
 fn main() -> Result<(), BoxDynError> {
     support::run(held)
@@ -40,8 +42,7 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
     sleep(time).await;
     let idled = Usage::now()?;
 
-    // One connection is spare, because listening to the sessions takes another one.
-    let pool = db.pool(locks + 1).await;
+    let pool = db.pool(locks).await;
     let mut guards = Vec::new();
     for key in 0..locks {
         guards.push(Lock::new(&pool, i64::from(key)).acquire().await?);
@@ -59,16 +60,22 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
     )
     .await?;
     let (seconds, count) = (time.as_secs_f64(), f64::from(locks));
-    println!(
-        "\n{locks} for {seconds} s                     CPU, 1 core = 100 %    memory each, KiB"
-    );
-    let row = |what, from: &Usage, to: &Usage, before: &Usage| {
-        let cpu = 100.0 * (to.cpu_s - from.cpu_s) / seconds;
-        let memory = (to.resident_kib - before.resident_kib) / count;
-        println!("{what:<36} {cpu:>10.2} {memory:>22.1}");
+    let title = format!("{locks} for {seconds} s");
+    let heads = ["processor, % of a core", "memory of the process each, KiB"];
+    let mut table = Table::new("held", title, heads);
+    let mut row = |what: &str, from: &Usage, to: &Usage, before: &Usage| {
+        let cpu = 100.0 * to.cpu.saturating_sub(from.cpu).as_secs_f64() / seconds;
+        let memory = (to.resident - before.resident) / 1024.0 / count;
+        table.row(what, [format!("{cpu:.2}"), format!("{memory:.1}")]);
+        (cpu, memory)
     };
     row("connections, open and idle", &open, &idled, &start);
-    row("locks, held and watched", &watched, &held, &idled);
+    let (cpu, memory) = row("held by a `Lock` each", &watched, &held, &idled);
+    table.publish()?;
+    if locks == 1000 {
+        target::print_at_most("% of a core for a thousand held locks", &[cpu], 1.5);
+        target::print_at_most("KiB for each of them", &[memory], 16.0);
+    }
     Ok(())
 }
 
@@ -83,23 +90,12 @@ fn check(pool: &PgPool, guards: &[ExclusiveGuard]) -> Result<(), BoxDynError> {
 
 /// The CPU time and the memory that this process has used.
 struct Usage {
-    cpu_s: f64,
-    resident_kib: f64,
+    cpu: Duration,
+    resident: f64,
 }
 
 impl Usage {
-    /// Reads `/proc`. Returns zeros if there is none.
     fn now() -> Result<Self, BoxDynError> {
-        let Ok(stat) = fs::read_to_string("/proc/self/stat") else {
-            return Ok(Self { cpu_s: 0.0, resident_kib: 0.0 });
-        };
-        // The name, in parentheses, may contain spaces. User and system time are the 12th and 13th field after it.
-        let (_, fields) = stat.rsplit_once(") ").ok_or("/proc/self/stat has no name")?;
-        let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<f64>);
-        let cpu_s = ticks.sum::<Result<f64, _>>()? / TICKS_PER_SECOND;
-        let status = fs::read_to_string("/proc/self/status")?;
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let resident = resident.and_then(|line| line.trim().strip_suffix(" kB"));
-        Ok(Self { cpu_s, resident_kib: resident.ok_or("/proc/self/status has no VmRSS")?.parse()? })
+        Ok(Self { cpu: cpu_of(process::id())?, resident: resident()? })
     }
 }

@@ -2,12 +2,18 @@
 //!
 //! For each way to lock, the benchmark prints how many cycles it has completed per second, how many connections the
 //! lock had at most, and how long the query took, beside how long the query takes on an idle pool.
+//!
+//! One way is a program in Go, which is left out if there is no Go with the package `lib/pq` as Debian installs it
+//! (`apt-get install golang-go golang-github-lib-pq-dev`).
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
 mod quantile;
 mod support;
+mod table;
+mod warm;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pglock::{Lock, LockManager};
@@ -15,10 +21,13 @@ use pglock_testkit::{Server, TestDb};
 use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 use sqlx::{PgConnection, PgPool, query, query_scalar};
+use tokio::process::Command;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{interval, sleep};
 
 use quantile::quantile;
+use table::Table;
+use warm::warm_pool;
 
 const KEY: i64 = 17;
 const CONNECTIONS: u32 = 10;
@@ -29,7 +38,7 @@ const ROUNDS: u32 = 4;
 /// The interval at which the connections of the lock are counted.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// A way to lock.
+/// A way to lock in this process.
 #[derive(Clone, Copy)]
 enum Way {
     Lock,
@@ -44,10 +53,10 @@ impl Way {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Lock => "Lock, releases awaited",
-            Self::LockDropped => "Lock, guards dropped",
-            Self::Manager => "LockManager, releases awaited",
-            Self::Sqlx => "sqlx's PgAdvisoryLock",
+            Self::Lock => "`Lock`, releases awaited",
+            Self::LockDropped => "`Lock`, guards dropped: hand-offs in the process",
+            Self::Manager => "`LockManager`, releases awaited",
+            Self::Sqlx => "sqlx's `PgAdvisoryLock`",
         }
     }
 }
@@ -70,54 +79,115 @@ async fn hot_key(time: Duration) -> Result<(), BoxDynError> {
     let server = Server::options().setting("max_connections", "100").start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
-    let pool = db.pool(CONNECTIONS).await;
-    support::print_title("hot key: tasks of one process that want the same lock", &pool).await?;
+    let pool = warm_pool(&db.options(), CONNECTIONS).await?;
+    let mut title = "hot key: tasks of one process that acquire the same lock".to_owned();
+    let go = build_go().await;
+    if go.is_none() {
+        title += " (without the program in Go)";
+    }
+    support::print_title(&title, &pool).await?;
     drop(Lock::new(&pool, KEY).acquire().await?);
     let idle = quantile(&ask(&pool, Instant::now() + time / 10).await?, 0.5);
 
-    let mut measured = Way::ALL.map(|way| (way, Measured::default()));
+    let here = Way::ALL.map(|way| Work::Here(way, pool.clone()));
+    let (socket, port, name) = (server.socket_dir().display(), server.port(), db.name());
+    let there = format!("host={socket} port={port} user=postgres dbname={name} sslmode=disable");
+    let there = go.map(|program| Work::Go(program, there));
+    let works = here.into_iter().chain(there);
+    let mut measured: Vec<_> = works.map(|work| (work, Measured::default())).collect();
     for _ in 0..ROUNDS {
-        for (way, measured) in &mut measured {
-            run(*way, &pool, &mut admin, tasks, time / ROUNDS / 4, measured).await?;
+        for (work, measured) in &mut measured {
+            run(work, &mut admin, tasks, time / ROUNDS / 4, measured).await?;
         }
     }
 
     println!("\n{tasks} tasks, pool of {CONNECTIONS}; a query on the idle pool takes {idle:.0} µs");
-    println!(
-        "{:<32}{:>8}{:>12}{:>14}{:>12}{:>8}",
-        "", "ratio", "cycles/s", "connections", "query, µs", "p99"
-    );
+    let heads = ["cycles, relative", "cycles/s", "connections", "the query, µs"];
+    let mut table = Table::new("hot_key", "", heads);
     let rate = |measured: &Measured| {
         #[expect(clippy::cast_precision_loss, reason = "there are few enough")]
         let cycles = measured.cycles as f64;
         cycles / measured.time.as_secs_f64()
     };
     let first = measured.first().map_or(f64::NAN, |(_, first)| rate(first));
-    for (way, measured) in &measured {
+    for (work, measured) in &measured {
         let rate = rate(measured);
-        println!(
-            "{:<32}{:>8.2}{rate:>12.0}{:>14}{:>12.0}{:>8.0}",
-            way.name(),
-            rate / first,
-            measured.connections,
-            quantile(&measured.queries, 0.5),
-            quantile(&measured.queries, 0.99),
-        );
+        let median = format!("{:.0}", quantile(&measured.queries, 0.5));
+        let [relative, rate] = [format!("{:.1}", rate / first), format!("{rate:.0}")];
+        table.row(work.name(), [relative, rate, measured.connections.to_string(), median]);
     }
-    Ok(())
+    let nothing = String::new;
+    let idle = format!("{idle:.0}");
+    table.row("nothing else", [nothing(), nothing(), "0".to_owned(), idle]);
+    table.publish()
+}
+
+/// The tasks that lock, and the query beside them.
+#[derive(Clone)]
+enum Work {
+    /// In a process of its own: the program and its connection string.
+    Go(PathBuf, String),
+    Here(Way, PgPool),
+}
+
+impl Work {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Go(..) => "Go's `database/sql`, by go-pglock's statements",
+            Self::Here(way, _) => way.name(),
+        }
+    }
 }
 
 async fn run(
-    way: Way,
-    pool: &PgPool,
+    work: &Work,
     admin: &mut PgConnection,
     tasks: usize,
     time: Duration,
     measured: &mut Measured,
 ) -> Result<(), BoxDynError> {
-    let manager = LockManager::new(pool);
     let started = Instant::now();
-    let end = started + time;
+    let mut running = JoinSet::new();
+    let work = work.clone();
+    running.spawn(async move {
+        match work {
+            Work::Go(program, connect) => run_go(program, connect, tasks, time).await,
+            Work::Here(way, pool) => run_here(way, pool, tasks, time).await,
+        }
+    });
+    let mut tick = interval(LOOK);
+    loop {
+        tokio::select! {
+            ended = running.join_next() => match ended {
+                Some(ended) => {
+                    let (cycles, queries) = ended??;
+                    measured.cycles += cycles;
+                    measured.queries.extend(queries);
+                }
+                None => break,
+            },
+            _ = tick.tick() => {
+                let count = "SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory'";
+                let count: i64 = query_scalar(count).fetch_one(&mut *admin).await?;
+                measured.connections = measured.connections.max(count);
+            }
+        }
+    }
+    measured.time += started.elapsed();
+    Ok(())
+}
+
+/// The number of cycles, and the times of the queries beside them.
+type Results = (usize, Vec<Duration>);
+
+async fn run_here(
+    way: Way,
+    pool: PgPool,
+    tasks: usize,
+    time: Duration,
+) -> Result<Results, BoxDynError> {
+    let manager = LockManager::new(&pool);
+    let end = Instant::now() + time;
     let mut running = JoinSet::new();
     for _ in 0..tasks {
         let (pool, manager) = (pool.clone(), manager.clone());
@@ -132,22 +202,51 @@ async fn run(
         });
     }
     let mut asking = JoinSet::new();
-    let others = pool.clone();
-    asking.spawn(async move { ask(&others, end).await });
-    while Instant::now() < end {
-        let connections = "SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory'";
-        let connections: i64 = query_scalar(connections).fetch_one(&mut *admin).await?;
-        measured.connections = measured.connections.max(connections);
-        sleep(LOOK).await;
-    }
-    for asked in asking.join_all().await {
-        measured.queries.extend(asked?);
-    }
+    asking.spawn(async move { ask(&pool, end).await });
+    let mut all = 0;
     while let Some(cycles) = running.join_next().await {
-        measured.cycles += cycles??;
+        all += cycles??;
     }
-    measured.time += started.elapsed();
-    Ok(())
+    let mut queries = Vec::new();
+    for asked in asking.join_all().await {
+        queries.extend(asked?);
+    }
+    Ok((all, queries))
+}
+
+/// Builds the program in Go. Returns `None` if something for that is not installed.
+async fn build_go() -> Option<PathBuf> {
+    let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("bench-go");
+    let mut build = Command::new("go");
+    build.args(["build", "-o"]).arg(&program);
+    build.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/go/main.go"));
+    // Debian's packages of libraries are for this mode.
+    build.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode").env("GOFLAGS", "");
+    let output = build.output().await.ok()?;
+    if !output.status.success() {
+        println!("{}", String::from_utf8_lossy(&output.stderr));
+    }
+    output.status.success().then_some(program)
+}
+
+async fn run_go(
+    program: PathBuf,
+    connect: String,
+    tasks: usize,
+    time: Duration,
+) -> Result<Results, BoxDynError> {
+    let numbers = [KEY.to_string(), tasks.to_string(), CONNECTIONS.to_string()];
+    let mut command = Command::new(program);
+    let command = command.arg(connect).args(numbers).arg(time.as_millis().to_string());
+    let output = command.kill_on_drop(true).output().await?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into());
+    }
+    let written = String::from_utf8(output.stdout)?;
+    let (cycles, queries) = written.split_once('\n').ok_or("not two lines")?;
+    let queries = queries.split_whitespace().map(str::parse);
+    let queries = queries.map(|micros| micros.map(Duration::from_micros));
+    Ok((cycles.parse()?, queries.collect::<Result<_, _>>()?))
 }
 
 async fn cycle(way: Way, pool: &PgPool, manager: &LockManager) -> Result<(), BoxDynError> {

@@ -1,23 +1,36 @@
-//! Measures a free lock over a link with a round trip of 5 ms, and prints the times in round trips.
+//! Measures free locks over links with round trips of some 1, 10 and 50 ms, and prints the times in round trips, which
+//! are measured, too.
 
-mod contest;
+mod quantile;
 mod support;
+mod table;
+mod target;
+mod warm;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use pglock::Lock;
+use pglock::{Election, Lock, LockManager, MultiLock, Semaphore};
 use pglock_testkit::{Proxy, Server, TestDb};
 use sqlx::error::BoxDynError;
-use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey, PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, PgConnection, PgPool};
+use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey, PgConnectOptions};
+use sqlx::{ConnectOptions, PgConnection, PgPool, query};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
 
-use contest::{Contest, Contestant};
+use quantile::quantile;
+use table::Table;
+use warm::warm_pool;
 
 const KEY: i64 = 42;
 const CONNECTIONS: u32 = 3;
-const ROUND_TRIP: Duration = Duration::from_millis(5);
-/// How many cycles make a turn.
-const CYCLES: u32 = 5;
+const ROUND_TRIPS: [Duration; 3] =
+    [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(50)];
+/// How many keys the `MultiLock` has.
+const KEYS: i64 = 100;
+/// How many tasks use the manager at once.
+const TASKS: i64 = 1000;
 
 fn main() -> Result<(), BoxDynError> {
     support::run(slow_link)
@@ -28,142 +41,223 @@ async fn slow_link(time: Duration) -> Result<(), BoxDynError> {
     let db = TestDb::on(&server).await;
     let proxy = Proxy::to(server.port()).await;
     let options = server.tcp_options().database(db.name()).port(proxy.address().port());
-
-    let round_trip = Contestants::new(&options).await?;
-    let both = Contestants::new(&options).await?;
-    // Each direction takes half of it.
-    proxy.delay(ROUND_TRIP / 2);
-    let mut acquires = round_trip.compete(Measured::Acquire, "<= 1.10", |ratio, _| ratio <= 1.1);
-    contest::compete(&mut acquires, time / 2).await?;
-    let mut cycles = both.compete(Measured::Both, "<= 2.20", |ratio, _| ratio <= 2.2);
-    contest::compete(&mut cycles, time / 2).await?;
-    proxy.delay(Duration::ZERO);
-
-    let title = "slow_link: a free lock over a link with a round trip of 5 ms";
+    let title = "slow_link: free locks over a slow link";
     support::print_title(title, &db.pool(1).await).await?;
-    contest::print_table("acquire, median, in round trips", 0.5, &acquires);
-    contest::print_table("acquire and release, median, in round trips", 0.5, &cycles);
+
+    let mut rows = Way::all(&options).await?.map(Row::new);
+    let (mut manager, mut round_trips) = (Vec::new(), Vec::new());
+    for round_trip in ROUND_TRIPS {
+        // Each direction takes half of it.
+        proxy.delay(round_trip / 2);
+        let one = measure(&mut rows, time).await?;
+        let cycle = cycles_of_manager(&options, time / 10).await?;
+        manager.push(cycle.as_secs_f64() * 1e6 / one);
+        round_trips.push(one / 1e3);
+        proxy.delay(Duration::ZERO);
+    }
+    print(&rows, &manager, &round_trips)
+}
+
+/// A way to lock, and the medians of its times for each round trip.
+struct Row {
+    way: Way,
+    /// In round trips.
+    acquire: Vec<f64>,
+    cycle: Vec<f64>,
+}
+
+impl Row {
+    fn new(way: Way) -> Self {
+        Self { way, acquire: Vec::new(), cycle: Vec::new() }
+    }
+}
+
+/// Measures each way in turns, and returns the median of a round trip in microseconds.
+async fn measure(rows: &mut [Row], time: Duration) -> Result<f64, BoxDynError> {
+    let mut samples = vec![(Vec::new(), Vec::new()); rows.len()];
+    let started = Instant::now();
+    // The first round, in which caches fill, does not count.
+    for round in 0_u32.. {
+        if round > 1 && started.elapsed() > time {
+            break;
+        }
+        for (row, (acquires, cycles)) in rows.iter_mut().zip(&mut samples) {
+            let started = Instant::now();
+            let acquired = row.way.cycle(started).await?;
+            if round > 0 {
+                acquires.push(acquired);
+                cycles.push(started.elapsed());
+            }
+        }
+    }
+    let one = samples.first().map_or(f64::NAN, |(acquires, _)| quantile(acquires, 0.5));
+    for (row, (acquires, cycles)) in rows.iter_mut().zip(&samples) {
+        row.acquire.push(quantile(acquires, 0.5) / one);
+        row.cycle.push(quantile(cycles, 0.5) / one);
+    }
+    Ok(one)
+}
+
+/// Prints the times in round trips, and the targets.
+fn print(rows: &[Row], manager: &[f64], round_trips: &[f64]) -> Result<(), BoxDynError> {
+    let heads = ["acquire", "and release"]
+        .into_iter()
+        .flat_map(|what| round_trips.iter().map(move |millis| format!("{what}, {millis:.1} ms")));
+    let mut table = Table::new("slow_link", "median, in round trips", heads);
+    for Row { way, acquire, cycle } in rows {
+        let times = acquire.iter().chain(cycle).map(|time| format!("{time:.2}"));
+        // A round trip is the unit.
+        if !matches!(way, Way::RoundTrip(_)) {
+            table.row(way.name(), times);
+        }
+    }
+    let share = manager.iter().map(|share| format!("{share:.3}"));
+    let unknown = manager.iter().map(|_| String::new());
+    table.row(format!("`LockManager`, {TASKS} tasks, per cycle"), unknown.chain(share));
+    table.publish()?;
+    for Row { way, acquire, cycle } in rows {
+        if let Some((of_acquire, of_cycle)) = way.targets() {
+            target::print_at_most(&format!("{}, acquire", way.name()), acquire, of_acquire);
+            target::print_at_most(&format!("{}, and release", way.name()), cycle, of_cycle);
+        }
+    }
+    target::print_at_most("a cycle of the manager under load", manager, 0.1);
     Ok(())
 }
 
-/// The part of a cycle that is measured.
-#[derive(Clone, Copy)]
-enum Measured {
-    Acquire,
-    Both,
-}
-
-/// The connections of the contestants, of which each has its own.
-struct Contestants {
-    by_hand: PgPool,
-    pglock: Lock,
-    round_trip: PgConnection,
-    sqlx: PgPool,
-}
-
-impl Contestants {
-    /// Opens all connections, and acquires a few times, because the crate examines the server at the first acquire.
-    async fn new(options: &PgConnectOptions) -> Result<Self, BoxDynError> {
-        let mut pglock = Lock::new(&warm_pool(options).await?, KEY);
-        for _ in 0..CONNECTIONS {
-            pglock.acquire().await?.release().await?;
-        }
-        Ok(Self {
-            by_hand: warm_pool(options).await?,
-            pglock,
-            round_trip: options.connect().await?,
-            sqlx: warm_pool(options).await?,
-        })
-    }
-
-    /// Returns the contests. The first one is a round trip, so that the ratios of the others are in round trips.
-    fn compete(
-        self,
-        measured: Measured,
-        words: &'static str,
-        is_met: fn(f64, f64) -> bool,
-    ) -> [Contest<Cycles>; 4] {
-        let sqlx = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(KEY));
-        let cycles = |of| Cycles { of, measured };
-        [
-            Contest::new("a round trip", cycles(Cycle::RoundTrip(self.round_trip))),
-            Contest::new("pglock", cycles(Cycle::Pglock(Box::new(self.pglock))))
-                .target(words, is_met),
-            Contest::new("sqlx's PgAdvisoryLock", cycles(Cycle::Sqlx(self.sqlx, sqlx))),
-            Contest::new("SQL by hand", cycles(Cycle::ByHand(self.by_hand))),
-        ]
-    }
-}
-
-/// A pool that has opened all its connections.
-async fn warm_pool(options: &PgConnectOptions) -> Result<PgPool, BoxDynError> {
-    let pool = PgPoolOptions::new().max_connections(CONNECTIONS);
-    let pool = pool.connect_with(options.clone()).await?;
-    let mut connections = Vec::new();
-    for _ in 0..CONNECTIONS {
-        connections.push(pool.acquire().await?);
-    }
-    Ok(pool)
-}
-
-/// Acquires and releases a lock several times, and measures one of the two or both.
-struct Cycles {
-    of: Cycle,
-    measured: Measured,
-}
-
-enum Cycle {
+/// A way to lock, with connections of its own.
+enum Way {
     ByHand(PgPool),
-    Pglock(Box<Lock>),
+    Election(Box<Election>),
+    Lock(Box<Lock>),
+    MultiLock(Box<MultiLock>),
     /// The minimum that it takes to get an answer.
     RoundTrip(PgConnection),
+    Semaphore(Semaphore),
     Sqlx(PgPool, PgAdvisoryLock),
 }
 
-impl Contestant for Cycles {
-    async fn turn(&mut self) -> Result<Duration, BoxDynError> {
-        let mut sum = Duration::ZERO;
-        for _ in 0..CYCLES {
-            let started = Instant::now();
-            let acquired = self.of.cycle(started).await?;
-            sum += match self.measured {
-                Measured::Acquire => acquired,
-                Measured::Both => started.elapsed(),
-            };
+impl Way {
+    /// Opens all connections, and acquires a lock a few times, because the crate examines the server at first.
+    async fn all(options: &PgConnectOptions) -> Result<[Self; 7], BoxDynError> {
+        let mut lock = Lock::new(&warm_pool(options, CONNECTIONS).await?, KEY);
+        for _ in 0..CONNECTIONS {
+            lock.acquire().await?.release().await?;
         }
-        Ok(sum / CYCLES)
+        let sqlx = PgAdvisoryLock::with_key(PgAdvisoryLockKey::BigInt(KEY));
+        let keys = (0..KEYS).map(|key| 1000 + key);
+        Ok([
+            Self::RoundTrip(options.connect().await?),
+            Self::Lock(Box::new(lock)),
+            Self::ByHand(warm_pool(options, CONNECTIONS).await?),
+            Self::Sqlx(warm_pool(options, CONNECTIONS).await?, sqlx),
+            Self::MultiLock(Box::new(MultiLock::new(
+                &warm_pool(options, CONNECTIONS).await?,
+                keys,
+            ))),
+            Self::Semaphore(Semaphore::new(&warm_pool(options, CONNECTIONS).await?, "slow", 3)?),
+            Self::Election(Box::new(Election::new(
+                &warm_pool(options, CONNECTIONS).await?,
+                "slow",
+            ))),
+        ])
     }
-}
 
-impl Cycle {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::ByHand(_) => "SQL by hand",
+            Self::Election(_) => "`Election`",
+            Self::Lock(_) => "`Lock`",
+            Self::MultiLock(_) => "`MultiLock` of 100 keys",
+            Self::RoundTrip(_) => "a round trip",
+            Self::Semaphore(_) => "`Semaphore`",
+            Self::Sqlx(..) => "sqlx's `PgAdvisoryLock`",
+        }
+    }
+
+    /// Returns how many round trips an acquire, and one with its release, may take.
+    fn targets(&self) -> Option<(f64, f64)> {
+        match self {
+            Self::Lock(_) | Self::MultiLock(_) => Some((1.05, 2.05)),
+            Self::Semaphore(_) => Some((2.05, 3.05)),
+            Self::Election(_) => Some((3.05, 4.05)),
+            Self::ByHand(_) | Self::RoundTrip(_) | Self::Sqlx(..) => None,
+        }
+    }
+
     /// Acquires and releases the lock. Returns how long after `started` it was acquired.
     async fn cycle(&mut self, started: Instant) -> Result<Duration, BoxDynError> {
-        Ok(match self {
+        let acquired;
+        match self {
             Self::ByHand(pool) => {
                 let mut connection = pool.acquire().await?;
-                let acquire = sqlx::query("SELECT pg_advisory_lock($1)").bind(KEY);
+                let acquire = query("SELECT pg_advisory_lock($1)").bind(KEY);
                 acquire.execute(&mut *connection).await?;
-                let acquired = started.elapsed();
-                let release = sqlx::query("SELECT pg_advisory_unlock($1)").bind(KEY);
+                acquired = started.elapsed();
+                let release = query("SELECT pg_advisory_unlock($1)").bind(KEY);
                 release.execute(&mut *connection).await?;
-                acquired
             }
-            Self::Pglock(lock) => {
+            Self::Election(election) => {
+                let leadership = election.campaign().await?;
+                acquired = started.elapsed();
+                leadership.resign().await?;
+            }
+            Self::Lock(lock) => {
                 let guard = lock.acquire().await?;
-                let acquired = started.elapsed();
+                acquired = started.elapsed();
                 guard.release().await?;
-                acquired
+            }
+            Self::MultiLock(lock) => {
+                let guard = lock.acquire().await?;
+                acquired = started.elapsed();
+                guard.release().await?;
             }
             Self::RoundTrip(connection) => {
-                sqlx::query("SELECT 1").execute(connection).await?;
-                started.elapsed()
+                query("SELECT 1").execute(connection).await?;
+                acquired = started.elapsed();
+            }
+            Self::Semaphore(semaphore) => {
+                let permit = semaphore.acquire().await?;
+                acquired = started.elapsed();
+                permit.release().await?;
             }
             Self::Sqlx(pool, lock) => {
                 let guard = lock.acquire(pool.acquire().await?).await?;
-                let acquired = started.elapsed();
+                acquired = started.elapsed();
                 drop(guard.release_now().await?);
-                acquired
             }
-        })
+        }
+        Ok(acquired)
     }
+}
+
+/// Returns the time of a cycle if many tasks use a manager, that is, the time divided by the number of all cycles.
+async fn cycles_of_manager(
+    options: &PgConnectOptions,
+    time: Duration,
+) -> Result<Duration, BoxDynError> {
+    let manager = LockManager::new(&warm_pool(options, CONNECTIONS).await?);
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut running = JoinSet::new();
+    let count = Arc::new(AtomicU32::new(0));
+    for key in 0..TASKS {
+        let (mut lock, stop, count) =
+            (Lock::new(&manager, key), Arc::clone(&stop), Arc::clone(&count));
+        running.spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                lock.acquire().await?.release().await?;
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok::<_, pglock::Error>(())
+        });
+    }
+    sleep(time / 4).await;
+    let (before, started) = (count.load(Ordering::Relaxed), Instant::now());
+    sleep(time).await;
+    let (cycles, took) = (count.load(Ordering::Relaxed) - before, started.elapsed());
+    stop.store(true, Ordering::Relaxed);
+    while let Some(ended) = running.join_next().await {
+        ended??;
+    }
+    Ok(took / cycles.max(1))
 }

@@ -2,6 +2,7 @@
 
 mod contest;
 mod support;
+mod table;
 
 use std::time::{Duration, Instant};
 
@@ -29,8 +30,8 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
     let mut lock = Lock::new(&db.pool(2).await, KEY);
     let _held = lock.acquire().await?;
     let mut contests = [
-        Contest::new("tokio's Mutex, for comparison", Stack::Mutex(Mutex::new(()))),
-        Contest::new("pglock", Stack::Pglock(Box::new(lock)))
+        Contest::new("tokio's `Mutex`, for comparison", Stack::Mutex(Mutex::new(()))),
+        Contest::new("`Lock`, re-entrant", Stack::Pglock(Box::new(lock)))
             .target("<= 1 µs", |_, micros| micros <= 1.0),
         Contest::new("SQL by hand, counted by the server", Stack::ByHand(connection)),
     ];
@@ -38,8 +39,7 @@ async fn stacked(time: Duration) -> Result<(), BoxDynError> {
 
     let title = "stacked: acquire and drop, while the same handle holds the lock";
     support::print_title(title, &db.pool(1).await).await?;
-    contest::print_table("acquire and drop, median", 0.5, &contests);
-    Ok(())
+    contest::publish("stacked", "acquire and drop, median", 0.5, &contests)
 }
 
 /// Acquires once more a lock that is already held, and releases it.

@@ -3,11 +3,15 @@
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::env;
+use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use sqlx::PgPool;
 use sqlx::error::BoxDynError;
 use tokio::runtime::Builder;
+
+use crate::table;
 
 /// How many threads the runtime has.
 const WORKERS: usize = 2;
@@ -27,6 +31,9 @@ where
     }
     let quick = env::var_os("PGLOCK_BENCH_QUICK").is_some_and(|value| value == "1");
     let quick = quick || has("--test") || !has("--bench");
+    if quick && table::is_for_guide() {
+        return Err("a quick run has no figures for the guide".into());
+    }
     spawn(bench(Duration::from_secs(if quick { 1 } else { 20 })))
 }
 
@@ -50,10 +57,20 @@ fn record_metrics() -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Prints the title of a benchmark, and the conditions under which it ran.
+/// Prints the title of a benchmark, and the conditions under which it ran, which are also written into the guide.
 pub(crate) async fn print_title(title: &str, pool: &PgPool) -> Result<(), BoxDynError> {
     let version: String = sqlx::query_scalar("SHOW server_version").fetch_one(pool).await?;
     println!("\n{title}");
     println!("PostgreSQL {version}; multi-thread runtime with {WORKERS} workers");
-    Ok(())
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let processor = processor.lines().find_map(|line| line.strip_prefix("model name"));
+    let processor = processor.and_then(|name| name.split_once(": ")).map_or("", |(_, name)| name);
+    let system = format!("{} {}", env::consts::OS, env::consts::ARCH);
+    let cores = thread::available_parallelism()?;
+    let pglock = env!("CARGO_PKG_VERSION");
+    let machine = format!(
+        "pglock {pglock}, PostgreSQL {version}, {system},\n\
+         {cores} cores for the server and its clients: {processor}\n"
+    );
+    table::write("machine", &machine)
 }

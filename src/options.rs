@@ -269,7 +269,7 @@ impl LockOptions {
     /// `VACUUM` and `CREATE INDEX CONCURRENTLY` waiting in turn. Within a slice the waiter keeps its
     /// place in the server's queue; between two slices it goes to the end. A longer slice is fairer,
     /// a shorter one delays such commands less. Where hundreds of connections wait for one key, a short slice
-    /// is expensive: see [the cost of a waiter](crate::guide::cost#per-waiter).
+    /// is expensive: see [the cost of a waiter](crate::guide::cost#what-does-a-wait-cost).
     ///
     /// A slice is up to a tenth shorter, at random, so that waiters don't re-queue in step. It always lasts at
     /// least a second longer than the server's `deadlock_timeout`, so that deadlocks are detected. A session

@@ -1,12 +1,13 @@
 //! Measures the memory that a lock takes while a manager holds it.
 
-use std::fs;
 use std::time::Duration;
 
 use pglock::{Lock, LockManager};
 use pglock_testkit::{TestDb, eventually};
 use sqlx::error::BoxDynError;
 use tokio::task::JoinSet;
+
+use crate::usage::resident;
 
 /// The cost of locks that are held at the same time.
 pub(crate) struct Held {
@@ -42,12 +43,4 @@ pub(crate) async fn held(db: &TestDb, locks: i64) -> Result<Held, BoxDynError> {
     let connections = in_use();
     drop(guards);
     Ok(Held { bytes_each, connections })
-}
-
-/// Returns the resident memory of this process, in bytes.
-fn resident() -> Result<f64, BoxDynError> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).ok_or("no VmRSS")?;
-    let kilobytes: f64 = line.split_whitespace().nth(1).ok_or("no figure")?.parse()?;
-    Ok(kilobytes * 1024.0)
 }

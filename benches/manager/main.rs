@@ -5,6 +5,11 @@
 
 #[path = "../support.rs"]
 mod support;
+#[path = "../table.rs"]
+mod table;
+#[path = "../usage.rs"]
+#[expect(dead_code, reason = "a part of it is enough here")]
+mod usage;
 
 mod connections;
 mod floor;
@@ -22,7 +27,7 @@ use sqlx::error::BoxDynError;
 
 use connections::{HOLDERS, WAITERS, of_holders, of_waiters};
 use picture::{Line, Panel};
-use tables::{print_ratios, print_table, print_targets};
+use tables::{print_rates, print_targets, publish_connections, publish_ratios};
 use throughput::{Keys, Turns, compare};
 use who::Who;
 
@@ -54,7 +59,7 @@ async fn manager(time: Duration) -> Result<(), BoxDynError> {
 
     let timeouts = timeouts::timeouts(&db, waiters).await?;
     println!(
-        "{waiters} waiters whose timeouts fire together: the last hears {:.0?} later, target 1.5s; another key takes \
+        "{waiters} waiters whose timeouts fire together: the last call returns {:.0?} later, target 1.5s; another key takes \
          at most {:.1?} meanwhile, target 50ms",
         timeouts.latest, timeouts.other_key
     );
@@ -63,15 +68,15 @@ async fn manager(time: Duration) -> Result<(), BoxDynError> {
     for &tasks in tasks {
         compare(&db, &mut distinct, tasks, Keys::Distinct, turns).await?;
     }
-    print_table("cycles per second, a key for each task; tasks:", &distinct);
-    print_ratios("the same, the first one = 1; tasks:", &distinct);
+    print_rates("cycles per second, a key for each task; tasks:", &distinct)?;
+    publish_ratios("manager", "the same, the first one = 1; tasks:", &distinct)?;
 
     // Bare batches can't wait.
     let waiting = Who::ALL.into_iter().filter(|who| *who != Who::Floor);
     let mut one: Vec<Line> = waiting.map(Line::new).collect();
     compare(&db, &mut one, many, Keys::One, turns).await?;
-    print_table("cycles per second, one key for all; tasks:", &one);
-    print_ratios("the same, the first one = 1; tasks:", &one);
+    print_rates("cycles per second, one key for all; tasks:", &one)?;
+    publish_ratios(None, "the same, the first one = 1; tasks:", &one)?;
     if !quick {
         print_targets(many, &distinct, &one, bytes_each);
     }
@@ -95,8 +100,8 @@ async fn manager(time: Duration) -> Result<(), BoxDynError> {
         }
         waiters.push(line);
     }
-    print_table("connections at the server; locks held:", &holders);
-    print_table("connections at the server; waiters for one key:", &waiters);
+    publish_connections("holders", "connections at the server; locks held:", &holders)?;
+    publish_connections("waiters", "connections at the server; waiters for one key:", &waiters)?;
 
     if !quick {
         picture::draw(&[

@@ -91,7 +91,7 @@ fn panel<B: DrawingBackend<ErrorType: 'static>>(
         let points = line.points.iter().map(|&(x, y)| (f64::from(x), y));
         chart
             .draw_series(LineSeries::new(points, style).point_size(style.stroke_width + 1))?
-            .label(line.who.name())
+            .label(line.who.name().replace('`', ""))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
     }
     if with_legend {

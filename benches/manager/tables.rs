@@ -2,33 +2,57 @@
 
 #![expect(clippy::print_stdout, reason = "a bench is there to print")]
 
+use sqlx::error::BoxDynError;
+
 use crate::picture::Line;
+use crate::table::Table;
 use crate::who::Who;
 
-pub(crate) fn print_table(title: &str, lines: &[Line]) {
-    print_head(title, lines);
-    for line in lines {
-        print!("{:<50}", line.who.name());
-        line.points.iter().for_each(|(_, y)| print!("{y:>12.0}"));
-        println!();
-    }
+/// Prints a table of rates.
+pub(crate) fn print_rates(title: &str, lines: &[Line]) -> Result<(), BoxDynError> {
+    print(None, title, lines, Who::name)
 }
 
-/// Prints a table of the ratios to the first line.
-pub(crate) fn print_ratios(title: &str, lines: &[Line]) {
-    print_head(title, lines);
-    for line in lines {
-        print!("{:<50}", line.who.name());
-        let first = lines.first().map_or(&[][..], |first| &first.points);
-        line.points.iter().zip(first).for_each(|((_, y), (_, one))| print!("{:>12.2}", y / one));
-        println!();
-    }
+/// Publishes a table of numbers of connections. `name` is that of the table in the guide.
+pub(crate) fn publish_connections(
+    name: &'static str,
+    title: &str,
+    lines: &[Line],
+) -> Result<(), BoxDynError> {
+    print(Some(name), title, lines, Who::short_name)
 }
 
-fn print_head(title: &str, lines: &[Line]) {
-    print!("\n{title:<50}");
-    lines.iter().take(1).flat_map(|line| &line.points).for_each(|(x, _)| print!("{x:>12}"));
-    println!();
+fn print(
+    name: Option<&'static str>,
+    title: &str,
+    lines: &[Line],
+    name_of: fn(Who) -> &'static str,
+) -> Result<(), BoxDynError> {
+    let mut table = Table::new(name, title, heads(lines));
+    for line in lines {
+        table.row(name_of(line.who), line.points.iter().map(|(_, y)| format!("{y:.0}")));
+    }
+    table.publish()
+}
+
+/// Publishes a table of the ratios to the first line.
+pub(crate) fn publish_ratios(
+    name: impl Into<Option<&'static str>>,
+    title: &str,
+    lines: &[Line],
+) -> Result<(), BoxDynError> {
+    let mut table = Table::new(name, title, heads(lines));
+    let first = lines.first().map_or(&[][..], |first| &first.points);
+    for line in lines {
+        let ratios = line.points.iter().zip(first).map(|((_, y), (_, one))| y / one);
+        table.row(line.who.name(), ratios.map(|ratio| format!("{ratio:.2}")));
+    }
+    table.publish()
+}
+
+/// The heads of the columns: the numbers of tasks or locks.
+fn heads(lines: &[Line]) -> impl Iterator<Item = u32> {
+    lines.iter().take(1).flat_map(|line| line.points.iter().map(|(x, _)| *x))
 }
 
 /// Prints the targets beside the results. A missed target is not a failure, because the machine may be busy.

@@ -33,11 +33,16 @@ impl Who {
         match self {
             Self::ByHand => "SQL by hand",
             Self::Floor => "bare batches, without guards",
-            Self::Lock => "Lock",
-            Self::Manager => "LockManager, guards dropped",
-            Self::ManagerAwaited => "LockManager, releases awaited",
-            Self::Sqlx => "sqlx's PgAdvisoryLock",
+            Self::Lock => "`Lock`",
+            Self::Manager => "`LockManager`, re-acquired in the process",
+            Self::ManagerAwaited => "`LockManager`, releases awaited",
+            Self::Sqlx => "sqlx's `PgAdvisoryLock`",
         }
+    }
+
+    /// Returns the name without how the lock is released.
+    pub(crate) fn short_name(self) -> &'static str {
+        self.name().split(',').next().unwrap_or_default()
     }
 
     pub(crate) fn is_manager(self) -> bool {

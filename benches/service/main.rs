@@ -22,10 +22,14 @@ mod picture;
 mod process;
 #[path = "../quantile.rs"]
 mod quantile;
+#[path = "../table.rs"]
+mod table;
+#[path = "../usage.rs"]
+#[expect(dead_code, reason = "a part of it is enough here")]
+mod usage;
 mod way;
 
 use std::env;
-use std::fs;
 use std::time::Duration;
 
 use pglock_testkit::{Proxy, Server, TestDb};
@@ -35,7 +39,9 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use picture::Row;
-use process::{Measured, Process, WARM_UP, cpu_of};
+use process::{Measured, Process, WARM_UP};
+use table::Table;
+use usage::cpu_of_server;
 use way::Way;
 
 /// An environment variable whose value is `matrix`, or the parameters of a process of a service.
@@ -56,10 +62,11 @@ struct Service {
 const SERVICE: Service =
     Service { processes: 4, tasks: 200, keys: 1000, pool: 20, round_trip: Duration::ZERO };
 
-const SERVICES: [Service; 3] = [
-    SERVICE,
-    Service { pool: 7, ..SERVICE },
-    Service { round_trip: Duration::from_millis(1), ..SERVICE },
+/// The services, and the names of their tables in the guide.
+const SERVICES: [(Service, &str); 3] = [
+    (SERVICE, "service"),
+    (Service { pool: 7, ..SERVICE }, "service_small_pool"),
+    (Service { round_trip: Duration::from_millis(1), ..SERVICE }, "service_link"),
 ];
 
 /// How often cycles begin in the open loops, in percent of the rate of row locks in the closed loop.
@@ -84,17 +91,17 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
     support::print_title("service: processes that work under hot keys", &db.pool(1).await).await?;
 
     let (services, ways): (_, &[Way]) = match (quick, matrix) {
-        (true, _) => (vec![Service { processes: 2, tasks: 10, ..SERVICE }], &Way::ALL),
+        (true, _) => (vec![(Service { processes: 2, tasks: 10, ..SERVICE }, "")], &Way::ALL),
         (false, false) => (SERVICES.to_vec(), &Way::ALL),
         (false, true) => (all_services(), &[Way::RowLock, Way::Manager]),
     };
     let (turns, time) = match (quick, matrix) {
         (true, _) => (1, Duration::from_millis(200)),
-        (false, false) => (3, Duration::from_secs(4)),
+        (false, false) => (2, Duration::from_secs(6)),
         (false, true) => (1, Duration::from_secs(3)),
     };
     let mut rows = Vec::new();
-    for service in services {
+    for (service, name) in services {
         let proxy = Proxy::to(server.port()).await;
         proxy.delay(service.round_trip / 2);
         let mut options = server.tcp_options().database(db.name());
@@ -104,6 +111,7 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
         let url = options.to_url_lossy().to_string();
         let mut row_locks = 0;
         let loads: &[u64] = if matrix { &[] } else { &LOADS };
+        let first = rows.len();
         for load in [0].iter().chain(loads) {
             let arrivals = row_locks * load / 100 / service.processes;
             let mut measured: Vec<_> = ways.iter().map(|&way| (way, Measured::default())).collect();
@@ -117,9 +125,21 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
                 }
             }
             let row = Row { service, load: *load, time: time * turns, measured };
-            row_locks = row_locks.max(row.rate_of_row_locks());
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a rate is a number of cycles"
+            )]
+            let rate = row.rate_of_row_locks() as u64;
+            if *load == 0 {
+                row_locks = rate;
+            }
             print(&row, (WARM_UP + time) * turns);
             rows.push(row);
+        }
+        if !quick && !matrix {
+            let all_time = (WARM_UP + time) * turns;
+            publish(name, service, rows.get(first..).unwrap_or_default(), all_time)?;
         }
     }
     if !quick && !matrix {
@@ -128,12 +148,12 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-fn all_services() -> Vec<Service> {
+fn all_services() -> Vec<(Service, &'static str)> {
     let mut services = Vec::new();
     for pool in [3, 5, 7, 10, 20] {
         for (processes, tasks) in [(3, 50), (3, 400), (8, 50), (8, 400)] {
             for keys in [50, 1000, 100_000] {
-                services.push(Service { processes, tasks, keys, pool, ..SERVICE });
+                services.push((Service { processes, tasks, keys, pool, ..SERVICE }, ""));
             }
         }
     }
@@ -185,17 +205,6 @@ impl Run<'_> {
     }
 }
 
-/// Returns the CPU time that the server has used.
-fn cpu_of_server(postmaster: u32) -> Result<Duration, BoxDynError> {
-    let children = fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"))?;
-    let mut all = cpu_of(postmaster)?;
-    for child in children.split_whitespace() {
-        // The child may have ended meanwhile; then its time counts for the postmaster.
-        all += cpu_of(child.parse()?).unwrap_or_default();
-    }
-    Ok(all)
-}
-
 /// Prints a table that compares the ways with the first one.
 fn print(row: &Row, all_time: Duration) {
     let Service { processes, tasks, keys, pool, round_trip } = row.service;
@@ -237,4 +246,40 @@ fn print(row: &Row, all_time: Duration) {
             way.name()
         );
     }
+}
+
+/// Publishes a summary of a service: the closed loop, and the longest waits of the open loops.
+fn publish(
+    name: &'static str,
+    service: Service,
+    rows: &[Row],
+    time: Duration,
+) -> Result<(), BoxDynError> {
+    let Some((closed, open)) = rows.split_first() else { return Ok(()) };
+    let heads = ["cycles, relative", "wait, ms", "99 %", "query, ms", "clients", "server"];
+    let late = LOADS.map(|load| format!("99 % at {load} % load"));
+    let heads = heads.map(str::to_owned).into_iter().chain(late);
+    let Service { pool, round_trip, .. } = service;
+    let mut table = Table::new(name, format!("pool of {pool}, link of {round_trip:?}"), heads);
+    let first = closed.rate_of_row_locks();
+    for (at, (way, measured)) in closed.measured.iter().enumerate() {
+        let cores = |cpu: Duration| cpu.as_secs_f64() / time.as_secs_f64();
+        let figures = [
+            closed.rate(measured) / first,
+            measured.wait(0.5),
+            measured.wait(0.99),
+            measured.query(0.5),
+            cores(measured.client_cpu),
+            cores(measured.server_cpu),
+        ];
+        let late = open.iter().filter_map(|row| Some(row.measured.get(at)?.1.wait(0.99)));
+        table.row(way.name(), figures.into_iter().chain(late).map(shortened));
+    }
+    table.publish()
+}
+
+/// Formats a figure with two or three digits.
+fn shortened(figure: f64) -> String {
+    let places = if figure < 10.0 { 2 } else { usize::from(figure < 100.0) };
+    format!("{figure:.places$}")
 }

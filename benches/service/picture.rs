@@ -29,14 +29,9 @@ impl Row {
         measured.cycles() / self.time.as_secs_f64()
     }
 
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a rate is a number of cycles"
-    )]
-    pub(crate) fn rate_of_row_locks(&self) -> u64 {
+    pub(crate) fn rate_of_row_locks(&self) -> f64 {
         let mut row_locks = self.measured.iter().filter(|(way, _)| *way == Way::RowLock);
-        row_locks.next().map_or(0, |(_, measured)| self.rate(measured) as u64)
+        row_locks.next().map_or(0.0, |(_, measured)| self.rate(measured))
     }
 
     fn title(&self) -> String {

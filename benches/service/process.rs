@@ -1,7 +1,6 @@
 //! One process of a service, and its measurements.
 
 use std::env;
-use std::fs;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,10 +15,11 @@ use tokio::time::{sleep, sleep_until, timeout_at};
 use crate::VARIABLE;
 use crate::dice::Dice;
 use crate::quantile::quantile;
+use crate::usage::cpu_of;
 use crate::way::{Means, Way};
 
 /// How long all processes run before the measurement begins.
-pub(crate) const WARM_UP: Duration = Duration::from_secs(1);
+pub(crate) const WARM_UP: Duration = Duration::from_secs(3);
 
 /// The interval of the queries that have nothing to do with locks.
 const QUERY_INTERVAL: Duration = Duration::from_millis(20);
@@ -41,8 +41,10 @@ pub(crate) struct Process {
 /// The measurements of one process, or of several.
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
-    /// How long each cycle waited, from the time at which it was due to begin until it had acquired its lock.
+    /// How long each cycle waited, from the time at which it was due to begin until its work began under the lock.
     waits: Vec<Duration>,
+    /// How long each cycle has taken that had not ended when the measurement ended. Most of them still waited.
+    unfinished: Vec<Duration>,
     /// How long the other queries took.
     queries: Vec<Duration>,
     pub(crate) errors: u64,
@@ -62,10 +64,14 @@ impl Process {
         let millis = time.as_millis();
         let told = format!("{way} {tasks} {keys} {pool} {millis} {seed} {arrivals} {url}");
         let mut command = Command::new(env::current_exe()?);
-        let command = command.env(VARIABLE, told).stdin(Stdio::null()).stderr(Stdio::inherit());
+        let command = command.env(VARIABLE, told).stdin(Stdio::null());
         let output = command.kill_on_drop(true).output().await?;
+        let told = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
-            return Err("a process has failed".into());
+            return Err(format!("a process has failed: {}, {told}", output.status).into());
+        }
+        if !told.is_empty() {
+            report(&told);
         }
         Measured::parse(&String::from_utf8(output.stdout)?)
     }
@@ -109,15 +115,16 @@ pub(crate) async fn run(process: Process) -> Result<(), BoxDynError> {
             let mut dice = Dice::new(seed * 100_000 + task);
             running.spawn(async move {
                 let mut measured = Measured::default();
-                // A cycle that has not ended by `end` does not count.
-                while let Ok(waited) =
-                    timeout_at(end.into(), means.cycle(zipf.draw(&mut dice))).await
-                {
+                loop {
+                    let started = Instant::now();
+                    let cycle = timeout_at(end.into(), means.cycle(zipf.draw(&mut dice))).await;
                     if Instant::now() > begin {
-                        measured.count(waited);
+                        measured.count(cycle.ok(), started);
+                    }
+                    if Instant::now() >= end {
+                        return measured;
                     }
                 }
-                measured
             });
         }
     }
@@ -148,8 +155,9 @@ async fn arrive(
         let (key, means, arrived) = (zipf.draw(&mut dice), means.clone(), due);
         cycles.spawn(async move {
             let late = arrived.elapsed();
-            let cycle = timeout_at(end.into(), means.cycle(key)).await.ok()?;
-            (arrived > begin).then(|| cycle.map(|waited| late + waited))
+            let cycle = timeout_at(end.into(), means.cycle(key)).await.ok();
+            (arrived > begin)
+                .then(|| (cycle.map(|cycle| cycle.map(|waited| late + waited)), arrived))
         });
         #[expect(clippy::cast_precision_loss, reason = "there are few enough")]
         let pause = -(1.0 - dice.share()).ln() / rate as f64;
@@ -157,24 +165,11 @@ async fn arrive(
     }
     let mut measured = Measured::default();
     while let Some(cycle) = cycles.join_next().await {
-        if let Ok(Some(waited)) = cycle {
-            measured.count(waited);
+        if let Ok(Some((cycle, arrived))) = cycle {
+            measured.count(cycle, arrived);
         }
     }
     measured
-}
-
-/// Returns the CPU time that a process and its ended children have used.
-pub(crate) fn cpu_of(pid: u32) -> Result<Duration, BoxDynError> {
-    /// How many clock ticks a second has for Linux's `/proc`, on every machine.
-    const TICKS: u64 = 100;
-
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The fields come after the name of the program, which is in parentheses and may contain anything.
-    let (_, fields) = stat.rsplit_once(')').ok_or("no stat")?;
-    let times = fields.split_whitespace().skip(11).take(4).map(str::parse::<u64>);
-    let ticks: u64 = times.collect::<Result<Vec<_>, _>>()?.into_iter().sum();
-    Ok(Duration::from_millis(ticks * (1000 / TICKS)))
 }
 
 /// Measures queries that have nothing to do with locks.
@@ -184,7 +179,10 @@ async fn ask(pool: PgPool, begin: Instant, end: Instant) -> Measured {
     loop {
         let started = Instant::now();
         match timeout_at(end.into(), query("SELECT 1").execute(&pool)).await {
-            Err(_) => return measured,
+            Err(_) => {
+                measured.queries.push(started.elapsed());
+                return measured;
+            }
             Ok(Ok(_)) => measured.queries.push(started.elapsed()),
             Ok(Err(_)) => measured.errors += 1,
         }
@@ -193,13 +191,14 @@ async fn ask(pool: PgPool, begin: Instant, end: Instant) -> Measured {
 }
 
 #[expect(clippy::print_stderr, reason = "the first error says why there are more")]
-fn report(error: &dyn std::error::Error) {
+fn report(error: &str) {
     eprintln!("{error}");
 }
 
 impl Measured {
     pub(crate) fn add(&mut self, other: Self) {
         self.waits.extend(other.waits);
+        self.unfinished.extend(other.unfinished);
         self.queries.extend(other.queries);
         self.errors += other.errors;
         self.client_cpu += other.client_cpu;
@@ -207,13 +206,15 @@ impl Measured {
         self.connections = self.connections.max(other.connections);
     }
 
-    fn count(&mut self, cycle: Result<Duration, BoxDynError>) {
+    /// Counts a cycle that has ended, or has not ended in time.
+    fn count(&mut self, cycle: Option<Result<Duration, BoxDynError>>, started: Instant) {
         match cycle {
-            Ok(waited) => self.waits.push(waited),
-            Err(error) => {
+            Some(Ok(waited)) => self.waits.push(waited),
+            None => self.unfinished.push(started.elapsed()),
+            Some(Err(error)) => {
                 self.errors += 1;
                 if self.errors == 1 {
-                    report(&*error);
+                    report(&error.to_string());
                 }
             }
         }
@@ -224,9 +225,10 @@ impl Measured {
         self.waits.len() as f64
     }
 
-    /// Returns the quantile `q` of the waits, in milliseconds.
+    /// Returns the quantile `q` of the waits, in milliseconds. A cycle that had not ended counts with the time that it
+    /// had taken.
     pub(crate) fn wait(&self, q: f64) -> f64 {
-        quantile(&self.waits, q) / 1000.0
+        quantile(&[&self.waits[..], &self.unfinished[..]].concat(), q) / 1000.0
     }
 
     /// Returns the quantile `q` of the queries, in milliseconds.
@@ -239,20 +241,23 @@ impl Measured {
         let micros = |times: &[Duration]| -> String {
             times.iter().map(|time| time.as_micros().to_string()).collect::<Vec<_>>().join(" ")
         };
-        let Self { waits, queries, errors, client_cpu, .. } = self;
-        let cpu = client_cpu.as_micros();
-        println!("{}\n{}\n{errors}\n{cpu}", micros(waits), micros(queries));
+        let Self { waits, unfinished, queries, errors, client_cpu, .. } = self;
+        let times = [waits, unfinished, queries].map(|times| micros(times)).join("\n");
+        println!("{times}\n{errors}\n{}", client_cpu.as_micros());
     }
 
     fn parse(written: &str) -> Result<Self, BoxDynError> {
         let lines: Vec<_> = written.lines().collect();
-        let [waits, queries, errors, cpu] = lines[..] else { return Err("not four lines".into()) };
+        let [waits, unfinished, queries, errors, cpu] = lines[..] else {
+            return Err("not five lines".into());
+        };
         let times = |micros: &str| -> Result<Vec<Duration>, BoxDynError> {
             let micros = micros.split_whitespace().map(str::parse);
             Ok(micros.map(|micros| micros.map(Duration::from_micros)).collect::<Result<_, _>>()?)
         };
         Ok(Self {
             waits: times(waits)?,
+            unfinished: times(unfinished)?,
             queries: times(queries)?,
             errors: errors.parse()?,
             client_cpu: Duration::from_micros(cpu.parse()?),

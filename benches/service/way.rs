@@ -44,12 +44,12 @@ impl Way {
 
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Lock => "Lock, work on the pool",
-            Self::LockConnection => "Lock, work on its connection",
-            Self::Manager => "LockManager, work on the pool",
-            Self::RowLock => "SELECT FOR UPDATE",
-            Self::Sqlx => "sqlx's PgAdvisoryLock",
-            Self::Transaction => "transaction::acquire",
+            Self::Lock => "`Lock`, dropped, work on the pool",
+            Self::LockConnection => "`Lock`, work on its connection",
+            Self::Manager => "`LockManager`, dropped, work on the pool",
+            Self::RowLock => "`SELECT … FOR UPDATE`",
+            Self::Sqlx => "sqlx's `PgAdvisoryLock`",
+            Self::Transaction => "`transaction::acquire`",
         }
     }
 }
@@ -67,7 +67,7 @@ impl Means {
         Self { way, manager: LockManager::new(&pool), pool }
     }
 
-    /// Works under the lock of a key. Returns how long it took to acquire the lock.
+    /// Works under the lock of a key. Returns how long it took until the work began.
     pub(crate) async fn cycle(&self, key: i64) -> Result<Duration, BoxDynError> {
         let started = Instant::now();
         let waited;
@@ -102,13 +102,15 @@ impl Means {
             }
             Way::Lock => {
                 let _guard = Lock::new(&self.pool, key).acquire().await?;
+                let mut connection = self.pool.acquire().await?;
                 waited = started.elapsed();
-                work(&mut *self.pool.acquire().await?).await?;
+                work(&mut connection).await?;
             }
             Way::Manager => {
                 let _guard = Lock::new(&self.manager, key).acquire().await?;
+                let mut connection = self.pool.acquire().await?;
                 waited = started.elapsed();
-                work(&mut *self.pool.acquire().await?).await?;
+                work(&mut connection).await?;
             }
         }
         Ok(waited)
