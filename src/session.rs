@@ -277,9 +277,18 @@ impl Session {
 
     /// Ends the session as [`lose`](Self::lose) does, but with a loss that is no new finding about the server.
     fn end(&self, loss: &Loss) {
+        self.end_with(loss, Vec::new());
+    }
+
+    /// As [`end`](Self::end). The locks in `released` are not in the ledger any more, but were lost, too.
+    fn end_with(&self, loss: &Loss, released: Vec<(KeyId, Mode)>) {
         let locks = {
             let mut ledger = self.ledger();
-            let Some(locks) = ledger.lose(loss.clone()) else { return };
+            let Some(mut locks) = ledger.lose(loss.clone()) else {
+                metrics::lost(loss, released.len());
+                return;
+            };
+            locks.extend(released);
             if matches!(loss, Loss::NoExclusion) {
                 // Stored before the task that uses the connection can see the loss.
                 self.left_behind().extend(locks.iter().copied());

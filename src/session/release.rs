@@ -14,7 +14,6 @@ use super::task::Task;
 use super::{DEADLINE, Session, within, within_task};
 use crate::error::{Error, Loss, Result, is_answer};
 use crate::key::{Key, KeyId};
-use crate::metrics;
 use crate::mode::Mode;
 use crate::request::Request;
 use crate::sql;
@@ -59,8 +58,8 @@ enum Answer {
 }
 
 impl Session {
-    /// Releases one guard's share. If the server then holds more than is needed, a task sends a statement, or passes
-    /// the lock on to another call of this process.
+    /// Releases one guard's share. If the server then holds more than is needed, a task sends a statement, or hands
+    /// the lock off to another call of this process.
     pub(crate) fn release(self: Arc<Self>, request: &Request, protocol: Protocol) -> Release {
         let leave = self.ledger().leave(request);
         match leave {
@@ -146,9 +145,7 @@ impl Session {
             }
             Err(error) => Loss::broken(error),
         };
-        // Counted here, because these locks are not in the ledger any more.
-        metrics::lost(&loss, locks.len());
-        Err(self.fail(slot, loss))
+        Err(self.fail(slot, loss, locks))
     }
 
     /// Releases the locks that the server holds on these keys beyond those that the guards need.
@@ -279,10 +276,15 @@ impl Session {
     }
 
     /// Counts a failed statement as done, and ends the session with a loss, because it is not known what the session
-    /// holds.
-    pub(super) fn fail(&self, mut slot: ConnGuard, loss: Loss) -> Loss {
+    /// holds. `released` are the locks that the statement should have released, which are not in the ledger any more.
+    pub(super) fn fail(
+        &self,
+        mut slot: ConnGuard,
+        loss: Loss,
+        released: Vec<(KeyId, Mode)>,
+    ) -> Loss {
         // First, because the server grants the lock to another session once the connection is closed.
-        self.give_up(&loss);
+        self.end_with(&loss, released);
         drop(slot.take());
         self.done(slot);
         loss

@@ -136,7 +136,7 @@ async fn clean_up(
             session.undo(conn, &claimed, &missing).await
         });
         if let Err(error) = cleaned.await {
-            session.fail(slot, Loss::broken(error));
+            session.fail(slot, Loss::broken(error), Vec::new());
             return;
         }
     }
