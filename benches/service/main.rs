@@ -97,7 +97,7 @@ async fn service(time: Duration, matrix: bool) -> Result<(), BoxDynError> {
     };
     let (turns, time) = match (quick, matrix) {
         (true, _) => (1, Duration::from_millis(200)),
-        (false, false) => (2, Duration::from_secs(6)),
+        (false, false) => (1, Duration::from_secs(8)),
         (false, true) => (1, Duration::from_secs(3)),
     };
     let mut rows = Vec::new();
