@@ -738,29 +738,3 @@ async fn a_release_overtakes_acquires_that_were_not_sent_yet() {
     let left = poll_all().await;
     assert!(left >= 1000, "the release was sent behind all but {left} acquires");
 }
-
-/// A key whose release was called off keeps its place behind the acquires of other keys.
-#[tokio::test]
-async fn tasks_that_lock_the_same_keys_again_do_not_starve_others() {
-    const TASKS: i64 = 3000;
-
-    let (_db, pool) = TestDb::with_pool(2).await;
-    let manager = LockManager::new(&pool);
-    let mut busy = JoinSet::new();
-    for key in 0..TASKS {
-        let mut lock = Lock::new(&manager, key);
-        busy.spawn(async move {
-            loop {
-                drop(lock.acquire().await.unwrap());
-                tokio::task::yield_now().await;
-            }
-        });
-    }
-    sleep(BOUND * 3).await;
-    for key in 0..20 {
-        let acquire = async { Lock::new(&manager, -1 - key).acquire().await };
-        let guard = timeout(TIMEOUT, acquire).await.expect("others don't starve it").unwrap();
-        guard.release().await.unwrap();
-    }
-    busy.shutdown().await;
-}

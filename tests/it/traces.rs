@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pglock::{Election, Error, Lock, LockManager, LockOptions, Loss, MultiLock, Semaphore};
-use pglock_testkit::{TestDb, eventually};
+use pglock_testkit::{TestDb, eventually, replace_function};
 use tokio::time::{sleep, timeout};
 use tracing::{Instrument, Level};
 
@@ -446,4 +446,20 @@ async fn the_applications_own_statements_are_not_silenced() {
     sqlx::raw_sql("SELECT 'ours to see'").execute(&mut *conn).await.unwrap();
     let seen = told.all().iter().any(|entry| entry.metadata.target() == "sqlx::query");
     assert!(seen, "{:#?}", told.all());
+}
+
+/// An unlock takes the locks out of the ledger before the server answers that it did not hold them.
+#[tokio::test]
+async fn the_warning_of_an_unlock_that_finds_no_lock_names_the_lock() {
+    let (_server, db) = TestDb::with_server().await;
+    let guard = Lock::new(&db.pool(1).await, 42).acquire().await.unwrap();
+    let unlock = "pg_advisory_unlock(bigint)";
+    replace_function(&mut db.admin().await, unlock, "BEGIN RETURN false; END").await;
+    let told = Logged::from_now_on();
+    let lost = guard.release().await.unwrap_err();
+    assert!(matches!(lost, Error::Lost { reason: Loss::NotHeld, .. }), "{lost:?}");
+    let warnings = told.events(Level::WARN);
+    let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
+    assert_eq!(warning.field("locks"), Some("1"));
+    assert_eq!(warning.field("lock.keys"), Some("42"));
 }
