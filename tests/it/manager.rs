@@ -14,7 +14,7 @@ use pglock_testkit::{
     Server, TestDb, advisory_locks, amount, cancel_after, eventually, replace_function,
 };
 use sqlx::PgPool;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, unconstrained};
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::cancel::dropped_at_every_poll_on;
@@ -720,7 +720,8 @@ async fn a_release_overtakes_acquires_that_were_not_sent_yet() {
     let mut acquires: Vec<_> = locks.iter_mut().map(|lock| Box::pin(lock.acquire())).collect();
     let mut guards = Vec::new();
     let mut poll_all = async || {
-        poll_fn(|cx| {
+        // Without tokio's limit on a task's progress, which would leave most of them unpolled.
+        unconstrained(poll_fn(|cx| {
             acquires.retain_mut(|acquire| match acquire.as_mut().poll(cx) {
                 Poll::Ready(guard) => {
                     guards.push(guard.unwrap());
@@ -729,7 +730,7 @@ async fn a_release_overtakes_acquires_that_were_not_sent_yet() {
                 Poll::Pending => true,
             });
             Poll::Ready(acquires.len())
-        })
+        }))
         .await
     };
     poll_all().await;
