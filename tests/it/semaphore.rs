@@ -343,7 +343,8 @@ async fn a_waiter_finds_any_of_many_permits() {
     let (db, pool, mut admin) = TestDb::scene(2).await;
     let semaphore = Semaphore::new(&pool, "seats", 1024).unwrap();
     let first = semaphore.acquire().await.unwrap();
-    let locks = advisory_locks(&mut admin).await;
+    // The queue's key is released on a task.
+    let locks = locks_become(&mut admin, "one lock", SOON, |locks| locks.len() == 1).await;
     let base = locks.first().map(|lock| lock.classid << 32 | lock.objid).unwrap();
     first.release().await.unwrap();
     let mut holder = db.admin().await;
