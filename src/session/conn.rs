@@ -63,11 +63,6 @@ impl Settings {
         self.shown = Shown::Key(key);
         true
     }
-
-    /// Records that all of them were restored.
-    pub(super) fn restored(&mut self) {
-        *self = Self { rejected: self.rejected, ..Self::default() };
-    }
 }
 
 /// The use for which the connection has the right settings.

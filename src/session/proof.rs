@@ -263,7 +263,7 @@ async fn ask(
     let (asked, granted) = match sql::proof::lock(other, key, true).await {
         // A pooler that assigns a server connection to each statement allows no transaction.
         Err(error) if sqlstate(&error).as_deref() == Some(PROTOCOL_VIOLATION) => {
-            sql::release::unlock_all(holder, &lock, false).await.ok();
+            sql::release::unlock_all(holder, &lock).await.ok();
             return Ok(false);
         }
         answer => answer?,
@@ -272,19 +272,19 @@ async fn ask(
     let mut excludes = locked && !granted && !same;
     let mut unlocked = None;
     if excludes {
-        unlocked = Some(sql::release::unlock_all(holder, &lock, false).await?);
+        unlocked = Some(sql::release::unlock_all(holder, &lock).await?);
     } else {
         // The backend may belong to another client, and would keep the lock that it was granted. A server that runs all
         // clients in one session makes the holder wait until the transaction ends.
         for _ in 0..u8::from(granted) + u8::from(locked && same) {
-            sql::release::unlock_all(other, &lock, false).await?;
+            sql::release::unlock_all(other, &lock).await?;
         }
     }
     sqlx::raw_sql("ROLLBACK").execute(other).await?;
     if locked && !same {
         let Unlocked { backend_pid, all } = match unlocked {
             Some(answer) => answer,
-            None => sql::release::unlock_all(holder, &lock, false).await?,
+            None => sql::release::unlock_all(holder, &lock).await?,
         };
         excludes &= all && backend_pid == holding;
         if !all {

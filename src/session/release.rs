@@ -156,7 +156,6 @@ impl Session {
         protocol: Protocol,
         locks: &mut Vec<(KeyId, Mode)>,
     ) -> Result<Answer, sqlx::Error> {
-        let put_back = conn.settings.to_restore && self.ledger().is_last();
         let surplus = self.ledger().surplus(keys);
         for key in surplus.downgrade {
             let Unlocked { backend_pid, all } = self.downgrade(conn.pg()?, key).await?;
@@ -170,10 +169,10 @@ impl Session {
             }
         }
         *locks = surplus.unlock;
-        if locks.is_empty() && !put_back {
+        if locks.is_empty() {
             return Ok(Answer::Released);
         }
-        let answer = sql::release::unlock(conn.pg()?, locks, protocol, put_back).await;
+        let answer = sql::release::unlock(conn.pg()?, locks, protocol).await;
         // The statement was cancelled, or failed in another way that leaves the session alive. The server may have
         // released some of the locks.
         if answer.as_ref().is_err_and(is_answer) {
@@ -186,10 +185,6 @@ impl Session {
         }
         if locks.iter().any(|(key, _)| conn.settings.shown == Shown::Leader(*key)) {
             conn.settings.shown = Shown::Nothing;
-        }
-        if put_back {
-            // An acquire may have joined meanwhile, and continue with the session.
-            conn.settings.restored();
         }
         Ok(if all { Answer::Released } else { Answer::NotHeld })
     }
@@ -205,7 +200,7 @@ impl Session {
         let holds = |mode| held.contains(&(pid, key, mode));
         match (holds(Mode::Exclusive), holds(Mode::Shared)) {
             (true, false) => sql::release::downgrade(pg, key).await,
-            (true, true) => sql::release::unlock_all(pg, &[(key, Mode::Exclusive)], false).await,
+            (true, true) => sql::release::unlock_all(pg, &[(key, Mode::Exclusive)]).await,
             (false, all) => Ok(Unlocked { backend_pid: pid, all }),
         }
     }
@@ -265,7 +260,7 @@ impl Session {
             Err(error) => return Err(error),
         };
         if !held.is_empty() {
-            let unlocked = sql::release::unlock_all(pg, &held, false).await?;
+            let unlocked = sql::release::unlock_all(pg, &held).await?;
             if unlocked.backend_pid != pid {
                 self.left_behind().extend(held);
                 // The connection is closed with the slot.
@@ -298,19 +293,22 @@ impl Session {
             // A lost session still holds its locks on the server. Its connection is closed with the slot.
             ledger.done() && ledger.loss().is_none()
         };
-        if is_released && let Some(mut conn) = slot.take() {
-            if !conn.settings.to_restore {
-                conn.give_back();
-                return;
-            }
-            // Usually the last unlock has restored the settings. If this statement fails, the connection is closed.
-            drop(Task::start(&self.runtime, async move {
-                let put_back = async { sql::settings::put_back(conn.pg()?).await };
-                if within_task(DEADLINE, put_back).await.is_ok() {
-                    conn.give_back();
-                }
-            }));
+        if !is_released {
+            return;
         }
+        if let Some(conn) = slot.take_if(|conn| !conn.settings.to_restore) {
+            conn.give_back();
+            return;
+        }
+        // After the locks are free, because the statement is long. The task keeps the slot, so that the handle's next
+        // acquire finds the connection in the pool. If the statement fails, the connection is closed.
+        drop(Task::start(&self.runtime, async move {
+            let Some(mut conn) = slot.take() else { return };
+            let put_back = async { sql::settings::put_back(conn.pg()?).await };
+            if within_task(DEADLINE, put_back).await.is_ok() {
+                conn.give_back();
+            }
+        }));
     }
 
     /// Ends a session whose locks exclude nothing with a loss, and releases these locks. A pooler would keep them, and

@@ -73,7 +73,7 @@ pub(crate) async fn try_lock(
         };
         let set = try_with_settings(conn, &[], need, options, wanted).await?;
         if set.count.is_none() {
-            super::release::unlock_all(conn, locks, false).await?;
+            super::release::unlock_all(conn, locks).await?;
         }
         let count = set.count.and(granted.count);
         Ok(Tried { backend_pid: granted.backend_pid, count, ..set })

@@ -2,7 +2,6 @@
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
-use super::settings::put_back_all;
 use super::{args, bind, call, calls, fetch, pair, parameters, suffix};
 use crate::error::is_not_prepared;
 use crate::key::KeyId;
@@ -25,21 +24,20 @@ pub(crate) struct Unlocked {
     pub(crate) all: bool,
 }
 
-/// Releases locks, and restores the settings if `put_back` is set.
+/// Releases locks.
 ///
-/// One lock, the usual case, is released by the requested protocol, and everything else in one message.
+/// One lock, the usual case, is released by the requested protocol, and several in one message.
 pub(crate) async fn unlock(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
     protocol: Protocol,
-    put_back: bool,
 ) -> Result<Unlocked, sqlx::Error> {
-    if let (&[(key, mode)], Protocol::Extended, false) = (locks, protocol, put_back)
+    if let (&[(key, mode)], Protocol::Extended) = (locks, protocol)
         && let Some(unlocked) = unlock_one(conn, key, mode).await?
     {
         return Ok(unlocked);
     }
-    unlock_all(conn, locks, put_back).await
+    unlock_all(conn, locks).await
 }
 
 /// Releases one lock. Returns `None` if the prepared statement was deallocated.
@@ -77,18 +75,13 @@ fn unlocks(locks: &[(KeyId, Mode)]) -> String {
     }
 }
 
-/// Releases locks, all in one message, and restores the settings if `put_back` is set.
+/// Releases locks, all in one message.
 pub(crate) async fn unlock_all(
     conn: &mut PgConnection,
     locks: &[(KeyId, Mode)],
-    put_back: bool,
 ) -> Result<Unlocked, sqlx::Error> {
-    let unlocks = unlocks(locks);
-    // A statement of its own, so that the locks are free before it is planned.
-    let put_back = if put_back { format!("; SELECT {}", put_back_all()) } else { String::new() };
-    let statement = format!("SELECT pg_catalog.pg_backend_pid(), {unlocks}{put_back}");
-    let rows = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_all(conn).await?;
-    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let statement = format!("SELECT pg_catalog.pg_backend_pid(), {}", unlocks(locks));
+    let row = fetch(conn, statement).await?;
     Ok(Unlocked { backend_pid: row.try_get(0)?, all: row.try_get(1)? })
 }
 

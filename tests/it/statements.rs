@@ -262,16 +262,23 @@ async fn a_campaign_takes_three_round_trips() {
 }
 
 #[tokio::test]
-async fn a_borrow_costs_one_statement() {
+async fn a_borrow_costs_three_statements() {
     let server = logging_server();
     let db = TestDb::on(&server).await;
     prove_exclusion(&db).await;
-    let pool = slow_heartbeat().on(&db.pool(1).await).unwrap();
+    let pool_of_one = db.pool(1).await;
+    let pool = slow_heartbeat().on(&pool_of_one).unwrap();
     let guard = Lock::new(&pool, "ledger").acquire().await.unwrap();
     let mark = server.log_len();
     let connection = guard.connection().await.unwrap();
     // The question whether a transaction was left open is a part of it.
     assert_eq!(server.log_since(mark).matches("statement:").count(), 1);
+    let mark = server.log_len();
     drop(connection);
     guard.release().await.unwrap();
+    drop(pool_of_one.acquire().await.unwrap());
+    // One asks whether a transaction is open, one releases, and one restores the settings.
+    let log = server.log_since(mark);
+    let count = |kind| log.matches(kind).count();
+    assert_eq!((count("statement:"), count("execute sqlx")), (2, 1), "{log}");
 }

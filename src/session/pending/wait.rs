@@ -250,7 +250,7 @@ impl Pending {
             Ok((_, held)) => Ok(held.contains(&(pid, key, mode))),
             // The role may not list locks. The lock is released in any case, and the server warns if it was not held.
             Err(error) if is_answer(&error) => {
-                sql::release::unlock_all(pg, &[(key, mode)], false).await?;
+                sql::release::unlock_all(pg, &[(key, mode)]).await?;
                 Ok(false)
             }
             Err(error) => Err(error),
