@@ -53,7 +53,7 @@ where
 fn record_metrics() -> Result<(), BoxDynError> {
     let recorder = metrics_exporter_prometheus::PrometheusBuilder::new();
     recorder.set_buckets(&[0.001, 0.01, 0.1, 1.0, 10.0])?.install_recorder()?;
-    pglock::metrics::describe();
+    pglock::metrics::enable();
     Ok(())
 }
 

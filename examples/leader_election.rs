@@ -101,7 +101,7 @@ async fn act(name: &str, leadership: &Leadership) -> Result<()> {
     // The statement runs on the session of the leadership: if that session has ended, and another candidate was
     // elected, the statement fails. On another connection it would take effect.
     sqlx::query("INSERT INTO act (term, leader) VALUES ($1, $2)")
-        .bind(i64::try_from(leadership.term())?)
+        .bind(leadership.term())
         .bind(name)
         .execute(&mut *leadership.connection().await?)
         .await?;

@@ -110,7 +110,7 @@ async fn work(version: &str, leadership: &Leadership) -> Result<()> {
     let number: i32 =
         sqlx::query_scalar("INSERT INTO piece (version, term) VALUES ($1, $2) RETURNING number")
             .bind(version)
-            .bind(i64::try_from(leadership.term())?)
+            .bind(leadership.term())
             .fetch_one(&mut *connection)
             .await?;
     sleep(PIECE).await;

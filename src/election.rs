@@ -608,7 +608,7 @@ impl Drop for Turn {
 pub struct Leadership {
     // The first field, so that the lock is released before `_share` notifies the status.
     guard: Guard,
-    term: u64,
+    term: i64,
     /// Whether [`Election::run`] is ending the term.
     stopping: watch::Sender<bool>,
     _share: Share,
@@ -633,7 +633,7 @@ impl Leadership {
     /// # Ok(()) }
     /// ```
     #[must_use]
-    pub fn term(&self) -> u64 {
+    pub fn term(&self) -> i64 {
         self.term
     }
 

@@ -14,7 +14,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// Contention is never an error: the `try_` methods return `None`. After an error from an acquire nothing is
 /// held. Every message names the key, or the action that failed, and says what to do; the message of the database or
-/// the driver is the [`source`](std::error::Error::source).
+/// the driver is the [`source`](std::error::Error::source). That is an [`Arc`], because errors can be cloned: to find
+/// the [`sqlx::Error`], match the variant, or downcast to `Arc<sqlx::Error>`.
 ///
 /// # Examples
 ///
@@ -342,7 +343,7 @@ impl Error {
         key_of!(self)
     }
 
-    /// Returns whether a retry of the same call may succeed.
+    /// Returns whether a retry of the same call may succeed; after a lost lock, another acquire.
     ///
     /// `true` if the reason is temporary: a deadlock, a broken connection, a lost lock, a cancelled statement, a full
     /// lock table, a busy pool, a borrowed connection, a server that is starting, a standby that may be promoted.

@@ -67,7 +67,7 @@ pub use shared::{SharedGuard, Upgrade};
 pub struct Guard {
     session: Arc<Session>,
     request: Request,
-    token: OnceLock<u64>,
+    token: OnceLock<i64>,
     released: bool,
     /// The handle, which can also release the lock.
     handle: Arc<Holdings>,
@@ -361,7 +361,7 @@ impl Guard {
     /// assert!(next.fencing_token().await? > token);
     /// # Ok(()) }
     /// ```
-    pub async fn fencing_token(&self) -> Result<u64> {
+    pub async fn fencing_token(&self) -> Result<i64> {
         self.check_open()?;
         if let Some(&token) = self.token.get() {
             return Ok(token);
@@ -372,7 +372,7 @@ impl Guard {
     }
 
     /// Sets the token that was drawn for another guard of the same hold.
-    pub(crate) fn set_token(&self, token: u64) {
+    pub(crate) fn set_token(&self, token: i64) {
         self.token.get_or_init(|| token);
     }
 

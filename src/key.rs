@@ -1,7 +1,6 @@
 //! The key of a lock: a number, a pair of numbers, or a name.
 
 use std::cmp::Ordering;
-use std::convert::Infallible;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::str::FromStr;
@@ -129,12 +128,16 @@ impl From<&String> for Key {
 }
 
 impl FromStr for Key {
-    type Err = Infallible;
+    type Err = ParseKeyError;
 
-    /// Parses a key as it is written on a command line: a number, a pair (`1,2`), otherwise a name. `name:42` is the
-    /// name `42`.
+    /// Parses a key as it is written on a command line: a number, a pair (`1,2` or `1/2`), otherwise a name. `name:42`
+    /// is the name `42`.
     ///
     /// The text that [`Display`](fmt::Display) writes for a key without a name is parsed as the same key.
+    ///
+    /// # Errors
+    ///
+    /// If the text is a whole number of more than 64 bits, or a pair of numbers of which one has more than 32.
     ///
     /// # Examples
     ///
@@ -146,27 +149,50 @@ impl FromStr for Key {
     /// assert_eq!("name:42".parse(), Ok(Key::from("42")));
     /// assert_eq!("nightly-report".parse(), Ok(Key::from("nightly-report")));
     /// assert_eq!(Key::from((1, 2)).to_string().parse(), Ok(Key::from((1, 2))));
+    /// assert!("9223372036854775808".parse::<Key>().is_err());
     /// ```
-    fn from_str(text: &str) -> Result<Self, Infallible> {
+    fn from_str(text: &str) -> Result<Self, ParseKeyError> {
         if let Some(name) = text.strip_prefix("name:") {
             return Ok(Self::from(name));
         }
-        if let Ok(number) = text.parse::<i64>() {
-            return Ok(Self::from(number));
+        if is_integer(text) {
+            return text.parse::<i64>().map(Self::from).map_err(|_| ParseKeyError(()));
         }
         let displayed = text.strip_prefix('(').and_then(|text| text.strip_suffix(')'));
         let pair = match displayed {
             Some(displayed) => displayed.split_once(", "),
-            None => text.split_once(','),
+            None => text.split_once([',', '/']),
         };
-        if let Some((first, second)) = pair
-            && let (Ok(first), Ok(second)) = (first.parse::<i32>(), second.parse::<i32>())
-        {
-            return Ok(Self::from((first, second)));
+        match pair.filter(|(first, second)| is_integer(first) && is_integer(second)) {
+            Some((first, second)) => match (first.parse::<i32>(), second.parse::<i32>()) {
+                (Ok(first), Ok(second)) => Ok(Self::from((first, second))),
+                (Err(_), _) | (_, Err(_)) => Err(ParseKeyError(())),
+            },
+            None => Ok(Self::from(text)),
         }
-        Ok(Self::from(text))
     }
 }
+
+/// Whether a text is a whole number, of any size.
+fn is_integer(text: &str) -> bool {
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit())
+}
+
+/// A text was parsed as a [`Key`] that looks like a number, or a pair of numbers, but is too large.
+///
+/// # Examples
+///
+/// ```
+/// use pglock::Key;
+///
+/// let error = "1,3000000000".parse::<Key>().unwrap_err();
+/// assert!(error.to_string().contains("32 bits"));
+/// ```
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[expect(missing_copy_implementations, reason = "it may say more later")]
+#[error("not a number of 64 bits, or a pair of 32 bits; write name: before a name")]
+pub struct ParseKeyError(());
 
 impl From<PgAdvisoryLockKey> for Key {
     fn from(key: PgAdvisoryLockKey) -> Self {

@@ -149,7 +149,7 @@ pub mod guide;
 pub use election::{Election, Leader, LeaderState, LeaderStatus, Leadership, Observer};
 pub use error::{Error, Loss, Result};
 pub use guard::{ExclusiveGuard, Guard, SharedGuard, Upgrade};
-pub use key::Key;
+pub use key::{Key, ParseKeyError};
 pub use lock::Lock;
 pub use manager::LockManager;
 pub use mode::Mode;

@@ -1,7 +1,7 @@
 //! Metrics for the [`metrics`](https://docs.rs/metrics) facade, and so for the exporters of Prometheus, OpenTelemetry
 //! and statsd.
 //!
-//! From the call of [`describe`] on, the crate records to the recorder that the application has installed.
+//! From the call of [`enable`] on, the crate records to the recorder that the application has installed.
 //!
 //! | name | type | unit | labels | what it measures |
 //! |---|---|---|---|---|
@@ -42,7 +42,7 @@
 //!
 //! # Setting it up
 //!
-//! Install the recorder, and then call [`describe`], both before the first lock is acquired. A guard, a wait or a
+//! Install the recorder, and then call [`enable`], both before the first lock is acquired. A guard, a wait or a
 //! leader that began before is not counted.
 //!
 //! Without this call, the feature costs some nanoseconds for each lock. With it, and the exporter for Prometheus, a
@@ -64,7 +64,7 @@
 //!     // Without buckets, histograms are exported as summaries.
 //!     .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &bounds)?
 //!     .install_recorder()?;
-//! pglock::metrics::describe();
+//! pglock::metrics::enable();
 //!
 //! let guard = Lock::new(&pool, "nightly-report").acquire().await?;
 //! let page = handle.render(); // the answer to `GET /metrics`
@@ -82,7 +82,7 @@
 
 mod record;
 
-pub use record::describe;
+pub use record::enable;
 pub(crate) use record::{
     Acquire, Held, Labels, Leading, One, Waiting, abandoned, batch, candidate, connection,
     heartbeat, lost, queued, update,

@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::key::{Key, KeyId};
@@ -43,21 +44,16 @@ impl<'de> Deserialize<'de> for Key {
     /// # Ok(()) }
     /// ```
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer).map(|text| read(&text))
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
-}
-
-fn read(text: &str) -> Key {
-    let Ok(key) = text.parse();
-    key
 }
 
 /// Returns the text that is read as this key; if possible, one from which the name is read too.
 fn text(key: &Key) -> String {
     if let Some(name) = key.name() {
         for text in [name.to_owned(), format!("name:{name}")] {
-            let read = read(&text);
-            if read == *key && read.name() == Some(name) {
+            let read = text.parse();
+            if read.is_ok_and(|read: Key| read == *key && read.name() == Some(name)) {
                 return text;
             }
         }

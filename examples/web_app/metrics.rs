@@ -20,7 +20,7 @@ pub(crate) fn router() -> Result<Router, BuildError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)?
         .install_recorder()?;
-    pglock::metrics::describe();
+    pglock::metrics::enable();
     let upkeep = handle.clone();
     Handle::current().spawn(async move {
         loop {

@@ -42,7 +42,7 @@ pub struct Leader {
     /// The name of the candidate.
     pub name: String,
     /// The term. `None` for a moment after the election, and if another program holds the lock.
-    pub term: Option<u64>,
+    pub term: Option<i64>,
     /// When the leader was elected, to the second, by its own clock. `None` whenever the term is.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::serialize::whole_seconds"))]
     pub since: Option<SystemTime>,
@@ -56,14 +56,14 @@ pub struct Leader {
 impl Leader {
     /// Formats the `application_name` of a leader: the name, then term and time in a short form that can be parsed, and
     /// the key.
-    pub(super) fn show(name: &str, term: u64, since: SystemTime, key: &Key) -> String {
+    pub(super) fn show(name: &str, term: i64, since: SystemTime, key: &Key) -> String {
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let key = application_name::of_key(key);
         // Others find the leader by its name, so the key is cut first.
         application_name::with_rest(name, &format!(" {term}@{since}"), &format!(" {key}"))
     }
 
-    fn read(shown: &str) -> Option<(String, u64, SystemTime)> {
+    fn read(shown: &str) -> Option<(String, i64, SystemTime)> {
         /// The number of digits of the Unix time until the year 2286. A key may contain a shorter number.
         const DIGITS: usize = 10;
 

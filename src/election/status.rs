@@ -61,7 +61,7 @@ pub enum LeaderState {
     #[non_exhaustive]
     Leading {
         /// The term.
-        term: u64,
+        term: i64,
     },
     /// The candidate waits to be elected, or pauses after a short term.
     Waiting,
@@ -84,7 +84,7 @@ struct Inner {
 struct Post {
     session: Weak<Session>,
     key: Key,
-    term: u64,
+    term: i64,
 }
 
 impl LeaderStatus {
@@ -114,7 +114,7 @@ impl LeaderStatus {
     /// # Ok(()) }
     /// ```
     #[must_use]
-    pub fn term(&self) -> Option<u64> {
+    pub fn term(&self) -> Option<i64> {
         self.inner().term()
     }
 
@@ -189,7 +189,7 @@ impl LeaderStatus {
     }
 
     /// Records that the candidate leads on this session.
-    pub(super) fn leads(&self, session: Weak<Session>, key: Key, term: u64) {
+    pub(super) fn leads(&self, session: Weak<Session>, key: Key, term: i64) {
         self.inner().post = Some(Post { session, key, term });
         self.shared.notify.notify_waiters();
     }
@@ -228,7 +228,7 @@ impl LeaderStatus {
 }
 
 impl Inner {
-    fn term(&self) -> Option<u64> {
+    fn term(&self) -> Option<i64> {
         let Post { session, key, term } = self.post.as_ref()?;
         session.upgrade()?.guards(key).then_some(*term)
     }

@@ -32,7 +32,7 @@ const MANAGER_QUEUE_LENGTH: &str = "pglock_manager_queue_length";
 const HEARTBEAT_DURATION: &str = "pglock_heartbeat_duration_seconds";
 const LAST_ANSWER_AGE: &str = "pglock_last_answer_age_seconds";
 
-/// Whether [`describe`] was called. Until then not even the clock is read.
+/// Whether [`enable`] was called. Until then not even the clock is read.
 static RECORDING: AtomicBool = AtomicBool::new(false);
 
 static METADATA: Metadata<'static> = Metadata::new("pglock", Level::INFO, Some("pglock"));
@@ -48,9 +48,9 @@ static METADATA: Metadata<'static> = Metadata::new("pglock", Level::INFO, Some("
 ///
 /// ```
 /// // Install a recorder here.
-/// pglock::metrics::describe();
+/// pglock::metrics::enable();
 /// ```
-pub fn describe() {
+pub fn enable() {
     RECORDING.store(true, Ordering::Relaxed);
     let seconds = Unit::Seconds;
     describe_histogram!(ACQUIRE_DURATION, seconds, "Duration of the calls that acquire a lock");

@@ -20,7 +20,7 @@ impl Session {
     ///
     /// The commit may wait for a synchronous standby that is missing. Then it is cancelled, and the lock is still held.
     /// If this future is dropped, the next use of the connection cancels it.
-    pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<u64> {
+    pub(crate) async fn draw_token(self: &Arc<Self>, key: &Key) -> Result<i64> {
         let mut slot = self.for_guard(key).await?;
         let drawing = async {
             slot.tidied().await?;
@@ -32,7 +32,7 @@ impl Session {
         };
         let answer = self.unless_lost(key, timeout(DEADLINE, drawing)).await?;
         let Ok(answer) = answer else { return Err(self.interrupt(key, slot).await) };
-        self.sort_out(key, slot, answer).map(i64::cast_unsigned)
+        self.sort_out(key, slot, answer)
     }
 
     /// Shows a leader's name on the server for as long as the session holds something.

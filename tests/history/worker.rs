@@ -203,7 +203,7 @@ impl Task {
             _ => Some(lock.acquire().await?),
         };
         let Some(guard) = acquired else { return Ok(None) };
-        let token = i64::try_from(guard.fencing_token().await?).unwrap();
+        let token = guard.fencing_token().await?;
         let hold = Hold { key, token, worker: self.worker };
         if !self.has_manager {
             hold.write(BEGIN, Kind::Begin, &mut *guard.connection().await?).await?;

@@ -150,7 +150,7 @@ fn every_future_of_an_election_may_be_sent_to_another_thread<
     is_future_of::<()>(leadership.stopping());
     is_future_of::<Loss>(leadership.lost());
     is_future_of::<pglock::Result<()>>(leadership.verify());
-    is_future_of::<pglock::Result<u64>>(leadership.fencing_token());
+    is_future_of::<pglock::Result<i64>>(leadership.fencing_token());
     is_future_of::<pglock::Result<SessionConnection<'_>>>(leadership.connection());
     is_future_of::<pglock::Result<()>>(leadership.while_held(std::future::pending()));
     is_future_of::<pglock::Result<()>>(leadership.resign());

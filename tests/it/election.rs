@@ -658,7 +658,7 @@ async fn never_two_lead_while_others_give_up_at_random() {
                 let campaign = timeout(wait, cancel_after(polls + 1, election.campaign()));
                 let Ok(Some(elected)) = campaign.await else { continue };
                 let leadership = elected.unwrap();
-                let term = i64::try_from(leadership.term()).unwrap();
+                let term = leadership.term();
                 let mut conn = leadership.connection().await.unwrap();
                 for (now, next) in [(None, Some(term)), (Some(term), None)] {
                     let took =

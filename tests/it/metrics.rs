@@ -57,7 +57,7 @@ impl Recorded {
         let recorder: &'static DebuggingRecorder = Box::leak(Box::default());
         let snapshotter = recorder.snapshotter();
         let recording = set_default_local_recorder(recorder);
-        pglock::metrics::describe();
+        pglock::metrics::enable();
         Self { snapshotter, so_far: RefCell::default(), _recording: recording }
     }
 

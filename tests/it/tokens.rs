@@ -28,7 +28,7 @@ async fn write(
 
 async fn hold(pool: &PgPool) -> (ExclusiveGuard, i64) {
     let guard = Lock::new(pool, "invoice-17").acquire().await.unwrap();
-    let token = guard.fencing_token().await.unwrap().cast_signed();
+    let token = guard.fencing_token().await.unwrap();
     (guard, token)
 }
 

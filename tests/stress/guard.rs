@@ -53,7 +53,7 @@ impl Guard {
         of_any!(self, guard => guard.verify().await)
     }
 
-    pub(crate) async fn fencing_token(&self) -> Result<u64> {
+    pub(crate) async fn fencing_token(&self) -> Result<i64> {
         of_any!(self, guard => guard.fencing_token().await)
     }
 

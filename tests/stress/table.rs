@@ -53,7 +53,7 @@ struct Hold {
 #[derive(Clone, Copy, Debug, Default)]
 struct History {
     /// The greatest token of all holds that have ended.
-    token: u64,
+    token: i64,
     /// The last owner that was granted the lock exclusively, and when.
     exclusive: Option<(Owner, u64)>,
 }
@@ -65,13 +65,13 @@ pub(crate) struct Ticket {
     guard: Arc<Guard>,
     pub(crate) owner: Owner,
     /// The greatest token of earlier holders. The token of this hold must be greater.
-    floor: u64,
-    token: u64,
+    floor: i64,
+    token: i64,
 }
 
 impl Ticket {
     /// Returns the floor and the token, for [`Table::enter_again`].
-    pub(crate) fn token(&self) -> (u64, u64) {
+    pub(crate) fn token(&self) -> (i64, i64) {
         (self.floor, self.token)
     }
 
@@ -152,7 +152,7 @@ impl Table {
         &self,
         guard: Guard,
         owner: Owner,
-        (floor, token): (u64, u64),
+        (floor, token): (i64, i64),
     ) -> Result<Ticket, (String, Ticket)> {
         let same = |ticket| Ticket { floor, token, ..ticket };
         self.enter(guard, owner).map(same).map_err(|(violation, ticket)| (violation, same(ticket)))
@@ -174,7 +174,7 @@ impl Table {
     }
 
     /// Notes the token of a hold. Fails if an earlier holder had a greater one.
-    pub(crate) fn note_token(ticket: &mut Ticket, token: u64) -> Result<(), String> {
+    pub(crate) fn note_token(ticket: &mut Ticket, token: i64) -> Result<(), String> {
         let (floor, known) = (ticket.floor, ticket.token);
         ticket.token = token;
         if token <= floor {

@@ -19,7 +19,7 @@ use crate::who;
 pub(crate) struct Held {
     pub(crate) guard: Guard,
     /// The fencing token, which is greater than that of every previous holder.
-    pub(crate) token: u64,
+    pub(crate) token: i64,
     /// The number of the permit.
     pub(crate) slot: Option<usize>,
 }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::io::{self, Write, stderr, stdout};
 use std::process::{self, ExitCode};
+use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 
@@ -166,7 +167,7 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     let mut source = error.source();
     while let Some(error) = source {
         // Uses only the message, because sqlx's text of a database error has the line of the server's source code too.
-        let database = error.downcast_ref().and_then(sqlx::Error::as_database_error);
+        let database = sqlx_error(error).and_then(sqlx::Error::as_database_error);
         let reason = database.map_or_else(|| error.to_string(), |error| error.message().to_owned());
         // Some errors of other crates already contain their cause.
         if !line.ends_with(&reason) {
@@ -175,6 +176,11 @@ pub(crate) fn chain(error: &dyn Error) -> String {
         source = error.source();
     }
     line
+}
+
+/// Returns the driver's error, which the library's errors share.
+fn sqlx_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e sqlx::Error> {
+    error.downcast_ref().or_else(|| error.downcast_ref::<Arc<_>>().map(Arc::as_ref))
 }
 
 /// Prints a line on standard error. Ignores a failure, because standard error may be closed.

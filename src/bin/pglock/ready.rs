@@ -27,7 +27,7 @@ impl Readiness {
         this
     }
 
-    pub(crate) fn leads(&self, term: u64) -> Result<(), Failure> {
+    pub(crate) fn leads(&self, term: i64) -> Result<(), Failure> {
         let status = format!("leads {}, term {term}", self.key);
         notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let Some(file) = &self.file else { return Ok(()) };

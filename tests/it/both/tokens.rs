@@ -36,7 +36,7 @@ async fn holder() {
     }
 }
 
-async fn take(lock: &mut Lock) -> Result<(ExclusiveGuard, u64)> {
+async fn take(lock: &mut Lock) -> Result<(ExclusiveGuard, i64)> {
     let guard = lock.acquire().await?;
     let token = guard.fencing_token().await?;
     assert_eq!(guard.fencing_token().await?, token);

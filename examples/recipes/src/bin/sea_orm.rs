@@ -64,7 +64,7 @@ async fn pay(orm: DatabaseConnection, id: i64) -> Result<bool> {
     let Some(guard) = lock.try_acquire_for(Duration::from_secs(5)).await? else {
         return Err("another request has been paying this invoice for five seconds".into());
     };
-    let token = i64::try_from(guard.fencing_token().await?)?;
+    let token = guard.fencing_token().await?;
 
     let invoice = invoice::Entity::find_by_id(id).one(&orm).await?;
     if invoice.ok_or("there is no such invoice")?.paid {

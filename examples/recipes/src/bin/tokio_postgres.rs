@@ -86,8 +86,7 @@ async fn read(work: &Pool, account: i32) -> Result<i64> {
 }
 
 /// Writes an amount, unless a later holder of the lock has written. Returns whether it was written.
-async fn write(work: &Pool, account: i32, amount: i64, token: u64) -> Result<bool> {
+async fn write(work: &Pool, account: i32, amount: i64, token: i64) -> Result<bool> {
     let update = "UPDATE account SET amount = $2, token = $3 WHERE id = $1 AND token <= $3";
-    let token = i64::try_from(token)?;
     Ok(work.get().await?.execute(update, &[&account, &amount, &token]).await? == 1)
 }
