@@ -2,7 +2,7 @@
 //!
 //! Each handle has a session of its own, on which the crate listens and sends heartbeats. The benchmark
 //! measures this process by the figures of Linux, and compares it with the same number of connections that are
-//! merely open.
+//! merely open, and with connections on each of which a task runs a statement as often as a heartbeat.
 
 mod support;
 mod table;
@@ -15,8 +15,10 @@ use std::time::Duration;
 
 use pglock::{ExclusiveGuard, Lock};
 use pglock_testkit::{Server, TestDb};
-use sqlx::PgPool;
 use sqlx::error::BoxDynError;
+use sqlx::pool::PoolConnection;
+use sqlx::{PgPool, Postgres};
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use table::Table;
@@ -42,6 +44,17 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
     sleep(time).await;
     let idled = Usage::now()?;
 
+    let mut beats: JoinSet<_> = connections.into_iter().map(beat).collect();
+    sleep(Duration::from_secs(2)).await;
+    let beaten = Usage::now()?;
+    sleep(time).await;
+    let beat = Usage::now()?;
+    if let Some(failed) = beats.try_join_next() {
+        failed??;
+    }
+    beats.shutdown().await;
+
+    let resting = Usage::now()?;
     let pool = db.pool(locks).await;
     let mut guards = Vec::new();
     for key in 0..locks {
@@ -70,13 +83,23 @@ async fn held(time: Duration) -> Result<(), BoxDynError> {
         (cpu, memory)
     };
     row("connections, open and idle", &open, &idled, &start);
-    let (cpu, memory) = row("held by a `Lock` each", &watched, &held, &idled);
+    row("a task each, which runs a statement every 2 s", &beaten, &beat, &start);
+    let (cpu, memory) = row("held by a `Lock` each", &watched, &held, &resting);
     table.publish()?;
     if locks == 1000 {
         target::print_at_most("% of a core for a thousand held locks", &[cpu], 1.5);
         target::print_at_most("KiB for each of them", &[memory], 16.0);
     }
     Ok(())
+}
+
+/// Runs a statement on a connection every two seconds.
+async fn beat(mut connection: PoolConnection<Postgres>) -> Result<(), sqlx::Error> {
+    loop {
+        sleep(Duration::from_secs(2)).await;
+        let beat = sqlx::raw_sql("SELECT pg_backend_pid(), clock_timestamp()");
+        beat.fetch_one(&mut *connection).await?;
+    }
 }
 
 /// Returns an error if a lock was lost meanwhile, because a lost lock costs nothing.

@@ -88,8 +88,8 @@
 //! | a leader elected | 2 more than a lock acquired |
 //! | the leader looked up, or observed | 1, or 1 every 500 ms at first, and less and less often without a change, down to every 5 s |
 //! | a lock held | 1 at each [heartbeat](LockOptions::heartbeat_interval) |
-//! | the connection [borrowed](Guard::connection) | 1 the first time, at most 1 later; 2 when it is returned |
-//! | the last guard of a handle released, or its last exclusive one | 1 |
+//! | the connection [borrowed](Guard::connection) | 1 the first time, at most 1 later; when it is returned 1, and 1 more if the lock stays held |
+//! | the last guard of a handle released, or its last exclusive one | 1; then 1 more, if settings have to be [restored](guide::operations#settings) |
 //! | a lock of a [`transaction`] | 1; waited for, 1 more for each slice of a minute; released, 0 |
 //! | a guard [verified](Guard::verify), a [token](Guard::fencing_token) drawn, locks [inspected](inspect) | 1 |
 //!

@@ -29,9 +29,9 @@ use crate::sql;
 /// # Drop
 ///
 /// Returns the connection to the session. A transaction that is still open is rolled back, and a
-/// query whose future was dropped is cancelled after 100 ms, both on a task. The task also asks the server
-/// whether the session still holds its locks, because `DISCARD ALL` and `pg_advisory_unlock_all()` release
-/// them. Settings changed with `SET` stay, as on any pooled connection.
+/// query whose future was dropped is cancelled after 100 ms, both on a task. While a guard is alive, the task also
+/// asks the server whether the session still holds its locks, because `DISCARD ALL` and `pg_advisory_unlock_all()`
+/// release them. Settings changed with `SET` stay, as on any pooled connection.
 ///
 /// # Examples
 ///
