@@ -189,7 +189,7 @@ pub enum Error {
     },
 
     /// No connection of the pool became available in time. The lock was not requested.
-    #[error("lock {key}: timed out waiting for a connection of the pool, not for the lock{}", pool_hint(*locks, *permits))]
+    #[error("lock {key}: timed out waiting for a connection of the pool{}", pool_hint(*locks, *permits))]
     #[non_exhaustive]
     PoolTimedOut {
         /// The key of the lock.
@@ -263,7 +263,7 @@ pub enum Loss {
     #[error("the session's connection broke")]
     Disconnected(#[source] Arc<sqlx::Error>),
     /// The lock was held for longer than [`LockOptions::max_hold`](crate::LockOptions::max_hold).
-    #[error("it was held for longer than max_hold")]
+    #[error("the lock was held for longer than max_hold")]
     HeldTooLong,
     /// Statements were answered by another session than the one that holds the lock, or the server's locks
     /// were found to exclude no other session.
@@ -271,19 +271,19 @@ pub enum Loss {
     NoExclusion,
     /// According to the server, the session does not hold the lock: other code unlocked it, or the server
     /// ended the session while its connection was borrowed.
-    #[error("the server says that the session does not hold the lock: other code unlocked it")]
+    #[error("the session no longer holds the lock: other code unlocked it")]
     NotHeld,
     /// The handle released the lock: by [`Lock::release_all`](crate::Lock::release_all), by
     /// [`MultiLock::release_all`](crate::MultiLock::release_all), or at the end of a term of
     /// [`Election::run`](crate::Election::run).
-    #[error("the handle released it")]
+    #[error("the handle released the lock")]
     Released,
     /// The tokio runtime of the acquire was shut down, and with it the task that monitors the session.
     #[error("the runtime on which the lock was acquired was shut down")]
     RuntimeShutdown,
     /// No answer was processed within the heartbeat's interval and timeout: the server or the network is silent, or
     /// this process was stopped, or its runtime blocked.
-    #[error("the server has not answered for too long")]
+    #[error("no answer was processed within the heartbeat's interval and timeout")]
     Unresponsive,
 }
 
@@ -457,7 +457,7 @@ impl Error {
 /// Returns the advice for a pool that is exhausted.
 fn pool_hint(locks: Option<u32>, permits: Option<usize>) -> String {
     let share = locks.map_or_else(String::new, |locks| {
-        format!("; locks have {locks} of its connections, and leave the others to queries")
+        format!("; locks use {locks} of its connections, and leave the others to queries")
     });
     let advice = match (locks, permits) {
         (_, Some(permits)) => format!(

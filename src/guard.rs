@@ -128,7 +128,8 @@ impl Guard {
     /// Equivalent to dropping the guard, but returns any error, so it shows whether the lock was held until now. Sends
     /// one statement if this was the last guard of its handle, or the last exclusive one, otherwise none. If the lock
     /// is [handed off](crate::guide::guarantees#fairness) to another task of the process, the statement asks whether
-    /// the session is alive; dropping the guard sends none then.
+    /// the session is alive; dropping the guard sends none then. Settings that were changed are restored by another
+    /// statement, which this call does not wait for.
     ///
     /// # Cancel safety
     ///
@@ -383,8 +384,8 @@ impl Guard {
     /// it: the server rolls back the open transaction. Waits while the connection is in use, for example borrowed from
     /// another guard of the session. The first call sends one statement, which applies the settings of a borrowed
     /// connection, and finds a transaction that was left open on the pooled connection; later calls send at most one.
-    /// When the connection is returned, two statements end what was left open, and check that the session still holds its
-    /// locks.
+    /// When the connection is returned, one statement ends what was left open; if the lock stays held, another one
+    /// checks that the session still holds it.
     ///
     /// While the connection is borrowed, a closed session is detected only at the next heartbeat.
     ///

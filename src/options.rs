@@ -187,7 +187,7 @@ impl LockOptions {
     /// connection, where an application can't notice them. The timeout is set while the session waits for a
     /// lock or has held one for longer than a heartbeat's interval; so is `client_connection_check_interval`
     /// (PostgreSQL 14 and later), to one second, also while the connection is borrowed, but not during a wait that the
-    /// server would log. Both are reset when the session is released; the timeout also while the connection is
+    /// server would log. Both are restored after the session is released; the timeout also while the connection is
     /// borrowed, because it would end the connection of a client that pauses while it reads. Over a unix socket, these
     /// settings have no effect, and none is needed.
     ///

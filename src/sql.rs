@@ -2,8 +2,8 @@
 //!
 //! Nearly all use the simple query protocol: one message, one answer, one round trip, and nothing is
 //! left behind on the application's connection. The values in them are integers, written by
-//! [`Display`](std::fmt::Display), or hexadecimal digits, so there is nothing to inject. The two statements of a
-//! free acquire and its awaited release are prepared once per connection, because the server would spend more time
+//! [`Display`](std::fmt::Display), or hexadecimal digits, so there is nothing to inject. A free acquire and
+//! an awaited release are prepared once per connection, because the server would spend more time
 //! on planning them than on the lock.
 //!
 //! Functions, relations and operators are qualified with `pg_catalog`, and types are keywords of the grammar. An

@@ -31,14 +31,8 @@ impl Session {
         if conn.untidy {
             // A statement whose future was dropped still runs; most end by themselves. Boxed, because this future is
             // large (it may have to log in), and is part of almost every other one.
-            let ending = sql::backend::end_transaction(conn.pg()?);
-            let ended = Box::pin(self.drain(ending, Duration::from_millis(100), DEADLINE)).await?;
-            let ended = match ended {
-                Some(ended) => ended,
-                // The interrupted statement's own failure, or the cancel has struck this statement.
-                None => sql::backend::end_transaction(conn.pg()?).await?,
-            };
-            if ended {
+            Box::pin(self.drain(conn.pg()?, Duration::from_millis(100), DEADLINE)).await?;
+            if sql::backend::end_transaction(conn.pg()?).await? {
                 tracing::debug!(
                     backend_pid = self.backend_pid(),
                     "rolled back the transaction that was left open on a lock's connection"
@@ -49,32 +43,33 @@ impl Session {
         Ok(())
     }
 
-    /// Reads the answer to a statement whose future was dropped, and then to `next`, which is sent after it. Cancels
-    /// the statement after `grace`. Takes `limit` at most. Returns `None` if the server has answered with an error to
-    /// either statement.
+    /// Reads the answer to a statement whose future was dropped, and cancels the statement after `grace`. Takes `limit`
+    /// at most.
     ///
     /// A cancel names a process, not a statement. It can't strike a later statement, because the server has signalled
     /// the process before it answers the cancel, and an idle process ignores the signal. A cancel without an answer may
     /// still be in flight, so the connection must not be used, and this returns an error; unless guards, or other calls
     /// in flight, depend on the connection too.
-    pub(super) async fn drain<T>(
+    pub(super) async fn drain(
         &self,
-        next: impl Future<Output = Result<T, sqlx::Error>>,
+        conn: &mut PgConnection,
         grace: Duration,
         limit: Duration,
-    ) -> Result<Option<T>, sqlx::Error> {
+    ) -> Result<(), sqlx::Error> {
         // This may be the first step of a task, which must not poll the timers below.
         tokio::task::yield_now().await;
         let started = Instant::now();
-        let mut answered = pin!(next);
+        let mut answered = pin!(conn.ping());
         let mut pause = grace;
         let mut next_pause = RETRY;
         let mut cancelled = Ok(());
         loop {
             match timeout(pause, &mut answered).await {
-                Ok(Err(error)) if !is_answer(&error) => return Err(error),
-                Ok(answer) if self.ledger().is_last() => return cancelled.map(|()| answer.ok()),
-                Ok(answer) => return Ok(answer.ok()),
+                // An error may be the interrupted statement's own failure: an answer like any other.
+                Ok(Ok(()) | Err(sqlx::Error::Database(_))) => {
+                    return if self.ledger().is_last() { cancelled } else { Ok(()) };
+                }
+                Ok(Err(error)) => return Err(error),
                 Err(_) if started.elapsed() > limit => return Err(silence(limit)),
                 Err(_) => {}
             }

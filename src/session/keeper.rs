@@ -14,7 +14,7 @@
 //! sign of life, unless it shows that the locks are not held. So neither an error nor a rejected login is a loss; only
 //! silence and a closed connection are.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -28,6 +28,7 @@ use tokio::time::sleep_until;
 
 use super::conn::{Conn, Use};
 use super::monitor::Monitor;
+use super::servers::Server;
 use super::slot::ConnGuard;
 use super::{Session, is_alive, within};
 use crate::error::{Loss, chain, is_answer, refuses_settings};
@@ -83,8 +84,7 @@ impl Keeper {
         let task = KeeperTask {
             id,
             keeper: Arc::clone(&keeper),
-            sessions: Vec::new(),
-            monitors: HashMap::new(),
+            groups: HashMap::new(),
             questions: JoinSet::new(),
         };
         // Detach: the task ends with the runtime, or immediately if the runtime was shut down.
@@ -126,14 +126,26 @@ impl std::task::Wake for Wake {
     }
 }
 
+/// The sessions on one server, and the connection on which the keeper asks about them.
+struct Group {
+    server: Arc<Server>,
+    sessions: Vec<Kept>,
+    /// `None` while no session needs it.
+    monitor: Option<SharedMonitor>,
+}
+
 /// A session that is monitored.
+///
+/// Most sessions have nothing due in most ticks. Then a tick reads only this, and not the session itself, which would
+/// cost more than the heartbeats.
 struct Kept {
     session: Weak<Session>,
     since: Instant,
     /// Each question in flight has a clone.
     asking: Question,
-    /// When the next check of the session is due. Most sessions have nothing due in most ticks.
+    /// When the next check of the session is due.
     next_look: Instant,
+    needs_monitor: bool,
 }
 
 type Question = Arc<()>;
@@ -149,9 +161,8 @@ type SharedMonitor = Arc<tokio::sync::Mutex<Monitor>>;
 struct KeeperTask {
     id: Id,
     keeper: Arc<Keeper>,
-    sessions: Vec<Kept>,
     /// The key is the address of the server in memory.
-    monitors: HashMap<usize, SharedMonitor>,
+    groups: HashMap<usize, Group>,
     questions: JoinSet<()>,
 }
 
@@ -159,7 +170,8 @@ impl Drop for KeeperTask {
     fn drop(&mut self) {
         keepers().remove(&self.id);
         let admitted = mem::take(&mut self.keeper.inbox().admitted);
-        let kept = mem::take(&mut self.sessions).into_iter().map(|kept| kept.session);
+        let groups = mem::take(&mut self.groups).into_values();
+        let kept = groups.flat_map(|group| group.sessions).map(|kept| kept.session);
         for session in kept.chain(admitted).filter_map(|session| session.upgrade()) {
             if session.ledger().has_guards() {
                 session.lose(&Loss::RuntimeShutdown);
@@ -172,17 +184,13 @@ impl KeeperTask {
     async fn run(mut self) {
         let mut next_look = Instant::now();
         loop {
-            let awake = {
+            let (admitted, awake) = {
                 let mut inbox = self.keeper.inbox();
-                let admitted = mem::take(&mut inbox.admitted);
-                self.sessions.extend(admitted.into_iter().map(|session| Kept {
-                    session,
-                    since: Instant::now(),
-                    asking: Question::default(),
-                    next_look: Instant::now(),
-                }));
-                mem::take(&mut inbox.awake)
+                (mem::take(&mut inbox.admitted), mem::take(&mut inbox.awake))
             };
+            for session in admitted {
+                self.admit(session);
+            }
             if next_look <= Instant::now() {
                 self.look();
                 next_look = Instant::now() + TICK;
@@ -202,11 +210,10 @@ impl KeeperTask {
     async fn rest(&mut self, next_look: Instant) {
         let asleep = {
             let mut inbox = self.keeper.inbox();
-            inbox.asleep = self.sessions.is_empty() && inbox.admitted.is_empty();
+            inbox.asleep = self.groups.is_empty() && inbox.admitted.is_empty();
             inbox.asleep
         };
         if asleep {
-            self.monitors.clear();
             self.keeper.notify.notified().await;
             return;
         }
@@ -217,89 +224,38 @@ impl KeeperTask {
         }
     }
 
+    fn admit(&mut self, admitted: Weak<Session>) {
+        let Some(session) = admitted.upgrade() else { return };
+        let group = self.groups.entry(Arc::as_ptr(&session.server).addr());
+        let group = group.or_insert_with(|| Group {
+            server: Arc::clone(&session.server),
+            sessions: Vec::new(),
+            monitor: None,
+        });
+        group.sessions.push(Kept {
+            session: admitted,
+            since: Instant::now(),
+            asking: Question::default(),
+            next_look: Instant::now(),
+            needs_monitor: false,
+        });
+    }
+
     /// Checks which sessions have ended, are lost, or must be asked.
     fn look(&mut self) {
-        let now = Instant::now();
-        let mut servers = HashSet::new();
-        let mut busy: HashMap<usize, Vec<(Arc<Session>, Question)>> = HashMap::new();
-        // The servers whose monitor was lost. The idle connections of their sessions are not polled until it is
-        // connected again.
-        let unmonitored: HashSet<usize> = self
-            .monitors
-            .iter()
-            .filter(|(_, monitor)| monitor.try_lock().is_ok_and(|mut monitor| monitor.take_lost()))
-            .map(|(&server, _)| server)
-            .collect();
-        for mut kept in mem::take(&mut self.sessions) {
-            let Some(session) = kept.session.upgrade() else { continue };
-            let server = Arc::as_ptr(&session.server).addr();
-            let disproven = session.server.proof.is_negative();
-            if now < kept.next_look && !disproven && !unmonitored.contains(&server) {
-                if session.wake.get().is_some() {
-                    servers.insert(server);
-                }
-                self.sessions.push(kept);
-                continue;
-            }
-            if session.loss().is_some() || session.ledger().has_ended() {
-                continue;
-            }
-            if disproven {
-                session.end(&Loss::NoExclusion);
-                continue;
-            }
-            let held_until = session.hold_ends(kept.since);
-            if held_until.is_some_and(|held_until| held_until <= now) {
-                session.give_up(&Loss::HeldTooLong);
-                continue;
-            }
-            let Heartbeat { interval, .. } = session.heartbeat;
-            let answered = session.last_answered();
-            let due = unmonitored.contains(&server) || answered + interval <= now;
-            let grown_up_at = kept.since + GROWN_UP.min(interval);
-            let grown_up = grown_up_at <= now;
-            let events = [grown_up_at, answered + interval, answered + session.heartbeat.bound()];
-            let next = events.into_iter().chain(held_until).filter(|at| *at > now).min();
-            // The next check is soon, to forget a session that was released, and to repeat a question that has failed.
-            let soon = now + interval / 8;
-            kept.next_look = next.map_or(soon, |next| next.min(soon));
-            if due || grown_up {
-                servers.insert(server);
-                let monitor = self.monitors.entry(server).or_default();
-                if session.wake.get().is_none() {
-                    let wake = Wake {
-                        session: Weak::clone(&kept.session),
-                        keeper: Arc::downgrade(&self.keeper),
-                        queued: AtomicBool::new(false),
-                    };
-                    session.wake.set(Arc::new(wake)).ok();
-                    self.questions.spawn(listen(Arc::clone(&session), Arc::clone(monitor)));
-                }
-                if due && Arc::strong_count(&kept.asking) == 1 {
-                    let question = Arc::clone(&kept.asking);
-                    match session.free_connection() {
-                        Some(slot) => {
-                            self.questions.spawn(beat(slot, question, Arc::clone(monitor)));
-                        }
-                        None => busy.entry(server).or_default().push((session, question)),
-                    }
-                }
-            }
-            self.sessions.push(kept);
-        }
-        for (server, sessions) in busy {
-            let monitor = Arc::clone(self.monitors.entry(server).or_default());
-            self.questions.spawn(ask_elsewhere(sessions, monitor));
-        }
-        self.monitors.retain(|server, _| servers.contains(server));
+        let Self { keeper, groups, questions, .. } = self;
+        groups.retain(|_, group| {
+            group.look(keeper, questions);
+            !group.sessions.is_empty()
+        });
     }
 
     /// Polls an idle connection for closure. Returns whether it is closed.
     fn poll(&self, wake: &Arc<Wake>) -> bool {
         wake.queued.store(false, Ordering::Relaxed);
         let Some(session) = wake.session.upgrade() else { return false };
-        let monitor = self.monitors.get(&Arc::as_ptr(&session.server).addr());
-        let Some(monitor) = monitor else { return false };
+        let group = self.groups.get(&Arc::as_ptr(&session.server).addr());
+        let Some(monitor) = group.and_then(|group| group.monitor.as_ref()) else { return false };
         let Ok(mut monitor) = monitor.try_lock() else {
             // The monitor is in use for a question. The next round of the task is soon enough.
             wake.queued.store(true, Ordering::Relaxed);
@@ -316,6 +272,77 @@ impl KeeperTask {
         drop(slot);
         session.close_if_lost();
         closed.is_some()
+    }
+}
+
+impl Group {
+    /// Checks which sessions have ended, are lost, or must be asked.
+    fn look(&mut self, keeper: &Arc<Keeper>, questions: &mut JoinSet<()>) {
+        let now = Instant::now();
+        let monitor = self.monitor.as_ref().and_then(|monitor| monitor.try_lock().ok());
+        // If the monitor was lost, idle connections are not polled until it is connected again.
+        let unmonitored = monitor.is_some_and(|mut monitor| monitor.take_lost());
+        let disproven = self.server.proof.is_negative();
+        let mut busy = Vec::new();
+        self.sessions.retain_mut(|kept| {
+            if now < kept.next_look && !disproven && !unmonitored {
+                return true;
+            }
+            let Some(session) = kept.session.upgrade() else { return false };
+            if session.loss().is_some() || session.ledger().has_ended() {
+                return false;
+            }
+            if disproven {
+                session.end(&Loss::NoExclusion);
+                return false;
+            }
+            let held_until = session.hold_ends(kept.since);
+            if held_until.is_some_and(|held_until| held_until <= now) {
+                session.give_up(&Loss::HeldTooLong);
+                return false;
+            }
+            let Heartbeat { interval, .. } = session.heartbeat;
+            let answered = session.last_answered();
+            let due = unmonitored || answered + interval <= now;
+            let grown_up_at = kept.since + GROWN_UP.min(interval);
+            let grown_up = grown_up_at <= now;
+            let events = [grown_up_at, answered + interval, answered + session.heartbeat.bound()];
+            let next = events.into_iter().chain(held_until).filter(|at| *at > now).min();
+            // The next check is soon, to forget a session that was released, and to repeat a question that has failed.
+            // Most sessions are released while they are young.
+            let soon = now + if grown_up { interval / 8 } else { TICK };
+            kept.next_look = next.map_or(soon, |next| next.min(soon));
+            if due || grown_up {
+                kept.needs_monitor = true;
+                let monitor = self.monitor.get_or_insert_default();
+                if session.wake.get().is_none() {
+                    let wake = Wake {
+                        session: Weak::clone(&kept.session),
+                        keeper: Arc::downgrade(keeper),
+                        queued: AtomicBool::new(false),
+                    };
+                    session.wake.set(Arc::new(wake)).ok();
+                    questions.spawn(listen(Arc::clone(&session), Arc::clone(monitor)));
+                }
+                if due && Arc::strong_count(&kept.asking) == 1 {
+                    let question = Arc::clone(&kept.asking);
+                    match session.free_connection() {
+                        Some(slot) => {
+                            questions.spawn(beat(slot, question, Arc::clone(monitor)));
+                        }
+                        None => busy.push((session, question)),
+                    }
+                }
+            }
+            true
+        });
+        if !busy.is_empty() {
+            let monitor = Arc::clone(self.monitor.get_or_insert_default());
+            questions.spawn(ask_elsewhere(busy, monitor));
+        }
+        if !self.sessions.iter().any(|kept| kept.needs_monitor) {
+            self.monitor = None;
+        }
     }
 }
 

@@ -4,7 +4,6 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::Connection;
 use tokio::time::timeout;
 
 use super::conn::Shown;
@@ -113,9 +112,9 @@ impl Session {
 
     /// Cancels a statement that has not been answered in time.
     async fn interrupt(self: &Arc<Self>, key: &Key, mut slot: ConnGuard) -> Error {
-        let drained = async { self.drain(slot.pg()?.ping(), Duration::ZERO, DEADLINE).await };
+        let drained = async { self.drain(slot.pg()?, Duration::ZERO, DEADLINE).await };
         match self.unless_lost(key, drained).await {
-            Ok(Ok(_)) => Error::database(key, silence(DEADLINE)),
+            Ok(Ok(())) => Error::database(key, silence(DEADLINE)),
             Err(lost) => lost,
             Ok(Err(source)) => self.give_up_with(slot, key, Loss::broken(source)),
         }

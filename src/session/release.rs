@@ -293,22 +293,19 @@ impl Session {
             // A lost session still holds its locks on the server. Its connection is closed with the slot.
             ledger.done() && ledger.loss().is_none()
         };
-        if !is_released {
-            return;
-        }
-        if let Some(conn) = slot.take_if(|conn| !conn.settings.to_restore) {
-            conn.give_back();
-            return;
-        }
-        // After the locks are free, because the statement is long. The task keeps the slot, so that the handle's next
-        // acquire finds the connection in the pool. If the statement fails, the connection is closed.
-        drop(Task::start(&self.runtime, async move {
-            let Some(mut conn) = slot.take() else { return };
-            let put_back = async { sql::settings::put_back(conn.pg()?).await };
-            if within_task(DEADLINE, put_back).await.is_ok() {
+        if is_released && let Some(mut conn) = slot.take() {
+            if !conn.settings.to_restore {
                 conn.give_back();
+                return;
             }
-        }));
+            // After the locks are free, because the statement is long. If it fails, the connection is closed.
+            drop(Task::start(&self.runtime, async move {
+                let put_back = async { sql::settings::put_back(conn.pg()?).await };
+                if within_task(DEADLINE, put_back).await.is_ok() {
+                    conn.give_back();
+                }
+            }));
+        }
     }
 
     /// Ends a session whose locks exclude nothing with a loss, and releases these locks. A pooler would keep them, and

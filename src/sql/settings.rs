@@ -76,7 +76,7 @@ fn put_back_one(name: &str) -> String {
 
 /// Returns columns that restore all settings that were changed. They also remove the mark if a role's limit on idle
 /// sessions applies again.
-pub(super) fn put_back_all() -> String {
+fn put_back_all() -> String {
     format!(
         "CASE WHEN pg_catalog.current_setting('pglock.{IDLE_TIMEOUT}', true) OPERATOR(pg_catalog.<>) '' \
          THEN pg_catalog.set_config('pglock.keepalives', '', false) END, {}",

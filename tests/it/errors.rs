@@ -71,7 +71,7 @@ pub(crate) async fn one_connection(db: &TestDb, acquire_timeout: Duration) -> Pg
 /// The message distinguishes the pool's timeout from the lock's.
 pub(crate) fn is_exhausted(error: &Error) {
     assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
-    is_told_well(error, "waiting for a connection of the pool, not for the lock");
+    is_told_well(error, "waiting for a connection of the pool");
     is_told_well(error, "max_connections");
     assert!(error.is_transient());
 }

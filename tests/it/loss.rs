@@ -7,14 +7,14 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pglock::{Error, Lock, LockManager, LockOptions, Loss};
-use pglock_testkit::{Proxy, Server, TestDb};
+use pglock_testkit::{Proxy, Server, TestDb, replace_function};
 use sqlx::postgres::PgPoolOptions;
 use tokio::runtime::Builder;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
     SOON, WATCHED, borrow_all, fast_heartbeat, lenient_heartbeat, locks_are, no_locks, pool_of,
-    quick_heartbeat, says_lost, slow_heartbeat, soon, terminate, waits_in_vain,
+    quick_heartbeat, quickly_watched, says_lost, slow_heartbeat, soon, terminate, waits_in_vain,
 };
 
 /// An answer that comes after the loss must not return the connection to the pool.
@@ -286,6 +286,81 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
                 no_locks(&mut admin).await;
             }
             pool.close().await;
+        }
+    }
+}
+
+/// The setting would end the application's connection while a client reads slowly, and the check costs the server a
+/// system call each second.
+#[tokio::test]
+async fn the_pool_gets_its_connection_back_without_a_timeout_after_a_wait_a_hold_and_a_loan() {
+    const SHOW: &str = "SELECT concat(current_setting('tcp_user_timeout'), ' ', \
+        current_setting('client_connection_check_interval', true))";
+    let server = Server::options().tcp().start();
+    let db = TestDb::on(&server).await;
+    let pool = pool_of(server.tcp_options().database(db.name()), 1).await;
+    let (mut admin, other) = (db.admin().await, db.pool(1).await);
+    let before: String = sqlx::query_scalar(SHOW).fetch_one(&pool).await.unwrap();
+    for way in ["wait", "hold", "loan"] {
+        let options = if way == "hold" { quick_heartbeat() } else { slow_heartbeat() };
+        let mut lock = Lock::new(&options.on(&pool).unwrap(), 1);
+        let guard = if way == "wait" {
+            let held = Lock::new(&other, 1).acquire().await.unwrap();
+            let (guard, ()) = tokio::join!(lock.acquire(), async {
+                locks_are(&mut admin, 2, SOON * 4).await;
+                held.release().await.unwrap();
+            });
+            guard.unwrap()
+        } else {
+            lock.acquire().await.unwrap()
+        };
+        if way == "hold" {
+            // The keeper makes the settings with the first heartbeat.
+            sleep(quickly_watched()).await;
+        }
+        if way == "loan" {
+            sqlx::query("SELECT 1").execute(&mut *guard.connection().await.unwrap()).await.unwrap();
+        }
+        guard.release().await.unwrap();
+        let after: String = sqlx::query_scalar(SHOW).fetch_one(&pool).await.unwrap();
+        assert_eq!(after, before, "after a {way}");
+    }
+}
+
+/// An error is an answer too.
+#[tokio::test]
+async fn a_heartbeat_that_the_server_refuses_is_no_loss() {
+    let db = TestDb::new().await;
+    let mut admin = db.admin().await;
+    let pool = lenient_heartbeat().on(&db.pool(1).await).unwrap();
+    let guard = Lock::new(&pool, 1).acquire().await.unwrap();
+    replace_function(&mut admin, "clock_timestamp()", "BEGIN RAISE query_canceled; END").await;
+    // As long as the bound of the heartbeat, and some.
+    assert!(timeout(SOON * 4, guard.lost()).await.is_err());
+    guard.release().await.unwrap();
+}
+
+/// The first two leave the lock alone, and only the crate's prepared statements and settings are gone.
+#[tokio::test]
+async fn a_session_survives_what_the_application_discards_on_its_connection() {
+    for (discard, keeps) in [("DEALLOCATE ALL", true), ("RESET ALL", true), ("DISCARD ALL", false)]
+    {
+        let (_db, pool) = TestDb::with_pool(1).await;
+        let mut lock = Lock::new(&slow_heartbeat().on(&pool).unwrap(), 1);
+        for _ in 0..2 {
+            lock.acquire().await.unwrap().release().await.unwrap();
+        }
+        let guard = lock.acquire().await.unwrap();
+        let mut connection = guard.connection().await.unwrap();
+        sqlx::raw_sql(discard).execute(&mut *connection).await.unwrap();
+        drop(connection);
+        if keeps {
+            let beside = Lock::new(&guard, 2).acquire().await.unwrap();
+            assert_eq!(beside.backend_pid(), guard.backend_pid(), "{discard}");
+            beside.release().await.unwrap();
+            guard.release().await.unwrap();
+        } else {
+            timeout(SOON * 20, guard.lost()).await.unwrap();
         }
     }
 }

@@ -4,8 +4,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::Connection;
-
 use super::{Pending, Stage};
 use crate::error::{Error, Loss, is_answer};
 use crate::key::KeyId;
@@ -134,7 +132,7 @@ async fn clean_up(
             if stage == Stage::Idle {
                 return session.undo(conn, &claimed, &[]).await;
             }
-            Box::pin(session.drain(conn.pg()?.ping(), grace, limit)).await?;
+            Box::pin(session.drain(conn.pg()?, grace, limit)).await?;
             session.undo(conn, &claimed, &missing).await
         });
         if let Err(error) = cleaned.await {
