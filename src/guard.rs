@@ -12,7 +12,7 @@ use tracing::Span;
 use tracing::field::{Empty, display};
 
 use crate::error::{Error, Loss, Result};
-use crate::holdings::Holdings;
+use crate::holdings::{Holdings, Token};
 use crate::key::Key;
 use crate::manager::{Manager, PendingRelease};
 use crate::metrics::{self, Held};
@@ -67,7 +67,7 @@ pub use shared::{SharedGuard, Upgrade};
 pub struct Guard {
     session: Arc<Session>,
     request: Request,
-    token: OnceLock<i64>,
+    token: OnceLock<Token>,
     released: bool,
     /// The handle, which can also release the lock.
     handle: Arc<Holdings>,
@@ -306,7 +306,8 @@ impl Guard {
     ///
     /// A store that does not know the lock can check the token: it refuses a write whose token is
     /// less than the greatest one seen. The first call sends one statement on the session's
-    /// own connection; later calls return the same number without a round trip.
+    /// own connection; later calls return the same number without a round trip. Guards of one handle that are alive
+    /// at the same time, and in the same mode, have the same token.
     ///
     /// The token is a transaction id of the server (`pg_current_xact_id`), so it also grows from
     /// lock to lock, and it survives restarts and crashes. It does not survive a failover to a
@@ -327,7 +328,8 @@ impl Guard {
     /// UPDATE invoice SET paid = true, token = $1 WHERE id = $2 AND token <= $1
     /// ```
     ///
-    /// If no row was changed, a later holder has written. This `UPDATE` is safe at every isolation level; above
+    /// The column must be `NOT NULL`, for example `token bigint NOT NULL DEFAULT 0`. If no row was changed, a later
+    /// holder has written, or there is no such row: stop, and don't retry. This `UPDATE` is safe at every isolation level; above
     /// `READ COMMITTED`, it may also fail with 40001. A statement that only reads the token, and writes elsewhere, is
     /// not safe: under `REPEATABLE READ` and above it sees the row as it was when the transaction began, and admits a
     /// late holder. See [fencing](crate::guide::guarantees#fencing).
@@ -364,17 +366,22 @@ impl Guard {
     /// ```
     pub async fn fencing_token(&self) -> Result<i64> {
         self.check_open()?;
-        if let Some(&token) = self.token.get() {
+        let token = self.token();
+        if let Some(&token) = token.get() {
             return Ok(token);
         }
         let drawn = self.session.draw_token(self.key()).await?;
         // Of two concurrent calls, the token of the first one counts for both.
-        Ok(*self.token.get_or_init(|| drawn))
+        Ok(*token.get_or_init(|| drawn))
     }
 
     /// Sets the token that was drawn for another guard of the same hold.
     pub(crate) fn set_token(&self, token: i64) {
-        self.token.get_or_init(|| token);
+        self.token().get_or_init(|| token);
+    }
+
+    fn token(&self) -> &Token {
+        self.token.get_or_init(|| self.handle.token(&self.session, self.request.mode()))
     }
 
     /// Borrows the connection of the session that holds the lock. A guard of a [`LockManager`](crate::LockManager) has

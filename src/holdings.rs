@@ -1,11 +1,12 @@
 //! The part of a handle that its guards share: what they hold, and whether the handle was closed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use tokio::sync::Notify;
 
 use crate::error::{Loss, Result};
+use crate::mode::Mode;
 use crate::request::Request;
 use crate::session::Session;
 use crate::session::release::Release;
@@ -25,7 +26,13 @@ struct Entries {
     next: u64,
     /// Usually one. Empty if a manager acquires the locks, because the manager counts them itself.
     all: Vec<(u64, Arc<Session>, Request)>,
+    /// The tokens of the guards, by the address of the session and the mode. An address is not used again while a token
+    /// lives, because a guard with the token has the session.
+    tokens: Vec<(usize, Mode, Weak<OnceLock<i64>>)>,
 }
+
+/// The fencing token of one hold, once it was drawn.
+pub(crate) type Token = Arc<OnceLock<i64>>;
 
 impl Holdings {
     /// Identifies the handle for as long as it, or a guard of it, lives.
@@ -47,6 +54,20 @@ impl Holdings {
         let mut entries = self.entries();
         let found = entries.all.iter().rposition(|(other, ..)| *other == number);
         found.map(|at| entries.all.swap_remove(at)).is_some()
+    }
+
+    /// Returns the token that the guards of this handle share, as long as one of them lives. Guards with other modes
+    /// have other tokens, because between a downgrade and an upgrade, other sessions may hold the lock shared.
+    pub(crate) fn token(&self, session: &Arc<Session>, mode: Mode) -> Token {
+        let (session, mut entries) = (Arc::as_ptr(session).addr(), self.entries());
+        let tokens = &mut entries.tokens;
+        tokens.retain(|(.., token)| token.strong_count() > 0);
+        let known = tokens.iter().find(|(other, of, _)| (*other, *of) == (session, mode));
+        known.and_then(|(.., token)| token.upgrade()).unwrap_or_else(|| {
+            let token = Token::default();
+            tokens.push((session, mode, Arc::downgrade(&token)));
+            token
+        })
     }
 
     /// Releases everything, however many guards are alive. The guards then report a loss.

@@ -3,12 +3,13 @@
 use std::env;
 use std::str::FromStr;
 
-use pglock::{ExclusiveGuard, Lock, Result};
+use pglock::{ExclusiveGuard, Lock, Result, Upgrade};
 use pglock_testkit::{Role, Shutdown, TestDb, cues, say};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use tokio::time::timeout;
 
 use super::new_lock;
-use crate::support::rounds;
+use crate::support::{SOON, rounds, terminate};
 
 const URL: &str = "PGLOCK_TOKENS_URL";
 
@@ -79,4 +80,31 @@ async fn tokens_grow_over_a_thousand_hand_offs_a_restart_and_crashes() {
         last = token;
         std::mem::swap(&mut holder, &mut next);
     }
+}
+
+/// Otherwise a store would refuse the later write of the first guard.
+#[tokio::test]
+async fn guards_of_one_hold_have_one_token() {
+    let (db, pool) = TestDb::with_pool(3).await;
+    let mut lock = new_lock(&pool, 1);
+    let outer = lock.acquire().await.unwrap();
+    let first = outer.fencing_token().await.unwrap();
+    let inner = lock.acquire().await.unwrap();
+    assert_eq!(inner.fencing_token().await.unwrap(), first);
+    drop(outer);
+    assert_eq!(lock.acquire().await.unwrap().fencing_token().await.unwrap(), first);
+
+    // Between a downgrade and an upgrade, another session may hold the lock.
+    let shared = inner.downgrade().await.unwrap();
+    let second = shared.fencing_token().await.unwrap();
+    assert!(second > first, "{second}");
+    let Upgrade::Upgraded(upgraded) = shared.try_upgrade().await.unwrap() else { panic!("alone") };
+    let third = upgraded.fencing_token().await.unwrap();
+    assert!(third > second, "{third}");
+
+    // The next hold begins with the session's end, though a lost guard of the previous one is alive.
+    terminate(&mut db.admin().await, upgraded.backend_pid()).await;
+    timeout(SOON * 20, upgraded.lost()).await.unwrap();
+    let again = lock.acquire().await.unwrap();
+    assert!(again.fencing_token().await.unwrap() > third);
 }
