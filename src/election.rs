@@ -469,6 +469,10 @@ impl Election {
     /// [`Error::PoolTimedOut`], [`Error::PoolClosed`] or [`Error::Connect`] if no connection was available,
     /// [`Error::Database`] if the server or the connection failed.
     ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
     /// # Examples
     ///
     /// ```
@@ -685,7 +689,9 @@ impl Leadership {
 
     /// Resigns: releases the lock (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// Cancel safe; see [`Guard::release`].
+    /// # Cancel safety
+    ///
+    /// As for [`Guard::release`].
     ///
     /// # Errors
     ///

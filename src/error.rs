@@ -12,8 +12,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an operation on a lock failed.
 ///
-/// Contention is never an error: the `try_` methods return `None`. After an error from an acquire nothing is
-/// held. Every message names the key, or the action that failed, and says what to do; the message of the database or
+/// Contention is never an error: the `try_` methods return `None`. After an error from an acquire, no more is held
+/// than before. Every message names the key, or the action that failed, and says what to do; the message of the database or
 /// the driver is the [`source`](std::error::Error::source). That is an [`Arc`], because errors can be cloned: to find
 /// the [`sqlx::Error`], match the variant, or downcast to `Arc<sqlx::Error>`.
 ///

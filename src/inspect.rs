@@ -89,6 +89,10 @@ use crate::sql::inspect::{self as sql, LockRow};
 ///
 /// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, including the wait for a connection.
 ///
+/// # Panics
+///
+/// If called outside a tokio runtime.
+///
 /// # Examples
 ///
 /// ```
@@ -125,6 +129,10 @@ pub async fn locks(db: impl PgExecutor<'_>) -> Result<Vec<LockInfo>> {
 /// # Errors
 ///
 /// [`Error::Inspect`] if the query fails, or is not answered within ten seconds, including the wait for a connection.
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -218,6 +226,10 @@ pub fn name_keys(locks: &mut [LockInfo], keys: impl IntoIterator<Item = impl Int
 ///
 /// [`Error::Inspect`] if the query fails or is not answered within ten seconds, including the wait for a connection, or
 /// if the role of the caller may not end the session.
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
 ///
 /// # Examples
 ///

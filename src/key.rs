@@ -201,6 +201,11 @@ impl From<PgAdvisoryLockKey> for Key {
 }
 
 impl From<&PgAdvisoryLockKey> for Key {
+    /// Converts sqlx's key.
+    ///
+    /// # Panics
+    ///
+    /// If sqlx adds a third kind of key, which PostgreSQL does not have.
     #[expect(
         clippy::panic,
         reason = "sqlx marks its enum as open, but PostgreSQL has just these two kinds of key"

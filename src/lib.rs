@@ -8,13 +8,11 @@
 //!
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> pglock::Result<()> {
 //! # let pool = pglock_testkit::pool().await;
-//! let done = Lock::new(&pool, "nightly-report")
-//!     .try_run(async {
-//!         // This machine makes the report. If it loses the lock, this future is dropped.
-//!     })
-//!     .await?;
-//! if done.is_none() {
-//!     println!("another machine makes it");
+//! # async fn make_report() -> pglock::Result<()> { Ok(()) }
+//! // If this machine loses the lock, the future is dropped.
+//! match Lock::new(&pool, "nightly-report").try_run(make_report()).await? {
+//!     Some(report) => report?, // the result of the future
+//!     None => println!("another machine makes it"),
 //! }
 //! # Ok(()) }
 //! ```
@@ -35,7 +33,8 @@
 //! # Overview
 //!
 //! * [`Lock`] is a handle with methods that acquire, and [`run`](Lock::run), which runs a future under the lock.
-//!   Handles are re-entrant; two handles exclude each other, unless both are made from one guard.
+//!   Handles are re-entrant; two handles exclude each other, unless both are made from one guard of a lock
+//!   on a pool.
 //! * [`ExclusiveGuard`] and [`SharedGuard`] show that the lock is held; dropping the last guard of a handle releases
 //!   it. [`Guard`] is the common part of all guards.
 //! * [`Source`] provides the session of a handle: a pool, a manager, or a guard.
@@ -62,14 +61,13 @@
 //! # Loss
 //!
 //! A session can end without its client: an administrator terminates it, the server restarts, the network fails. Then
-//! its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all other
-//! methods return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. If the server has
-//! not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, the guards are lost
-//! too; [`Loss`] lists all causes. An error in answer to a statement is no loss, unless the error ends the
-//! session. Over TCP, the server ends the session
-//! of a [silent client](LockOptions::keepalives_interval) only later, so a holder that is cut off reports the loss
-//! before another session is granted the lock. [Guarantees](guide::guarantees#loss) has the detection times, and the
-//! exceptions.
+//! its guards are *lost*: [`lost`](Guard::lost) resolves, [`is_lost`](Guard::is_lost) returns `true`, and all methods
+//! that ask the server return [`Error::Lost`], or [`Error::NoExclusion`] if locks exclude no other session there. If
+//! the server has not answered within the [heartbeat](LockOptions::heartbeat_interval)'s bound, by default 4 s, the
+//! guards are lost too; [`Loss`] lists all causes. An error in answer to a statement is no loss, unless the error ends
+//! the session. Over TCP, the server ends the session of a [silent client](LockOptions::keepalives_interval) only
+//! later, so a holder that is cut off reports the loss before another session is granted the lock.
+//! [Guarantees](guide::guarantees#loss) has the detection times, and the exceptions.
 //!
 //! # What is sent to the server
 //!

@@ -25,7 +25,7 @@ use crate::source::Source;
 /// the options, and excludes the original. Therefore the acquire methods take `&mut self`, and a re-entry from
 /// another task than the one that acquired last is logged as a warning. [`run`](Self::run) never re-enters.
 ///
-/// | | waits | waits up to a timeout | never waits |
+/// | | waits | waits up to a timeout | never waits for the lock |
 /// |---|---|---|---|
 /// | exclusive | [`acquire`](Self::acquire) | [`try_acquire_for`](Self::try_acquire_for) | [`try_acquire`](Self::try_acquire) |
 /// | shared | [`acquire_shared`](Self::acquire_shared) | [`try_acquire_shared_for`](Self::try_acquire_shared_for) | [`try_acquire_shared`](Self::try_acquire_shared) |

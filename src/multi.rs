@@ -11,7 +11,7 @@ use crate::owner::{Owner, time_until};
 use crate::request::Request;
 use crate::source::Source;
 
-/// A handle on the locks of several keys, which are held all at once or not at all.
+/// A handle on the locks of several keys. An acquire returns with all of them or none.
 ///
 /// The keys are acquired in one order, whatever order they are given in, so two handles with the same
 /// keys never deadlock. A key that is given twice is acquired once; exclusively, if either use asks for
@@ -315,7 +315,9 @@ impl MultiGuard {
 
     /// Releases the locks (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// Cancel safe; see [`Guard::release`].
+    /// # Cancel safety
+    ///
+    /// As for [`Guard::release`].
     ///
     /// # Errors
     ///

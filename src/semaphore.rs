@@ -370,8 +370,10 @@ impl Inner {
         error
     }
 
-    /// Adds the number of permits to the error if the pool can never provide a connection for each of them.
-    fn explain(&self, mut error: Error) -> Error {
+    /// Returns the error with the semaphore's key instead of that of its queue or a permit, and with the number of
+    /// permits if the pool can never provide a connection for each of them.
+    fn explain(&self, error: Error) -> Error {
+        let mut error = error.for_key(&self.key);
         let limit = Budget::of(self.owner.pool()).limit(self.owner.options.reserve_connections);
         let is_short = usize::try_from(limit).is_ok_and(|limit| limit < self.permits);
         if let Error::PoolTimedOut { permits, .. } = &mut error

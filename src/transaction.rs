@@ -151,6 +151,10 @@ const GRACE: Duration = Duration::from_millis(500);
 ///
 /// See [the module](self#errors).
 ///
+/// # Panics
+///
+/// If called outside a tokio runtime.
+///
 /// # Examples
 ///
 /// ```
@@ -181,6 +185,10 @@ pub async fn acquire(tx: &mut Transaction<'_, Postgres>, key: impl Into<Key>) ->
 /// # Errors
 ///
 /// See [the module](self#errors). There is no deadlock, because the call does not wait.
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -214,6 +222,10 @@ pub async fn try_acquire(tx: &mut Transaction<'_, Postgres>, key: impl Into<Key>
 /// # Errors
 ///
 /// See [the module](self#errors).
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -254,6 +266,10 @@ pub async fn try_acquire_for(
 ///
 /// See [the module](self#errors).
 ///
+/// # Panics
+///
+/// If called outside a tokio runtime.
+///
 /// # Examples
 ///
 /// ```
@@ -283,6 +299,10 @@ pub async fn acquire_shared(tx: &mut Transaction<'_, Postgres>, key: impl Into<K
 /// # Errors
 ///
 /// See [the module](self#errors). There is no deadlock, because the call does not wait.
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
 ///
 /// # Examples
 ///
@@ -317,6 +337,10 @@ pub async fn try_acquire_shared(
 /// # Errors
 ///
 /// See [the module](self#errors).
+///
+/// # Panics
+///
+/// If called outside a tokio runtime.
 ///
 /// # Examples
 ///

@@ -146,7 +146,8 @@ impl LeaderStatus {
     /// Waits until the state differs from the one that this status has returned last, and returns it. The first call
     /// compares with [`Idle`](LeaderState::Idle). Sends nothing.
     ///
-    /// A state that lasted only for a moment may be missed.
+    /// A state that lasted only for a moment may be missed. Once the election and its leadership are dropped, the state
+    /// stays [`Idle`](LeaderState::Idle), and a call that waits for a change never returns.
     ///
     /// # Cancel safety
     ///

@@ -81,7 +81,9 @@ impl ExclusiveGuard {
 
     /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// Cancel safe; see [`Guard::release`].
+    /// # Cancel safety
+    ///
+    /// As for [`Guard::release`].
     ///
     /// # Errors
     ///

@@ -61,6 +61,10 @@ impl SharedGuard {
     /// As for [`Lock::try_acquire`], and [`Error::ConnectionBorrowed`] if the session's connection stays borrowed
     /// for ten seconds. After an error this guard's share is released.
     ///
+    /// # Panics
+    ///
+    /// If called outside a tokio runtime.
+    ///
     /// # Examples
     ///
     /// ```
@@ -86,7 +90,9 @@ impl SharedGuard {
 
     /// Releases this guard's share of the lock (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// Cancel safe; see [`Guard::release`].
+    /// # Cancel safety
+    ///
+    /// As for [`Guard::release`].
     ///
     /// # Errors
     ///

@@ -25,7 +25,7 @@ use crate::key::Key;
 /// assert_ne!(first.slot(), second.slot());
 /// # Ok(()) }
 /// ```
-#[must_use = "if unused, the permit is given back at once"]
+#[must_use = "if unused, the permit is released at once"]
 #[clippy::has_significant_drop]
 pub struct Permit {
     pub(super) guard: Guard,
@@ -72,7 +72,9 @@ impl Permit {
 
     /// Releases the permit (`pg_advisory_unlock`), and waits for the server's answer.
     ///
-    /// Cancel safe; see [`Guard::release`].
+    /// # Cancel safety
+    ///
+    /// As for [`Guard::release`].
     ///
     /// # Errors
     ///

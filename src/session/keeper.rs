@@ -207,7 +207,7 @@ impl KeeperTask {
     }
 
     /// Waits until a connection must be polled, or the next check is due.
-    async fn rest(&mut self, next_look: Instant) {
+    async fn rest(&self, next_look: Instant) {
         let asleep = {
             let mut inbox = self.keeper.inbox();
             inbox.asleep = self.groups.is_empty() && inbox.admitted.is_empty();

@@ -130,11 +130,11 @@ async fn a_semaphore_is_told_by_its_name() {
     semaphore.acquire().await.unwrap().release().await.unwrap();
     pool.close().await;
     let error = semaphore.acquire().await.unwrap_err();
-    assert_eq!(error.key().unwrap().name(), Some("printers, queue of the semaphore"));
+    assert_eq!(error.key(), Some(semaphore.key()));
     let spans = told.acquires();
     assert!(!spans.is_empty());
     for span in spans {
-        assert_eq!(span.field("lock.name"), error.key().unwrap().name());
+        assert_eq!(span.field("lock.name"), Some("printers, queue of the semaphore"));
     }
 }
 
@@ -252,7 +252,7 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
     let warnings = told.events(Level::WARN);
     let [warning] = warnings.as_slice() else { panic!("{warnings:#?}") };
     assert_eq!(warning.field("backend_pid"), Some(pid.as_str()));
-    assert!(warning.field("reason").unwrap().contains("does not hold the lock"));
+    assert!(warning.field("reason").unwrap().contains("no longer holds the lock"));
     assert_eq!(warning.field("lock.keys"), Some("42"));
 }
 

@@ -50,10 +50,10 @@ struct Hold {
 }
 
 /// The previous holds of a key.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct History {
-    /// The greatest token of all holds that have ended.
-    token: i64,
+    /// The greatest tokens of holds that have ended.
+    tokens: BTreeMap<(Owner, Mode), i64>,
     /// The last owner that was granted the lock exclusively, and when.
     exclusive: Option<(Owner, u64)>,
 }
@@ -64,7 +64,7 @@ pub(crate) struct Ticket {
     id: u64,
     guard: Arc<Guard>,
     pub(crate) owner: Owner,
-    /// The greatest token of earlier holders. The token of this hold must be greater.
+    /// The greatest token that an earlier holder can have. The token of this hold must be greater.
     floor: i64,
     token: i64,
 }
@@ -116,7 +116,14 @@ impl Table {
         let stands = state.stands(&guard);
         for (key, mode) in &locks {
             let history = state.history(*key);
-            floor = floor.max(history.token);
+            for (&(other, of), &token) in &history.tokens {
+                // Guards of one owner may have the same token, and in another mode a smaller one.
+                match (other == owner, of == *mode) {
+                    (false, _) => floor = floor.max(token),
+                    (true, true) => floor = floor.max(token - 1),
+                    (true, false) => {}
+                }
+            }
             if stands && *mode == Mode::Exclusive {
                 history.exclusive = Some((owner, id));
             }
@@ -164,9 +171,10 @@ impl Table {
         let mut state = locked(&self.state);
         if let Some(hold) = state.holds.remove(&id) {
             state.note(format!("hold {id} of {:?} ends: {:?}", hold.owner, hold.locks));
-            for (key, _) in hold.locks {
+            for (key, mode) in hold.locks {
                 let history = state.history(key);
-                history.token = history.token.max(token);
+                let greatest = history.tokens.entry((hold.owner, mode)).or_default();
+                *greatest = token.max(*greatest);
             }
         }
         drop(state);
