@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pglock::{Error, Lock, LockOptions, Result};
+use pglock::{Error, Lock, LockOptions, MultiLock, Result};
 use pglock_testkit::{Proxy, Server, TestDb, eventually, replace_function};
 use sqlx::PgPool;
 use tokio::sync::Barrier;
@@ -424,4 +424,26 @@ async fn a_release_that_is_cancelled_is_no_loss() {
         assert_eq!(guard.backend_pid(), pid, "the session was lost");
         guard.release().await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn the_close_of_the_pool_ends_waits_on_the_session_of_a_guard_and_for_several_keys() {
+    let (db, pool, mut admin) = TestDb::scene(3).await;
+    let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+    let guard = Lock::new(&pool, 9).acquire().await.unwrap();
+    let (mut beside, mut several) = (Lock::new(&guard, 1), MultiLock::new(&pool, [1, 2]));
+    let waits = timeout(SOON * 20, async { tokio::join!(beside.acquire(), several.acquire()) });
+    let close = async {
+        // Two are held, and two are waited for.
+        locks_are(&mut admin, 4, SOON * 10).await;
+        let pool = pool.clone();
+        spawn(async move { pool.close().await })
+    };
+    let (waited, closing) = tokio::join!(waits, close);
+    let (beside, several) = waited.unwrap();
+    assert!(matches!(beside, Err(Error::PoolClosed { .. })), "{beside:?}");
+    assert!(matches!(several, Err(Error::PoolClosed { .. })), "{several:?}");
+    guard.release().await.unwrap();
+    timeout(SOON * 20, closing).await.unwrap().unwrap();
+    held.release().await.unwrap();
 }
