@@ -52,8 +52,8 @@ struct Hold {
 /// The previous holds of a key.
 #[derive(Debug, Default)]
 struct History {
-    /// The greatest tokens of holds that have ended.
-    tokens: BTreeMap<(Owner, Mode), i64>,
+    /// The greatest token of each owner's holds that have ended.
+    tokens: BTreeMap<Owner, i64>,
     /// The last owner that was granted the lock exclusively, and when.
     exclusive: Option<(Owner, u64)>,
 }
@@ -64,7 +64,7 @@ pub(crate) struct Ticket {
     id: u64,
     guard: Arc<Guard>,
     pub(crate) owner: Owner,
-    /// The greatest token that an earlier holder can have. The token of this hold must be greater.
+    /// The greatest token of other owners that held the locks earlier. The token of this hold must be greater.
     floor: i64,
     token: i64,
 }
@@ -116,14 +116,9 @@ impl Table {
         let stands = state.stands(&guard);
         for (key, mode) in &locks {
             let history = state.history(*key);
-            for (&(other, of), &token) in &history.tokens {
-                // Guards of one owner may have the same token, and in another mode a smaller one.
-                match (other == owner, of == *mode) {
-                    (false, _) => floor = floor.max(token),
-                    (true, true) => floor = floor.max(token - 1),
-                    (true, false) => {}
-                }
-            }
+            // The guards of a handle share a token, and those of another handle of this owner may have a greater one.
+            let others = history.tokens.iter().filter(|(other, _)| **other != owner);
+            floor = others.map(|(_, token)| *token).fold(floor, i64::max);
             if stands && *mode == Mode::Exclusive {
                 history.exclusive = Some((owner, id));
             }
@@ -171,9 +166,9 @@ impl Table {
         let mut state = locked(&self.state);
         if let Some(hold) = state.holds.remove(&id) {
             state.note(format!("hold {id} of {:?} ends: {:?}", hold.owner, hold.locks));
-            for (key, mode) in hold.locks {
+            for (key, _) in hold.locks {
                 let history = state.history(key);
-                let greatest = history.tokens.entry((hold.owner, mode)).or_default();
+                let greatest = history.tokens.entry(hold.owner).or_default();
                 *greatest = token.max(*greatest);
             }
         }
