@@ -29,6 +29,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(4).await;
     sqlx::raw_sql("CREATE TABLE account (id bigint PRIMARY KEY, balance bigint NOT NULL)")

@@ -18,6 +18,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(3).await;
     sqlx::raw_sql(

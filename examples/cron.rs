@@ -42,6 +42,7 @@ struct Clock {
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     sqlx::raw_sql(

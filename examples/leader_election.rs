@@ -24,6 +24,7 @@ const LOSSES: usize = 2;
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     sqlx::raw_sql("CREATE TABLE act (number serial PRIMARY KEY, term int8, leader text)")

@@ -26,6 +26,7 @@ async fn main() -> Result<()> {
     check_moves(before, &names);
 
     // The calls below stand for processes in each stage of the change from two servers to three.
+    // Databases of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let databases = [TestDb::new().await, TestDb::new().await, TestDb::new().await];
     let mut servers = Vec::new();
     for (name, database) in names.into_iter().zip(&databases) {

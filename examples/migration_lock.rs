@@ -30,6 +30,7 @@ const STEPS: [&str; 3] = [
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let mut machines = JoinSet::new();
     for name in ["red", "green", "blue"] {

@@ -25,6 +25,7 @@ struct Cache {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    // A database of the testkit. In your program: `PgPool::connect(&url).await?`.
     let pool = pglock_testkit::pool().await;
     let cache = Arc::new(Cache::default());
     let lock = Lock::new(&pool, "cache:user-123");

@@ -15,6 +15,7 @@ use tokio::time::sleep;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let (office, home, machine) = (db.pool(2).await, db.pool(2).await, db.pool(2).await);
 

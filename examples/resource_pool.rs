@@ -28,6 +28,7 @@ type Users = Arc<[AtomicUsize; LICENCES.len()]>;
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let users = Users::default();
     let mut machines = JoinSet::new();

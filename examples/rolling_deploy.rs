@@ -22,6 +22,7 @@ const PIECE: Duration = Duration::from_millis(150);
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     sqlx::raw_sql(

@@ -21,6 +21,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     sqlx::raw_sql("CREATE TABLE run (tick int PRIMARY KEY, machine text NOT NULL)")

@@ -12,6 +12,7 @@ use pglock_testkit::TestDb;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(2).await;
     let mut lock = Lock::new(&pool, "seat-12a");

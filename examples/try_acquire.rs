@@ -15,6 +15,7 @@ use tokio::sync::Barrier;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     // Two pools on one database, as on two machines.
+    // A database of the testkit. In your program, each pool is `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let (here, there) = (db.pool(3).await, db.pool(3).await);
 

@@ -12,6 +12,7 @@ use tokio::time::sleep;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    // A database of the testkit. In your program: `PgPool::connect(&url).await?`.
     let pool = pglock_testkit::pool().await;
     let mut ours = Lock::new(&pool, "ledger-2026");
     let mut theirs = ours.clone();

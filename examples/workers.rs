@@ -19,6 +19,7 @@ const WORKERS: usize = 5;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     // One worker waits on the server. The others queue in this process, without a connection.
+    // A database of the testkit. In your program: `PgPool::connect(&url).await?`.
     let pool = pglock_testkit::pool().await;
     let inside = Arc::new(AtomicUsize::new(0));
     let lock = Lock::new(&pool, "append-to-ledger");

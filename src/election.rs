@@ -267,8 +267,8 @@ impl Election {
     /// | the pool is closed | the candidate resigns, and `run` returns the pool's error |
     /// | the leadership is lost | the candidate campaigns again |
     ///
-    /// In the last three cases, the future is dropped. Before that, it may continue for the
-    /// [grace period](Self::grace), and [`Leadership::stopping`] notifies it that it should end. If it panics, the
+    /// Unless the future is done, it is dropped. Before that, it may continue for the [grace period](Self::grace), and
+    /// [`Leadership::stopping`] notifies it that it should end. If it panics, the
     /// candidate resigns, and the panic continues. Tasks that it has spawned are not stopped.
     ///
     /// After a term of less than a second, or of less than a minute if the future returned an error, the

@@ -19,10 +19,10 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Each function takes any sqlx executor: a pool, a connection, a transaction. Each call sends one statement, for
-//! which the server stops granting locks for a moment, once for each waiter; don't call the functions many times a
-//! second. In a transaction, the statement also clears the statistics snapshot, which would show the sessions in an
-//! old state.
+//! Each function takes any sqlx executor: a pool, a connection, a transaction. Each call sends one statement, during
+//! which the server stops granting locks for a moment, and for longer if there are many waiters; call the functions a
+//! few times a minute, not a second. In a transaction, the statement also clears the statistics snapshot, which would
+//! show the sessions in an old state.
 //!
 //! # Names
 //!

@@ -45,11 +45,13 @@ use crate::source::Source;
 ///
 /// A handle that holds a lock uses one connection of the pool. So does a key that is waited for, however many tasks
 /// wait for it. A task that waits with a timeout uses a connection of its own once a quarter of its time has passed. By
-/// default, locks leave [a third of the pool](crate::guide::operations#the-pool) to your queries, so give the pool one
-/// and a half times as many connections as locks that you hold, and keys that you wait for, at the same time. An idle
-/// connection is taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is dead, the
-/// next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout, and all such
-/// connections together by at most ten seconds.
+/// default, locks leave [a third of the pool](crate::guide::operations#the-pool) to your queries. So count the locks
+/// that you hold, and the keys that you wait for, at the same time, and give the pool one and a half times as many
+/// connections.
+///
+/// An idle connection is taken without sqlx's ping, so the pool's `before_acquire` hook does not run on it. If it is
+/// dead, the next one is tried; a connection on which no data arrives delays the acquire by the heartbeat's timeout,
+/// and all such connections together by at most ten seconds.
 ///
 /// The first acquires of a process on a server wait for the
 /// [proof](crate::guide::guarantees#poolers) that locks exclude other sessions there, for at most 250 ms. Without an
@@ -220,10 +222,10 @@ impl Lock {
 
     /// Acquires the lock exclusively, waiting for at most `timeout`. Returns `None` after that.
     ///
-    /// The timeout includes the wait for a connection of the pool; if it expires there, the result is
-    /// [`Error::PoolTimedOut`], because the lock was not requested, or `None` if other calls of the process wait for
-    /// the same key already. The server ends the wait itself, so no statement is cancelled; if the server does not
-    /// answer, the call returns half a second after the timeout: `None`, or [`Error::Disconnected`] if nothing was
+    /// The timeout covers the pool and the lock. If it expires while the call waits for a connection of the pool, the
+    /// result is [`Error::PoolTimedOut`], because the lock was not requested; or `None`, if other calls of the process
+    /// wait for the same key already. The server ends the wait for the lock, so no statement is cancelled. If the
+    /// server does not answer, the call returns half a second late: `None`, or [`Error::Disconnected`] if nothing was
     /// answered before. A timeout of zero is a [`try_acquire`](Self::try_acquire), which may wait for a connection for
     /// the pool's `acquire_timeout`.
     ///

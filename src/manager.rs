@@ -70,9 +70,9 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 ///   A connection that has held its key for a second does not count: another one waits instead, unless locks already
 ///   use [their share](crate::guide::operations#the-pool) of the pool.
 ///
-/// So however many keys are busy, a manager uses two connections of a pool of 3 to 15, one of a pool of one or two, and
-/// at most five of a larger one. Only keys that it had to wait for, and holds for more than a second, use more: one
-/// each, within the share of locks. The other connections are left to the work under the locks. Where other processes
+/// So however many keys are busy, a manager uses one connection of a pool of one or two, two of a pool of 3 to 15, and
+/// at most five of a larger one. A key that it had to wait for, and has held for more than a second, uses one more,
+/// within the share of locks. The other connections are left to the work under the locks. Where other processes
 /// hold many keys, and the work needs every connection, give the pool seven or more. The shared connection returns to
 /// the pool after a second without a lock, the others after a tenth of a second, and all of them when the pool is
 /// closed and the last guard was dropped.
@@ -80,8 +80,8 @@ const WAIT_SESSION_PAUSE: Duration = Duration::from_secs(1);
 /// # Fairness
 ///
 /// Busy keys take turns to wait in the server's queue. The first turn of a key lasts 250 ms. Later turns last an eighth
-/// of the time that the key has waited (all of it, if no other key is busy), and at most a minute; after a turn, each
-/// of the other keys may use as much time before the key's next turn. So no key waits forever: if the server's queue
+/// of the time that the key has waited (all of it, if no other key is busy), and at most a minute. After its turn, a
+/// key waits until each of the others has had as much time. So no key waits forever: if the server's queue
 /// takes a time *t* of up to 50 s to reach the key, the key is granted within about 9 *t* plus two minutes for each
 /// busy key of the process, or half a second for each if none of them has waited for more than two seconds. A
 /// [`wait_slice`](LockOptions::wait_slice) of less than a minute limits the turns, too.
@@ -198,7 +198,7 @@ pub(crate) struct Manager {
 }
 
 struct State {
-    table: Table<Arc<Session>, Tell>,
+    table: Table<Arc<Session>, Reply>,
     /// Keys with a step to take on the shared session. Some of the steps may have been called off.
     to_do: VecDeque<KeyId>,
     /// The same, for steps that release locks.
@@ -266,10 +266,10 @@ impl State {
 }
 
 /// Sends a caller the result.
-type Tell = oneshot::Sender<Told>;
+type Reply = oneshot::Sender<Outcome>;
 
 /// The result that a caller gets.
-enum Told {
+enum Outcome {
     Granted(Arc<Session>),
     Refused,
     Deadlock,
@@ -381,7 +381,7 @@ impl Manager {
     /// Marks all sessions as lost, because their driver has ended or is stalled. Waiting acquires retry, and the first
     /// starts another driver.
     fn clear(&self, driver: u64, loss: &Loss) {
-        let (apart, (seats, farewells)) = {
+        let (apart, (seats, pending_releases)) = {
             let mut state = self.state();
             if state.driver_of(driver).is_none() {
                 return;
@@ -396,7 +396,7 @@ impl Manager {
         }
         // Dropped only now, so that the wait sessions see the loss first.
         drop(apart);
-        tell_lost(farewells, loss);
+        report_loss(pending_releases, loss);
     }
 
     /// Records that a driver runs. Returns whether it still is the manager's driver.
@@ -513,14 +513,14 @@ impl Manager {
 
     /// Handles the loss of a session, and of all keys that were held on it.
     fn lost(self: &Arc<Self>, seat: &Arc<Session>, loss: &Loss) {
-        let farewells = self.change(|state, now| state.table.lost(seat, now));
-        tell_lost(farewells, loss);
+        let pending_releases = self.change(|state, now| state.table.lost(seat, now));
+        report_loss(pending_releases, loss);
     }
 
     /// Handles the loss of one key, before the loss of its session was reported.
     fn lost_key(self: &Arc<Self>, key: KeyId, seat: &Arc<Session>, loss: &Loss) {
-        let farewells = self.change(|state, now| state.table.lost_key(key, seat, now));
-        tell_lost(farewells, loss);
+        let pending_releases = self.change(|state, now| state.table.lost_key(key, seat, now));
+        report_loss(pending_releases, loss);
     }
 
     /// Changes the table after a wait session has stopped waiting for a key or holding it, and removes that session
@@ -596,11 +596,11 @@ impl Manager {
         while let Some(effect) = state.table.effects().pop_front() {
             // A failed send is ignored: a waiter that is being dropped checks for an answer itself.
             match effect {
-                Effect::Granted(tell, session) => drop(tell.send(Told::Granted(session))),
-                Effect::Refused(tell) => drop(tell.send(Told::Refused)),
-                Effect::Deadlock(tell) => drop(tell.send(Told::Deadlock)),
-                Effect::Released(tell, true) => drop(tell.send(Told::Released(Ok(())))),
-                Effect::Released(tell, false) => drop(tell.send(Told::HandedOff)),
+                Effect::Granted(reply, session) => drop(reply.send(Outcome::Granted(session))),
+                Effect::Refused(reply) => drop(reply.send(Outcome::Refused)),
+                Effect::Deadlock(reply) => drop(reply.send(Outcome::Deadlock)),
+                Effect::Released(reply, true) => drop(reply.send(Outcome::Released(Ok(())))),
+                Effect::Released(reply, false) => drop(reply.send(Outcome::HandedOff)),
                 Effect::Start(key, step) => {
                     let queue =
                         if step.releases() { &mut state.to_release } else { &mut state.to_do };
@@ -664,17 +664,17 @@ struct Wait {
     orders: mpsc::UnboundedReceiver<Taken>,
 }
 
-fn fail(waiters: Vec<Tell>, error: Option<&Error>) {
-    for tell in waiters {
+fn fail(waiters: Vec<Reply>, error: Option<&Error>) {
+    for reply in waiters {
         if let Some(error) = error {
-            drop(tell.send(Told::Failed(error.clone())));
+            drop(reply.send(Outcome::Failed(error.clone())));
         }
     }
 }
 
-fn tell_lost(farewells: Vec<Tell>, loss: &Loss) {
-    for tell in farewells {
-        drop(tell.send(Told::Released(Err(loss.clone()))));
+fn report_loss(pending_releases: Vec<Reply>, loss: &Loss) {
+    for reply in pending_releases {
+        drop(reply.send(Outcome::Released(Err(loss.clone()))));
     }
 }
 

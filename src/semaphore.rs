@@ -42,10 +42,10 @@ pub use permit::Permit;
 ///
 /// # Changing the size
 ///
-/// A semaphore has at most 1024 permits. Permits are numbered from 0, and a semaphore uses those below its size. So
-/// processes that give different sizes share the permits that they have in common, and there are never more permits in
-/// use than the largest size. To change the size, deploy the new one: while old and new processes run, the larger size
-/// applies, and after that the new one. Meanwhile, a process that is first in the queue waits only for the permits of
+/// A semaphore has at most 1024 permits, and all processes should give the same number. To change it, deploy the new
+/// number: while old and new processes run, the larger one applies, and after that the new one. Permits are numbered
+/// from 0, and a semaphore uses those below its size, so there are never more permits in use than the largest size.
+/// Meanwhile, a process that is first in the queue waits only for the permits of
 /// its own size. A process that finds a permit beyond its own size in use logs a warning, once for each `Semaphore`; it
 /// checks this when it acquires, at most every ten seconds.
 ///

@@ -36,14 +36,14 @@ const QUIET: Duration = Duration::from_millis(20);
 /// time, and make the runtime busier.
 ///
 /// For fewer callers, this costs more than it gains.
-const CROWD: usize = 16;
+const YIELD_ABOVE: usize = 16;
 
 /// The maximum number of answers that are handed to the table under one acquisition of its mutex.
 const AT_ONCE: usize = 64;
 
 /// How often the driver checks whether the pool is exhausted while the session is unused. If it is, the session's
 /// connection returns to the pool.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// After this time without a key, the connection returns to the pool.
 const IDLE: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ pub(super) async fn run(manager: Arc<Manager>, number: u64) {
         owner: Owner::new(&manager.pool, manager.options.clone()),
         number,
         keeper: None,
-        under_way: Vec::new(),
+        in_flight: Vec::new(),
         answered: None,
         is_stuck: false,
         manager,
@@ -85,7 +85,7 @@ struct Driver {
     owner: Owner,
     /// Keeps the session open.
     keeper: Option<Guard>,
-    under_way: Vec<(KeyId, Taken)>,
+    in_flight: Vec<(KeyId, Taken)>,
     /// The answers that the table has not received yet.
     answered: Option<Answered>,
     /// Whether neither the shared session nor a wait session is open for the keys in the line.
@@ -98,7 +98,7 @@ type Answered = (Arc<Session>, Vec<(KeyId, u64, Answer)>);
 impl Driver {
     async fn run(&mut self) {
         loop {
-            if self.answered.as_ref().is_some_and(|(_, answers)| answers.len() >= CROWD) {
+            if self.answered.as_ref().is_some_and(|(_, answers)| answers.len() >= YIELD_ABOVE) {
                 yield_now().await;
             }
             let tries_line = self.keeper.is_some() || std::mem::take(&mut self.is_stuck);
@@ -107,12 +107,12 @@ impl Driver {
                 self.manager.work.notify_one();
                 return;
             };
-            self.under_way = batch;
-            if !self.under_way.is_empty() {
+            self.in_flight = batch;
+            if !self.in_flight.is_empty() {
                 self.step().await;
             } else if self.answered.is_some() {
                 if !hand_over(&self.manager, &mut self.answered) {
-                    self.broke(&Loss::NotHeld);
+                    self.session_failed(&Loss::NotHeld);
                 }
             } else if !self.rest().await {
                 break;
@@ -141,7 +141,7 @@ impl Driver {
                 None => QUIET,
                 Some(_) if manager.needs_shared() => IDLE,
                 // A query of the application may need the connection.
-                Some(_) => LOOK,
+                Some(_) => POLL_INTERVAL,
             };
             let retry = session.as_ref().and_then(|_| manager.state().table.next_retry());
             tokio::select! {
@@ -201,7 +201,7 @@ impl Driver {
         let is_new = self.keeper.is_none();
         if is_new {
             // The steps for locks that were held on the old session have been called off.
-            keep_only_locks(&mut self.under_way);
+            keep_only_locks(&mut self.in_flight);
             self.manager.set_opening(self.number, true);
             let opened = self.open().await;
             self.manager.set_opening(self.number, false);
@@ -220,8 +220,8 @@ impl Driver {
         }
         let Some(keeper) = &self.keeper else { return };
         let session = Arc::clone(keeper.session());
-        metrics::batch(self.under_way.len());
-        let calls = calls(&self.under_way);
+        metrics::batch(self.in_flight.len());
+        let calls = calls(&self.in_flight);
         let calling = async {
             tokio::select! {
                 biased;
@@ -242,9 +242,9 @@ impl Driver {
             }
         };
         match called {
-            Called::Answers(answers) => match read(&self.under_way, &answers) {
+            Called::Answers(answers) => match read(&self.in_flight, &answers) {
                 Some(answers) => self.answered = Some((Arc::clone(&session), answers)),
-                None => self.broke(&Loss::NotHeld),
+                None => self.session_failed(&Loss::NotHeld),
             },
             Called::Failed(error, held) => self.sort_out(&session, error, &held),
             Called::Lost(loss) => {
@@ -254,16 +254,16 @@ impl Driver {
                 if !is_new && matches!(loss, Loss::Disconnected(_)) {
                     self.ask_again(&loss);
                 } else {
-                    self.broke(&loss);
+                    self.session_failed(&loss);
                 }
             }
         }
-        self.under_way.clear();
+        self.in_flight.clear();
     }
 
     /// Opens the session for the first of the steps.
     async fn open(&mut self) -> Result<Option<Guard>, Error> {
-        let Some((key, _)) = self.under_way.first() else { return Ok(None) };
+        let Some((key, _)) = self.in_flight.first() else { return Ok(None) };
         self.owner.try_acquire(&Request::session(&Key::from_id(*key))).await
     }
 
@@ -272,7 +272,7 @@ impl Driver {
         let pid = session.backend_pid();
         let holds = |key, mode| held.contains(&(pid, key, mode));
         let error = Error::acquiring(&self.first_key(), error);
-        for (key, taken) in &self.under_way {
+        for (key, taken) in &self.in_flight {
             let server = Modes {
                 exclusive: holds(*key, Mode::Exclusive),
                 shared: holds(*key, Mode::Shared),
@@ -300,7 +300,7 @@ impl Driver {
         };
         for _ in 0..batches {
             let more = self.manager.next_batch(self.number, false);
-            self.under_way.extend(more.unwrap_or_default());
+            self.in_flight.extend(more.unwrap_or_default());
         }
         self.fail(Some(error));
     }
@@ -308,8 +308,8 @@ impl Driver {
     /// Notifies the callers that wait for the [`Step::Lock`]s in flight; without an error they retry. The other steps
     /// were called off when the session was lost.
     fn fail(&mut self, error: Option<&Error>) {
-        keep_only_locks(&mut self.under_way);
-        for (key, taken) in std::mem::take(&mut self.under_way) {
+        keep_only_locks(&mut self.in_flight);
+        for (key, taken) in std::mem::take(&mut self.in_flight) {
             self.manager.failed(key, taken.id, error);
         }
     }
@@ -321,14 +321,14 @@ impl Driver {
     }
 
     /// Handles a session that broke while the steps were in flight. Their callers get an error.
-    fn broke(&mut self, loss: &Loss) {
+    fn session_failed(&mut self, loss: &Loss) {
         self.lose(loss);
         let error = Error::broken(&self.first_key(), loss);
         self.fail(Some(&error));
     }
 
     fn first_key(&self) -> Key {
-        let first = self.under_way.first();
+        let first = self.in_flight.first();
         Key::from_id(first.map_or(KeyId::BigInt(0), |(key, _)| *key))
     }
 

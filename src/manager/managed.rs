@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot::{self, error::RecvError};
 
 use super::table::{Left, OwnerId, Want};
-use super::{Manager, Tell, Told};
+use super::{Manager, Outcome, Reply};
 use crate::error::{Error, Loss, Result};
 use crate::guard::{Guard, Home};
 use crate::holdings::Holdings;
@@ -42,12 +42,12 @@ impl Manager {
                     Some(answer) => {
                         waiting.settled = true;
                         match answer {
-                            Ok(Told::Granted(session)) => session,
-                            Ok(Told::Refused) => return Ok(None),
-                            Ok(Told::Deadlock) => return Err(Error::deadlock(key)),
-                            Ok(Told::Failed(error)) => return Err(error.for_key(key)),
+                            Ok(Outcome::Granted(session)) => session,
+                            Ok(Outcome::Refused) => return Ok(None),
+                            Ok(Outcome::Deadlock) => return Err(Error::deadlock(key)),
+                            Ok(Outcome::Failed(error)) => return Err(error.for_key(key)),
                             // The driver ended with its runtime: retry.
-                            Ok(Told::Released(_) | Told::HandedOff) | Err(_) => continue,
+                            Ok(Outcome::Released(_) | Outcome::HandedOff) | Err(_) => continue,
                         }
                     }
                 },
@@ -73,11 +73,11 @@ impl Manager {
         let (key, mode) = (request.key(), request.mode());
         let waits = policy.waits();
         let mut answer = None;
-        let tell = || {
-            let (tell, told) = oneshot::channel();
-            answer = Some(told);
+        let reply = || {
+            let (reply, outcome) = oneshot::channel();
+            answer = Some(outcome);
             let waiting = metrics::Waiting::new(request.labels(&self.options));
-            (tell, waiting)
+            (reply, waiting)
         };
         // Called first, because it panics without a runtime.
         let runtime = Handle::current();
@@ -87,7 +87,7 @@ impl Manager {
         }
         let now = Instant::now();
         let wanted = (mode, waits);
-        let want = state.table.want(key.id(), owner, wanted, tell, now);
+        let want = state.table.want(key.id(), owner, wanted, reply, now);
         self.settle(&mut state);
         self.drive(&runtime, &mut state);
         let elsewhere = state.is_driven_elsewhere();
@@ -120,19 +120,19 @@ impl Manager {
         awaited: bool,
     ) -> PendingRelease {
         let mut answer = None;
-        let farewell = awaited.then_some(|| {
-            let (tell, told) = oneshot::channel();
-            answer = Some(told);
-            tell
+        let on_release = awaited.then_some(|| {
+            let (reply, outcome) = oneshot::channel();
+            answer = Some(outcome);
+            reply
         });
         let (left, elsewhere) = self.change(|state, now| {
             let guard = (handle.id(), mode);
-            let left = state.table.leave(key.id(), guard, session, farewell, now);
+            let left = state.table.leave(key.id(), guard, session, on_release, now);
             (left, awaited && state.is_driven_elsewhere())
         });
         let answer = match left {
             Left::Stale => Err(handle.closed().or_else(|| session.loss()).unwrap_or(Loss::NotHeld)),
-            Left::Told | Left::Done => Ok(answer.map(|answer| (answer, elsewhere))),
+            Left::Unlocking | Left::Done => Ok(answer.map(|answer| (answer, elsewhere))),
         };
         PendingRelease {
             manager: Arc::clone(self),
@@ -145,18 +145,18 @@ impl Manager {
 
     /// Releases everything that a handle holds, even if guards are alive; they are notified.
     pub(crate) async fn release_all(self: &Arc<Self>, handle: &Holdings, key: &Key) -> Result<()> {
-        let (tell, told) = oneshot::channel();
+        let (reply, outcome) = oneshot::channel();
         let (left, elsewhere) = handle.close(|| {
             self.change(|state, now| {
-                let left = state.table.close(key.id(), handle.id(), || tell, now);
+                let left = state.table.close(key.id(), handle.id(), || reply, now);
                 (left, state.is_driven_elsewhere())
             })
         });
-        if left != Left::Told {
+        if left != Left::Unlocking {
             return Ok(());
         }
-        let released = match self.unless_stalled(told, elsewhere).await {
-            Ok(Told::Released(Err(loss))) => Err(loss),
+        let released = match self.unless_stalled(outcome, elsewhere).await {
+            Ok(Outcome::Released(Err(loss))) => Err(loss),
             Ok(_) => Ok(()),
             Err(_) => Err(Loss::RuntimeShutdown),
         };
@@ -180,7 +180,7 @@ struct Waiting<'m> {
     key: KeyId,
     mode: Mode,
     id: i64,
-    answer: oneshot::Receiver<Told>,
+    answer: oneshot::Receiver<Outcome>,
     /// Whether the driver runs on another runtime.
     elsewhere: bool,
     settled: bool,
@@ -189,7 +189,7 @@ struct Waiting<'m> {
 
 impl Waiting<'_> {
     /// Waits for the answer. Returns `None` if the policy's time is over.
-    async fn answer(&mut self, policy: WaitPolicy) -> Option<Result<Told, RecvError>> {
+    async fn answer(&mut self, policy: WaitPolicy) -> Option<Result<Outcome, RecvError>> {
         policy.bound(self.manager.unless_stalled(&mut self.answer, self.elsewhere)).await
     }
 
@@ -209,10 +209,10 @@ impl Drop for Waiting<'_> {
         self.manager.change(|state, now| {
             // Answers are sent with the state locked, so the waiter is either still queued or has its answer.
             if !state.table.cancel(self.key, self.id, now)
-                && let Ok(Told::Granted(session)) = self.answer.try_recv()
+                && let Ok(Outcome::Granted(session)) = self.answer.try_recv()
             {
                 let guard = (self.owner, self.mode);
-                let no_waiter = None::<fn() -> Tell>;
+                let no_waiter = None::<fn() -> Reply>;
                 state.table.leave(self.key, guard, &session, no_waiter, now);
             }
         });
@@ -227,7 +227,7 @@ pub(crate) struct PendingRelease {
     since: Instant,
     /// The driver's answer, and whether the driver runs on another runtime. `None` if the process keeps the key, or the
     /// release is not awaited.
-    answer: Result<Option<(oneshot::Receiver<Told>, bool)>, Loss>,
+    answer: Result<Option<(oneshot::Receiver<Outcome>, bool)>, Loss>,
 }
 
 impl PendingRelease {
@@ -242,10 +242,15 @@ impl PendingRelease {
             Ok(None) => session.confirm(since).await,
             Ok(Some((answer, elsewhere))) => {
                 match manager.unless_stalled(answer, elsewhere).await {
-                    Ok(Told::Released(released)) => released,
-                    Ok(Told::HandedOff) => session.confirm(since).await,
+                    Ok(Outcome::Released(released)) => released,
+                    Ok(Outcome::HandedOff) => session.confirm(since).await,
                     // The driver ended with its runtime, and the session with it.
-                    Ok(Told::Granted(_) | Told::Refused | Told::Deadlock | Told::Failed(_))
+                    Ok(
+                        Outcome::Granted(_)
+                        | Outcome::Refused
+                        | Outcome::Deadlock
+                        | Outcome::Failed(_),
+                    )
                     | Err(_) => Err(session.loss().unwrap_or(Loss::RuntimeShutdown)),
                 }
             }

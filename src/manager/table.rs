@@ -120,8 +120,8 @@ pub(super) enum Want<S> {
 pub(super) enum Left {
     /// The lock is handed off, or other owners share it.
     Done,
-    /// The server is asked to release the lock. The owner that passed a farewell is notified of the result.
-    Told,
+    /// The server is asked to release the lock. The owner gets the result as a reply.
+    Unlocking,
     /// The guard's grant had already ended, with its session.
     Stale,
 }
@@ -208,13 +208,13 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         }
     }
 
-    /// Requests a key for an owner. If the owner has to wait, `tell` makes the value that notifies it.
+    /// Requests a key for an owner. If the owner has to wait, `reply` makes the value that notifies it.
     pub(super) fn want(
         &mut self,
         key: KeyId,
         owner: OwnerId,
         (mode, waits): (Mode, bool),
-        tell: impl FnOnce() -> (W, metrics::Waiting),
+        reply: impl FnOnce() -> (W, metrics::Waiting),
         now: Instant,
     ) -> Want<S> {
         let mut slot = match self.keys.entry(key) {
@@ -255,8 +255,8 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
             advance(slot, &mut self.common, now);
             return Want::Granted(seat);
         }
-        let (tell, waiting) = tell();
-        let mut waiter = Waiter { owner, mode, waits, tell, waiting };
+        let (reply, waiting) = reply();
+        let mut waiter = Waiter { owner, mode, waits, reply, waiting };
         // An owner that upgrades its lock has to wait only for other holders.
         if entry.is_plainly_busy(mode) && (mine.is_none() || entry.holders.len() > 1) {
             waiter.waiting.start();
@@ -272,7 +272,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         key: KeyId,
         (owner, mode): (OwnerId, Mode),
         seat: &S,
-        farewell: Option<impl FnOnce() -> W>,
+        on_release: Option<impl FnOnce() -> W>,
         now: Instant,
     ) -> Left {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Left::Stale };
@@ -281,7 +281,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
             return Left::Stale;
         }
         let entry = advance(slot, &mut self.common, now);
-        left(entry, farewell)
+        left(entry, on_release)
     }
 
     /// Releases all guards of an owner.
@@ -289,7 +289,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         &mut self,
         key: KeyId,
         owner: OwnerId,
-        farewell: impl FnOnce() -> W,
+        on_release: impl FnOnce() -> W,
         now: Instant,
     ) -> Left {
         let Slot::Occupied(mut slot) = self.keys.entry(key) else { return Left::Stale };
@@ -297,7 +297,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
             return Left::Stale;
         }
         let entry = advance(slot, &mut self.common, now);
-        left(entry, Some(farewell))
+        left(entry, Some(on_release))
     }
 
     /// Removes a waiter from the queue. Returns whether it was still queued.
@@ -362,7 +362,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
                 entry.refused(key, &mut self.common, now);
             }
             (Step::Look, true) => {
-                entry.closing = true;
+                entry.draining = true;
                 metrics::update(|| entry.queue.all_wait());
                 entry.dismiss(&mut self.common.effects);
             }
@@ -374,7 +374,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
                 {
                     // Another session shares the lock that the waiter wants exclusively.
                     let turned_away = if waiter.waits { Effect::Deadlock } else { Effect::Refused };
-                    self.common.effects.push_back(turned_away(waiter.tell));
+                    self.common.effects.push_back(turned_away(waiter.reply));
                 }
             }
             (Step::Downgrade, _) => {
@@ -418,7 +418,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         entry.leave_line(key, &mut self.common.line);
         entry.turn = None;
         entry.stand = None;
-        let waiters = entry.queue.take_all().map(|waiter| waiter.tell).collect();
+        let waiters = entry.queue.take_all().map(|waiter| waiter.reply).collect();
         if entry.is_unused() {
             slot.remove();
         }
@@ -443,7 +443,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         let mut waiters = Vec::new();
         entry.stand = None;
         if !done {
-            waiters.extend(entry.queue.take_all().map(|waiter| waiter.tell));
+            waiters.extend(entry.queue.take_all().map(|waiter| waiter.reply));
         }
         if server == Modes::default() {
             entry.given_up(&mut self.common.effects);
@@ -469,11 +469,11 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
     pub(super) fn lost(&mut self, seat: &S, now: Instant) -> Vec<W> {
         let of_it = self.keys.iter().filter(|(_, entry)| entry.seat.as_ref() == Some(seat));
         let keys: Vec<KeyId> = of_it.map(|(key, _)| *key).collect();
-        let mut farewells = Vec::new();
+        let mut pending_releases = Vec::new();
         for key in keys {
-            farewells.append(&mut self.lost_key(key, seat, now));
+            pending_releases.append(&mut self.lost_key(key, seat, now));
         }
-        farewells
+        pending_releases
     }
 
     /// Returns some of the keys that are held on a session, at most one more than [`MOST_KEYS`].
@@ -491,13 +491,13 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         if entry.seat.as_ref() != Some(seat) {
             return Vec::new();
         }
-        let farewells = std::mem::take(&mut entry.farewells);
+        let pending_releases = std::mem::take(&mut entry.pending_releases);
         entry.holders = holders::Holders::default();
         entry.server = Modes::default();
         entry.seat = None;
         entry.turn = None;
         advance(slot, &mut self.common, now);
-        farewells
+        pending_releases
     }
 
     /// Removes all waiters, and returns them.
@@ -507,7 +507,7 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
         let mut waiters = Vec::new();
         for key in keys {
             let Slot::Occupied(mut slot) = self.keys.entry(key) else { continue };
-            waiters.extend(slot.get_mut().queue.take_all().map(|waiter| waiter.tell));
+            waiters.extend(slot.get_mut().queue.take_all().map(|waiter| waiter.reply));
             advance(slot, &mut self.common, now);
         }
         waiters
@@ -518,12 +518,12 @@ impl<S: Clone + PartialEq, W> Table<S, W> {
     pub(super) fn clear(&mut self) -> (Vec<S>, Vec<W>) {
         self.common.line.turns.clear();
         self.common.line.retries.clear();
-        let (mut seats, mut farewells) = (Vec::new(), Vec::new());
+        let (mut seats, mut pending_releases) = (Vec::new(), Vec::new());
         for (_, entry) in self.keys.drain() {
             seats.extend(entry.seat);
-            farewells.extend(entry.farewells);
+            pending_releases.extend(entry.pending_releases);
         }
-        (seats, farewells)
+        (seats, pending_releases)
     }
 }
 
@@ -546,12 +546,12 @@ fn advance<'t, S: Clone + PartialEq, W>(
 }
 
 /// Registers the owner that has just left for a notification, if the server is asked to release the lock.
-fn left<S, W>(entry: Option<&mut Entry<S, W>>, farewell: Option<impl FnOnce() -> W>) -> Left {
-    let told = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
-    match (entry, farewell) {
-        (Some(entry), Some(farewell)) if entry.turn.is_some_and(told) => {
-            entry.farewells.push(farewell());
-            Left::Told
+fn left<S, W>(entry: Option<&mut Entry<S, W>>, on_release: Option<impl FnOnce() -> W>) -> Left {
+    let unlocks = |turn: Turn| matches!(turn.step, Step::Unlock | Step::Downgrade);
+    match (entry, on_release) {
+        (Some(entry), Some(on_release)) if entry.turn.is_some_and(unlocks) => {
+            entry.pending_releases.push(on_release());
+            Left::Unlocking
         }
         _ => Left::Done,
     }

@@ -22,7 +22,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use tokio::runtime::{Builder, Handle};
 
 use super::table::Step;
-use super::{Manager, Next, Wait, fail, tell_lost};
+use super::{Manager, Next, Wait, fail, report_loss};
 use crate::error::{Error, Loss};
 use crate::guard::Guard;
 use crate::holdings::Holdings;
@@ -204,10 +204,10 @@ pub(super) mod wait_session {
             }
             let Some(order) = order else {
                 session.give_up(&Loss::Unresponsive);
-                let farewells = manager.done_apart(key, taken.id, |state, now| {
+                let pending_releases = manager.done_apart(key, taken.id, |state, now| {
                     state.table.lost_key(key, &session, now)
                 });
-                return tell_lost(farewells, &Loss::Unresponsive);
+                return report_loss(pending_releases, &Loss::Unresponsive);
             };
             if order.step == Step::Unlock {
                 manager.done_apart(key, taken.id, |state, now| {

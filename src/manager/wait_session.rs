@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 use super::driver::end_with_the_runtime;
 use super::table::{Step, Taken};
-use super::{Manager, Next, State, Tell, Wait, fail, tell_lost};
+use super::{Manager, Next, Reply, State, Wait, fail, report_loss};
 use crate::error::{Error, Loss, Result, chain};
 use crate::guard::Guard;
 use crate::key::{Key, KeyId};
@@ -163,7 +163,7 @@ impl WaitSession {
     }
 
     /// Records that the session stopped waiting for the key. Returns the waiters, which retry if they are not notified.
-    fn ends(&self, key: KeyId, wait: u64) -> Vec<Tell> {
+    fn ends(&self, key: KeyId, wait: u64) -> Vec<Reply> {
         self.manager.done_apart(key, wait, |state, _| state.table.failed(key, wait))
     }
 
@@ -173,7 +173,7 @@ impl WaitSession {
         let Some(session) = session else { return drop(self.ends(key, wait)) };
         session.give_up(loss);
         let lost_key = |state: &mut State, now| state.table.lost_key(key, &session, now);
-        tell_lost(self.manager.done_apart(key, wait, lost_key), loss);
+        report_loss(self.manager.done_apart(key, wait, lost_key), loss);
     }
 }
 

@@ -224,7 +224,7 @@ fn unused_key() -> i64 {
 
 /// How long the server may need to end a session whose connection was closed.
 const ENDING: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Asks whether a lock stays when its connection is closed, because a pooler keeps the session as it is.
 pub(crate) async fn outlives_connection(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
@@ -241,7 +241,7 @@ pub(crate) async fn outlives_connection(options: &PgConnectOptions) -> Result<bo
         if !stays || closed.elapsed() > ENDING {
             break stays;
         }
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
     };
     if stays {
         // Releases the lock if the pooler has assigned that session to this connection. Otherwise the lock stays, on a

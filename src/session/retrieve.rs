@@ -14,7 +14,7 @@ use crate::mode::Mode;
 use crate::sql;
 
 /// How many server connections a search looks through at most.
-const MOST: usize = 100;
+const MAX_CONNECTIONS: usize = 100;
 
 /// How long a search may take, including the wait for its turn.
 const LIMIT: Duration = Duration::from_mins(1);
@@ -79,7 +79,7 @@ pub(super) async fn retrieve(
 ) -> Result<bool, sqlx::Error> {
     let mut pinned = Vec::new();
     let mut found = false;
-    while !found && pinned.len() < MOST {
+    while !found && pinned.len() < MAX_CONNECTIONS {
         let mut conn = PgConnection::connect_with(options).await?;
         sqlx::raw_sql("BEGIN").execute(&mut conn).await?;
         found = sql::release::unlock_on(&mut conn, backend_pid, locks).await?;

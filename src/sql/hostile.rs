@@ -23,7 +23,7 @@ async fn execute(conn: &mut PgConnection, statement: &str) {
 }
 
 #[tokio::test]
-async fn no_statement_is_taken_over() {
+async fn no_statement_uses_a_hostile_function() {
     let server = Server::start();
     let db = TestDb::on(&server).await;
     hostile_schema(&mut db.admin().await, "evil").await;
@@ -41,7 +41,7 @@ async fn no_statement_is_taken_over() {
 
 /// The schema does override what is looked up by name, both in front of `pg_catalog` and behind it.
 #[tokio::test]
-async fn a_statement_that_looks_up_names_is_taken_over() {
+async fn a_statement_that_looks_up_names_uses_a_hostile_function() {
     let db = TestDb::new().await;
     let mut conn = db.admin().await;
     hostile_schema(&mut conn, "evil").await;

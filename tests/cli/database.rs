@@ -162,7 +162,7 @@ async fn an_ipv6_address_is_in_brackets() {
 }
 
 #[tokio::test]
-async fn a_standby_is_refused_where_the_primary_is_asked_for() {
+async fn a_standby_is_refused_where_the_primary_is_required() {
     let (_primary, standby) = Server::options().start_with_standby();
     let home = Home::new("standby");
     let options = standby.connect_options();

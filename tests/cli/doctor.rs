@@ -43,7 +43,7 @@ async fn a_new_server_is_fine() {
 }
 
 #[tokio::test]
-async fn what_a_role_may_not_and_what_limits_it_has_is_told() {
+async fn the_privileges_and_limits_of_a_role_are_reported() {
     let (server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     let as_role = async |admin: &mut PgConnection, change: &str| {

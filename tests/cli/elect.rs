@@ -57,7 +57,7 @@ async fn a_signal_ends_the_command_and_then_the_post() {
 
 /// A service manager shall see that all went as it was asked to.
 #[tokio::test]
-async fn who_is_told_to_stop_and_does_has_not_failed() {
+async fn a_graceful_stop_is_no_failure() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let args = [&["elect"][..], &LEAD].concat();
@@ -114,7 +114,7 @@ async fn a_command_that_ends_gives_others_a_turn() {
 }
 
 #[tokio::test]
-async fn a_post_that_is_lost_is_told_by_the_exit_code_of_the_only_turn() {
+async fn the_exit_code_shows_a_leadership_that_was_lost() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let args = [&["elect", "--once"][..], &LEAD].concat();

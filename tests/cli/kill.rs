@@ -9,7 +9,7 @@ use crate::support::{LIMIT, Running, hold, locks_are, pglock, run};
 use crate::terminal::Terminal;
 
 #[tokio::test]
-async fn a_holder_is_ended_and_told() {
+async fn a_holder_is_ended_and_notified() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let holder = hold(&db, &["run", "key"]).await;
@@ -62,7 +62,7 @@ async fn nothing_is_ended_unasked() {
 }
 
 #[tokio::test]
-async fn who_must_not_is_told_what_it_takes() {
+async fn a_missing_privilege_is_named() {
     let (_server, db) = TestDb::with_server().await;
     let mut admin = db.admin().await;
     sql(&mut admin, "CREATE ROLE onlooker LOGIN").await;

@@ -143,7 +143,7 @@ async fn names_that_are_given_are_recognized() {
 
 /// A line each time, until it is not read any more.
 #[tokio::test]
-async fn a_watch_goes_on_until_nobody_reads() {
+async fn a_watch_continues_until_its_reader_ends() {
     let db = TestDb::new().await;
     let mut watch = Running::start(pglock(&db, &["ls", "--watch", "--json"]));
     watch.says("[]").await;
@@ -165,7 +165,7 @@ async fn a_watch_goes_on_until_nobody_reads() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_not_there_is_told() {
+async fn a_missing_database_is_an_error() {
     let mut command = Command::new(PGLOCK);
     command.args(["ls", "--url", "postgres://postgres@127.0.0.1:1/postgres"]).kill_on_drop(true);
     let ended = Running::start(command).finish().await;

@@ -131,7 +131,7 @@ async fn a_permit_has_a_number_of_its_own() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_not_there_is_told() {
+async fn a_missing_database_is_an_error() {
     let unreachable = "postgres://postgres@127.0.0.1:1/postgres";
     for (url, code) in [(unreachable, 69), ("nonsense", 2)] {
         let mut command = tokio::process::Command::new(PGLOCK);
@@ -188,7 +188,7 @@ async fn is_refused(server: &Server, options: PgConnectOptions, word: &str) {
 }
 
 #[tokio::test]
-async fn a_wrong_command_line_is_told() {
+async fn a_wrong_command_line_is_an_error() {
     let db = TestDb::new().await;
     for args in [
         &["run", "key"][..],

@@ -59,7 +59,7 @@ async fn the_command_has_its_time_to_end() {
 
 /// The program may be the last to know.
 #[tokio::test]
-async fn a_loss_that_is_found_out_at_the_end_is_told() {
+async fn a_loss_that_is_detected_by_the_release_is_reported() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let args = ["run", "key", "--", "sh", "-c", STUBBORN];

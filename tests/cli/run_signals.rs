@@ -38,7 +38,7 @@ async fn signals_are_passed_on_to_the_command_once() {
 }
 
 #[tokio::test]
-async fn a_signal_that_the_command_dies_of_is_told_by_the_exit_code() {
+async fn the_exit_code_shows_the_signal_that_ended_the_command() {
     let db = TestDb::new().await;
     let args = ["run", "key", "--", "sh", "-c", "echo ready; exec sleep 1000"];
     // On SIGINT it kills itself with that signal, because a shell checks for that.

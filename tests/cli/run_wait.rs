@@ -29,7 +29,7 @@ async fn a_wait_survives_a_restart_of_the_server() {
 
 /// Connecting counts.
 #[tokio::test]
-async fn a_silent_server_is_waited_for_within_the_limit() {
+async fn a_silent_server_delays_no_longer_than_the_limit() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
     let proxy = Proxy::to(server.port()).await;
@@ -81,7 +81,7 @@ async fn a_session_that_does_not_answer_is_waited_for_within_the_limit() {
 }
 
 #[tokio::test]
-async fn with_v_it_says_what_it_does() {
+async fn with_v_it_prints_what_it_does() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let holder = hold(&db, &["run", "key"]).await;

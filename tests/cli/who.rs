@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::{Running, hold, locks_are, pglock, run};
 
 #[tokio::test]
-async fn the_exit_code_says_whether_it_is_held() {
+async fn the_exit_code_shows_whether_it_is_held() {
     let (db, pool) = TestDb::with_pool(1).await;
     for (written, mut lock) in [
         ("42", Lock::new(&pool, 42)),

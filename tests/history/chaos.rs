@@ -109,7 +109,7 @@ impl<'a> Chaos<'a> {
         let mut dealt = 0;
         while started.elapsed() < duration * 4 / 5
             || started.elapsed() < LONGEST
-                && (dealt < Fault::DECK.len() || !self.losses_were_told().await)
+                && (dealt < Fault::DECK.len() || !self.losses_were_reported().await)
         {
             sleep(Duration::from_millis(self.dice.below(300))).await;
             for worker in &mut self.workers {
@@ -198,7 +198,7 @@ impl<'a> Chaos<'a> {
     }
 
     /// Returns whether a loss was reported to a holder, and the register has refused a holder.
-    async fn losses_were_told(&mut self) -> bool {
+    async fn losses_were_reported(&mut self) -> bool {
         let told = sqlx::query_scalar(
             "SELECT count(DISTINCT kind) = 2 FROM event WHERE kind IN ('lost', 'refused')",
         );

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_wrong_with_a_late_write_that_nobody_was_before() {
+    fn a_late_write_without_a_later_holder_is_accepted() {
         use Kind::{Begin, End, Guarded, Lost};
         let history = [(Begin, 5), (End, 5), (Lost, 5), (Guarded, 5), (Begin, 9)];
         assert_eq!(check(&self::history(&history)), []);

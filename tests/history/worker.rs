@@ -178,7 +178,7 @@ impl Task {
         let asks = worked.is_err() || !self.dice.one_in(3);
         let told = match let_go(guard, asks).await {
             Some(Ok(())) => hold.note(Kind::Released, &self.pool).await.map_err(Trouble::from),
-            Some(Err(_)) => self.is_told_of_a_loss(hold).await,
+            Some(Err(_)) => self.reports_a_loss(hold).await,
             None => Ok(()),
         };
         if let Err(trouble) = told {
@@ -249,7 +249,7 @@ impl Task {
     }
 
     /// Records the loss, and then tries to write as if it had not been reported.
-    async fn is_told_of_a_loss(&mut self, hold: Hold) -> Result<(), Trouble> {
+    async fn reports_a_loss(&mut self, hold: Hold) -> Result<(), Trouble> {
         hold.note(Kind::Lost, &self.pool).await?;
         sleep(self.time()).await;
         hold.write_guarded(&self.pool).await?;

@@ -43,7 +43,7 @@ fn every_type_may_be_sent_to_and_shared_with_another_thread() {
 
 /// A guard borrows neither its handle nor the pool, so a task can own it.
 #[test]
-fn only_a_lent_connection_borrows() {
+fn only_a_borrowed_connection_borrows_the_guard() {
     is_static::<Key>();
     is_static::<Guard>();
     is_static::<Lock>();

@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 use crate::support::{SOON, all_are_idle, backend_is, borrow_all, no_locks, terminate};
 
 #[tokio::test]
-async fn a_failed_statement_on_the_lent_connection_harms_nothing() {
+async fn a_failed_statement_on_the_borrowed_connection_harms_nothing() {
     let (db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, 1);
     let guard = lock.acquire().await.unwrap();
@@ -149,7 +149,7 @@ async fn dropping_the_guard_after_a_dropped_query_frees_the_lock_soon() {
 }
 
 #[tokio::test]
-async fn a_downgrade_of_what_was_unlocked_behind_its_back_is_a_loss() {
+async fn a_downgrade_of_a_lock_that_other_code_unlocked_is_a_loss() {
     let (db, pool) = TestDb::with_pool(1).await;
     let guard = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut conn = guard.connection().await.unwrap();

@@ -77,7 +77,7 @@ async fn terms_grow_from_leader_to_leader_and_over_a_restart() {
 }
 
 #[tokio::test]
-async fn who_leads_already_campaigns_for_the_same_term() {
+async fn a_second_campaign_of_a_leader_has_the_same_term() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut election = election(&pool);
     let status = election.status();
@@ -106,7 +106,7 @@ async fn who_leads_already_campaigns_for_the_same_term() {
 }
 
 #[tokio::test]
-async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
+async fn a_status_is_false_as_soon_as_the_candidate_resigns() {
     let (_db, pool) = TestDb::with_pool(2).await;
     let mut election = election(&pool);
     let status = election.status();
@@ -138,7 +138,7 @@ async fn a_status_says_no_from_the_moment_that_the_candidate_resigns() {
 }
 
 #[tokio::test]
-async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
+async fn a_leader_that_lost_its_session_is_notified_and_its_status_is_false() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
     let mut election = monitored_election(&pool);
     let status = election.status();
@@ -169,7 +169,7 @@ async fn a_leader_that_lost_its_session_is_told_and_its_status_says_no() {
 
 /// The heartbeat's bound passes without a check of the session, because no task can run.
 #[tokio::test]
-async fn a_status_says_no_by_the_clock_alone() {
+async fn a_status_is_false_by_the_clock_alone() {
     let (_db, pool) = TestDb::with_pool(2).await;
     let mut election = monitored_election(&pool);
     let status = election.status();
@@ -185,7 +185,7 @@ async fn a_status_says_no_by_the_clock_alone() {
 }
 
 #[tokio::test]
-async fn everybody_can_see_who_leads() {
+async fn every_role_can_see_the_leader() {
     let (db, pool) = TestDb::with_pool(3).await;
     let mut election = election(&pool);
     assert_eq!(election.leader().await.unwrap(), None);
@@ -221,7 +221,7 @@ async fn a_pair_of_numbers_is_an_election_too() {
 }
 
 #[tokio::test]
-async fn a_leader_is_seen_with_its_address_by_who_may_see_it() {
+async fn a_leader_is_seen_with_its_address_by_a_role_with_that_privilege() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
     let mut admin = db.admin().await;
@@ -289,7 +289,7 @@ async fn another_programs_lock_is_a_leader_without_a_term() {
 }
 
 #[tokio::test]
-async fn an_observer_tells_each_change_once() {
+async fn an_observer_returns_each_change_once() {
     let (_db, pool) = TestDb::with_pool(4).await;
     let (mut ada, mut bob) =
         ["ada", "bob"].map(|name| Election::new(&pool, "billing").candidate(name)).into();

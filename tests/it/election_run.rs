@@ -124,7 +124,7 @@ async fn stopping_ends_what_leads_and_resigns() {
 }
 
 #[tokio::test]
-async fn who_is_stopped_already_does_not_campaign() {
+async fn a_stopped_candidate_does_not_campaign() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let lead = |_| async { Err("it leads") };
     election(&pool).run(std::future::ready(()), lead).await.unwrap();

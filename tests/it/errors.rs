@@ -19,7 +19,7 @@ pub(crate) const MOMENT: Duration = Duration::from_millis(300);
 
 /// Checks the properties of every message: it has the key and its name, says what to do, and does not repeat the
 /// message of its source.
-pub(crate) fn is_told_well(error: &Error, advice: &str) {
+pub(crate) fn has_a_clear_message(error: &Error, advice: &str) {
     let message = error.to_string();
     let key = error.key().unwrap();
     assert_eq!(key.name(), Some(KEY));
@@ -71,21 +71,21 @@ pub(crate) async fn one_connection(db: &TestDb, acquire_timeout: Duration) -> Pg
 /// The message distinguishes the pool's timeout from the lock's.
 pub(crate) fn is_exhausted(error: &Error) {
     assert!(matches!(error, Error::PoolTimedOut { .. }), "{error:?}");
-    is_told_well(error, "waiting for a connection of the pool");
-    is_told_well(error, "max_connections");
+    has_a_clear_message(error, "waiting for a connection of the pool");
+    has_a_clear_message(error, "max_connections");
     assert!(error.is_transient());
 }
 
 pub(crate) fn is_deadlock(error: &Error) {
     assert!(matches!(error, Error::Deadlock { .. }), "{error:?}");
-    is_told_well(error, "release what you hold, then acquire again");
+    has_a_clear_message(error, "release what you hold, then acquire again");
     assert!(error.is_transient());
 }
 
 /// Other code unlocked the lock, and the guard detects this when it is released. The connection is closed, because its
 /// state is unknown.
 #[tokio::test]
-async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
+async fn a_lock_that_other_code_unlocked_is_lost() {
     let (db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, KEY);
     let guard = lock.acquire().await.unwrap();
@@ -96,7 +96,7 @@ async fn a_lock_that_was_unlocked_behind_its_back_is_lost() {
 
     let lost = guard.release().await.unwrap_err();
     assert!(matches!(lost, Error::Lost { reason: Loss::NotHeld, .. }), "{lost:?}");
-    is_told_well(&lost, "another session may hold it");
+    has_a_clear_message(&lost, "another session may hold it");
     assert!(lost.is_transient());
     let guard = lock.acquire().await.unwrap();
     assert_ne!(guard.backend_pid(), pid);

@@ -262,7 +262,7 @@ async fn the_link_stands_still() {
 }
 
 /// Leaves a transaction open on the borrowed connection until a limit of the database ends the session.
-async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
+async fn a_limit_ends_the_borrowed_session(setting: &str, since: u32, last: &str) {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     if admin.server_version_num() < Some(since) {
@@ -293,14 +293,14 @@ async fn a_limit_ends_the_lent_session(setting: &str, since: u32, last: &str) {
 }
 
 #[tokio::test]
-async fn a_limit_ends_an_idle_transaction_on_the_lent_connection() {
+async fn a_limit_ends_an_idle_transaction_on_the_borrowed_connection() {
     let setting = "idle_in_transaction_session_timeout";
-    a_limit_ends_the_lent_session(setting, 0, "SELECT 1").await;
+    a_limit_ends_the_borrowed_session(setting, 0, "SELECT 1").await;
 }
 
 #[tokio::test]
-async fn a_limit_ends_a_long_transaction_on_the_lent_connection() {
-    a_limit_ends_the_lent_session("transaction_timeout", 170_000, "SELECT pg_sleep(60)").await;
+async fn a_limit_ends_a_long_transaction_on_the_borrowed_connection() {
+    a_limit_ends_the_borrowed_session("transaction_timeout", 170_000, "SELECT pg_sleep(60)").await;
 }
 
 /// Connects until the server has refused connections for a second, because the connections of a proof end soon and make

@@ -122,7 +122,7 @@ async fn the_queries_for_psql_find_what_they_say() {
 
 /// The query for the exporter returns the columns that the file describes.
 #[tokio::test]
-async fn the_query_for_postgres_exporter_tells_holders_from_waiters() {
+async fn the_query_for_postgres_exporter_distinguishes_holders_from_waiters() {
     let file = root().join("migrations-free-docker/monitoring/postgres_exporter.yaml");
     let file = fs::read_to_string(file).unwrap();
     let (_, rest) = file.split_once("  query: |\n").unwrap();

@@ -231,7 +231,7 @@ async fn a_call_in_line_can_be_dropped() {
 }
 
 #[tokio::test]
-async fn the_next_one_waits_on_the_server_when_the_first_gives_up() {
+async fn the_next_call_waits_on_the_server_when_the_first_times_out() {
     let (_db, pool, mut admin) = TestDb::scene(6).await;
     let held = Lock::new(&pool, KEY).acquire().await.unwrap();
     let (mut one, mut two) = (Lock::new(&pool, KEY), Lock::new(&pool, KEY));

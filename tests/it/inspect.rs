@@ -128,7 +128,7 @@ async fn holders_and_waiters_of_all_programs_are_shown() {
 
 /// A session that holds one lock and waits for another is shown as blocked only for the other lock.
 #[tokio::test]
-async fn who_holds_is_not_blocked() {
+async fn a_holder_is_not_blocked() {
     let (db, pool, mut admin) = TestDb::scene(1).await;
     prove_exclusion(&db).await;
     let guard = Lock::new(&pool, 2).acquire().await.unwrap();
@@ -185,7 +185,7 @@ async fn one_key_is_that_key_alone() {
 }
 
 #[tokio::test]
-async fn who_knows_the_names_can_give_them() {
+async fn names_can_be_given() {
     let (db, pool) = TestDb::with_pool(6).await;
     prove_exclusion(&db).await;
     let printers = Semaphore::new(&pool, "printers", 2).unwrap();
@@ -442,7 +442,7 @@ async fn a_call_that_is_refused_a_function_names_it() {
 
 /// One error is worth a retry, the other is not; neither is about privileges.
 #[tokio::test]
-async fn a_call_that_fails_otherwise_says_whether_to_retry() {
+async fn a_call_that_fails_otherwise_shows_whether_to_retry() {
     let (db, pool) = TestDb::with_pool(1).await;
     prove_exclusion(&db).await;
     let mut conn = pool.acquire().await.unwrap();

@@ -147,7 +147,7 @@ async fn the_hold_of_a_managed_lock_is_not_limited() {
 }
 
 #[tokio::test]
-async fn a_silent_server_is_told_while_the_connection_is_lent() {
+async fn a_silent_server_is_reported_while_the_connection_is_borrowed() {
     let (server, db) = TestDb::with_server().await;
     let pool = db.pool(3).await;
     let guard = Lock::new(&lenient_heartbeat().on(&pool).unwrap(), 1).acquire().await.unwrap();
@@ -236,7 +236,7 @@ async fn the_monitors_connection_is_probed() {
 }
 
 #[tokio::test]
-async fn verify_finds_what_was_unlocked_behind_its_back() {
+async fn verify_finds_a_lock_that_other_code_unlocked() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let mut lock = Lock::new(&pool, (1, -1));
     let shared = lock.acquire_shared().await.unwrap();
@@ -293,7 +293,7 @@ async fn settings_are_applied_whatever_the_connection_was_used_for_before() {
 /// The setting would end the application's connection while a client reads slowly, and the check costs the server a
 /// system call each second.
 #[tokio::test]
-async fn the_pool_gets_its_connection_back_without_a_timeout_after_a_wait_a_hold_and_a_loan() {
+async fn a_pooled_connection_has_its_settings_back_after_a_wait_a_hold_and_a_borrow() {
     const SHOW: &str = "SELECT concat(current_setting('tcp_user_timeout'), ' ', \
         current_setting('client_connection_check_interval', true))";
     let server = Server::options().tcp().start();

@@ -161,7 +161,7 @@ async fn an_answer_that_takes_longer_than_a_heartbeat_is_no_loss() {
 
 /// A statement in flight does not count as an answer of the server.
 #[tokio::test]
-async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
+async fn a_silent_server_is_reported_in_time_while_a_statement_is_in_flight() {
     let (server, db) = TestDb::with_server().await;
     let options = fast_heartbeat().heartbeat_interval(SOON * 6).heartbeat_timeout(SOON * 2);
     let options = options.keepalives_retries(9).on(&db.pool(2).await).unwrap();
@@ -187,7 +187,7 @@ async fn a_silent_server_is_told_in_time_while_a_statement_is_under_way() {
 
 /// An acquire that was sent before the unlock was answered with `false` is retried on another session.
 #[tokio::test]
-async fn an_unlock_answered_false_is_no_error_of_who_asked_after_it() {
+async fn an_unlock_answered_false_is_no_error_of_a_later_call() {
     let (db, pool) = with_a_trap().await;
     let mut admin = db.admin().await;
     let manager = LockManager::new(&pool);
@@ -336,7 +336,7 @@ async fn acquire_all(manager: &LockManager, count: i64) -> Vec<ExclusiveGuard> {
 }
 
 #[tokio::test]
-async fn many_guards_are_told_of_a_loss_and_acquire_again() {
+async fn many_guards_report_a_loss_and_acquire_again() {
     let count: i64 = amount(2_000, 10_000);
     let server = Server::options().setting("max_locks_per_transaction", "200").start();
     let db = TestDb::on(&server).await;
@@ -376,7 +376,7 @@ async fn many_guards_are_told_of_a_loss_and_acquire_again() {
 }
 
 #[tokio::test]
-async fn closing_a_handle_tells_its_guards_and_nobody_elses() {
+async fn closing_a_handle_notifies_its_guards_and_no_others() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;
     let manager = LockManager::new(&pool);
     let mut lock = Lock::new(&manager, 1);
@@ -431,7 +431,7 @@ async fn a_full_lock_table_fails_some_and_loses_none() {
 }
 
 #[tokio::test]
-async fn the_connection_is_not_lent() {
+async fn the_connection_is_not_borrowed() {
     let (_db, pool) = TestDb::with_pool(2).await;
     let guard = Lock::new(&LockManager::new(&pool), "invoice-17").acquire().await.unwrap();
     let error = guard.connection().await.unwrap_err();
@@ -643,7 +643,7 @@ async fn acquire_in_the_end(manager: &LockManager) -> ExclusiveGuard {
 
 /// A waiter in another runtime continues without the runtime that has ended.
 #[test]
-fn a_runtime_that_goes_down_leaves_nobody_waiting() {
+fn a_runtime_that_ends_leaves_no_waiter() {
     let runtime = || {
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
     };

@@ -70,7 +70,7 @@ async fn any_number_of_keys_of_any_kind_is_held_by_one_session() {
 }
 
 #[tokio::test]
-async fn keys_are_taken_in_one_order_and_once_each() {
+async fn keys_are_acquired_in_one_order_and_once_each() {
     let pool = TestDb::new().await.pool(1).await;
     let key = |text: &str| Key::from(text);
     let keys = [
@@ -140,7 +140,7 @@ async fn what_is_refused_half_way_holds_nothing() {
 }
 
 #[tokio::test]
-async fn many_keys_that_are_refused_at_the_last_are_given_up() {
+async fn many_keys_of_which_the_last_is_busy_are_released() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;
     let held = Lock::new(&pool, 3999).acquire().await.unwrap();
     let mut locks = MultiLock::new(&pool, 0..4000);
@@ -264,7 +264,7 @@ async fn a_handle_stacks_and_a_clone_is_another_owner() {
 }
 
 #[tokio::test]
-async fn closing_lets_go_of_all_and_tells_the_guards() {
+async fn closing_releases_all_and_notifies_the_guards() {
     let (_db, pool, mut admin) = TestDb::scene(1).await;
     let mut locks = exclusive(&pool, &[1, 2]);
     let (first, second) = (locks.acquire().await.unwrap(), locks.acquire().await.unwrap());
@@ -286,7 +286,7 @@ async fn says_lost(guard: MultiGuard) {
 }
 
 #[tokio::test]
-async fn a_loss_is_told_whichever_key_it_is_of() {
+async fn a_loss_is_reported_for_each_key() {
     let (_db, pool, mut admin) = TestDb::scene(2).await;
     let mut locks = shares_the_second(&pool);
 

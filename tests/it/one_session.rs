@@ -70,7 +70,7 @@ async fn a_circle_of_locks_on_one_session_each_is_a_deadlock_for_exactly_one() {
 
 /// This is why locks can share a session: the server can't detect that two sessions belong together.
 #[tokio::test]
-async fn a_circle_of_locks_on_sessions_of_their_own_is_told_to_nobody() {
+async fn a_circle_of_locks_on_sessions_of_their_own_is_not_detected() {
     const WHILE: Duration = Duration::from_secs(3);
     let server = Server::options().setting("deadlock_timeout", "200ms").start();
     let db = TestDb::on(&server).await;
@@ -179,7 +179,7 @@ async fn the_session_ends_with_its_last_guard_and_its_handles_open_their_own() {
 }
 
 #[tokio::test]
-async fn the_loss_of_a_session_is_told_to_the_guards_of_all_its_handles() {
+async fn the_loss_of_a_session_is_reported_by_the_guards_of_all_its_handles() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
     let first = Lock::new(&pool, 1).acquire().await.unwrap();
     let mut handle = Lock::new(&first, 2);
@@ -433,13 +433,13 @@ async fn the_close_of_the_pool_ends_waits_on_the_session_of_a_guard_and_for_seve
     let guard = Lock::new(&pool, 9).acquire().await.unwrap();
     let (mut beside, mut several) = (Lock::new(&guard, 1), MultiLock::new(&pool, [1, 2]));
     let waits = timeout(SOON * 20, async { tokio::join!(beside.acquire(), several.acquire()) });
-    let close = async {
+    let closing = pool.clone();
+    let closing = spawn(async move {
         // Two are held, and two are waited for.
         locks_are(&mut admin, 4, SOON * 10).await;
-        let pool = pool.clone();
-        spawn(async move { pool.close().await })
-    };
-    let (waited, closing) = tokio::join!(waits, close);
+        closing.close().await;
+    });
+    let waited = waits.await;
     let (beside, several) = waited.unwrap();
     assert!(matches!(beside, Err(Error::PoolClosed { .. })), "{beside:?}");
     assert!(matches!(several, Err(Error::PoolClosed { .. })), "{several:?}");

@@ -359,17 +359,17 @@ async fn gives_up_first(direction: Direction, stages: usize) {
 }
 
 #[tokio::test]
-async fn cut_in_both_directions_the_holder_gives_up_first() {
+async fn cut_in_both_directions_the_holder_reports_the_loss_first() {
     gives_up_first(Direction::Both, 3).await;
 }
 
 #[tokio::test]
-async fn cut_towards_the_server_the_holder_gives_up_first() {
+async fn cut_towards_the_server_the_holder_reports_the_loss_first() {
     gives_up_first(Direction::FromFarSide, 2).await;
 }
 
 #[tokio::test]
-async fn cut_away_from_the_server_the_holder_gives_up_first() {
+async fn cut_away_from_the_server_the_holder_reports_the_loss_first() {
     gives_up_first(Direction::ToFarSide, 2).await;
 }
 
@@ -379,7 +379,7 @@ async fn cut_away_from_the_server_the_holder_gives_up_first() {
 /// session. The heartbeat of a borrowed connection uses another one, and succeeds for as long as the server has the
 /// session: the holder detects the loss at the next heartbeat after that.
 #[tokio::test]
-async fn cut_off_alone_a_lent_connection_is_told_at_the_next_heartbeat() {
+async fn cut_off_alone_a_borrowed_connection_is_reported_at_the_next_heartbeat() {
     let Some(scene) = Scene::new().await else { return };
     tokio::join!(cut_off_alone(&scene, Kind::Idle, 1), cut_off_alone(&scene, Kind::Lent, 2));
     scene.network.heal();
@@ -479,7 +479,7 @@ fn found(said: &str) -> (&str, Duration) {
 /// The kernel still answers for a stopped process, so the server admits no other session before the process continues.
 /// The process then detects the loss at once.
 #[tokio::test]
-async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
+async fn a_process_that_was_stopped_reports_the_loss_in_its_first_statement() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let near = db.pool(2).await;
@@ -504,7 +504,7 @@ async fn a_process_that_was_stopped_knows_of_the_loss_in_its_first_statement() {
 }
 
 #[tokio::test]
-async fn a_process_that_was_stopped_and_cut_off_knows_of_the_loss_in_its_first_statement() {
+async fn a_process_that_was_stopped_and_cut_off_reports_the_loss_in_its_first_statement() {
     let Some(scene) = Scene::new().await else { return };
     let mut admin = scene.db.admin().await;
     // Each cue has a process of its own, with a key of its own.

@@ -252,7 +252,7 @@ mod that_turns_from_session_to_transaction_mode {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_lock_is_given_up_when_that_is_found_out() {
+    async fn a_lock_is_released_when_that_is_detected() {
         let (server, db) = TestDb::with_server().await;
         let mut count = 0;
         for cache in CACHES.into_iter().cycle().take(tries()) {
@@ -272,7 +272,7 @@ mod that_turns_from_session_to_transaction_mode {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_release_finds_out_and_the_lock_is_given_up() {
+    async fn a_release_detects_it_and_releases_the_lock() {
         let (server, db) = TestDb::with_server().await;
         let mut count = 0;
         for cache in CACHES.into_iter().cycle().take(tries()) {
@@ -306,7 +306,7 @@ mod that_turns_from_session_to_transaction_mode {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_heartbeat_finds_out_and_the_lock_is_given_up() {
+    async fn a_heartbeat_detects_it_and_the_lock_is_released() {
         let (server, db) = TestDb::with_server().await;
         let mut count = 0;
         for _ in 0..tries() {

@@ -139,7 +139,7 @@ async fn a_crash_ends_holds_and_waits_and_all_go_on_at_the_new_primary() {
 /// long as the documentation says. No heartbeat is sent for sessions that wait, so a wait ends after its slice and the
 /// time that an answer may take then.
 #[tokio::test]
-async fn a_primary_that_hangs_is_believed_until_its_heartbeat_is_overdue() {
+async fn a_primary_that_hangs_is_trusted_until_its_heartbeat_is_overdue() {
     const SLICE: Duration = Duration::from_secs(2);
     const LATE: Duration = Duration::from_secs(8);
 

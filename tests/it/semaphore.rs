@@ -172,7 +172,7 @@ async fn holder() {
 }
 
 #[tokio::test]
-async fn slots_are_numbers_from_zero_that_nobody_else_has() {
+async fn slots_are_distinct_numbers_from_zero() {
     let (_db, pool, mut admin) = TestDb::scene(7).await;
     for key in [Key::from("seats"), Key::from(-42), Key::from((i32::MIN, i32::MAX))] {
         let semaphore = Semaphore::new(&pool, key.clone(), 5).unwrap();
@@ -433,7 +433,7 @@ async fn closing_the_pool_ends_every_wait() {
 }
 
 #[tokio::test]
-async fn who_tries_does_not_overtake_who_waits() {
+async fn a_try_does_not_overtake_a_waiter() {
     let (_db, pool, mut admin) = TestDb::scene(4).await;
     let (semaphore, other) =
         (Semaphore::new(&pool, "seats", 1).unwrap(), Semaphore::new(&pool, "seats", 1).unwrap());
@@ -461,7 +461,7 @@ async fn who_tries_does_not_overtake_who_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
+async fn a_try_is_granted_a_permit_while_some_are_free() {
     const TASKS: usize = 6;
     let db = TestDb::new().await;
     let pool = db.pool(u32::try_from(TASKS).unwrap()).await;
@@ -488,7 +488,7 @@ async fn who_tries_gets_a_permit_while_some_are_free_for_sure() {
 
 /// A wait releases the locks that it needed before it ends.
 #[tokio::test]
-async fn who_tries_gets_what_is_free_after_a_wait() {
+async fn a_try_is_granted_a_free_lock_after_a_wait() {
     let (_db, pool, mut admin) = TestDb::scene(4).await;
     let semaphore = Semaphore::new(&pool, "seats", 2).unwrap();
     for round in 0..30 {
@@ -508,7 +508,7 @@ async fn who_tries_gets_what_is_free_after_a_wait() {
 }
 
 #[tokio::test]
-async fn who_waits_wakes_soon_after_a_release() {
+async fn a_waiter_wakes_soon_after_a_release() {
     let (_db, pool, mut admin) = TestDb::scene(4).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let mut took = Vec::new();
@@ -536,7 +536,7 @@ async fn who_waits_wakes_soon_after_a_release() {
 }
 
 #[tokio::test]
-async fn who_waits_wakes_soon_after_a_holder_has_died() {
+async fn a_waiter_wakes_soon_after_the_death_of_the_holder() {
     let (db, pool, mut admin) = TestDb::scene(2).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let mut took = Vec::new();
@@ -618,7 +618,7 @@ async fn processes_are_served_in_order_of_arrival() {
 }
 
 #[tokio::test]
-async fn all_who_wait_in_a_process_cost_one_connection() {
+async fn all_waiters_of_a_process_use_one_connection() {
     const WAITERS: usize = 20;
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
@@ -707,7 +707,7 @@ async fn a_bounded_wait_ends_in_time() {
 }
 
 #[tokio::test]
-async fn the_loss_of_a_permit_is_told_and_another_gets_it() {
+async fn the_loss_of_a_permit_is_reported_and_another_is_granted_it() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
     let semaphore = Semaphore::new(&pool, "seats", 1).unwrap();
     let permit = semaphore.acquire().await.unwrap();
@@ -727,7 +727,7 @@ async fn the_loss_of_a_permit_is_told_and_another_gets_it() {
 }
 
 #[tokio::test]
-async fn who_waits_goes_on_when_the_session_that_waits_is_lost() {
+async fn a_waiter_continues_when_its_session_is_lost() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let (pool, elsewhere) = (db.pool(3).await, db.pool(2).await);
@@ -759,7 +759,7 @@ async fn release(waiting: tokio::task::JoinHandle<Permit>) {
 }
 
 #[tokio::test]
-async fn who_waits_goes_on_after_a_restart_of_the_server() {
+async fn a_waiter_continues_after_a_restart_of_the_server() {
     let server = Server::options().tcp().start();
     let db = TestDb::on(&server).await;
     // Over TCP, the pool retries while no server listens.

@@ -192,7 +192,7 @@ async fn a_busy_key_is_acquired_where_nothing_can_wait_for_it() {
 
 /// When the pool has no free connection in time, all queued waiters fail at once, not one after another.
 #[tokio::test]
-async fn an_exhausted_pool_fails_all_who_are_queued_at_once() {
+async fn an_exhausted_pool_fails_all_queued_calls_at_once() {
     let db = TestDb::new().await;
     let limit = SOON * 3;
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(limit);
@@ -253,7 +253,7 @@ async fn the_close_of_the_pool_ends_the_waits_of_a_manager() {
 
 /// A lock that is handed off inside the process is still checked when its release is awaited.
 #[tokio::test]
-async fn the_release_of_a_lock_that_is_handed_off_tells_a_loss() {
+async fn the_release_of_a_lock_that_is_handed_off_reports_a_loss() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let manager = LockManager::new(&db.pool(2).await);
@@ -292,7 +292,7 @@ fn a_release_may_be_awaited_outside_of_a_runtime() {
 /// The waiter for a busy key finds no connection to wait on, because another task has taken the pool's only one
 /// meanwhile.
 #[tokio::test]
-async fn a_waiter_without_a_connection_is_told_or_goes_on() {
+async fn a_waiter_without_a_connection_fails_or_continues() {
     let db = TestDb::new().await;
     for comes_back in [false, true] {
         let small = PgPoolOptions::new().max_connections(1).acquire_timeout(SOON * 3);
@@ -442,7 +442,7 @@ async fn many_give_up_together() {
 
 /// When several sessions end at once, the end of each is detected, not only that of the first.
 #[tokio::test]
-async fn all_that_are_closed_at_once_are_told_at_once() {
+async fn all_sessions_that_are_closed_at_once_are_reported_at_once() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let options = slow_heartbeat().on(&db.pool(3).await).unwrap();

@@ -77,7 +77,7 @@ async fn a_lock_shows_its_name_while_it_is_held_and_while_it_is_waited_for() {
 }
 
 #[tokio::test]
-async fn a_session_shows_the_lock_that_it_was_asked_for_last() {
+async fn a_session_shows_the_lock_that_was_requested_last() {
     let db = TestDb::new().await;
     prove_exclusion(&db).await;
     let mut admin = db.admin().await;

@@ -51,7 +51,7 @@ async fn a_free_lock_costs_one_statement_to_acquire_and_one_to_release() {
 
 /// The query is sent only if the server was slow. If it were always sent, an acquire would need two statements.
 #[tokio::test]
-async fn whether_a_transaction_was_left_open_is_rarely_asked() {
+async fn whether_a_transaction_was_left_open_is_rarely_queried() {
     const ROUNDS: usize = 40;
     let server = logging_server();
     let db = TestDb::on(&server).await;

@@ -202,7 +202,7 @@ fn raw_string(code: &str) -> Option<&str> {
 }
 
 #[test]
-fn string_literals_are_told_from_comments() {
+fn string_literals_are_distinguished_from_comments() {
     let code = r##"
         //! "no"
         /* "no" */ let a = "one"; // "no"
@@ -221,7 +221,7 @@ fn nothing_calls_tokio_spawn() {
 }
 
 #[test]
-fn every_file_says_what_it_is_about() {
+fn every_file_begins_with_its_subject() {
     for file in rust_files("src") {
         let code = fs::read_to_string(&file).unwrap();
         assert!(code.starts_with("//! "), "{}", file.display());

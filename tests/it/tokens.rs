@@ -49,7 +49,7 @@ async fn invoice() -> TestDb {
 }
 
 #[tokio::test]
-async fn a_guarded_write_refuses_who_has_lost_the_lock() {
+async fn a_guarded_write_refuses_a_holder_that_has_lost_the_lock() {
     let db = invoice().await;
     let pool = db.pool(4).await;
     let mut conn = pool.acquire().await.unwrap();
@@ -68,7 +68,7 @@ async fn a_guarded_write_refuses_who_has_lost_the_lock() {
 
 /// The late write has begun, and waits for the row, when the later holder commits.
 #[tokio::test]
-async fn a_guarded_write_refuses_who_comes_late_by_an_instant() {
+async fn a_guarded_write_refuses_a_holder_that_is_late_by_an_instant() {
     for (isolation, refused) in [("READ COMMITTED", Ok(0)), ("REPEATABLE READ", Err("40001"))] {
         let db = invoice().await;
         let pool = db.pool(4).await;

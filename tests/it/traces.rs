@@ -123,7 +123,7 @@ async fn a_span_shows_the_key_as_it_is() {
 
 /// The locks that a semaphore is made of are named after it.
 #[tokio::test]
-async fn a_semaphore_is_told_by_its_name() {
+async fn a_semaphore_is_reported_by_its_name() {
     let (_db, pool) = TestDb::with_pool(1).await;
     let semaphore = Semaphore::new(&pool, "printers", 3).unwrap();
     let told = Logged::from_now_on();
@@ -258,7 +258,7 @@ async fn a_connection_that_is_closed_instead_is_a_warning() {
 
 /// One session holds many locks: the warning has the number of guards that have lost their locks.
 #[tokio::test]
-async fn the_warning_of_a_managers_session_says_how_many_locks_were_held() {
+async fn the_warning_of_a_managers_session_counts_its_locks() {
     let (_db, pool, mut admin) = TestDb::scene(3).await;
     let manager = LockManager::new(&pool);
     let mut guards = Vec::new();

@@ -123,7 +123,7 @@ impl fmt::Display for Failure {
             Self::System(what, _) => f.write_str(what),
             Self::Unanswered(key, _) => write!(
                 f,
-                "cannot tell whether the lock {key} is free; check the server and the network"
+                "cannot determine whether the lock {key} is free; check the server and the network"
             ),
             Self::Usage(what) => f.write_str(what),
         }

@@ -26,19 +26,19 @@ pub(super) struct Entry<S, W> {
     pub(super) handed: u32,
     /// Another session was seen waiting, so no owner is admitted until those that share the lock have released
     /// it, even if that session stops waiting.
-    pub(super) closing: bool,
+    pub(super) draining: bool,
     pub(super) queue: Queue<W>,
     /// `Some` if another session holds the key. Boxed, because usually none does.
     pub(super) stand: Option<Box<Stand>>,
     /// The owners to notify when the key has been released.
-    pub(super) farewells: Vec<W>,
+    pub(super) pending_releases: Vec<W>,
 }
 
 pub(super) struct Waiter<W> {
     pub(super) owner: OwnerId,
     pub(super) mode: Mode,
     pub(super) waits: bool,
-    pub(super) tell: W,
+    pub(super) reply: W,
     /// Measures the wait, once it has begun.
     pub(super) waiting: metrics::Waiting,
 }
@@ -62,10 +62,10 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
             granted: now,
             since: now,
             handed: 0,
-            closing: false,
+            draining: false,
             queue: Queue::default(),
             stand: None,
-            farewells: Vec::new(),
+            pending_releases: Vec::new(),
         }
     }
 
@@ -88,7 +88,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
         {
             self.admit(owner, mode);
             self.part(&mut common.effects, false);
-            common.effects.push_back(Effect::Granted(first.tell, seat));
+            common.effects.push_back(Effect::Granted(first.reply, seat));
         }
         let Some(step) = self.next_step() else {
             self.leave_line(key, &mut common.line);
@@ -164,7 +164,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
             Mode::Shared => {
                 waits
                     || self.holders.has_exclusive()
-                    || self.closing && !self.holders.is_empty()
+                    || self.draining && !self.holders.is_empty()
                     || self.queue.wants_exclusive()
             }
         }
@@ -183,7 +183,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
             Mode::Exclusive => self.holders.is_empty(),
             Mode::Shared => !self.holders.has_exclusive(),
         };
-        free && !self.closing && !self.is_due(bound, now)
+        free && !self.draining && !self.is_due(bound, now)
     }
 
     /// Whether it is another process's turn.
@@ -209,7 +209,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
     /// Refuses the requests that do not wait.
     pub(super) fn dismiss(&mut self, effects: &mut VecDeque<Effect<S, W>>) {
         while let Some(waiter) = self.queue.pop_trying() {
-            effects.push_back(Effect::Refused(waiter.tell));
+            effects.push_back(Effect::Refused(waiter.reply));
         }
     }
 
@@ -228,7 +228,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
             let alone = self.holders.len() == 1;
             return match first.mode {
                 Mode::Exclusive if alone && self.upgrades(first) => Some(Step::Upgrade),
-                Mode::Shared if !self.closing => Some(Step::Look),
+                Mode::Shared if !self.draining => Some(Step::Look),
                 Mode::Exclusive | Mode::Shared => None,
             };
         }
@@ -250,7 +250,7 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
     }
 
     pub(super) fn renew(&mut self, now: Instant) {
-        self.closing = false;
+        self.draining = false;
         self.handed = 0;
         self.since = now;
     }
@@ -263,8 +263,8 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
 
     /// Notifies the owners that wait for their release: the server has answered, or the key was handed off.
     pub(super) fn part(&mut self, effects: &mut VecDeque<Effect<S, W>>, answered: bool) {
-        let told = |tell| Effect::Released(tell, answered);
-        effects.extend(std::mem::take(&mut self.farewells).into_iter().map(told));
+        let released = |reply| Effect::Released(reply, answered);
+        effects.extend(std::mem::take(&mut self.pending_releases).into_iter().map(released));
     }
 
     pub(super) fn is_unused(&self) -> bool {
@@ -272,6 +272,6 @@ impl<S: Clone + PartialEq, W> Entry<S, W> {
             && self.queue.is_empty()
             && self.turn.is_none()
             && self.seat.is_none()
-            && self.farewells.is_empty()
+            && self.pending_releases.is_empty()
     }
 }

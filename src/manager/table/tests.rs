@@ -22,7 +22,7 @@ proptest! {
     })]
 
     #[test]
-    fn holds_what_it_grants_and_leaves_nobody_waiting(acts in prop::collection::vec(act(), 0..80)) {
+    fn holds_what_it_grants_and_leaves_no_waiter(acts in prop::collection::vec(act(), 0..80)) {
         let mut world = World::new();
         for act in acts {
             world.act(act);
@@ -40,7 +40,7 @@ fn others_get_their_turn() {
     }
     let mut steps = Vec::new();
     for _ in 0..20 {
-        steps.extend(world.under_way.iter().map(|(_, taken, _)| taken.step));
+        steps.extend(world.in_flight.iter().map(|(_, taken, _)| taken.step));
         world.act(Act::Answer);
         world.act(Act::Leave { which: 0 });
     }
@@ -74,7 +74,7 @@ fn shared_by(owners: usize) -> World {
 
 /// An owner that shares a lock and tries to upgrade it gets it only if no other owner shares it.
 #[test]
-fn an_upgrade_is_tried_by_who_is_alone() {
+fn an_upgrade_is_tried_by_the_only_holder() {
     for sharers in [1, 2] {
         let mut world = shared_by(sharers);
         let wanted = (Mode::Exclusive, false);
@@ -90,7 +90,7 @@ fn an_upgrade_is_tried_by_who_is_alone() {
 
 /// A request that does not wait is refused at once if asking the server is of no use, and only then.
 #[test]
-fn who_only_tries_hears_at_once_of_who_is_before_him() {
+fn a_try_behind_a_waiter_returns_at_once() {
     use Mode::{Exclusive, Shared};
     const BUSY: Option<Want<Session>> = Some(Want::Busy);
     const GRANTED: Option<Want<Session>> = Some(Want::Granted(SHARED_SESSION));
@@ -114,7 +114,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
         world
     };
     // Another process was seen waiting for a lock that is shared.
-    let closing = || {
+    let draining = || {
         let mut world = shared_by(3);
         world.act(Act::Others { key: 1, mode: Some(Shared) });
         world.act(Act::Want { owner: 3, key: 1, mode: Shared, waits: true });
@@ -123,7 +123,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
         world
     };
     let closed = || {
-        let mut world = closing();
+        let mut world = draining();
         for _ in 0..3 {
             world.act(Act::Leave { which: 0 });
         }
@@ -137,7 +137,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
         ("an exclusive holder", held(Exclusive), BUSY, BUSY),
         ("a waiter on the server for a shared lock", awaited(Shared), BUSY, BUSY),
         ("a waiter on the server for an exclusive lock", awaited(Exclusive), BUSY, BUSY),
-        ("shared holders while others wait", closing(), BUSY, BUSY),
+        ("shared holders while others wait", draining(), BUSY, BUSY),
         ("the release of the last of those", closed(), ASKED, ASKED),
     ];
     for (who, world, exclusive, shared) in cases {
@@ -159,7 +159,7 @@ fn who_only_tries_hears_at_once_of_who_is_before_him() {
 
 /// The last owner to release the lock is notified when the server has answered; the others need not wait.
 #[test]
-fn the_last_to_leave_is_told() {
+fn the_last_release_reports_the_loss() {
     let mut world = shared_by(2);
     let mut leave = |owner| {
         let guard = (owner, Mode::Shared);
@@ -167,7 +167,7 @@ fn the_last_to_leave_is_told() {
         (left, effects(&mut world))
     };
     assert_eq!(leave(0), (Left::Done, vec![]));
-    assert_eq!(leave(1), (Left::Told, vec![Effect::Start(KEY, Step::Unlock)]));
+    assert_eq!(leave(1), (Left::Unlocking, vec![Effect::Start(KEY, Step::Unlock)]));
     let Taken { id, step, .. } = take(&mut world);
     assert_eq!(step, Step::Unlock);
     assert!(world.table.taken(KEY, id, (&SHARED_SESSION, true), world.now));
@@ -193,7 +193,7 @@ fn answers_to_other_steps_do_not_count() {
 
 /// After a step with an unknown result, the table goes on from what the server has granted.
 #[test]
-fn what_the_server_has_granted_is_believed() {
+fn a_grant_of_the_server_counts() {
     for granted in [true, false] {
         let mut world = World::new();
         world.act(Act::Hurry(false));
@@ -216,7 +216,7 @@ fn what_the_server_has_granted_is_believed() {
 
 /// An owner that awaits a downgrade is notified of it, although the statement that contained it has failed.
 #[test]
-fn a_downgrade_that_was_taken_is_told_after_a_failure() {
+fn a_downgrade_that_took_effect_is_reported_after_a_failure() {
     let mut world = World::new();
     for mode in [Mode::Exclusive, Mode::Shared] {
         world.act(Act::Want { owner: 0, key: 1, mode, waits: true });
@@ -224,7 +224,7 @@ fn a_downgrade_that_was_taken_is_told_after_a_failure() {
     }
     let guard = (0, Mode::Exclusive);
     let left = world.table.leave(KEY, guard, &SHARED_SESSION, Some(|| 7), world.now);
-    assert_eq!(left, Left::Told);
+    assert_eq!(left, Left::Unlocking);
     let Taken { id, step, .. } = take(&mut world);
     assert_eq!(step, Step::Downgrade);
     effects(&mut world);
@@ -237,7 +237,7 @@ fn a_downgrade_that_was_taken_is_told_after_a_failure() {
 /// An upgrade overtakes an owner that holds nothing. A second upgrade is a deadlock, because each would wait for the
 /// other forever.
 #[test]
-fn an_upgrade_goes_before_who_holds_nothing() {
+fn an_upgrade_goes_ahead_of_waiters_that_hold_nothing() {
     let mut world = World::new();
     for owner in 0..2 {
         world.act(Act::Want { owner, key: 1, mode: Mode::Shared, waits: true });
@@ -267,24 +267,24 @@ fn a_step_follows_what_is_needed() {
 /// While another owner shares a lock, the server is not asked on behalf of an exclusive waiter, nor on behalf of a
 /// shared waiter once another process was seen waiting.
 #[test]
-fn nothing_is_asked_that_must_be_waited_for() {
+fn no_query_waits() {
     let mut world = shared_by(1);
     world.act(Act::Want { owner: 1, key: 1, mode: Mode::Exclusive, waits: true });
-    assert_eq!(world.under_way, []);
+    assert_eq!(world.in_flight, []);
 
     let mut world = shared_by(3);
     world.act(Act::Others { key: 1, mode: Some(Mode::Shared) });
     world.act(Act::Want { owner: 3, key: 1, mode: Mode::Shared, waits: true });
-    let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+    let steps: Vec<Step> = world.in_flight.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Look]);
     world.act(Act::Answer);
-    assert_eq!(world.under_way, []);
+    assert_eq!(world.in_flight, []);
     assert_eq!(world.waiting.len(), 1);
 }
 
 /// Of the requests for a busy lock, only those that wait stay queued.
 #[test]
-fn who_only_tries_is_refused_when_the_server_says_so() {
+fn a_try_is_refused_when_the_server_refuses_it() {
     let mut world = World::new();
     world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
     world.act(Act::Want { owner: 0, key: 1, mode: Mode::Shared, waits: false });
@@ -292,13 +292,13 @@ fn who_only_tries_is_refused_when_the_server_says_so() {
     world.act(Act::Answer);
     let waiting: Vec<usize> = world.waiting.values().map(|(wish, _)| wish.owner).collect();
     assert_eq!(waiting, [1]);
-    let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+    let steps: Vec<Step> = world.in_flight.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Wait(Mode::Shared)]);
 }
 
 /// The lock of a wait session is released, and not renewed, when it is another process's turn.
 #[test]
-fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
+fn a_key_on_a_session_of_its_own_is_released_and_requested_anew() {
     let mut world = World::new();
     world.act(Act::Others { key: 1, mode: Some(Mode::Exclusive) });
     world.act(Act::Want { owner: 0, key: 1, mode: Mode::Exclusive, waits: true });
@@ -310,7 +310,7 @@ fn a_key_on_a_session_of_its_own_is_given_up_and_asked_for_anew() {
     // After this, it is another process's turn.
     world.act(Act::Later);
     world.act(Act::Leave { which: 0 });
-    let steps: Vec<Step> = world.under_way.iter().map(|(_, taken, _)| taken.step).collect();
+    let steps: Vec<Step> = world.in_flight.iter().map(|(_, taken, _)| taken.step).collect();
     assert_eq!(steps, [Step::Unlock]);
     world.finish();
 }

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{new_lock, new_lock_with};
 use crate::errors::{
-    KEY, MOMENT, becomes, is_deadlock, is_exhausted, is_told_well, lazy, nothing_is_left,
+    KEY, MOMENT, becomes, has_a_clear_message, is_deadlock, is_exhausted, lazy, nothing_is_left,
     one_connection, works,
 };
 use crate::support::{TIMEOUT, all_are_idle, borrow_all, execute};
@@ -30,7 +30,7 @@ mod connecting {
                 Some(limit) => lock.try_acquire_shared_for(limit).await.unwrap_err(),
             };
             assert!(matches!(error, Error::Connect { .. }), "{error:?}");
-            is_told_well(&error, "check its address, that it runs, and the login");
+            has_a_clear_message(&error, "check its address, that it runs, and the login");
             assert_eq!(error.is_transient(), transient, "{error:?}");
             assert_eq!(pool.num_idle(), 0);
             failure = Some(error);
@@ -149,7 +149,7 @@ mod the_pool {
             lock.try_acquire_for(MOMENT).await.unwrap_err(),
         ] {
             assert!(matches!(error, Error::PoolClosed { .. }), "{error:?}");
-            is_told_well(&error, "the pool is closed; acquire before it is closed");
+            has_a_clear_message(&error, "the pool is closed; acquire before it is closed");
             assert!(!error.is_transient());
         }
         becomes(&mut db.admin().await, 0, 0).await;
@@ -194,7 +194,7 @@ mod waiting {
         let mut scene = Scene::new().await;
         let error = scene.struck_by("pg_terminate_backend").await;
         assert!(matches!(error, Error::Disconnected { .. }), "{error:?}");
-        is_told_well(&error, "acquire again");
+        has_a_clear_message(&error, "acquire again");
         assert!(error.is_transient());
 
         works(&mut scene.lock).await;
@@ -206,7 +206,7 @@ mod waiting {
         let mut scene = Scene::new().await;
         let error = scene.struck_by("pg_cancel_backend").await;
         assert!(matches!(error, Error::Cancelled { .. }), "{error:?}");
-        is_told_well(&error, "acquire again if the lock is still wanted");
+        has_a_clear_message(&error, "acquire again if the lock is still wanted");
         assert!(error.is_transient());
 
         works(&mut scene.lock).await;
@@ -232,7 +232,7 @@ mod waiting {
         assert!(error.is_transient());
         let lost = guard.release().await.unwrap_err();
         assert!(matches!(lost, Error::Lost { reason: Loss::Disconnected(_), .. }), "{lost:?}");
-        is_told_well(&lost, "stop what it protects, then acquire again");
+        has_a_clear_message(&lost, "stop what it protects, then acquire again");
 
         server.restart();
         works(&mut lock).await;
@@ -307,7 +307,7 @@ async fn a_full_lock_table_is_out_of_locks() {
         lock.try_acquire_for(TIMEOUT).await.unwrap_err(),
     ] {
         assert!(matches!(error, Error::OutOfLocks { .. }), "{error:?}");
-        is_told_well(&error, "raise max_locks_per_transaction or max_connections");
+        has_a_clear_message(&error, "raise max_locks_per_transaction or max_connections");
         assert!(error.is_transient());
     }
     // The filler makes room for a query, which shows that no other session holds a lock.

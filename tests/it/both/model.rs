@@ -320,7 +320,7 @@ impl Run {
             Step::Release { guard } => {
                 if let Some(Hold { handle, guard, .. }) = self.take_hold(guard) {
                     let released = guard.release().await;
-                    self.is_told_right(handle, released);
+                    self.is_reported_correctly(handle, released);
                 }
             }
         }
@@ -368,7 +368,7 @@ impl Run {
     }
 
     /// A guard reports that its owner was closed, and no other loss.
-    fn is_told_right<T: std::fmt::Debug>(
+    fn is_reported_correctly<T: std::fmt::Debug>(
         &self,
         handle: HandleId,
         answer: pglock::Result<T>,
@@ -391,7 +391,7 @@ impl Run {
         };
         let pid = exclusive.backend_pid();
         let answer = exclusive.downgrade().await;
-        if let Some(shared) = self.is_told_right(handle, answer) {
+        if let Some(shared) = self.is_reported_correctly(handle, answer) {
             assert_eq!(shared.backend_pid(), pid);
             let locks = locks.iter().map(|&(key, _)| (key, Mode::Shared)).collect();
             self.hold(Hold { owner, handle, locks, guard: Guard::Shared(shared) });
@@ -407,7 +407,7 @@ impl Run {
         let wanted: Vec<_> = locks.iter().map(|&(key, _)| (key, Mode::Exclusive)).collect();
         let granted = self.model.grants(owner, &wanted);
         let answer = shared.try_upgrade().await;
-        match self.is_told_right(handle, answer) {
+        match self.is_reported_correctly(handle, answer) {
             Some(Upgrade::Upgraded(exclusive)) => {
                 assert!(granted, "owner {owner} wants more of {locks:?}");
                 assert_eq!(exclusive.backend_pid(), pid);

@@ -59,7 +59,7 @@ async fn refused(guard: SharedGuard) -> SharedGuard {
 /// The server grants a lock that is free for an instant to the first waiter, so the writer would have it if there was
 /// such an instant.
 #[tokio::test]
-async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
+async fn a_downgrade_admits_readers_and_no_writer() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let [pool, second, third] = [db.pool(2).await, db.pool(2).await, db.pool(2).await];
@@ -89,7 +89,7 @@ async fn a_downgrade_lets_in_who_reads_and_nobody_who_writes() {
 }
 
 #[tokio::test]
-async fn a_downgrade_goes_ahead_of_a_writer_who_waits() {
+async fn a_downgrade_goes_ahead_of_a_waiting_writer() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let [pool, second] = [db.pool(2).await, db.pool(2).await];
@@ -158,7 +158,7 @@ async fn a_downgrade_of_a_lost_lock_is_lost() {
 }
 
 #[tokio::test]
-async fn an_upgrade_of_who_reads_alone_succeeds_on_the_same_session() {
+async fn an_upgrade_of_the_only_reader_succeeds_on_the_same_session() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let [pool, elsewhere] = [db.pool(2).await, db.pool(2).await];
@@ -241,7 +241,7 @@ async fn an_upgrade_is_refused_or_goes_ahead_while_another_waits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_who_read_and_both_want_to_write_do_not_hang() {
+async fn two_readers_that_both_want_to_write_do_not_hang() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     // With this setting, the server does not end a deadlock first.

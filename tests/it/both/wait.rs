@@ -117,7 +117,7 @@ async fn waiters_within_a_slice_are_served_in_order() {
 }
 
 #[tokio::test]
-async fn a_bounded_wait_gives_up_on_time() {
+async fn a_bounded_wait_ends_on_time() {
     let db = TestDb::new().await;
     let mut admin = db.admin().await;
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
@@ -232,7 +232,7 @@ async fn a_grant_that_races_with_the_timeout_is_never_lost() {
 }
 
 #[tokio::test]
-async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
+async fn a_bounded_wait_on_a_silent_server_ends_soon_after_its_time() {
     // The server must be silent before the time is over, on a busy machine too.
     const TIME: Duration = Duration::from_secs(2);
     let (server, db) = TestDb::with_server().await;
@@ -254,7 +254,7 @@ async fn a_bounded_wait_on_a_silent_server_gives_up_soon_after_its_time() {
 }
 
 #[tokio::test]
-async fn a_wait_without_bound_on_a_silent_server_ends_with_an_error() {
+async fn an_unbounded_wait_on_a_silent_server_ends_with_an_error() {
     let (server, db) = TestDb::with_server().await;
     let (other, pool) = (db.pool(1).await, db.pool(2).await);
     let held = new_lock(&other, 1).acquire().await.unwrap();

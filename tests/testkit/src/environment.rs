@@ -209,7 +209,7 @@ pub const ENVIRONMENTS: &[Environment] = &[
             ("own_session::both::cancel::releasing", EVERY_POLL),
             ("managed::both::cancel::releasing", EVERY_POLL),
             ("wait::a_grant_that_races_with_the_timeout", LESS_THAN_A_ROUND_TRIP),
-            ("wait::a_bounded_wait_gives_up_on_time", LESS_THAN_A_ROUND_TRIP),
+            ("wait::a_bounded_wait_ends_on_time", LESS_THAN_A_ROUND_TRIP),
         ],
         ..ROLE
     },

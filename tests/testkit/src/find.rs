@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_asked_for_is_not_replaced_by_something_else() {
+    fn a_requested_lock_is_not_replaced_by_another() {
         let mut machine = Machine::empty("asked");
         machine.server("path", "15.18");
         machine.search.bin = Some(machine.dir("nothing").into_os_string());

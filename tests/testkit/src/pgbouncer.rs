@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_does_not_start_says_why() {
+    fn a_process_that_does_not_start_reports_why() {
         let Some(program) = PgBouncer::find() else { return };
         let settings = [("pool_mode", "no such mode")];
         let reason = PgBouncer::launch(program, Path::new("/"), 1, &settings).unwrap_err();

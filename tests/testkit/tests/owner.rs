@@ -145,7 +145,7 @@ fn killed_it_leaves_nothing(situation: &str) {
 }
 
 #[test]
-fn an_owner_that_is_asked_to_end_leaves_nothing() {
+fn an_owner_that_is_closed_leaves_nothing() {
     for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
         let mut owner = Owner::start(env::temp_dir(), "running");
         owner.ready();

@@ -113,7 +113,7 @@ async fn a_server_without_tcp_does_not_listen() {
 }
 
 #[tokio::test]
-async fn a_setting_asked_for_beats_the_usual_one() {
+async fn a_given_setting_overrides_the_default() {
     let server = Server::options().setting("max_connections", "20").start();
     let mut conn = server.connect_options().connect().await.unwrap();
     let max: String =
@@ -123,7 +123,7 @@ async fn a_setting_asked_for_beats_the_usual_one() {
 
 #[test]
 #[should_panic(expected = "unrecognized configuration parameter \"no_such_thing\"")]
-fn a_server_that_does_not_start_says_why() {
+fn a_server_that_does_not_start_reports_why() {
     drop(Server::options().setting("no_such_thing", "1").start());
 }
 

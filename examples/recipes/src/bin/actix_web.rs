@@ -37,6 +37,7 @@ static RUNNING: AtomicU32 = AtomicU32::new(0);
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     // A database for the recipe. Your pool comes from `PgPool::connect(&url).await?`.
+    // A database for the recipe. Yours has a pool from `PgPool::connect(&url).await?`.
     let db = TestDb::new().await;
     let pool = db.pool(4).await;
 

@@ -98,7 +98,7 @@ pub(super) struct World {
     server: HashMap<(KeyId, Session), Modes>,
     others: HashMap<KeyId, Mode>,
     to_do: VecDeque<(KeyId, bool)>,
-    pub(super) under_way: VecDeque<(KeyId, Taken, Session)>,
+    pub(super) in_flight: VecDeque<(KeyId, Taken, Session)>,
     /// A key that was found busy just now.
     busy: Option<KeyId>,
     hurry: bool,
@@ -121,7 +121,7 @@ impl World {
             server: HashMap::new(),
             others: HashMap::new(),
             to_do: VecDeque::new(),
-            under_way: VecDeque::new(),
+            in_flight: VecDeque::new(),
             busy: None,
             hurry: true,
             ids: HashSet::new(),
@@ -184,15 +184,15 @@ impl World {
                 self.session += 1;
                 self.server.retain(|(_, session), _| *session != seat);
                 self.guards.retain(|guard| guard.seat != seat);
-                let under_way = std::mem::take(&mut self.under_way);
+                let in_flight = std::mem::take(&mut self.in_flight);
                 self.table.lost(&seat, self.now);
-                for (key, taken, session) in under_way {
+                for (key, taken, session) in in_flight {
                     if session.is_shared() && matches!(taken.step, Step::Lock(_)) {
                         for wish in self.table.failed(key, taken.id) {
                             assert!(self.waiting.remove(&wish).is_some());
                         }
                     } else if !session.is_shared() {
-                        self.under_way.push_back((key, taken, session));
+                        self.in_flight.push_back((key, taken, session));
                     }
                 }
             }
@@ -200,8 +200,8 @@ impl World {
             Act::SliceOver => {
                 let is_wait =
                     |(_, taken, _): &(KeyId, Taken, Session)| matches!(taken.step, Step::Wait(_));
-                if let Some(oldest) = self.under_way.iter().position(is_wait)
-                    && let Some((key, taken, _)) = self.under_way.remove(oldest)
+                if let Some(oldest) = self.in_flight.iter().position(is_wait)
+                    && let Some((key, taken, _)) = self.in_flight.remove(oldest)
                 {
                     self.table.not_granted(key, taken.id, self.now);
                 }
@@ -235,8 +235,8 @@ impl World {
 
     /// Simulates the server's answer to the oldest step that need not wait.
     fn answer(&mut self) {
-        for _ in 0..self.under_way.len() {
-            let Some((key, taken, session)) = self.under_way.pop_front() else { return };
+        for _ in 0..self.in_flight.len() {
+            let Some((key, taken, session)) = self.in_flight.pop_front() else { return };
             let Modes { exclusive, shared } =
                 self.server.get(&(key, session)).copied().unwrap_or_default();
             assert_eq!(taken.server, Modes { exclusive, shared }, "{key:?} {taken:?}");
@@ -255,7 +255,7 @@ impl World {
                 }
                 Step::Wait(mode) => {
                     if !lock(self, mode, &mut held) {
-                        self.under_way.push_back((key, taken, session));
+                        self.in_flight.push_back((key, taken, session));
                         continue;
                     }
                     true
@@ -304,7 +304,7 @@ impl World {
                 Effect::Start(key, _) => self.to_do.push_back((key, true)),
                 Effect::StartApart(key) => self.to_do.push_back((key, false)),
                 Effect::Abandon(key) => {
-                    self.under_way.retain(|(other, taken, _)| {
+                    self.in_flight.retain(|(other, taken, _)| {
                         *other != key || !matches!(taken.step, Step::Wait(_))
                     });
                 }
@@ -329,24 +329,24 @@ impl World {
                 (false, Some((_, own))) => *own,
                 (false, None) => Session(1000 + u32::try_from(taken.id).expect("few steps")),
             };
-            self.under_way.push_back((key, taken, session));
+            self.in_flight.push_back((key, taken, session));
         }
         while let Some((key, taken, _)) = self.table.take_wait(self.now) {
             assert!(self.ids.insert(taken.id), "there was a step {taken:?} before");
             assert!(matches!(taken.step, Step::Wait(_)), "{taken:?} in the line");
             let own = Session(1000 + u32::try_from(taken.id).expect("few steps"));
-            self.under_way.push_back((key, taken, own));
+            self.in_flight.push_back((key, taken, own));
         }
     }
 
     /// Checks the invariants.
     fn check(&self) {
-        for (key, taken, _) in &self.under_way {
+        for (key, taken, _) in &self.in_flight {
             let wanted = self.waiting.values().any(|(wish, _)| wish.key == *key);
             assert!(wanted || !matches!(taken.step, Step::Wait(_)), "no waiter wants {key:?}");
         }
         // With nothing in flight, a waiter that could share a lock shares it, unless others have waited for it.
-        let rests = self.under_way.is_empty()
+        let rests = self.in_flight.is_empty()
             && self.to_do.is_empty()
             && self.table.common.line.turns.is_empty();
         for (wish, _) in self.waiting.values().filter(|_| rests) {
@@ -355,7 +355,7 @@ impl World {
             assert!(
                 wish.mode == Mode::Exclusive
                     || self.guards.iter().chain(waiting).any(excludes)
-                    || self.table.keys.get(&wish.key).is_some_and(|entry| entry.closing),
+                    || self.table.keys.get(&wish.key).is_some_and(|entry| entry.draining),
                 "{wish:?} is left waiting"
             );
         }
@@ -392,7 +392,7 @@ impl World {
             };
             // A key that was refused before is being retried.
             let was_asked = self.table.keys.get(&key).is_some_and(|entry| entry.stand.is_some());
-            let is_unasked = !is_held && !was_asked && self.under_way.iter().any(is_asked);
+            let is_unasked = !is_held && !was_asked && self.in_flight.iter().any(is_asked);
             assert_eq!(self.table.is_unasked(key), is_unasked, "{key:?}");
         }
     }
@@ -423,7 +423,7 @@ impl World {
             // An owner that shares a lock and wants it exclusively waits for the others, so all release it.
             if !self.guards.is_empty() {
                 self.act(Act::Leave { which: 0 });
-            } else if !self.under_way.is_empty() {
+            } else if !self.in_flight.is_empty() {
                 self.act(Act::Answer);
             } else {
                 break;

@@ -121,7 +121,7 @@ async fn two_services_without_a_manager_and_a_plain_lock_get_their_shares() {
 async fn get_their_shares(service: &str) {
     let seconds = env::var("PGLOCK_FAIRNESS_SECONDS").map_or(3, |text| text.parse().unwrap());
     let db = TestDb::new().await;
-    let start = |role: &str| Role::start(&format!("fairness::{role}"), &[(URL, &db.url())]);
+    let start = |role: &str| Role::start(&format!("turns::{role}"), &[(URL, &db.url())]);
     let mut roles = [start(service), start(service), start("loner")];
     for role in &mut roles {
         assert_eq!(role.answer().await, "ready");
