@@ -280,7 +280,7 @@ async fn ask(
             sql::release::unlock_all(other, &lock).await?;
         }
     }
-    sqlx::raw_sql("ROLLBACK").execute(other).await?;
+    sql::proof::rollback(other).await?;
     if locked && !same {
         let Unlocked { backend_pid, all } = match unlocked {
             Some(answer) => answer,

@@ -81,13 +81,13 @@ pub(super) async fn retrieve(
     let mut found = false;
     while !found && pinned.len() < MAX_CONNECTIONS {
         let mut conn = PgConnection::connect_with(options).await?;
-        sqlx::raw_sql("BEGIN").execute(&mut conn).await?;
+        sql::proof::begin(&mut conn).await?;
         found = sql::release::unlock_on(&mut conn, backend_pid, locks).await?;
         pinned.push(conn);
     }
     for mut conn in pinned {
         // A pooler closes the server connection of a client that disconnects inside a transaction.
-        sqlx::raw_sql("ROLLBACK").execute(&mut conn).await?;
+        sql::proof::rollback(&mut conn).await?;
         conn.close().await?;
     }
     Ok(found)

@@ -17,3 +17,12 @@ pub(crate) async fn lock(
     let row = sqlx::raw_sql(AssertSqlSafe(statement)).fetch_one(conn).await?;
     Ok((row.try_get(0)?, row.try_get(1)?))
 }
+
+/// Begins a transaction, inside which a pooler can't assign the server connection to another client.
+pub(crate) async fn begin(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql("BEGIN").execute(conn).await.map(drop)
+}
+
+pub(crate) async fn rollback(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql("ROLLBACK").execute(conn).await.map(drop)
+}

@@ -10,11 +10,13 @@ use pglock::{Error, Lock, LockManager, LockOptions, Loss};
 use pglock_testkit::{Proxy, Server, TestDb, replace_function};
 use sqlx::postgres::PgPoolOptions;
 use tokio::runtime::Builder;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
-    SOON, WATCHED, borrow_all, fast_heartbeat, lenient_heartbeat, locks_are, no_locks, pool_of,
-    quick_heartbeat, quickly_watched, says_lost, slow_heartbeat, soon, terminate, waits_in_vain,
+    SOON, WATCHED, borrow_all, execute, fast_heartbeat, lenient_heartbeat, locks_are, no_locks,
+    pool_of, quick_heartbeat, quickly_watched, says_lost, slow_heartbeat, soon, terminate,
+    waits_in_vain,
 };
 
 /// An answer that comes after the loss must not return the connection to the pool.
@@ -325,6 +327,57 @@ async fn a_pooled_connection_has_its_settings_back_after_a_wait_a_hold_and_a_bor
         let after: String = sqlx::query_scalar(SHOW).fetch_one(&pool).await.unwrap();
         assert_eq!(after, before, "after a {way}");
     }
+}
+
+/// One question on one connection is the heartbeat of all borrowed sessions.
+#[tokio::test]
+async fn many_borrowed_connections_on_a_slow_link_are_not_lost() {
+    const SESSIONS: u32 = 120;
+    let server = Server::options().tcp().setting("max_connections", "200").start();
+    let db = TestDb::on(&server).await;
+    let proxy = Proxy::to(server.port()).await;
+    proxy.delay(Duration::from_millis(50));
+    let options = server.tcp_options().database(db.name()).port(proxy.address().port());
+    let pool = PgPoolOptions::new().max_connections(SESSIONS).connect_lazy_with(options);
+    let pool = LockOptions::new().reserve_connections(0).on(&pool).unwrap();
+    let mut acquires = JoinSet::new();
+    for key in 0..SESSIONS {
+        let mut lock = Lock::new(&pool, i64::from(key));
+        acquires.spawn(async move { lock.acquire().await.unwrap() });
+    }
+    let guards = acquires.join_all().await;
+    let mut borrowed = Vec::new();
+    // One after the other, so the first connections are borrowed for as long as several heartbeats.
+    for guard in &guards {
+        borrowed.push(guard.connection().await.unwrap());
+    }
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(guards.iter().filter(|guard| guard.is_lost()).count(), 0);
+    drop(borrowed);
+    for guard in guards {
+        guard.release().await.unwrap();
+    }
+}
+
+/// Neither the proof, nor the monitor, nor the cancel of a wait can log in.
+#[tokio::test]
+async fn a_role_with_one_connection_holds_waits_and_stops_waiting() {
+    let server = Server::start();
+    let db = TestDb::on(&server).await;
+    execute(&mut db.admin().await, "CREATE ROLE lone LOGIN CONNECTION LIMIT 1").await;
+    let pool = pool_of(db.options().username("lone"), 1).await;
+    let mut lock = Lock::new(&pool, 1);
+    timeout(SOON * 4, lock.acquire()).await.unwrap().unwrap().release().await.unwrap();
+
+    let held = Lock::new(&db.pool(1).await, 1).acquire().await.unwrap();
+    waits_in_vain(SOON / 2, async |time| lock.try_acquire_for(time).await).await;
+    assert!(timeout(SOON / 2, lock.acquire()).await.is_err());
+    held.release().await.unwrap();
+
+    let guard = timeout(SOON * 20, lock.acquire()).await.unwrap().unwrap();
+    assert!(timeout(SOON * 5, guard.lost()).await.is_err());
+    guard.release().await.unwrap();
+    borrow_all(&pool).await;
 }
 
 /// An error is an answer too.

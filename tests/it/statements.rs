@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use pglock::{Election, Key, Lock, LockOptions, Mode, MultiLock, Semaphore};
 use pglock_testkit::{Server, TestDb, eventually};
+use tokio::time::sleep;
 
 use crate::support::{prove_exclusion, slow_heartbeat, upgraded};
 
@@ -281,4 +282,27 @@ async fn a_borrow_costs_three_statements() {
     let log = server.log_since(mark);
     let count = |kind| log.matches(kind).count();
     assert_eq!((count("statement:"), count("execute sqlx")), (2, 1), "{log}");
+}
+
+#[tokio::test]
+async fn a_session_younger_than_two_seconds_costs_nothing_extra() {
+    let server = logging_server();
+    let db = TestDb::on(&server).await;
+    prove_exclusion(&db).await;
+    let pool = LockOptions::new().reserve_connections(0).on(&db.pool(5).await).unwrap();
+    let mut guards = Vec::new();
+    for key in 0..5 {
+        guards.push(Lock::new(&pool, key).acquire().await.unwrap());
+    }
+    let mut admin = db.admin().await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()";
+    let before: i64 = sqlx::query_scalar(sessions).fetch_one(&mut admin).await.unwrap();
+    let mark = server.log_len();
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(statements(&server, mark), Vec::<String>::new());
+    let after: i64 = sqlx::query_scalar(sessions).fetch_one(&mut admin).await.unwrap();
+    assert_eq!(after, before);
+    for guard in guards {
+        guard.release().await.unwrap();
+    }
 }

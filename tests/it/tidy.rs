@@ -156,6 +156,11 @@ fn only_sql_rs_spells_sql() {
         for literal in string_literals(&code) {
             assert!(!literal.contains("pg_"), "{}: {literal:?}", file.display());
         }
+        let sends = |line: &&str| {
+            !line.contains("//")
+                && ["sqlx::query", "raw_sql"].iter().any(|call| line.contains(call))
+        };
+        assert_eq!(code.lines().find(sends), None, "{}", file.display());
     }
 }
 

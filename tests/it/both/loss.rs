@@ -344,8 +344,7 @@ async fn an_error_that_refuses_nothing_is_no_reason_to_do_without_settings() {
            RETURN original.set_config($1, $2, $3); \
          END";
     replace_function(&mut admin, "set_config(text, text, boolean)", fail_once).await;
-    let options = LockOptions::new().require_settings();
-    let mut lock = new_lock_with(&options, &db.pool(1).await, 1);
+    let mut lock = new_lock(&db.pool(1).await, 1);
     let error = lock.acquire().await.unwrap_err();
     assert!(error.to_string().contains("lock 1"), "{error}");
     assert!(!matches!(error, Error::SettingsRejected { .. }), "{error:?}");
