@@ -25,6 +25,9 @@ use sqlx::postgres::{PgAdvisoryLock, PgAdvisoryLockKey};
 /// | `&str`, `String` | its hash, a `bigint` | sqlx: `PgAdvisoryLock::new("name")` |
 /// | [`interop`](crate::interop) | a hash of other libraries | what Go, SQL, Ruby, Python and PHP lock |
 ///
+/// `Key::from("42")` is the *name* 42, and `"42".parse::<Key>()` the *number* 42, as for serde and the program. These
+/// are different locks, so make a key in the same way everywhere.
+///
 /// # Examples
 ///
 /// ```
