@@ -52,8 +52,8 @@ struct Hold {
 /// The previous holds of a key.
 #[derive(Debug, Default)]
 struct History {
-    /// The greatest token of each owner's holds that have ended.
-    tokens: BTreeMap<Owner, i64>,
+    /// The greatest token of each owner's holds that have ended, by mode.
+    tokens: BTreeMap<(Owner, Mode), i64>,
     /// The last owner that was granted the lock exclusively, and when.
     exclusive: Option<(Owner, u64)>,
 }
@@ -117,7 +117,10 @@ impl Table {
         for (key, mode) in &locks {
             let history = state.history(*key);
             // The guards of a handle share a token, and those of another handle of this owner may have a greater one.
-            let others = history.tokens.iter().filter(|(other, _)| **other != owner);
+            // Shared holds of others may have begun and ended while this owner held the lock shared, too.
+            let others = history.tokens.iter().filter(|((other, of), _)| {
+                *other != owner && [*of, *mode].contains(&Mode::Exclusive)
+            });
             floor = others.map(|(_, token)| *token).fold(floor, i64::max);
             if stands && *mode == Mode::Exclusive {
                 history.exclusive = Some((owner, id));
@@ -166,9 +169,9 @@ impl Table {
         let mut state = locked(&self.state);
         if let Some(hold) = state.holds.remove(&id) {
             state.note(format!("hold {id} of {:?} ends: {:?}", hold.owner, hold.locks));
-            for (key, _) in hold.locks {
+            for (key, mode) in hold.locks {
                 let history = state.history(key);
-                let greatest = history.tokens.entry(hold.owner).or_default();
+                let greatest = history.tokens.entry((hold.owner, mode)).or_default();
                 *greatest = token.max(*greatest);
             }
         }
