@@ -329,10 +329,10 @@ impl Guard {
     /// ```
     ///
     /// The column must be `NOT NULL`, for example `token bigint NOT NULL DEFAULT 0`. If no row was changed, a later
-    /// holder has written, or there is no such row: stop, and don't retry. This `UPDATE` is safe at every isolation level; above
-    /// `READ COMMITTED`, it may also fail with 40001. A statement that only reads the token, and writes elsewhere, is
-    /// not safe: under `REPEATABLE READ` and above it sees the row as it was when the transaction began, and admits a
-    /// late holder. See [fencing](crate::guide::guarantees#fencing).
+    /// holder has written, or there is no such row: stop, and don't retry. This `UPDATE` is safe at every isolation
+    /// level; above `READ COMMITTED`, it may also fail with 40001. A statement that only reads the token, and writes
+    /// elsewhere, is not safe: under `REPEATABLE READ` and above it sees the row as it was when the transaction began,
+    /// and admits a late holder. See [fencing](crate::guide::guarantees#fencing).
     ///
     /// # Cancel safety
     ///

@@ -74,19 +74,14 @@ fn put_back_one(name: &str) -> String {
     )
 }
 
-/// Returns columns that restore all settings that were changed. They also remove the mark if a role's limit on idle
-/// sessions applies again.
-fn put_back_all() -> String {
-    format!(
-        "CASE WHEN pg_catalog.current_setting('pglock.{IDLE_TIMEOUT}', true) OPERATOR(pg_catalog.<>) '' \
+/// Restores all settings that were changed. Also removes the mark if a role's limit on idle sessions applies again.
+pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let statement = format!(
+        "SELECT CASE WHEN pg_catalog.current_setting('pglock.{IDLE_TIMEOUT}', true) OPERATOR(pg_catalog.<>) '' \
          THEN pg_catalog.set_config('pglock.keepalives', '', false) END, {}",
         CHANGED.map(put_back_one).join(", ")
-    )
-}
-
-/// Restores all settings that were changed.
-pub(crate) async fn put_back(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    fetch(conn, format!("SELECT {}", put_back_all())).await.map(drop)
+    );
+    fetch(conn, statement).await.map(drop)
 }
 
 /// Prepares the session for statements of the application: ends a transaction that was left open, and restores
